@@ -1,0 +1,251 @@
+"""The whole pretraining run on one page: typed, strict, validated once, before torch is imported.
+
+Sizes carry Hugging Face's names. Each room is given its own section, never the whole.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+from typing_extensions import Self
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Problem(NamedTuple):
+    """Values that are impossible together: the keys involved, the one to change first, and a sentence."""
+
+    keys: tuple[str, ...]
+    sentence: str
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what no single field can see: values that are impossible together."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _raise_problems(self) -> Self:
+        details = [
+            InitErrorDetails(
+                type=PydanticCustomError("impossible", "{sentence}", {"sentence": sentence, "keys": keys}),
+                loc=tuple(keys[0].split(".")),
+                input=None,
+            )
+            for keys, sentence in self.problems()
+        ]
+        if details:
+            raise ValidationError.from_exception_data(type(self).__name__, details)
+        return self
+
+
+class DataConfig(Section):
+    """Shard sets written by `tessera shards make` or indexed by `tessera shards index`."""
+
+    train: Path | list[Path]
+    validation: Path | None = None
+    num_workers: CountOrZero = 4
+    shuffle_window: Count = Field(64, description="shards whose samples are shuffled together")
+
+
+class ModelConfig(Section):
+    """A plain pre-norm ViT (arXiv 2010.11929). The defaults are ViT-B/16 at 224 pixels."""
+
+    hidden_size: Count = 768
+    num_hidden_layers: Count = 12
+    num_attention_heads: Count = 12
+    mlp_ratio: Positive | None = None
+    intermediate_size: Count | None = Field(None, description="width of the MLP; mlp_ratio x hidden_size when absent")
+    patch_size: Count = 16
+    image_size: Count = 224
+    num_channels: Literal[3] = 3
+    position_embedding: Literal["learned", "sincos"] = "learned"
+    dropout: Fraction = 0.0
+    attention_dropout: Fraction = 0.0
+    drop_path: Fraction = Field(0.0, description="rate of the last block; grows linearly from 0 at the first")
+    layer_norm_eps: Positive = 1e-6
+
+    @property
+    def mlp_size(self) -> int:
+        """Width of the MLP's hidden layer."""
+        return self.intermediate_size or int(self.hidden_size * (self.mlp_ratio or 4.0))
+
+    @property
+    def num_patches(self) -> int:
+        """Patches in an image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def problems(self) -> Iterator[Problem]:
+        if self.image_size % self.patch_size:
+            below = max(self.image_size - self.image_size % self.patch_size, self.patch_size)
+            yield Problem(
+                ("patch_size", "image_size"),
+                f"patches of {self.patch_size} pixels don't divide an image of {self.image_size}; "
+                f"image_size={below} would fit",
+            )
+        if self.hidden_size % self.num_attention_heads:
+            yield Problem(
+                ("num_attention_heads", "hidden_size"),
+                f"{self.num_attention_heads} heads don't divide hidden_size {self.hidden_size}; "
+                f"{_divisor_near(self.hidden_size, self.num_attention_heads)} would",
+            )
+        if self.position_embedding == "sincos" and self.hidden_size % 4:
+            yield Problem(
+                ("hidden_size", "position_embedding"), f"sincos positions need a multiple of 4, got {self.hidden_size}"
+            )
+        if self.intermediate_size is not None and self.mlp_ratio is not None:
+            yield Problem(
+                ("mlp_ratio", "intermediate_size"),
+                "intermediate_size already sets the MLP's width; keep one of the two",
+            )
+
+
+class AugmentConfig(Section):
+    """What training does to an image. Every draw is keyed by (seed, epoch, sample)."""
+
+    crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.08, 1.0), description="share of the image's area that a crop keeps"
+    )
+    crop_aspect: tuple[Positive, Positive] = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
+    brightness: NonNegative = 0.0
+    contrast: NonNegative = 0.0
+    saturation: NonNegative = 0.0
+    erasing: Fraction = Field(0.0, description="probability of erasing a rectangle (arXiv 1708.04896)")
+    mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution, 0 is off (arXiv 1710.09412)")
+    cutmix: NonNegative = Field(0.0, description="alpha of the Beta distribution, 0 is off (arXiv 1905.04899)")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a sample is mixed with its neighbour."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("crop_scale", "crop_aspect"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                yield Problem((name,), f"expected [low, high] with 0 < low <= high, got [{low}, {high}]")
+
+
+class SupervisedConfig(Section):
+    """Cross-entropy on the class of the whole image."""
+
+    name: Literal["supervised"] = "supervised"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augment: AugmentConfig = AugmentConfig()
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101). Norms, biases, CLS and positions are not decayed."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Positive = Field(1e-4, description="at the default global batch of 256; nothing rescales it")
+    weight_decay: NonNegative = 0.05
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine decay. A step is one optimizer step on a global batch."""
+
+    total_steps: Count
+    warmup_steps: CountOrZero = 0
+    final_learning_rate: NonNegative = 0.0
+
+    def problems(self) -> Iterator[Problem]:
+        if self.warmup_steps >= self.total_steps:
+            yield Problem(
+                ("warmup_steps", "total_steps"),
+                f"{self.warmup_steps} steps of warm-up leave none of the {self.total_steps} to decay",
+            )
+
+
+class EngineConfig(Section):
+    """How DeepSpeed runs a step. Gradient accumulation is derived: global / (micro x ranks)."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    global_batch_size: Count = 256
+    micro_batch_size: Count = Field(64, description="images that one rank takes through the model at a time")
+    gradient_clipping: NonNegative = Field(1.0, description="largest norm of the gradient, 0 is off")
+    offload_optimizer: bool = False
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        if self.global_batch_size % self.micro_batch_size:
+            yield Problem(
+                ("micro_batch_size", "global_batch_size"),
+                f"micro-batches of {self.micro_batch_size} don't divide the global batch of {self.global_batch_size}; "
+                f"{_divisor_near(self.global_batch_size, self.micro_batch_size)} would",
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            yield Problem(("offload_optimizer", "zero_stage"), "offloading needs zero_stage 1, 2 or 3")
+
+
+class EvaluationConfig(Section):
+    """When the validation set is gone through: every so many steps (0: never) and at the end."""
+
+    every_steps: CountOrZero = 0
+    resize_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="the shorter edge is resized to this times image_size before the centre crop"
+    )
+
+
+class LoggingConfig(Section):
+    """How often the ranks meet to write a row of metrics: the loop's only host synchronisation."""
+
+    every_steps: Count = 20
+
+
+class CheckpointConfig(Section):
+    """When to save. The last step is always saved; older checkpoints go once a newer one is whole."""
+
+    every_steps: Count = 1000
+    keep_last: Count = 2
+
+
+class TrackingConfig(Section):
+    """Where MLflow keeps runs. Without a uri: SQLite beside the run folder, no server needed."""
+
+    uri: str | None = None
+    experiment: str = "tessera"
+
+
+class PretrainConfig(Section):
+    """A pretraining run."""
+
+    run_dir: Path
+    seed: CountOrZero = 0
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    objective: SupervisedConfig = SupervisedConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        if self.objective.augment.mixes and self.engine.micro_batch_size % 2:
+            yield Problem(
+                ("engine.micro_batch_size", "objective.augment.mixup", "objective.augment.cutmix"),
+                f"mixup and cutmix pair neighbours, so {self.engine.micro_batch_size} must be even",
+            )
+
+
+def _divisor_near(total: int, wanted: int) -> int:
+    """Return the divisor of `total` nearest to `wanted`."""
+    return min((d for d in range(1, total + 1) if total % d == 0), key=lambda d: abs(d - wanted))
