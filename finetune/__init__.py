@@ -1,0 +1,1 @@
+"""Adapt any Hugging Face image-classification folder to a user's own classes."""

@@ -1,0 +1,1 @@
+"""What a user starts: the scripts that launchers run, and the `tessera` command."""

@@ -1,0 +1,1 @@
+"""Pretrain Vision Transformers on sharded images under DeepSpeed ZeRO."""

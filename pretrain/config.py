@@ -110,6 +110,16 @@ class ModelConfig(Section):
             )
 
 
+class PreprocessingConfig(Section):
+    """What the exported image processor does to an image; the validation set is seen the same way."""
+
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    resize_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="the shorter edge becomes this times image_size, then the centre is cropped"
+    )
+
+
 class AugmentConfig(Section):
     """What training does to an image. Every draw is keyed by (seed, epoch, sample)."""
 
@@ -197,9 +207,6 @@ class EvaluationConfig(Section):
     """When the validation set is gone through: every so many steps (0: never) and at the end."""
 
     every_steps: CountOrZero = 0
-    resize_ratio: Annotated[float, Field(ge=1)] = Field(
-        1.0, description="the shorter edge is resized to this times image_size before the centre crop"
-    )
 
 
 class LoggingConfig(Section):
@@ -228,6 +235,7 @@ class PretrainConfig(Section):
     run_dir: Path
     seed: CountOrZero = 0
     data: DataConfig
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: ModelConfig = ModelConfig()
     objective: SupervisedConfig = SupervisedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar, get_args
+from typing import Any, Generic, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -147,8 +147,6 @@ def load_config(config_class: type[Config], path: Path, overrides: Sequence[str]
 class _Yaml(yaml.SafeLoader):
     """PyYAML's parser with the scalars of YAML 1.2's core schema."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
 
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "tag:yaml.org,2002:null": (r"~|null|Null|NULL|", lambda _: None),
@@ -157,6 +155,7 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "tag:yaml.org,2002:float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
     "tag:yaml.org,2002:str": (r"(?!)", str),
 }
+_Yaml.yaml_implicit_resolvers = {}
 for _tag, (_pattern, _) in _SCALARS.items():
     _Yaml.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), None)
 

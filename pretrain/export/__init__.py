@@ -1,0 +1,1 @@
+"""A checkpoint becomes an ordinary Hugging Face folder that proves itself."""

@@ -1,0 +1,49 @@
+"""Rank, world and reductions; the same calls do nothing when alone.
+
+Ranks come from the environment, which the deepspeed launcher, torchrun and accelerate all set.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """Return this process's number among all."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Return this process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Return how many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Say whether this process writes the run's files."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Return the device this process trains on."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of every rank's `values`, on every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return once every rank is here."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,155 @@
+"""A plain pre-norm Vision Transformer (arXiv 2010.11929).
+
+The letters: B images, C channels, H height and W width in pixels, P patch size, N patches, T = N + 1 tokens (CLS is
+the first), D hidden size, h heads, d = D / h.
+
+q, k and v stand apart and the names follow transformers' `vit`, so that the map to Hugging Face is a renaming.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.config import ModelConfig
+
+INITIAL_STD = 0.02
+
+
+class ViT(nn.Module):
+    """Images in, normalised tokens out. Heads belong to the objectives."""
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        width, depth = config.hidden_size, config.num_hidden_layers
+        self.patch_embedding = nn.Linear(config.num_channels * config.patch_size**2, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.position_embedding: Tensor
+        if config.position_embedding == "sincos":
+            positions = sincos_positions(config.image_size // config.patch_size, width)
+            self.register_buffer("position_embedding", positions)
+        else:
+            self.position_embedding = nn.Parameter(torch.empty(1, config.num_patches + 1, width))
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config, config.drop_path * i / max(1, depth - 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self._initialize()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, T, D]."""
+        tokens = self.embed(images)
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                tokens = checkpoint(layer, tokens, use_reentrant=False)
+            else:
+                tokens = layer(tokens)
+        normalized: Tensor = self.norm(tokens)
+        return normalized
+
+    def embed(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, T, D]: patches embedded, CLS before them, positions added."""
+        patches: Tensor = self.patch_embedding(patchify(images, self.config.patch_size))
+        cls_token = self.cls_token.expand(len(images), -1, -1)
+        tokens: Tensor = self.dropout(torch.cat([cls_token, patches], dim=1) + self.position_embedding)
+        return tokens
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=INITIAL_STD)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.cls_token, std=INITIAL_STD)
+        if isinstance(self.position_embedding, nn.Parameter):
+            nn.init.trunc_normal_(self.position_embedding, std=INITIAL_STD)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each on normalised tokens and each added to its input."""
+
+    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.norm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        tokens = tokens + self.drop_path(self.attention(self.norm_before(tokens)))
+        tokens = tokens + self.drop_path(self.mlp(self.norm_after(tokens)))
+        return tokens
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (arXiv 1706.03762): softmax(q k^T / sqrt(d)) v."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.attention_dropout = config.attention_dropout
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q, k, v = (
+            projection(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, h, T, d]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mixed: Tensor = self.dropout(self.o_proj(attended.transpose(1, 2).flatten(-2)))
+        return mixed
+
+
+class MLP(nn.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.mlp_size)
+        self.fc2 = nn.Linear(config.mlp_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        hidden: Tensor = self.dropout(self.fc2(F.gelu(self.fc1(tokens))))
+        return hidden
+
+
+class DropPath(nn.Module):
+    """Drop a sample's whole branch (stochastic depth, arXiv 1603.09382); what is kept is scaled up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        if self.rate == 0 or not self.training:
+            return branch
+        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.rate)
+        return branch * kept / (1 - self.rate)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, N, C * P * P], the patches row by row."""
+    batch, channels, height, width = images.shape
+    grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Return fixed 2-d sin-cos positions [1, side * side + 1, width] (arXiv 2104.02057); zeros for CLS."""
+    frequencies = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    places = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # [side, width / 4]
+    rows, columns = places.repeat_interleave(side, dim=0), places.repeat(side, 1)
+    grid = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), grid]).float()[None]
