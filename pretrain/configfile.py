@@ -141,6 +141,15 @@ def load_config(config_class: type[Config], path: Path, overrides: Sequence[str]
     return Loaded(config, "".join(f"{line}\n" for line in _text(config, document.places)))
 
 
+def flatten(config: Section, above: str = "") -> dict[str, Any]:
+    """Return a config's values by dotted key."""
+    flat: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        flat |= flatten(value, f"{above}{name}.") if isinstance(value, Section) else {above + name: _plain(value)}
+    return flat
+
+
 # --- reading -----------------------------------------------------------------------------------------------------
 
 

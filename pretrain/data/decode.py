@@ -38,7 +38,7 @@ def decode(data: bytes) -> Pixels:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             _check_size(image.width, image.height)
-            return np.asarray(to_rgb(image))
+            return np.array(to_rgb(image))
     except DecodeError:
         raise
     except Exception as error:  # decoders raise what they like: OSError, ValueError, SyntaxError, struct.error ...

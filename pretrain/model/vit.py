@@ -83,6 +83,13 @@ class Block(nn.Module):
         return tokens
 
 
+def compile_blocks(module: nn.Module) -> None:
+    """Compile every block in place; block by block, so that ZeRO's hooks around them stay outside of the graphs."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compile()
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (arXiv 1706.03762): softmax(q k^T / sqrt(d)) v."""
 

@@ -1,0 +1,145 @@
+"""DeepSpeed ZeRO as the engine: the only file, with `checkpoint/`'s own, that imports it.
+
+Its config is derived from ours by one pure function, so that a batch size stands in one place.
+"""
+
+import importlib
+import logging
+import os
+import socket
+import sys
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain import distributed
+from pretrain.config import EngineConfig, OptimizerConfig
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns when there is none
+import deepspeed
+
+Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine, which has no types
+
+# Elements. DeepSpeed's own 5e8 would put a whole ViT-L into one bucket, so that nothing overlaps.
+BUCKET_SIZE = 25_000_000
+UNDECAYED = ("cls_token", "position_embedding")
+
+
+class BatchError(Exception):
+    """A global batch that the ranks cannot share evenly; the message says what would fit."""
+
+
+def start_distributed() -> None:
+    """Join the other ranks, or start a group of one when there is no launcher."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, str(value))
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(distributed.local_rank())
+    elif not dist.is_initialized():
+        _skip_shared_memory_build()
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def build_engine(objective: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
+    """Put a model under DeepSpeed, with an optimizer over all that is trained.
+
+    Raises:
+        BatchError: the ranks cannot share the global batch evenly.
+    """
+    settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
+    fused = torch.cuda.is_available() and not config.offload_optimizer
+    adamw = torch.optim.AdamW(
+        parameter_groups(objective, optimizer.weight_decay),
+        lr=optimizer.learning_rate,
+        betas=optimizer.betas,
+        eps=optimizer.epsilon,
+        fused=fused,
+    )
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=settings)
+    return engine
+
+
+def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> dict[str, Any]:
+    """Derive DeepSpeed's config.
+
+    Raises:
+        BatchError: the ranks cannot share the global batch evenly.
+    """
+    share = config.micro_batch_size * world_size
+    if config.global_batch_size % share:
+        raise BatchError(
+            f"engine.global_batch_size: {config.global_batch_size} images cannot be shared evenly by "
+            f"{world_size} ranks in micro-batches of {config.micro_batch_size}; {_batch_advice(config, world_size)}"
+        )
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": on_gpu and world_size > 1,  # overlapping slows a single GPU
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_SIZE,
+        "allgather_bucket_size": BUCKET_SIZE,
+    }
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.global_batch_size // share,
+        "gradient_clipping": config.gradient_clipping,
+        "zero_optimization": zero,
+        # torch's AdamW also where DeepSpeed would compile its own for the CPU.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        # Looking for overflows gradient by gradient took 22 of 97 ms a step; the loop looks at their norm.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def _batch_advice(config: EngineConfig, world_size: int) -> str:
+    """Return the nearest sizes that fit."""
+    shares, rest = divmod(config.global_batch_size, world_size)
+    if rest:
+        return f"engine.global_batch_size={max(shares, 1) * world_size} is a multiple of {world_size}"
+    sizes = [size for size in range(1, shares + 1) if shares % size == 0]
+    return f"engine.micro_batch_size={min(sizes, key=lambda size: abs(size - config.micro_batch_size))} would fit"
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trained parameters: matrices are decayed; biases, norms, CLS and positions are not."""
+    decayed: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim > 1 and not name.endswith(UNDECAYED)
+            (decayed if is_matrix else undecayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def set_learning_rate(engine: Engine, learning_rate: float) -> None:
+    """Set the learning rate of the step to come."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def gradient_norm(engine: Engine) -> Tensor:
+    """Return the norm of the last step's whole gradient, before clipping; NaN where the engine kept none."""
+    norm = engine.get_global_grad_norm()
+    return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=engine.device)
+
+
+def _skip_shared_memory_build() -> None:
+    """Keep DeepSpeed from compiling its shared-memory reductions on a CPU.
+
+    The build takes minutes, and one that is killed leaves a lock on which every later run waits for ever
+    (pytorch/pytorch#189245). Without the op, gloo does the same work.
+    """
+    importlib.import_module("deepspeed.comm.torch")
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]

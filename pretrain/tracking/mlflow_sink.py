@@ -1,0 +1,152 @@
+"""Feeds MLflow from a run's `metrics.jsonl`; started by the tracker as a process of its own.
+
+It remembers the run's id and the last step it sent in `mlflow.json`, so a restarted run goes on as the same MLflow
+run with no step doubled. When the store cannot be reached it says so once and keeps trying until training has ended.
+"""
+
+import io
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# MLflow's own retries block a call to a dead server for 245.7 s; here the file is the queue, so none is needed.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+
+POLL_SECONDS = 1.0
+LAST_TRIES = 3
+STATE_FILE = "mlflow.json"
+MAX_METRICS = 1000
+MAX_PARAMS = 100
+
+
+class Sink:
+    """One run in MLflow."""
+
+    def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
+        self.run_dir = run_dir
+        self.client = MlflowClient(uri)
+        self.state: dict[str, Any] = {"run_id": None, "last_step": -1}
+        if (run_dir / STATE_FILE).exists():
+            self.state |= json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
+        self.experiment = experiment
+        self.params: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
+        self.offset = 0
+        self.started = False
+
+    def push(self) -> None:
+        """Send what is new; raises what MLflow raises."""
+        if not self.started:
+            self._start()
+        if self.tags:
+            self.client.log_batch(self.state["run_id"], tags=[RunTag(k, v) for k, v in self.tags.items()])
+            self.tags = {}
+        metrics: list[Metric] = []
+        offset, last_step = self.offset, self.state["last_step"]
+        for end, row in _rows(self.run_dir / "metrics.jsonl", self.offset):
+            step, at = int(row.pop("step")), int(row.pop("time") * 1000)
+            if step > self.state["last_step"]:
+                metrics += [Metric(name, value, at, step) for name, value in row.items()]
+                last_step = max(last_step, step)
+            offset = end
+        for i in range(0, len(metrics), MAX_METRICS):
+            self.client.log_batch(self.state["run_id"], metrics=metrics[i : i + MAX_METRICS])
+        self.offset = offset
+        self._remember(last_step=last_step)
+
+    def finish(self, status: str) -> None:
+        """Close the run."""
+        self.client.set_terminated(self.state["run_id"], status)
+
+    def _start(self) -> None:
+        """Find or make the experiment and the run."""
+        if self.state["run_id"] is None:
+            experiment = self.client.get_experiment_by_name(self.experiment)
+            if experiment is None:
+                artifacts = (self.run_dir.parent / "mlartifacts").as_uri()
+                experiment_id = self.client.create_experiment(self.experiment, artifacts)
+            else:
+                experiment_id = experiment.experiment_id
+            run = self.client.create_run(experiment_id, run_name=self.run_dir.name)
+            self._remember(run_id=run.info.run_id)
+            params = [Param(name, value) for name, value in self.params.items()]
+            for i in range(0, len(params), MAX_PARAMS):
+                self.client.log_batch(run.info.run_id, params=params[i : i + MAX_PARAMS])
+        else:
+            self.client.update_run(self.state["run_id"], status="RUNNING")
+        self.started = True
+
+    def _remember(self, **state: Any) -> None:
+        if state.items() - self.state.items():
+            self.state |= state
+            aside = self.run_dir / (STATE_FILE + ".partial")
+            aside.write_text(json.dumps(self.state), encoding="utf-8")
+            aside.replace(self.run_dir / STATE_FILE)
+
+
+def main(run_dir: str, uri: str, experiment: str) -> None:
+    """Push once a second until the tracker has closed our input, then a last time."""
+    sink = Sink(Path(run_dir), uri, experiment)
+    messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: select must see every line
+    status, complained, open_input = "FAILED", False, True
+    tries = LAST_TRIES
+    while tries:
+        for message in _messages(messages, POLL_SECONDS if open_input else 0):
+            if message is None:
+                open_input = False
+            else:
+                sink.params |= message.get("params", {})
+                sink.tags |= message.get("tags", {})
+                status = message.get("status", {}).get("status", status)
+        try:
+            sink.push()
+            if not open_input:
+                sink.finish(status)
+                return
+        except Exception as error:  # any failure of a store is survivable: the file has everything
+            if not complained:
+                print(f"MLflow at {uri} does not answer ({_first_line(error)}); metrics.jsonl goes on", file=sys.stderr)
+                complained = True
+        tries -= 0 if open_input else 1
+
+
+def _messages(file: io.FileIO, timeout: float) -> Iterator[dict[str, Any] | None]:
+    """Yield what the tracker says within the timeout; None once it has closed or died."""
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([file], [], [], left)
+        if ready:
+            line = file.readline()
+            yield json.loads(line) if line else None
+            if not line:
+                return
+
+
+def _rows(path: Path, offset: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield the whole lines after `offset`, each with the offset of its end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield offset, json.loads(line)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

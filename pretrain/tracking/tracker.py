@@ -1,0 +1,135 @@
+"""Metrics go to `metrics.jsonl` in the run folder first. MLflow is fed from that file by a process of its own.
+
+So a slow, dead or missing MLflow costs training nothing, and nothing of it is imported here.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from typing_extensions import Self
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+SINK = "pretrain.tracking.mlflow_sink"
+ROOT = Path(__file__).resolve().parents[2]
+
+Row = dict[str, float]
+
+
+class Tracker:
+    """Writes a run's rows. A rank other than the main one has none: it passes `enabled=False` and nothing happens."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        uri: str | None,
+        experiment: str,
+        config_text: str,
+        params: Mapping[str, object],
+        tags: Mapping[str, str],
+        resume_step: int = 0,
+        enabled: bool = True,
+    ) -> None:
+        """Start tracking.
+
+        Args:
+            run_dir: the run's folder.
+            uri: of the MLflow store; None for SQLite beside the run folder.
+            experiment: MLflow's name for runs that belong together.
+            config_text: the resolved config, saved beside the metrics.
+            params: the config's values by dotted key, for MLflow.
+            tags: what else MLflow should know, such as the stage and the git commit.
+            resume_step: rows after this step are of a past that did not last; they are taken out.
+            enabled: whether this process tracks at all.
+        """
+        self.enabled = enabled
+        self.status = "FAILED"  # until the run says otherwise
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(config_text, encoding="utf-8")
+        path = run_dir / METRICS_FILE
+        rows = [row for row in read_rows(path) if row["step"] <= resume_step]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+        self.sink = subprocess.Popen(
+            [sys.executable, "-m", SINK, str(run_dir.resolve()), uri or default_uri(run_dir), experiment],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the training process; the sink ends when its input does
+        )
+        self._tell("params", {name: str(value) for name, value in params.items()})
+        self._tell("tags", dict(tags))
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        """Append a row; it is on its way to the disk when this returns."""
+        if self.enabled:
+            line = json.dumps({"step": step, "time": round(time.time(), 3), **row})
+            self.file.write(line + "\n")
+            self.file.flush()
+
+    def tag(self, **tags: str) -> None:
+        """Tell MLflow something about the run as a whole."""
+        if self.enabled:
+            self._tell("tags", tags)
+
+    def close(self, timeout_seconds: float = 60) -> None:
+        """Finish with `status` (FINISHED, KILLED or FAILED), giving MLflow some time to catch up."""
+        if not self.enabled:
+            return
+        self.file.close()
+        self._tell("status", {"status": self.status})
+        try:
+            if self.sink.stdin:
+                self.sink.stdin.close()
+            self.sink.wait(timeout_seconds)
+        except (subprocess.TimeoutExpired, BrokenPipeError):
+            print(f"MLflow did not keep up; every row is in {self.file.name}", file=sys.stderr)
+            self.sink.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tell(self, what: str, content: dict[str, str]) -> None:
+        """Send the sink a message; a sink that died has said why itself, and the rows are safe."""
+        try:
+            if self.sink.stdin:
+                self.sink.stdin.write(json.dumps({what: content}) + "\n")
+                self.sink.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a metrics file; a last line that a crash cut off is not a row."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+def default_uri(run_dir: Path) -> str:
+    """Return the SQLite store beside the run folder, by absolute path: where MLflow runs makes no difference."""
+    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+
+
+def git_commit() -> str:
+    """Return the commit of this code, marked when it was changed since; "unknown" outside of a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

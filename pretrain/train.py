@@ -1,0 +1,296 @@
+"""The pretraining loop. Accumulation, every host synchronisation and every save are visible here; ZeRO is not."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from pretrain import distributed
+from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
+from pretrain.checkpoint.restore import restore
+from pretrain.checkpoint.save import save
+from pretrain.config import PretrainConfig
+from pretrain.configfile import EXIT_MISTAKE, CommandLine, exit_with_mistake, flatten
+from pretrain.data.index import DataError
+from pretrain.data.loader import Batch, evaluation_batches, training_batches
+from pretrain.data.order import random_bits
+from pretrain.data.samples import Samples, open_samples
+from pretrain.engine import BatchError, Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
+from pretrain.model.vit import ViT, compile_blocks
+from pretrain.objectives import build_objective
+from pretrain.objectives.objective import Objective
+from pretrain.schedules import learning_rate_at
+from pretrain.tracking.progress import ProgressLine
+from pretrain.tracking.tracker import Tracker, git_commit
+
+EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
+
+
+@dataclass
+class Run:
+    """Everything the loop holds. `manifest` says where it stands: the whole state beside the engine's own."""
+
+    config: PretrainConfig
+    objective: Objective
+    engine: Engine
+    training: Samples
+    validation: Samples | None
+    manifest: Manifest
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        manifest = self.manifest
+        samples = manifest.samples + self.config.engine.global_batch_size
+        self.manifest = replace(manifest, step=manifest.step + 1, samples=samples)
+
+
+def main(command: CommandLine[PretrainConfig]) -> int:
+    """Pretrain as the command line asks; return the exit code."""
+    start_distributed()
+    try:
+        run = build_run(command.config, insist_on_resume=command.resume)
+    except (DataError, CheckpointError, BatchError) as error:
+        exit_with_mistake(str(error))
+    stop = StopSignal()
+    try:
+        with open_tracker(run, command.text) as tracker:
+            finished = train(run, tracker, stop)
+            tracker.status = "FINISHED" if finished else "KILLED"
+    except DataError as error:  # met by one rank or its workers: whoever meets it says so
+        print(str(error).rpartition("DataError: ")[2], file=sys.stderr, flush=True)
+        return EXIT_MISTAKE
+    except FloatingPointError as error:
+        if distributed.is_main():
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    return EXIT_DONE if finished else EXIT_PREEMPTED
+
+
+def build_run(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
+    """Open the data, build the model, and continue from the run folder's newest checkpoint if it has one."""
+    training = open_samples(config.data.train)
+    validation = open_samples(config.data.validation) if config.data.validation else None
+    if validation and validation.class_names != training.class_names:
+        raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
+    torch.manual_seed(config.seed)
+    encoder = ViT(config.model, config.engine.activation_checkpointing)
+    objective = build_objective(config.objective, encoder, len(training.class_names), config.preprocessing)
+    if config.engine.compile:
+        compile_blocks(objective)
+    manifest = Manifest(
+        step=0,
+        samples=0,
+        world_size=distributed.world_size(),
+        data_digest=training.digest,
+        class_names=training.class_names,
+        config=json.loads(config.model_dump_json()),
+        git_commit=git_commit(),
+    )
+    run = Run(
+        config, objective, build_engine(objective, config.engine, config.optimizer), training, validation, manifest
+    )
+    checkpoints = list_checkpoints(config.run_dir)
+    if checkpoints:
+        saved = restore(run.engine, checkpoints[-1], manifest)
+        run.manifest = replace(manifest, step=saved.step, samples=saved.samples)
+    elif insist_on_resume:
+        raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
+    return run
+
+
+def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
+    """Train to the last step; return whether it was reached, or a stop was asked for first."""
+    config, engine, total_steps = run.config, run.engine, run.config.schedule.total_steps
+    progress = ProgressLine(total_steps, run.manifest.step, enabled=distributed.is_main())
+    progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
+    batches = Batches(run)
+    interval = Interval(engine.device)
+    engine.train()
+    while run.manifest.step < total_steps:
+        step = run.manifest.step
+        learning_rate = learning_rate_at(
+            step,
+            peak=config.optimizer.learning_rate,
+            final=config.schedule.final_learning_rate,
+            warmup_steps=config.schedule.warmup_steps,
+            total_steps=total_steps,
+        )
+        set_learning_rate(engine, learning_rate)
+        torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))  # for dropout
+        for batch in batches.next_step():
+            losses = engine(batch)
+            engine.backward(losses["loss"])
+            engine.step()
+            interval.add(losses)
+        run.objective.after_step(step)
+        run.advance()
+        step = run.manifest.step
+
+        last = step == total_steps
+        due_save = last or step % config.checkpoint.every_steps == 0
+        if due_save or step % config.logging.every_steps == 0:
+            row, stopping = interval.close(run, batches.take_waited(), stop)  # the only host synchronisation
+            row["optim/learning_rate"] = learning_rate
+            tracker.log(row, step)
+            progress.show(row, step)
+            if not math.isfinite(row["train/loss"]):
+                raise FloatingPointError(f"the loss is {row['train/loss']} at step {step}; nothing was saved since")
+            if last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
+                evaluate(run, tracker, progress)
+            if due_save or stopping:
+                folder = save(engine, run.manifest, config.run_dir, config.checkpoint.keep_last)
+                progress.note(f"saved {folder}")
+            if stopping and not last:
+                progress.note("stopped as asked; the same command continues from here")
+                return False
+            interval = Interval(engine.device)
+    return True
+
+
+def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
+    """Go through the validation set, every sample once over all ranks."""
+    if run.validation is None:
+        return
+    run.engine.eval()
+    batches = evaluation_batches(
+        run.validation,
+        run.objective.evaluation_view(),
+        batch_size=run.config.engine.micro_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=run.config.data.num_workers,
+    )
+    sums: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for host_batch in batches:
+            batch = to_device(host_batch, run.engine.device)
+            for name, value in (run.engine(batch) | {"count": batch["weight"].sum()}).items():
+                sums[name] = sums.get(name, 0.0) + value.double()
+    run.engine.train()
+    totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
+    means = {name: total / totals[-1] for name, total in zip(sums, totals, strict=True)}
+    row = {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
+    tracker.log(row, run.manifest.step)
+    progress.note(f"step {run.manifest.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
+
+
+class Batches:
+    """This rank's micro-batches, and the time spent waiting for them."""
+
+    def __init__(self, run: Run) -> None:
+        engine = run.config.engine
+        self.per_step = engine.global_batch_size // (engine.micro_batch_size * distributed.world_size())
+        self.device = run.engine.device
+        self.waited = 0.0
+        self.batches = training_batches(
+            run.training,
+            run.objective.train_view(),
+            seed=run.config.seed,
+            window=run.config.data.shuffle_window,
+            start=run.manifest.samples,
+            stop=run.config.schedule.total_steps * engine.global_batch_size,
+            global_batch_size=engine.global_batch_size,
+            micro_batch_size=engine.micro_batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=run.config.data.num_workers,
+        )
+
+    def next_step(self) -> Iterator[Batch]:
+        """Yield the micro-batches of one optimizer step."""
+        for _ in range(self.per_step):
+            start = time.perf_counter()
+            batch = next(self.batches)
+            self.waited += time.perf_counter() - start
+            yield to_device(batch, self.device)
+
+    def take_waited(self) -> float:
+        """Return the seconds waited since the last call."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+
+@dataclass
+class Interval:
+    """What happened between two rows of metrics; stays on the device until the row is due."""
+
+    device: torch.device
+    started: float = field(default_factory=time.perf_counter)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Count one micro-batch."""
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+        self.count += 1
+
+    def close(self, run: Run, waited: float, stop: "StopSignal") -> tuple[dict[str, float], bool]:
+        """Meet all ranks: return the row, and whether any rank was asked to stop."""
+        own = torch.tensor([waited, float(stop.asked)], dtype=torch.float64, device=self.device)
+        norm = gradient_norm(run.engine).double() / distributed.world_size()
+        values = torch.cat([torch.stack([*(v / self.count for v in self.sums.values()), norm]), own])
+        *means, norm_mean, waited_sum, stops = distributed.sum_over_ranks(values).tolist()
+        seconds = time.perf_counter() - self.started
+        images = self.count * run.config.engine.micro_batch_size * distributed.world_size()
+        row = {f"train/{name}": mean / distributed.world_size() for name, mean in zip(self.sums, means, strict=True)}
+        row |= {
+            "optim/grad_norm": norm_mean,
+            "speed/images_per_second": images / seconds,
+            "data/wait_fraction": waited_sum / distributed.world_size() / seconds,
+            "data/samples": run.manifest.samples,
+        }
+        return row, stops > 0
+
+
+class StopSignal:
+    """Notes that someone wants the run to stop (SIGTERM, SIGUSR1, Ctrl-C); a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def open_tracker(run: Run, config_text: str) -> Tracker:
+    """Start tracking on the main rank."""
+    return Tracker(
+        run.config.run_dir,
+        uri=run.config.tracking.uri,
+        experiment=run.config.tracking.experiment,
+        config_text=config_text,
+        params=flatten(run.config),
+        tags={"stage": "pretrain", "git_commit": str(run.manifest.git_commit), "data_digest": run.training.digest},
+        resume_step=run.manifest.step,
+        enabled=distributed.is_main(),
+    )
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Start copying a batch to the device."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def _millions(objective: Objective) -> str:
+    return f"{sum(p.numel() for p in objective.parameters()) / 1e6:.1f} M"
+
+
+def _summary(run: Run) -> str:
+    config, ranks = run.config.engine, distributed.world_size()
+    return (
+        f"{sum(run.training.shard_sizes)} images in {len(run.training.class_names)} classes, "
+        f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
+        f"{config.precision}, batch {config.global_batch_size}, from step {run.manifest.step}"
+    )
