@@ -1,1 +1,5 @@
 """Pretrain Vision Transformers on sharded images under DeepSpeed ZeRO."""
+
+
+class UserError(Exception):
+    """What a user can mend: the message is one sentence that names the thing and the fix, and needs no traceback."""

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
+from pretrain import UserError
 from pretrain.config import Section
 
 EXIT_MISTAKE = 2
@@ -53,7 +54,7 @@ SYNONYMS = {
 BOOLEAN_WORDS = {"no": "false", "off": "false", "n": "false", "yes": "true", "on": "true", "y": "true"}
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A user's mistakes, one a line."""
 
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain import distributed
+from pretrain import UserError, distributed
 from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.optimizer import build_adamw
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns when there is none
@@ -25,10 +26,9 @@ Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine, which has no types
 
 # Elements. DeepSpeed's own 5e8 would put a whole ViT-L into one bucket, so that nothing overlaps.
 BUCKET_SIZE = 25_000_000
-UNDECAYED = ("cls_token", "position_embedding")
 
 
-class BatchError(Exception):
+class BatchError(UserError):
     """A global batch that the ranks cannot share evenly; the message says what would fit."""
 
 
@@ -55,14 +55,7 @@ def build_engine(objective: nn.Module, config: EngineConfig, optimizer: Optimize
         BatchError: the ranks cannot share the global batch evenly.
     """
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
-    fused = torch.cuda.is_available() and not config.offload_optimizer
-    adamw = torch.optim.AdamW(
-        parameter_groups(objective, optimizer.weight_decay),
-        lr=optimizer.learning_rate,
-        betas=optimizer.betas,
-        eps=optimizer.epsilon,
-        fused=fused,
-    )
+    adamw = build_adamw(objective, optimizer, fused=torch.cuda.is_available() and not config.offload_optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=settings)
     return engine
 
@@ -110,17 +103,6 @@ def _batch_advice(config: EngineConfig, world_size: int) -> str:
         return f"engine.global_batch_size={max(shares, 1) * world_size} is a multiple of {world_size}"
     sizes = [size for size in range(1, shares + 1) if shares % size == 0]
     return f"engine.micro_batch_size={min(sizes, key=lambda size: abs(size - config.micro_batch_size))} would fit"
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trained parameters: matrices are decayed; biases, norms, CLS and positions are not."""
-    decayed: list[nn.Parameter] = []
-    undecayed: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            is_matrix = parameter.ndim > 1 and not name.endswith(UNDECAYED)
-            (decayed if is_matrix else undecayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from pretrain import distributed
+from pretrain import UserError, distributed
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.save import save
@@ -22,7 +22,7 @@ from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, evaluation_batches, training_batches
 from pretrain.data.order import random_bits
 from pretrain.data.samples import Samples, open_samples
-from pretrain.engine import BatchError, Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
+from pretrain.engine import Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -56,7 +56,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     start_distributed()
     try:
         run = build_run(command.config, insist_on_resume=command.resume)
-    except (DataError, CheckpointError, BatchError) as error:
+    except UserError as error:
         exit_with_mistake(str(error))
     stop = StopSignal()
     try:

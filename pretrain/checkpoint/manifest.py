@@ -12,6 +12,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pretrain import UserError
+
 VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -19,7 +21,7 @@ ENGINE = "engine"
 PARTIAL = ".partial"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used here: the message names it and the fix."""
 
 

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain import UserError
+
 VERSION = 1
 DATASET_FILE = "dataset.json"
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that cannot be used as it is: the message names it and the fix."""
 
 

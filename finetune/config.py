@@ -1,0 +1,69 @@
+"""A fine-tuning run on one page. What it shares with pretraining has the same name and the same class."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pretrain.config import (
+    AugmentConfig,
+    Count,
+    CountOrZero,
+    Fraction,
+    LoggingConfig,
+    NonNegative,
+    OptimizerConfig,
+    Section,
+    TrackingConfig,
+)
+
+
+class FinetuneDataConfig(Section):
+    """Shard sets, or folders with a subfolder for each class."""
+
+    train: Path | list[Path]
+    validation: Path
+    num_workers: CountOrZero = 4
+    labels_per_class: Count | None = Field(None, description="train on so many samples of each class, drawn by seed")
+
+
+class FinetuneScheduleConfig(Section):
+    """Linear warm-up, then cosine decay to zero."""
+
+    epochs: Count = 10
+    warmup_epochs: NonNegative = 0.0
+
+
+class FinetuneEngineConfig(Section):
+    """How Accelerate runs a step. Gradient accumulation is derived: global / (micro x ranks)."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    global_batch_size: Count = 256
+    micro_batch_size: Count = Field(64, description="images that one rank takes through the model at a time, at most")
+    gradient_clipping: NonNegative = Field(1.0, description="largest norm of the gradient, 0 is off")
+
+
+class FinetuneEvaluationConfig(Section):
+    """When the validation set is gone through: every so many epochs and at the end."""
+
+    every_epochs: Count = 1
+
+
+class FinetuneConfig(Section):
+    """A fine-tuning run."""
+
+    run_dir: Path
+    model: Path = Field(description="a Hugging Face folder")
+    from_scratch: bool = Field(False, description="take the folder's architecture but not its weights, as a baseline")
+    freeze_backbone: bool = Field(False, description="train the new head alone")
+    overwrite: bool = Field(False, description="replace the model that an earlier run left in run_dir")
+    seed: CountOrZero = 0
+    label_smoothing: Fraction = 0.0
+    data: FinetuneDataConfig
+    augment: AugmentConfig = AugmentConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: FinetuneScheduleConfig = FinetuneScheduleConfig()
+    engine: FinetuneEngineConfig = FinetuneEngineConfig()
+    evaluation: FinetuneEvaluationConfig = FinetuneEvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    tracking: TrackingConfig = TrackingConfig()

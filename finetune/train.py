@@ -1,0 +1,279 @@
+"""The fine-tuning loop: a Hugging Face folder in, a better one out, with Accelerate on any number of ranks."""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from finetune.backbone import ModelError, Preprocessor, load_preprocessor, new_classifier, save_folder
+from finetune.config import FinetuneConfig
+from finetune.metrics import evaluate
+from pretrain import UserError, distributed
+from pretrain.configfile import CommandLine, exit_with_mistake, flatten
+from pretrain.data.augment import TrainView, augment, mix_neighbours, neighbours
+from pretrain.data.index import DataError
+from pretrain.data.loader import Batch, training_batches
+from pretrain.data.order import random_bits
+from pretrain.data.samples import FewLabels, Samples, open_samples
+from pretrain.optimizer import build_adamw
+from pretrain.schedules import learning_rate_at
+from pretrain.tracking.progress import ProgressLine
+from pretrain.tracking.tracker import Tracker, git_commit
+
+MODEL_FOLDER = "model"
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-classification
+tags: [vision, tessera]
+---
+
+# {name}
+
+{origin} `{model}`, fine-tuned with Tessera on {samples} images of {classes} classes.
+Top-1 on {count} validation images: {top1:.4f} (epoch {epoch} of {epochs}, the best).
+"""
+
+
+@dataclass
+class Run:
+    """Everything the loop holds."""
+
+    config: FinetuneConfig
+    accelerator: Accelerator
+    model: Any
+    optimizer: Any
+    preprocessor: Preprocessor
+    training: Samples
+    validation: Samples
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return sum(self.training.shard_sizes)
+
+    def steps_after(self, epochs: float) -> int:
+        """Return how many optimizer steps it takes to have seen every sample so many times."""
+        return math.ceil(epochs * self.num_samples / self.config.engine.global_batch_size)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best model so far."""
+
+    top1: float
+    epoch: int
+
+
+def main(command: CommandLine[FinetuneConfig]) -> int:
+    """Fine-tune as the command line asks; return the exit code."""
+    if command.resume:
+        exit_with_mistake("--resume: fine-tuning starts over; it is short, and its best model is kept as it goes")
+    try:
+        run = build_run(command.config)
+    except UserError as error:
+        exit_with_mistake(str(error))
+    with open_tracker(run, command.text) as tracker:
+        best = train(run, tracker)
+        tracker.tag(model_folder=str((command.config.run_dir / MODEL_FOLDER).resolve()))
+        tracker.status = "FINISHED"
+    if distributed.is_main():
+        print(f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {command.config.run_dir / MODEL_FOLDER}")
+    run.accelerator.end_training()
+    return 0
+
+
+def build_run(config: FinetuneConfig) -> Run:
+    """Open the data, put a new head on the folder's backbone, hand both to Accelerate."""
+    if (config.run_dir / MODEL_FOLDER).exists() and not config.overwrite:
+        raise ModelError(
+            f"{config.run_dir / MODEL_FOLDER}: holds a fine-tuned model already; "
+            "choose another run_dir or set overwrite=true"
+        )
+    training, validation = open_samples(config.data.train), open_samples(config.data.validation)
+    if validation.class_names != training.class_names:
+        raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
+    if config.data.labels_per_class:
+        training = FewLabels(training, config.data.labels_per_class, config.seed)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.engine.precision == "bf16" else "no"
+    )
+    if config.engine.global_batch_size % accelerator.num_processes:
+        raise DataError(
+            f"engine.global_batch_size: {config.engine.global_batch_size} images cannot be shared evenly by "
+            f"{accelerator.num_processes} ranks"
+        )
+    torch.manual_seed(config.seed)
+    model = new_classifier(
+        config.model, training.class_names, from_scratch=config.from_scratch, freeze_backbone=config.freeze_backbone
+    )
+    model, optimizer = accelerator.prepare(model, build_adamw(model, config.optimizer))
+    preprocessor = load_preprocessor(config.model)
+    return Run(config, accelerator, model, optimizer, preprocessor, training, validation)
+
+
+def train(run: Run, tracker: Tracker) -> Best:
+    """Train to the last epoch; keep the model of the best evaluation."""
+    config, accelerator = run.config, run.accelerator
+    total_steps = run.steps_after(config.schedule.epochs)
+    evaluations = {
+        run.steps_after(epoch): epoch
+        for epoch in range(1, config.schedule.epochs + 1)
+        if epoch % config.evaluation.every_epochs == 0 or epoch == config.schedule.epochs
+    }
+    progress = ProgressLine(total_steps, 0, enabled=distributed.is_main())
+    progress.note(
+        f"{run.num_samples} training and {sum(run.validation.shard_sizes)} validation images, "
+        f"{len(run.training.class_names)} classes, {accelerator.num_processes} x {accelerator.device.type}, "
+        f"{total_steps} steps"
+    )
+    batches, waiting = _batches(run, total_steps), 0.0
+    best: Best | None = None
+    losses: list[Tensor] = []
+    norm = torch.zeros((), device=accelerator.device)
+    started = time.perf_counter()
+    _set_training_mode(run)
+    for step in range(1, total_steps + 1):
+        learning_rate = learning_rate_at(
+            step - 1,
+            peak=config.optimizer.learning_rate,
+            final=0.0,
+            warmup_steps=min(run.steps_after(config.schedule.warmup_epochs), total_steps - 1),
+            total_steps=total_steps,
+        )
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate
+        torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))  # for dropout
+        micro_batches, seconds = next(batches)
+        waiting += seconds
+        for i, batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
+                loss = _loss(run, {name: value.to(accelerator.device) for name, value in batch.items()})
+                accelerator.backward(loss / len(micro_batches))
+            losses.append(loss.detach())
+        norm = accelerator.clip_grad_norm_(run.model.parameters(), config.engine.gradient_clipping or math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+        if step % config.logging.every_steps == 0 or step == total_steps:
+            elapsed = time.perf_counter() - started
+            mean = distributed.sum_over_ranks(torch.stack(losses).mean()) / accelerator.num_processes
+            images = len(losses) / len(micro_batches) * config.engine.global_batch_size
+            row = {
+                "train/loss": float(mean),
+                "optim/grad_norm": float(norm),
+                "speed/images_per_second": images / elapsed,
+                "data/wait_fraction": waiting / elapsed,
+                "data/samples": step * config.engine.global_batch_size,
+                "optim/learning_rate": learning_rate,
+            }
+            tracker.log(row, step)
+            progress.show(row, step)
+            losses, waiting, started = [], 0.0, time.perf_counter()
+        if step in evaluations:
+            best = _evaluate(run, tracker, progress, step, evaluations[step], best)
+            started = time.perf_counter()
+    assert best is not None
+    return best
+
+
+def open_tracker(run: Run, config_text: str, enabled: bool = True) -> Tracker:
+    """Start tracking on the main rank."""
+    return Tracker(
+        run.config.run_dir,
+        uri=run.config.tracking.uri,
+        experiment=run.config.tracking.experiment,
+        config_text=config_text,
+        params=flatten(run.config),
+        tags={"stage": "finetune", "git_commit": git_commit(), "data_digest": run.training.digest},
+        enabled=enabled and distributed.is_main(),
+    )
+
+
+def _loss(run: Run, batch: Batch) -> Tensor:
+    """Cross-entropy of a batch, augmented by its draws."""
+    images = augment(batch, run.preprocessor.mean, run.preprocessor.std)
+    labels, smoothing = batch["label"], run.config.label_smoothing
+    if not run.config.augment.mixes:
+        return F.cross_entropy(run.model(pixel_values=images).logits.float(), labels, label_smoothing=smoothing)
+    images, own_share = mix_neighbours(images, batch)
+    logits = run.model(pixel_values=images).logits.float()
+    own, other = (
+        F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
+        for target in (labels, neighbours(labels))
+    )
+    return torch.lerp(other, own, own_share).mean()
+
+
+def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Batch], float]]:
+    """Yield each step's micro-batches of this rank, with the seconds spent waiting for them."""
+    config = run.config
+    share = config.engine.global_batch_size // run.accelerator.num_processes
+    # The largest size within the limit that divides this rank's share, so that accumulation is even.
+    micro_batch_size = max(size for size in range(1, config.engine.micro_batch_size + 1) if share % size == 0)
+    batches = training_batches(
+        run.training,
+        TrainView(config.augment, run.preprocessor.image_size),
+        seed=config.seed,
+        window=len(run.training.shard_sizes),
+        start=0,
+        stop=total_steps * config.engine.global_batch_size,
+        global_batch_size=config.engine.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=distributed.rank(),
+        world_size=run.accelerator.num_processes,
+        num_workers=config.data.num_workers,
+    )
+    while True:
+        start = time.perf_counter()
+        micro_batches = [next(batches) for _ in range(share // micro_batch_size)]
+        yield micro_batches, time.perf_counter() - start
+
+
+def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epoch: int, best: Best | None) -> Best:
+    """Measure; keep the model if it is the best so far."""
+    config = run.config
+    model = run.accelerator.unwrap_model(run.model)
+    measured = evaluate(
+        model,
+        run.validation,
+        run.preprocessor,
+        batch_size=config.engine.micro_batch_size,
+        num_workers=config.data.num_workers,
+        device=run.accelerator.device,
+    )
+    _set_training_mode(run)
+    tracker.log({"validation/loss": measured["loss"], "validation/top1": measured["top1"], "train/epoch": epoch}, step)
+    progress.note(f"epoch {epoch}  validation loss {measured['loss']:.4f}  top-1 {measured['top1']:.4f}")
+    if best is not None and measured["top1"] <= best.top1:
+        return best
+    if distributed.is_main():
+        card = CARD.format(
+            name=config.run_dir.name,
+            origin="The architecture of" if config.from_scratch else "The backbone of",
+            model=config.model,
+            samples=run.num_samples,
+            classes=len(run.training.class_names),
+            count=int(measured["count"]),
+            top1=measured["top1"],
+            epoch=epoch,
+            epochs=config.schedule.epochs,
+        )
+        save_folder(model, run.preprocessor, card, config.run_dir / MODEL_FOLDER)
+    distributed.wait_for_all()
+    return Best(measured["top1"], epoch)
+
+
+def _set_training_mode(run: Run) -> None:
+    """Put the model into training mode; a frozen backbone stays as it is in use, dropout and all."""
+    run.model.train()
+    if run.config.freeze_backbone:
+        run.accelerator.unwrap_model(run.model).base_model.eval()

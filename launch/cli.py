@@ -1,0 +1,184 @@
+"""The `tessera` command: one verb, one function.
+
+Stages are imported when their verb runs, so that `--help` and a user's mistakes don't wait for torch.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pretrain import UserError
+from pretrain.configfile import EXIT_MISTAKE
+
+UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+app = typer.Typer(
+    help="Pretrain Vision Transformers on your images, export them to Hugging Face, fine-tune them.\n\n"
+    "Training itself is started by a launcher: deepspeed launch/pretrain.py --help",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+shards = typer.Typer(help="Make and index shards: WebDataset tars that are read in any order.", no_args_is_help=True)
+app.add_typer(shards, name="shards")
+
+
+@shards.command("make")
+def shards_make(
+    source: Annotated[str, typer.Argument(help="A folder with a subfolder for each class, or `digits`.")],
+    out: Annotated[Path, typer.Argument(help="A new folder; gets train/ and validation/.")],
+    validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of each class held out.")] = 0.1,
+    shard_size: Annotated[str, typer.Option(help="Bytes of a shard, with kB, MB or GB.")] = "256MB",
+    classes: Annotated[str | None, typer.Option(help="Only these classes, separated by commas.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split and of the order in the shards.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used; all is listed.")] = False,
+) -> None:
+    """Write images as shards with an index, split into train/ and validation/.
+
+    The same source, seed and size give the same bytes.
+
+    Example: tessera shards make photos/ shards/photos
+    """
+    shard_bytes = parse_size(shard_size)
+    sources, making = stage("pretrain.data.sources"), stage("pretrain.data.shards")
+    with mistakes():
+        listed = sources.list_source(source)
+        if classes is not None:
+            listed = sources.keep_classes(listed, [name.strip() for name in classes.split(",")])
+        for remark in listed.remarks:
+            print(remark)
+        with progress_bar("writing shards", len(listed.images), "images") as advance:
+            made = making.make_shards(
+                listed,
+                out,
+                validation=validation,
+                shard_bytes=shard_bytes,
+                seed=seed,
+                skip_bad=skip_bad,
+                progress=advance,
+            )
+    for line in [*(listed.faults if skip_bad else []), *made.left_out]:
+        print(f"left out: {line}")
+    for name, info in made.splits.items():
+        print(f"{out / name}: {describe(info)}")
+
+
+@shards.command("index")
+def shards_index(
+    folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars: one split.")],
+    class_names: Annotated[Path | None, typer.Option(help="A file with a class name a line, in label order.")] = None,
+    label_key: Annotated[str, typer.Option(help="Key of the label in .json where there is no .cls.")] = "label",
+) -> None:
+    """Index tars that someone else wrote, and prove that each is whole.
+
+    Example: tessera shards index /data/imagenet/train --class-names classes.txt
+    """
+    index_module, scan = stage("pretrain.data.index"), stage("pretrain.data.scan")
+    with mistakes():
+        tars = sorted(folder.glob("*.tar"))
+        if not tars:
+            raise index_module.DataError(f"{folder}: has no .tar files")
+        names = read_class_names(class_names, index_module.DataError) if class_names else None
+        with progress_bar("indexing", sum(tar.stat().st_size for tar in tars), "bytes") as advance:
+            scanned = scan.index_shards(tars, names, label_key, advance)
+    for remark in scanned.remarks:
+        print(remark)
+    print(f"{folder}: {describe(scanned.info)}")
+
+
+@app.command("export")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints/step-*.")],
+    out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Turn a checkpoint into a Hugging Face folder that is proved to give the same numbers.
+
+    Example: tessera export runs/quickstart runs/quickstart/export
+    """
+    with mistakes():
+        proof = stage("pretrain.export.folder").export(run, out, overwrite)
+    print(f"{out}: loads strictly with transformers; logits differ by at most {proof.logits:.1e}")
+
+
+@app.command("predict")
+def predict(
+    folder: Annotated[Path, typer.Argument(help="A fine-tuned or exported Hugging Face folder.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to print for each image.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
+) -> None:
+    """Print the likeliest classes of images, with their probabilities.
+
+    Example: tessera predict runs/quickstart-finetune/model cat.jpg dog.png
+    """
+    with mistakes():
+        for prediction in stage("finetune.predict").predict(folder, images, top_k):
+            if as_json:
+                classes = [{"class": name, "probability": value} for name, value in prediction.classes]
+                print(json.dumps({"image": str(prediction.path), "classes": classes}))
+            else:
+                print(f"{prediction.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in prediction.classes))
+
+
+def main() -> None:
+    """Run the command that the user typed."""
+    app()
+
+
+def stage(module: str) -> Any:
+    """Import the part of Tessera that a verb needs."""
+    return importlib.import_module(module)
+
+
+@contextmanager
+def mistakes() -> Iterator[None]:
+    """Answer a user's mistake with its sentence and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(EXIT_MISTAKE) from None
+
+
+@contextmanager
+def progress_bar(label: str, total: int, unit: str) -> Iterator[Any]:
+    """Show how far a long piece of work is and when it will end; nothing where nobody looks."""
+    rich = stage("rich.progress")
+    speed = rich.TransferSpeedColumn() if unit == "bytes" else rich.MofNCompleteColumn()
+    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), speed, rich.TimeRemainingColumn())
+    with rich.Progress(*columns, console=stage("rich.console").Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as 256MB; a plain number is bytes."""
+    for unit, factor in UNITS.items():
+        if text.endswith(unit) and text.removesuffix(unit).isdigit():
+            return int(text.removesuffix(unit)) * factor
+    if text.isdigit():
+        return int(text)
+    raise typer.BadParameter(f"expected a size such as 256MB, got {text!r}", param_hint="--shard-size")
+
+
+def read_class_names(path: Path, error: type[Exception]) -> list[str]:
+    """Read a class name from each line."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from None
+
+
+def describe(info: Any) -> str:
+    """Sum up a split in a line."""
+    return (
+        f"{info.num_samples} images in {len(info.class_names)} classes, {len(info.shards)} "
+        f"{'shard' if len(info.shards) == 1 else 'shards'}, {info.num_bytes / 1e6:.1f} MB"
+    )
