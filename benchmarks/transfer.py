@@ -17,9 +17,6 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
 from finetune.config import FinetuneConfig
 from finetune.train import build_run, open_tracker, train
 from pretrain.configfile import load_config
@@ -27,6 +24,7 @@ from pretrain.data.shards import make_shards
 from pretrain.data.sources import keep_classes, list_source
 from pretrain.export.folder import export
 
+ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 TWINS = ("pretrained", "from scratch")
 
@@ -61,7 +59,7 @@ def finetune(
     folder: Path, model: Path, seed: int, labels: int, twin: str, learning_rate: float, more: list[str]
 ) -> float:
     """Fine-tune by the quickstart's recipe; return the last epoch's top-1, not the best, which would peek."""
-    run_dir = folder / "finetune"
+    run_dir = folder / "finetune-run"
     shutil.rmtree(run_dir, ignore_errors=True)
     overrides = [
         f"run_dir={run_dir}",
@@ -104,8 +102,9 @@ def main() -> None:
                 for twin in TWINS:
                     for rate in LEARNING_RATES:
                         top1 = finetune(folder, model, seed, labels, twin, rate, arguments.finetune)
-                        results.append(dict(seed=seed, labels=labels, twin=twin, learning_rate=rate, top1=top1))
-                        print(f"[{time.time() - started:.0f} s] {results[-1]}", file=sys.stderr, flush=True)
+                        row = {"seed": seed, "labels": labels, "twin": twin, "learning_rate": rate, "top1": top1}
+                        results.append(row)
+                        print(f"[{time.time() - started:.0f} s] {row}", file=sys.stderr, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
     print("| labels a class | " + " | ".join(TWINS) + " | gain |\n|---|---|---|---|")

@@ -44,6 +44,7 @@ def start_distributed() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(distributed.local_rank())
     elif not dist.is_initialized():
+        _share_cores()
         _skip_shared_memory_build()
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
@@ -115,6 +116,13 @@ def gradient_norm(engine: Engine) -> Tensor:
     """Return the norm of the last step's whole gradient, before clipping; NaN where the engine kept none."""
     norm = engine.get_global_grad_norm()
     return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=engine.device)
+
+
+def _share_cores() -> None:
+    """Give each rank of a machine its share of the cores, unless the user or the launcher has."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def _skip_shared_memory_build() -> None:

@@ -55,6 +55,8 @@ def open_samples(paths: Path | list[Path]) -> Samples:
 
 
 def _open_folder(folder: Path) -> "FolderSet":
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE}, or with a subfolder a class")
     if list(folder.glob("*.tar")):
         raise DataError(f"{folder}: tars without a {DATASET_FILE}; run `tessera shards index {folder}` first")
     if (folder / "train" / DATASET_FILE).exists():
