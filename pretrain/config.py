@@ -225,7 +225,7 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow keeps runs. Without a uri: SQLite beside the run folder, no server needed."""
 
-    uri: str | None = None
+    uri: str | None = Field(None, description="of an MLflow server or store; off: metrics.jsonl alone")
     experiment: str = "tessera"
 
 

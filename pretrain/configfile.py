@@ -132,11 +132,11 @@ def load_config(config_class: type[Config], path: Path, overrides: Sequence[str]
     document = _Document(path)
     for override in overrides:
         document.override(override)
-    mistakes = list(document.mistakes)
+    mistakes = document.mistakes
     try:
         config = config_class.model_validate_json(json.dumps(document.values))
     except ValidationError as error:
-        mistakes += document.explain(config_class, error)
+        mistakes = document.explain(config_class, error)
     if mistakes:
         raise ConfigError("\n".join(str(mistake) for mistake in mistakes))
     return Loaded(config, "".join(f"{line}\n" for line in _text(config, document.places)))
@@ -246,8 +246,8 @@ class _Document:
         return values
 
     def explain(self, config_class: type[Section], error: ValidationError) -> list[Mistake]:
-        """Turn pydantic's errors into mistakes, one for each key."""
-        found: dict[Key, Mistake] = {}
+        """Return all mistakes, those of reading and pydantic's, one for each key."""
+        found = {mistake.key: mistake for mistake in self.mistakes}
         self._explain(config_class, error, found)
         # Pydantic judges combinations only in sections without other errors: look again without what is wrong.
         for key in [key for key in found if key in self.places]:
@@ -256,7 +256,7 @@ class _Document:
             config_class.model_validate_json(json.dumps(self.values))
         except ValidationError as second:
             self._explain(config_class, second, found)
-        return list(found.values())
+        return [mistake for mistake in self.mistakes if not mistake.key] + [found[key] for key in found if key]
 
     def _explain(self, config_class: type[Section], error: ValidationError, found: dict[Key, Mistake]) -> None:
         for detail in error.errors(include_url=False):
@@ -293,6 +293,8 @@ def _sentence(error: ErrorDetails, key: Key, config_class: type[Section]) -> str
             return str(context["sentence"])
         case "extra_forbidden":
             return f"unknown key{_suggestion(key, config_class)}"
+        case "missing" if isinstance(error["loc"][-1], int):
+            return f"expected more values, got {got}"
         case "missing":
             return "missing, and it has no default"
         case "literal_error":

@@ -3,6 +3,7 @@
 So a slow, dead or missing MLflow costs training nothing, and nothing of it is imported here.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class Tracker:
 
         Args:
             run_dir: the run's folder.
-            uri: of the MLflow store; None for SQLite beside the run folder.
+            uri: of the MLflow store; None for SQLite beside the run folder, "off" for no MLflow.
             experiment: MLflow's name for runs that belong together.
             config_text: the resolved config, saved beside the metrics.
             params: the config's values by dotted key, for MLflow.
@@ -57,13 +58,7 @@ class Tracker:
         rows = [row for row in read_rows(path) if row["step"] <= resume_step]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
-        self.sink = subprocess.Popen(
-            [sys.executable, "-m", SINK, str(run_dir.resolve()), uri or default_uri(run_dir), experiment],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the training process; the sink ends when its input does
-        )
+        self.sink = None if uri == "off" else _start_sink(run_dir, uri or default_uri(run_dir), experiment)
         self._tell("params", {name: str(value) for name, value in params.items()})
         self._tell("tags", dict(tags))
 
@@ -85,11 +80,11 @@ class Tracker:
             return
         self.file.close()
         self._tell("status", {"status": self.status})
+        if self.sink is None:
+            return
         try:
-            if self.sink.stdin:
-                self.sink.stdin.close()
-            self.sink.wait(timeout_seconds)
-        except (subprocess.TimeoutExpired, BrokenPipeError):
+            self.sink.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
             print(f"MLflow did not keep up; every row is in {self.file.name}", file=sys.stderr)
             self.sink.kill()
 
@@ -101,12 +96,17 @@ class Tracker:
 
     def _tell(self, what: str, content: dict[str, str]) -> None:
         """Send the sink a message; a sink that died has said why itself, and the rows are safe."""
-        try:
-            if self.sink.stdin:
-                self.sink.stdin.write(json.dumps({what: content}) + "\n")
-                self.sink.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass
+        if self.sink is None or self.sink.stdin is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            self.sink.stdin.write(json.dumps({what: content}) + "\n")
+            self.sink.stdin.flush()
+
+
+def _start_sink(run_dir: Path, uri: str, experiment: str) -> "subprocess.Popen[str]":
+    """Start the process that feeds MLflow; Ctrl-C is not for it, it ends when its input does."""
+    command = [sys.executable, "-m", SINK, str(run_dir.resolve()), uri, experiment]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def read_rows(path: Path) -> list[Row]:

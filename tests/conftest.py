@@ -1,0 +1,46 @@
+"""What many tests need: no GPU, no network, shards of the digits, a tiny recipe, a shell."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pretrain.data.shards import make_shards
+from pretrain.data.sources import keep_classes, list_source
+from tests.launching import TINY, Shell
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """A shell in a foreign directory."""
+    return Shell(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the digits 0 to 2: 8 or more small ones, and a validation split that no batch size divides."""
+    out = tmp_path_factory.mktemp("data") / "digits"
+    source = keep_classes(list_source("digits"), ["0", "1", "2"])
+    make_shards(source, out, validation=0.1, shard_bytes=50_000, seed=0, skip_bad=False)
+    return out
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, digits: Path) -> Path:
+    """A pretraining recipe of seconds, its run folder beside it."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(run_dir=tmp_path / "runs" / "tiny", shards=digits))
+    return path
+
+
+@pytest.fixture
+def tool() -> Callable[[str], str]:
+    """Find a command of this environment."""
+    return lambda name: str(Path(sys.executable).parent / name)

@@ -1,0 +1,68 @@
+"""A tiny recipe, and commands that always end."""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = """
+run_dir: {run_dir}
+seed: 3
+data: {{train: {shards}/train, validation: {shards}/validation, num_workers: 1, shuffle_window: 4}}
+preprocessing: {{image_mean: [0.5, 0.5, 0.5], image_std: [0.5, 0.5, 0.5]}}
+model: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, mlp_ratio: 2, patch_size: 8, image_size: 32}}
+objective: {{label_smoothing: 0.1, augment: {{crop_scale: [0.5, 1.0], brightness: 0.2, mixup: 0.8, cutmix: 1.0}}}}
+optimizer: {{learning_rate: 1e-3}}
+schedule: {{total_steps: 8, warmup_steps: 2}}
+engine: {{zero_stage: 2, precision: fp32, global_batch_size: 16, micro_batch_size: 4}}
+logging: {{every_steps: 1}}
+checkpoint: {{every_steps: 4, keep_last: 9}}
+tracking: {{experiment: tests}}
+"""
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs commands from a folder that is not the project's; each ends within its timeout, with all it started."""
+
+    folder: Path
+
+    def __call__(self, command: Sequence[str | Path], timeout: float = 180, **env: str) -> "Finished":
+        process = self.start(command, **env)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            end(process)
+        return Finished(process.returncode, out, err)
+
+    def start(self, command: Sequence[str | Path], **env: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [str(part) for part in command],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONWARNINGS": "ignore", **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+def end(process: "subprocess.Popen[str]") -> None:
+    """End a process and all of its group, whatever they do."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,94 @@
+"""What counts as a checkpoint, and which run may continue it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint.manifest import CheckpointError, Manifest, find_checkpoint, list_checkpoints
+from pretrain.checkpoint.restore import restore
+
+MANIFEST = Manifest(
+    step=4,
+    samples=64,
+    world_size=2,
+    data_digest="abc",
+    class_names=["cat", "dog"],
+    config={
+        "seed": 0,
+        "model": {"hidden_size": 32},
+        "engine": {"zero_stage": 2, "precision": "fp32", "global_batch_size": 16},
+        "schedule": {"total_steps": 8},
+    },
+    git_commit=None,
+)
+
+
+def saved(folder: Path, step: int = 4) -> Path:
+    path = folder / "checkpoints" / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    MANIFEST.save(path)
+    return path
+
+
+def test_only_whole_checkpoints_are_listed(tmp_path: Path) -> None:
+    for step in (20, 4):
+        saved(tmp_path, step)
+    (tmp_path / "checkpoints" / "step-00000030").mkdir()  # no manifest
+    partial = saved(tmp_path, 40)
+    partial.rename(partial.with_name(partial.name + ".partial"))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000020"]
+    assert find_checkpoint(tmp_path).name == "step-00000020"
+    assert find_checkpoint(tmp_path / "checkpoints" / "step-00000004").name == "step-00000004"
+    with pytest.raises(CheckpointError, match="no checkpoint here; expected a run folder"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_manifest_reads_back_or_says_what_is_wrong(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    assert Manifest.load(path) == MANIFEST
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text[: len(text) // 2])
+    with pytest.raises(CheckpointError, match="damaged"):
+        Manifest.load(path)
+    (path / "manifest.json").write_text(text.replace('"version": 1', '"version": 7'))
+    with pytest.raises(CheckpointError, match="another version"):
+        Manifest.load(path)
+    with pytest.raises(CheckpointError, match=r"is no checkpoint, it has no manifest.json"):
+        Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "sentence"),
+    [
+        ("model", {"hidden_size": 64}, "model.hidden_size was 32, is 64"),
+        ("engine", {"global_batch_size": 32}, "engine.global_batch_size was 16, is 32"),
+        ("engine", {"zero_stage": 3}, "engine.zero_stage was 2, is 3"),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, section: str, change: dict[str, int], sentence: str) -> None:
+    config = {**MANIFEST.config, section: {**MANIFEST.config[section], **change}}
+    with pytest.raises(CheckpointError) as caught:
+        restore(None, saved(tmp_path), replace(MANIFEST, config=config))
+    assert caught.value.args[0].splitlines()[1:] == [
+        f"  {sentence}",
+        "restore these, or choose another run_dir",
+    ]
+
+
+def test_every_difference_is_listed_at_once(tmp_path: Path) -> None:
+    other = replace(MANIFEST, world_size=4, data_digest="xyz", config={**MANIFEST.config, "seed": 1})
+    with pytest.raises(CheckpointError) as caught:
+        restore(None, saved(tmp_path), other)
+    assert caught.value.args[0].splitlines()[1:-1] == [
+        "  seed was 0, is 1",
+        "  it ran on 2 ranks, this run has 4",
+        "  the training data changed (its digest differs)",
+    ]
+
+
+def test_what_may_change_does(tmp_path: Path) -> None:
+    """A longer schedule passes the comparison: the engine is asked to load, and here there is none."""
+    longer = replace(MANIFEST, config={**MANIFEST.config, "schedule": {"total_steps": 99}})
+    with pytest.raises(AttributeError, match="load_checkpoint"):
+        restore(None, saved(tmp_path), longer)

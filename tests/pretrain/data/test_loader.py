@@ -1,0 +1,147 @@
+"""Batches: the same samples and pixels for any number of ranks and workers, from any place on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import AugmentConfig
+from pretrain.data.augment import EvalView, TrainView
+from pretrain.data.index import DataError
+from pretrain.data.loader import Batch, evaluation_batches, training_batches
+from pretrain.data.samples import FewLabels, Samples, open_samples
+
+VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, cutmix=1.0, erasing=0.3), 16)
+GLOBAL_BATCH = 24
+
+
+def batches(samples: Samples, **changes: Any) -> Iterator[Batch]:
+    settings: dict[str, Any] = {
+        "seed": 0,
+        "window": 3,
+        "start": 0,
+        "stop": 20 * GLOBAL_BATCH,
+        "global_batch_size": GLOBAL_BATCH,
+        "micro_batch_size": 2,
+        "rank": 0,
+        "world_size": 1,
+        "num_workers": 0,
+    }
+    return training_batches(samples, VIEW, **(settings | changes))
+
+
+def by_position(batches: Iterator[Batch]) -> dict[int, tuple[int, bytes]]:
+    """Label and every pixel and draw of each position."""
+    seen = {}
+    for batch in batches:
+        for i, position in enumerate(batch["position"].tolist()):
+            assert position not in seen
+            content = b"".join(batch[name][i].numpy().tobytes() for name in sorted(batch) if name != "position")
+            seen[position] = (int(batch["label"][i]), content)
+    return seen
+
+
+@pytest.mark.parametrize(("world_size", "num_workers", "micro"), [(2, 0, 6), (3, 2, 4), (4, 1, 2)])
+def test_pixels_are_the_same_on_any_topology(digits: Path, world_size: int, num_workers: int, micro: int) -> None:
+    samples = open_samples(digits / "train")
+    alone = by_position(batches(samples))
+    together: dict[int, tuple[int, bytes]] = {}
+    for rank in range(world_size):
+        mine = by_position(
+            batches(samples, rank=rank, world_size=world_size, num_workers=num_workers, micro_batch_size=micro)
+        )
+        assert not mine.keys() & together.keys()
+        together |= mine
+    assert together == alone
+    assert sorted(alone) == list(range(20 * GLOBAL_BATCH))
+
+
+def test_a_run_continues_from_any_place(digits: Path) -> None:
+    samples = open_samples(digits / "train")
+    whole = by_position(batches(samples))
+    start = 13 * GLOBAL_BATCH
+    assert by_position(batches(samples, start=start)) == {p: seen for p, seen in whole.items() if p >= start}
+
+
+def test_the_second_epoch_has_the_same_samples_but_not_the_same_pixels(digits: Path) -> None:
+    samples = open_samples(digits / "validation")
+    count = sum(samples.shard_sizes)
+    seen = by_position(batches(samples, stop=2 * count, global_batch_size=count, micro_batch_size=count))
+    labels = [seen[p][0] for p in range(2 * count)]
+    assert sorted(labels[:count]) == sorted(labels[count:])
+    assert not {seen[p][1] for p in range(count)} & {seen[p][1] for p in range(count, 2 * count)}
+
+
+@pytest.mark.parametrize(("world_size", "batch_size", "workers"), [(1, 7, 0), (2, 5, 1), (3, 64, 0), (5, 4, 0)])
+def test_evaluation_counts_every_sample_once(digits: Path, world_size: int, batch_size: int, workers: int) -> None:
+    samples = open_samples(digits / "validation")
+    positions, counts = [], set()
+    for rank in range(world_size):
+        mine = list(
+            evaluation_batches(
+                samples,
+                EvalView(16),
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                num_workers=workers,
+            )
+        )
+        counts.add(len(mine))
+        for batch in mine:
+            positions += batch["position"][batch["weight"] == 1].tolist()
+            assert len(batch["weight"]) == batch_size
+    assert sorted(positions) == list(range(sum(samples.shard_sizes)))
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_sample_stops_the_loader_by_its_name(digits: Path, tmp_path: Path, num_workers: int) -> None:
+    for path in (digits / "validation").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tar = tmp_path / "shard-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1  # inside of the first image
+    tar.write_bytes(data)
+    samples = open_samples(tmp_path)
+    key = samples._index(tar).key[0]  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=f"sample {key} is damaged: its checksum is off"):
+        by_position(batches(samples, num_workers=num_workers))
+    tar.write_bytes(data[:1000])
+    with pytest.raises(DataError, match="truncated within sample"):
+        by_position(batches(open_samples(tmp_path), num_workers=num_workers))
+
+
+def test_a_missing_shard_is_named(digits: Path, tmp_path: Path) -> None:
+    for path in (digits / "validation").glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match=r"shard-000000.tar: cannot be read: No such file"):
+        open_samples(tmp_path).read(0, 0)
+
+
+def test_few_labels_are_as_many_as_asked(digits: Path) -> None:
+    samples = open_samples(digits / "train")
+    few = FewLabels(samples, 4, seed=1)
+    records = [few.read(0, row) for row in range(few.shard_sizes[0])]
+    assert sorted(record.label for record in records) == [0] * 4 + [1] * 4 + [2] * 4
+    assert [record.label for record in records] == list(few.labels(0))
+    assert len({record.key for record in records}) == 12
+    assert {r.key for r in records} != {FewLabels(samples, 4, seed=2).read(0, row).key for row in range(12)}
+    with pytest.raises(DataError, match="class 0 has 160 samples, 999 labels a class were asked for"):
+        FewLabels(samples, 999, seed=0)
+
+
+def test_several_sets_are_one(digits: Path, tmp_path: Path) -> None:
+    both = open_samples([digits / "train", digits / "validation"])
+    assert sum(both.shard_sizes) == 537
+    assert both.read(len(both.shard_sizes) - 1, 0).key == open_samples(digits / "validation").read(-1, 0).key
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(DataError, match="tessera shards make"):
+        open_samples([digits / "train", tmp_path])
+    with pytest.raises(DataError, match="list of paths is empty"):
+        open_samples([])
+    with pytest.raises(DataError, match="holds several splits; name one"):
+        open_samples(digits)
+    with pytest.raises(DataError, match="no such folder; expected one with"):
+        open_samples(tmp_path / "nowhere")

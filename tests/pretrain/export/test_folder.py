@@ -1,0 +1,158 @@
+"""The exported folder: loads offline and strictly, gives the native numbers, and refuses to be anything less."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
+
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
+from pretrain.export.folder import export
+from pretrain.export.proof import NativeClassifier, ProofError, proof_images, prove
+from pretrain.model.vit import ViT
+
+NAMES = ["tabby cat", "dog", "鳥"]
+MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
+
+
+@pytest.fixture(scope="module", params=["learned", "sincos"])
+def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    model = MODEL.model_copy(update={"position_embedding": request.param})
+    config = PretrainConfig(
+        run_dir=folder,
+        data=DataConfig(train=folder),
+        model=model,
+        preprocessing=PreprocessingConfig(resize_ratio=1.25),
+        schedule=ScheduleConfig(total_steps=9),
+    )
+    checkpoint = folder / "checkpoints" / "step-00000009"
+    checkpoint.mkdir(parents=True)
+    torch.manual_seed(1)
+    weights = {f"encoder.{name}": weight for name, weight in ViT(model).state_dict().items()}
+    weights |= {"classifier.weight": torch.randn(3, 48), "classifier.bias": torch.randn(3)}
+    weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
+    save_file(weights, checkpoint / "model.safetensors")
+    Manifest(9, 99, 1, "digest", NAMES, json.loads(config.model_dump_json()), "commit").save(checkpoint)
+    return folder
+
+
+def native(run_dir: Path) -> NativeClassifier:
+    checkpoint = run_dir / "checkpoints" / "step-00000009"
+    config = PretrainConfig.model_validate_json(json.dumps(Manifest.load(checkpoint).config))
+    weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
+    return NativeClassifier(config.model, config.preprocessing, weights)
+
+
+@pytest.fixture(scope="module")
+def folder(run_dir: Path) -> Path:
+    out = run_dir / "export"
+    proof = export(run_dir, out)
+    assert proof.logits <= 1e-5
+    assert proof.pixels == 0.0
+    return out
+
+
+def test_transformers_loads_it_strictly_with_the_same_logits(run_dir: Path, folder: Path) -> None:
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
+    model, report = transformers.AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    assert [model.config.id2label[i] for i in range(3)] == NAMES
+    assert model.config.label2id == {name: i for i, name in enumerate(NAMES)}
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    reference = native(run_dir)
+    for image in [*proof_images(), Image.fromarray(load_sample_image("china.jpg"))]:
+        pixels = processor(image, return_tensors="pt")["pixel_values"]
+        assert torch.equal(pixels, reference.pixels(image))
+        with torch.no_grad():
+            difference = (model(pixels).logits - reference.logits(pixels)).abs().max()
+        assert difference <= 1e-5
+
+
+def test_automodel_is_the_encoder(run_dir: Path, folder: Path) -> None:
+    encoder, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, add_pooling_layer=False)
+    assert not report["missing_keys"]
+    assert not report["mismatched_keys"]
+    assert set(report["unexpected_keys"]) == {"classifier.weight", "classifier.bias"}
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(encoder(pixels).last_hidden_state, native(run_dir).features(pixels), atol=1e-5)
+
+
+def test_the_pipeline_and_the_cards_own_code_work(
+    run_dir: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(load_sample_image("flower.jpg")[:200])
+    image.save(tmp_path / "image.jpg", quality=100)
+    card = (folder / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(snippets) == 2
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets:
+        code = snippet.replace("path/to/this/folder", str(folder))
+        space: dict[str, object] = {}
+        exec(code, space)
+    classify = transformers.pipeline("image-classification", model=str(folder))
+    scores = {row["label"]: row["score"] for row in classify(image)}
+    expected = native(run_dir).logits(native(run_dir).pixels(image)).softmax(dim=1)[0]
+    assert scores == {name: pytest.approx(float(p), abs=1e-5) for name, p in zip(NAMES, expected, strict=True)}
+
+
+def test_names_on_disk_are_those_that_every_version_reads(folder: Path) -> None:
+    """transformers 5 has other names in memory; 4.57 reads these and re-initialises what it does not find."""
+    names = set(safetensors.torch.load_file(folder / "model.safetensors"))
+    layer = "vit.encoder.layer.0."
+    assert {
+        "vit.embeddings.cls_token",
+        "vit.embeddings.position_embeddings",
+        "vit.embeddings.patch_embeddings.projection.weight",
+        f"{layer}attention.attention.query.weight",
+        f"{layer}attention.attention.key.bias",
+        f"{layer}attention.output.dense.weight",
+        f"{layer}intermediate.dense.weight",
+        f"{layer}output.dense.bias",
+        f"{layer}layernorm_before.weight",
+        "vit.layernorm.weight",
+        "classifier.weight",
+    } <= names
+    assert len(names) == 4 + 2 * 16 + 4
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    assert processor["image_processor_type"] == "BitImageProcessor"
+
+
+@pytest.mark.parametrize("damage", ["weight", "missing", "extra", "labels", "resize"])
+def test_the_proof_finds_what_is_wrong(run_dir: Path, folder: Path, tmp_path: Path, damage: str) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    name = "vit.encoder.layer.1.output.dense.weight"
+    if damage == "weight":
+        weights[name][0, 0] += 0.1
+    elif damage == "missing":
+        del weights[name]
+    elif damage == "extra":
+        weights["vit.pooler.dense.weight"] = torch.zeros(48, 48)
+    elif damage == "labels":
+        text = (folder / "config.json").read_text()
+        (tmp_path / "config.json").write_text(text.replace("tabby cat", "lion"))
+    elif damage == "resize":
+        text = (folder / "preprocessor_config.json").read_text()
+        (tmp_path / "preprocessor_config.json").write_text(text.replace('"resample": 3', '"resample": 2'))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProofError):
+        prove(tmp_path, native(run_dir), NAMES)
+
+
+def test_an_export_never_overwrites_by_accident(run_dir: Path, folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="is there already; choose another folder or add --overwrite"):
+        export(run_dir, folder)
+    assert export(run_dir / "checkpoints" / "step-00000009", folder, overwrite=True).logits <= 1e-5

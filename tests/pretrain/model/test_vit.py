@@ -1,0 +1,112 @@
+"""The ViT against transformers' own, with the same weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pretrain.config import ModelConfig
+from pretrain.export.folder import build_hugging_face, to_hugging_face
+from pretrain.model.vit import DropPath, ViT, compile_blocks, patchify, sincos_positions
+
+CONFIG = ModelConfig(
+    hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, patch_size=8, image_size=32
+)
+
+
+class Classifier(nn.Module):
+    def __init__(self, config: ModelConfig, classes: int) -> None:
+        super().__init__()
+        self.encoder = ViT(config)
+        self.classifier = nn.Linear(config.hidden_size, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(self.encoder(images)[:, 0])
+        return logits
+
+
+def perturbed(config: ModelConfig) -> Classifier:
+    """Every weight away from its initial value, so that no norm or bias is one or zero by chance."""
+    torch.manual_seed(0)
+    model = Classifier(config, 5).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"position_embedding": "sincos"}, {"layer_norm_eps": 1e-3}, {"mlp_ratio": 3.0, "intermediate_size": None}],
+)
+def test_logits_and_gradients_equal_transformers(changes: dict[str, object]) -> None:
+    config = CONFIG.model_copy(update=changes)
+    ours = perturbed(config)
+    theirs = build_hugging_face(config, list("abcde"))
+    theirs.load_state_dict(to_hugging_face(ours.state_dict(), config), strict=True)
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
+
+    our_logits, their_logits = ours(images), theirs(images).logits
+    assert torch.allclose(our_logits, their_logits, atol=1e-6)
+    F.cross_entropy(our_logits, labels).backward()
+    F.cross_entropy(their_logits, labels).backward()
+    our_gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    mapped = to_hugging_face(our_gradients, config)
+    assert mapped.keys() == their_gradients.keys() - (
+        {"vit.embeddings.position_embeddings"} if config.position_embedding == "sincos" else set()
+    )
+    for name, gradient in mapped.items():
+        assert torch.allclose(gradient, their_gradients[name], atol=1e-6), name
+
+
+def test_every_parameter_has_a_gradient() -> None:
+    model = perturbed(CONFIG)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_checkpointing_and_compiling_change_nothing() -> None:
+    torch.manual_seed(0)
+    plain = ViT(CONFIG.model_copy(update={"dropout": 0.1, "drop_path": 0.2}))
+    checkpointed = ViT(plain.config, activation_checkpointing=True)
+    checkpointed.load_state_dict(plain.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    gradients = []
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)
+        model(images).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+    compiled = ViT(CONFIG).eval()
+    expected = compiled(images)
+    compile_blocks(compiled)
+    assert torch.allclose(compiled(images), expected, atol=1e-5)
+
+
+def test_patches_are_those_of_a_convolution() -> None:
+    images, weight = torch.randn(2, 3, 24, 32), torch.randn(7, 3, 8, 8)
+    theirs = F.conv2d(images, weight, stride=8).flatten(2).transpose(1, 2)
+    assert torch.allclose(patchify(images, 8) @ weight.flatten(1).T, theirs, atol=1e-4)
+
+
+def test_sincos_positions_are_different_and_know_their_place() -> None:
+    positions = sincos_positions(5, 64)[0]
+    assert positions.shape == (26, 64)
+    assert torch.equal(positions[0], torch.zeros(64))
+    similarity = positions[1:] @ positions[1:].T
+    assert (similarity.argmax(dim=1) == torch.arange(25)).all()
+    grid = similarity[12].reshape(5, 5)  # the middle: the nearer, the more alike, the same in both directions
+    assert torch.allclose(grid, grid.T, atol=1e-4)
+    assert grid[2, 2] > grid[2, 3] > grid[2, 4]
+
+
+def test_drop_path_drops_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    branch = torch.ones(20_000, 2, 3)
+    dropped = DropPath(0.3).train()(branch)
+    assert dropped[:, 0, 0].unique().tolist() == [0.0, pytest.approx(1 / 0.7)]
+    assert (dropped.flatten(1).std(dim=1) == 0).all()
+    assert abs(dropped.mean() - 1) < 0.02  # four standard deviations of the mean are 0.0185
+    assert torch.equal(DropPath(0.3).eval()(branch), branch)

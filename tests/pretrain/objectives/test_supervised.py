@@ -1,0 +1,92 @@
+"""The supervised objective against torch, and by learning something."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from pretrain.config import AugmentConfig, ModelConfig, PreprocessingConfig, SupervisedConfig
+from pretrain.data.augment import neighbours
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+from pretrain.objectives.objective import Objective
+
+MODEL = ModelConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=32
+)
+
+
+def build(classes: int = 10, smoothing: float = 0.0, **augment: float) -> Objective:
+    torch.manual_seed(0)
+    config = SupervisedConfig(label_smoothing=smoothing, augment=AugmentConfig(**augment))  # type: ignore[arg-type]
+    return build_objective(config, ViT(MODEL), classes, PreprocessingConfig())
+
+
+def batch(size: int, classes: int = 10, own_share: float = 1.0) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "image": torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8),
+        "label": torch.arange(size) % classes,
+        "flip": torch.zeros(size),
+        "brightness": torch.ones(size),
+        "contrast": torch.ones(size),
+        "saturation": torch.ones(size),
+        "erase_box": torch.zeros(size, 4),
+        "mix_share": torch.full((size,), 1 - own_share),
+        "cut_box": torch.zeros(size, 4),
+    }
+
+
+def test_the_first_loss_is_the_log_of_the_number_of_classes() -> None:
+    for classes in (2, 10, 1000):
+        loss = build(classes).train()(batch(32, classes))["loss"]
+        assert abs(loss - math.log(classes)) < 0.02 * math.log(classes)
+
+
+def test_label_smoothing_equals_torch() -> None:
+    objective, data = build(smoothing=0.2).train(), batch(8)
+    loss = objective(data)["loss"]
+    plain = build(smoothing=0.0).train()(data)["loss"]
+    uniform = -F.log_softmax(_logits(objective, data), dim=1).mean()
+    assert torch.allclose(loss, 0.8 * plain + 0.2 * uniform, atol=1e-6)
+
+
+def test_mixup_is_the_cross_entropy_with_the_mixed_label() -> None:
+    objective, data = build(mixup=0.8).train(), batch(8, own_share=0.7)
+    own, other = F.one_hot(data["label"], 10), F.one_hot(neighbours(data["label"]), 10)
+    pixels = _normalized(data)
+    logits = objective.logits(0.7 * pixels + 0.3 * neighbours(pixels))  # type: ignore[operator]
+    expected = F.cross_entropy(logits, 0.7 * own + 0.3 * other)
+    assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
+
+
+def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
+    objective, data = build().eval(), batch(8)
+    logits = _logits(objective, data)
+    sums = objective({**data, "weight": torch.tensor([1.0] * 5 + [0.0] * 3)})
+    assert torch.allclose(sums["loss"], F.cross_entropy(logits[:5], data["label"][:5], reduction="sum"), atol=1e-4)
+    assert sums["top1"] == (logits[:5].argmax(1) == data["label"][:5]).sum()
+
+
+def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
+    objective, data = build().train(), batch(20)
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3, weight_decay=0.0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = objective(data)["loss"]
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert all(not torch.equal(before[name], p) for name, p in objective.named_parameters())
+
+
+def _normalized(data: dict[str, torch.Tensor]) -> torch.Tensor:
+    config = PreprocessingConfig()
+    mean, std = torch.tensor(config.image_mean), torch.tensor(config.image_std)
+    return (data["image"] / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def _logits(objective: Objective, data: dict[str, torch.Tensor]) -> torch.Tensor:
+    logits: torch.Tensor = objective.logits(_normalized(data))  # type: ignore[operator]
+    return logits

@@ -1,0 +1,152 @@
+"""Run by every rank of `test_train.py`: many small runs in one launch; the main rank writes what it saw as JSON."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from pretrain import distributed
+from pretrain.checkpoint.manifest import Manifest, list_checkpoints, load_weights
+from pretrain.config import PretrainConfig
+from pretrain.configfile import load_config
+from pretrain.data.loader import training_batches
+from pretrain.data.samples import open_samples
+from pretrain.engine import start_distributed
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+from pretrain.optimizer import build_adamw
+from pretrain.schedules import learning_rate_at
+from pretrain.tracking.tracker import read_rows
+from pretrain.train import Run, StopSignal, build_run, open_tracker, to_device, train
+
+STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
+NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
+OTHERS = {
+    "dropout": NOISY,
+    "dropout3": [*NOISY, "engine.zero_stage=3", "engine.activation_checkpointing=true"],
+    "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],
+    "bf16-stage1": ["engine.precision=bf16", "engine.zero_stage=1"],
+    "bf16-stage3": ["engine.precision=bf16", "engine.zero_stage=3"],
+    "offload": ["engine.offload_optimizer=true"],
+    "unclipped": ["engine.gradient_clipping=0", "engine.zero_stage=0"],
+}
+MIDDLE, LAST = "step-00000004", "step-00000008"
+
+
+def run_to_end(config: PretrainConfig) -> Run:
+    run = build_run(config)
+    with open_tracker(run, "") as tracker:
+        train(run, tracker, StopSignal())
+        tracker.status = "FINISHED"
+    return run
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    """What must be the same whenever a run is repeated: everything but speed."""
+    return [
+        {name: value for name, value in row.items() if not name.startswith(("time", "speed", "data/wait"))}
+        for row in read_rows(run_dir / "metrics.jsonl")
+    ]
+
+
+def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
+    """Train to the end; then again from the checkpoint in the middle."""
+    whole_dir, resumed_dir = folder / name / "whole", folder / name / "resumed"
+    settings = [*overrides, "tracking.uri=off"]
+    run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
+    if distributed.is_main():
+        shutil.copytree(whole_dir / "checkpoints" / MIDDLE, resumed_dir / "checkpoints" / MIDDLE)
+        shutil.copy(whole_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
+    distributed.wait_for_all()
+    run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
+    if not distributed.is_main():
+        return {}
+    weights = [load_weights(path / "checkpoints" / LAST) for path in (whole_dir, resumed_dir)]
+    return {
+        "rows": rows_of(whole_dir),
+        "resumed": rows_of(resumed_dir),
+        "same_weights": all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1]),
+        "finite": all(bool(weight.isfinite().all()) for weight in weights[0].values()),
+    }
+
+
+def torn(recipe: Path, folder: Path) -> list[str]:
+    """Let the second save fail on the main rank just before it would count; return the checkpoints that are left."""
+    config = load_config(PretrainConfig, recipe, [f"run_dir={folder / 'torn'}", "tracking.uri=off"]).config
+    save_manifest = Manifest.save
+
+    def fail_at_the_end(manifest: Manifest, partial: Path) -> None:
+        if manifest.step == config.schedule.total_steps:
+            raise OSError(28, "No space left on device")
+        save_manifest(manifest, partial)
+
+    with mock.patch.object(Manifest, "save", fail_at_the_end), mock.patch("pretrain.checkpoint.save.wait_for_all"):
+        try:
+            run_to_end(config)
+        except OSError as error:
+            assert error.errno == 28
+    distributed.wait_for_all()
+    return [path.name for path in list_checkpoints(config.run_dir)]
+
+
+def reference(recipe: Path) -> list[float]:
+    """The losses of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
+    config = load_config(PretrainConfig, recipe, ["run_dir=unused"]).config
+    training = open_samples(config.data.train)
+    torch.manual_seed(config.seed)
+    encoder = ViT(config.model)
+    objective = build_objective(config.objective, encoder, len(training.class_names), config.preprocessing).train()
+    optimizer = build_adamw(objective, config.optimizer)
+    schedule, batch_size = config.schedule, config.engine.global_batch_size
+    losses = []
+    batches = training_batches(
+        training,
+        objective.train_view(),
+        seed=config.seed,
+        window=config.data.shuffle_window,
+        start=0,
+        stop=schedule.total_steps * batch_size,
+        global_batch_size=batch_size,
+        micro_batch_size=batch_size,
+        rank=0,
+        world_size=1,
+        num_workers=0,
+    )
+    for step, batch in enumerate(batches):
+        rate = learning_rate_at(
+            step,
+            peak=config.optimizer.learning_rate,
+            final=schedule.final_learning_rate,
+            warmup_steps=schedule.warmup_steps,
+            total_steps=schedule.total_steps,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = objective(to_device(batch, torch.device("cpu")))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), config.engine.gradient_clipping or math.inf)
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+def main(recipe: Path, folder: Path) -> None:
+    start_distributed()
+    seen: dict[str, Any] = {}
+    for name, overrides in (STAGES | OTHERS).items():
+        seen[name] = check(recipe, folder, name, overrides)
+    seen["torn"] = torn(recipe, folder)
+    if distributed.world_size() == 1:
+        seen["reference"] = reference(recipe)
+    if distributed.is_main():
+        (folder / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))

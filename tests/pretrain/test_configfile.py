@@ -1,0 +1,163 @@
+"""Every mistake is named with file, line, key and the likely word, all at once and before torch."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.config import FinetuneConfig
+from pretrain.config import PretrainConfig, Section
+from pretrain.configfile import ConfigError, _leaves, flatten, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = "run_dir: runs/x\ndata: {train: shards}\nschedule: {total_steps: 100}\n"
+
+# yaml, overrides, and the line that must be among the answers
+MISTAKES = [
+    ("modle: {}", [], "x.yaml:4: modle: unknown key; did you mean model?"),
+    ("engine:\n  zero_stag: 2", [], "x.yaml:5: engine.zero_stag: unknown key; did you mean zero_stage?"),
+    ("learning_rate: 1e-3", [], "x.yaml:4: learning_rate: unknown key; did you mean optimizer.learning_rate?"),
+    ("optimizer: {lr: 1e-3}", [], "x.yaml:4: optimizer.lr: unknown key; did you mean learning_rate?"),
+    ("logging: {q: 1}", [], "x.yaml:4: logging.q: unknown key; the keys here are every_steps"),
+    ("seed: x", [], 'x.yaml:4: seed: expected a whole number, got "x"'),
+    ("seed: 1e-4", [], "x.yaml:4: seed: expected a whole number, got 0.0001"),
+    ("seed: -1", [], "x.yaml:4: seed: expected a number greater than or equal to 0, got -1"),
+    ("optimizer: {learning_rate: 0}", [], "optimizer.learning_rate: expected a number greater than 0"),
+    ("optimizer: {learning_rate: fast}", [], 'optimizer.learning_rate: expected a number, got "fast"'),
+    ("optimizer: {learning_rate: 12:30}", [], 'optimizer.learning_rate: expected a number, got "12:30"'),
+    ("optimizer: {betas: [0.9]}", [], "x.yaml:4: optimizer.betas: expected more values, got [0.9]"),
+    ("optimizer: {betas: 0.9}", [], "x.yaml:4: optimizer.betas: expected a list, got 0.9"),
+    ("optimizer: {betas: [0.9, 0.9, 0.9]}", [], "optimizer.betas: expected 2 values, got [0.9, 0.9, 0.9]"),
+    ("engine: {compile: no}", [], 'x.yaml:4: engine.compile: expected true or false, got "no"; write false'),
+    ("engine: {precision: bf61}", [], "expected 'fp32' or 'bf16', got \"bf61\"; did you mean bf16?"),
+    ("engine: {zero_stage: 4}", [], "engine.zero_stage: expected 0, 1, 2 or 3, got 4"),
+    ("engine: 3", [], "x.yaml:4: engine: expected a section of keys, got 3"),
+    ("seed: 1\nseed: 2", [], "x.yaml:5: seed: duplicate key, first set on line 4"),
+    ("data: {train: other}", [], "x.yaml:4: data: duplicate key, first set on line 2"),
+    ("model: {patch_size: 15}", [], "patches of 15 pixels don't divide an image of 224; image_size=210 would fit"),
+    ("model: {num_attention_heads: 7}", [], "7 heads don't divide hidden_size 768; 6 would"),
+    ("model: {hidden_size: 90, num_attention_heads: 9, position_embedding: sincos}", [], "multiple of 4, got 90"),
+    ("model: {mlp_ratio: 2, intermediate_size: 9}", [], "already sets the MLP's width; keep one of the two"),
+    ("engine: {micro_batch_size: 48}", [], "don't divide the global batch of 256; 32 would"),
+    ("engine: {zero_stage: 0, offload_optimizer: true}", [], "offloading needs zero_stage 1, 2 or 3"),
+    ("objective: {augment: {mixup: 0.8}}\nengine: {global_batch_size: 5, micro_batch_size: 5}", [], "must be even"),
+    ("objective: {augment: {crop_scale: [1.0, 0.5]}}", [], "expected [low, high] with 0 < low <= high, got [1.0, 0.5]"),
+    ("", ["schedule.warmup_steps=100"], "100 steps of warm-up leave none of the 100 to decay"),
+    ("", ["engine.zero_stage=9"], "command line: engine.zero_stage: expected 0, 1, 2 or 3, got 9"),
+    ("", ["seed"], "command line: expected key.path=value, got 'seed'"),
+    ("", ["seed.x=1", "seed.y.z=1"], "command line: seed: expected a whole number"),
+    ("seed: 1", ["seed.x=1"], "command line: seed.x: seed is a value, not a section"),
+    ("seed: *a", [], "x.yaml:4: not valid YAML: aliases (*name) are not supported; write the value out"),
+    ("seed: !!python/name:os.system x", [], "the tag tag:yaml.org,2002:python/name:os.system is not supported"),
+    ("seed: [", [], "not valid YAML"),
+]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "x.yaml"
+    path.write_text(text)
+    return path
+
+
+def answer(config_class: type[Section], path: Path, overrides: list[str]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_class, path, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "overrides", "expected"), MISTAKES, ids=[case[2][:60] for case in MISTAKES])
+def test_a_mistake_is_named(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
+    message = answer(PretrainConfig, write(tmp_path, GOOD + text), overrides)
+    assert expected in message
+    assert len(message.splitlines()) == 1
+
+
+def test_missing_keys_and_files(tmp_path: Path) -> None:
+    message = answer(PretrainConfig, write(tmp_path, "data: {}\n"), [])
+    assert message.splitlines() == [
+        f"{tmp_path}/x.yaml: run_dir: missing, and it has no default",
+        f"{tmp_path}/x.yaml:1: data.train: missing, and it has no default",
+        f"{tmp_path}/x.yaml: schedule: missing, and it has no default",
+    ]
+    assert "no.yaml: cannot be read: No such file" in answer(PretrainConfig, tmp_path / "no.yaml", [])
+    assert "expected keys with values, got" in answer(PretrainConfig, write(tmp_path, "- 1\n"), [])
+
+
+def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
+    text = GOOD + "seed: x\nsead: 1\nmodel: {patch_size: 15, position_embedding: sine, num_attention_heads: 7}\n"
+    lines = answer(PretrainConfig, write(tmp_path, text), ["engine.compile=off"]).splitlines()
+    assert [line.split(": ")[1] for line in lines] == [
+        "seed",
+        "model.position_embedding",
+        "engine.compile",
+        "sead",
+        "model.patch_size",
+        "model.num_attention_heads",
+    ]
+
+
+def test_a_combination_is_not_judged_by_a_value_that_is_wrong(tmp_path: Path) -> None:
+    text = GOOD + "model: {hidden_size: ninety, num_attention_heads: 9}\n"
+    assert len(answer(PretrainConfig, write(tmp_path, text), []).splitlines()) == 1
+
+
+def test_scalars_are_read_as_yaml_1_2(tmp_path: Path) -> None:
+    text = GOOD + "optimizer: {learning_rate: 1e-4, epsilon: .5}\ntracking: {experiment: no, uri: ~}\nseed: 012\n"
+    config = load_config(PretrainConfig, write(tmp_path, text)).config
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.epsilon == 0.5
+    assert config.tracking.experiment == "no"
+    assert config.tracking.uri is None
+    assert config.seed == 12
+
+
+def test_the_printed_config_says_where_values_came_from_and_reads_back(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "model: {image_size: 32}\n")
+    loaded = load_config(PretrainConfig, path, ["data.train=[a b, '5']", "optimizer.learning_rate=1e-5"])
+    lines = loaded.text.splitlines()
+    assert any(line.split() == ["image_size:", "32", "#", f"{path}:4"] for line in lines)
+    assert any(line.startswith("  learning_rate: 1e-05") and line.endswith("# command line") for line in lines)
+    assert any(line.startswith("seed: 0") and line.endswith("# default") for line in lines)
+    assert load_config(PretrainConfig, write(tmp_path, loaded.text)).config == loaded.config
+
+
+@given(st.data())
+def test_nearly_every_typo_of_one_letter_finds_its_key(data: st.DataObject) -> None:
+    """Drop one letter of any key: the answer must suggest that key, unless what is left is a key itself."""
+    for config_class in (PretrainConfig, FinetuneConfig):
+        keys = [key for key, _ in _leaves(config_class) if len(str(key[-1])) > 3]
+        key = data.draw(st.sampled_from(keys))
+        name = str(key[-1])
+        i = data.draw(st.integers(0, len(name) - 1))
+        typo = ".".join([*map(str, key[:-1]), name[:i] + name[i + 1 :]])
+        message = answer(config_class, ROOT / "configs" / "quickstart" / _recipe(config_class), [f"{typo}=1"])
+        assert f"command line: {typo}: unknown key; did you mean {name}?" in message
+
+
+def _recipe(config_class: type[Section]) -> str:
+    return "pretrain.yaml" if config_class is PretrainConfig else "finetune.yaml"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path: Path) -> None:
+    is_finetune = "finetune" in str(path.relative_to(ROOT))
+    assert flatten(load_config(FinetuneConfig if is_finetune else PretrainConfig, path).config)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_mistakes_and_help_cost_half_a_second_and_no_torch(tmp_path: Path, script: str) -> None:
+    path = write(tmp_path, GOOD + "sed: 1\n")
+    command = [sys.executable, "-X", "importtime", str(ROOT / "launch" / f"{script}.py")]
+    for arguments, code in ((["--config", str(path)], 2), (["--help"], 0)):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == code
+        assert "| torch" not in done.stderr
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # twice what is promised
+    assert "keys and defaults:" in done.stdout
+    assert "example:" in done.stdout

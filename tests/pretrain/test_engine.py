@@ -1,0 +1,50 @@
+"""DeepSpeed's config, derived from ours."""
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.config import EngineConfig
+from pretrain.engine import BatchError, deepspeed_config
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
+def test_accumulation_is_what_is_left(world_size: int, micro: int, accumulation: int) -> None:
+    config = EngineConfig(micro_batch_size=micro, global_batch_size=world_size * micro * accumulation)
+    derived = deepspeed_config(config, world_size, on_gpu=False)
+    assert derived["gradient_accumulation_steps"] == accumulation
+    assert derived["train_micro_batch_size_per_gpu"] == micro
+    assert derived["train_batch_size"] == world_size * micro * accumulation
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_deepspeed_accepts_it(stage: int, precision: str, on_gpu: bool) -> None:
+    config = EngineConfig(zero_stage=stage, precision=precision, offload_optimizer=stage > 0)  # type: ignore[arg-type]
+    derived = deepspeed_config(config, 1, on_gpu=on_gpu)
+    parsed = DeepSpeedConfig(derived)
+    assert parsed.zero_optimization_stage == stage
+    assert parsed.zero_config.overlap_comm is False  # one rank has nothing to overlap
+    assert parsed.bfloat16_config.check_grad_overflow is False
+
+
+@pytest.mark.parametrize(
+    ("world_size", "batch", "micro", "advice"),
+    [
+        (3, 64, 8, "engine.global_batch_size=63 is a multiple of 3"),
+        (4, 64, 32, "engine.micro_batch_size=16 would fit"),
+        (6, 24, 8, "engine.micro_batch_size=4 would fit"),
+        (8, 4, 4, "engine.global_batch_size=8 is a multiple of 8"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared_is_refused_with_advice(
+    world_size: int, batch: int, micro: int, advice: str
+) -> None:
+    with pytest.raises(BatchError) as caught:
+        deepspeed_config(EngineConfig(global_batch_size=batch, micro_batch_size=micro), world_size, on_gpu=False)
+    assert f"engine.global_batch_size: {batch} images cannot be shared evenly by {world_size} ranks" in str(
+        caught.value
+    )
+    assert str(caught.value).endswith(advice)

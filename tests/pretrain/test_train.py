@@ -1,0 +1,90 @@
+"""Training with real ranks: the same losses at every ZeRO stage and world size, and after every resume."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.data.index import DatasetInfo
+from tests.launching import ROOT, TINY, Shell
+
+SCRIPT = ROOT / "tests" / "pretrain" / "ranks_train.py"
+STAGES = ["stage0", "stage1", "stage2", "stage3"]
+EVERY = [*STAGES, "dropout", "dropout3", "bf16-stage0", "bf16-stage1", "bf16-stage3", "offload", "unclipped"]
+Seen = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def seen(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Seen]:
+    """What one rank and what two ranks saw."""
+    results = {}
+    for world_size in (1, 2):
+        folder = tmp_path_factory.mktemp(f"world{world_size}")
+        recipe = folder / "tiny.yaml"
+        recipe.write_text(TINY.format(run_dir="unused", shards=digits))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+        command = [*(launcher if world_size == 2 else [sys.executable]), SCRIPT, recipe, folder]
+        done = Shell(folder)(command, timeout=280, PYTHONPATH=str(ROOT))
+        assert done.code == 0, done.err[-3000:]
+        results[world_size] = json.loads((folder / "seen.json").read_text())
+    return results
+
+
+def column(seen: Seen, name: str) -> list[float]:
+    return [row[name] for row in seen["rows"] if name in row]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_equal_a_plain_torch_loop(seen: dict[int, Seen], world_size: int, stage: str) -> None:
+    assert column(seen[world_size][stage], "train/loss") == pytest.approx(seen[1]["reference"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["optim/grad_norm", "validation/loss", "validation/top1", "data/samples"])
+def test_whatever_is_measured_is_the_same_on_any_topology(seen: dict[int, Seen], name: str) -> None:
+    expected = column(seen[1]["stage0"], name)
+    assert expected
+    for world_size in (1, 2):
+        for stage in [*STAGES, "offload"]:
+            assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-4), (world_size, stage)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("setting", EVERY)
+def test_a_resumed_run_repeats_every_row_and_weight_exactly(
+    seen: dict[int, Seen], world_size: int, setting: str
+) -> None:
+    result = seen[world_size][setting]
+    assert result["resumed"] == result["rows"]
+    assert [row["step"] for row in result["rows"] if "train/loss" in row] == list(range(1, 9))
+    assert result["same_weights"]
+    assert result["finite"]
+
+
+def test_dropout_acts_and_bf16_is_near(seen: dict[int, Seen]) -> None:
+    reference = seen[1]["reference"]
+    assert column(seen[1]["dropout"], "train/loss") != pytest.approx(reference, abs=1e-4)
+    for setting in ("bf16-stage0", "bf16-stage1", "bf16-stage3"):
+        assert column(seen[2][setting], "train/loss") == pytest.approx(reference, abs=0.02)
+    assert column(seen[1]["unclipped"], "train/loss") != pytest.approx(reference, abs=1e-4)
+
+
+def test_a_save_that_dies_leaves_the_one_before(seen: dict[int, Seen]) -> None:
+    for world_size in (1, 2):
+        assert seen[world_size]["torn"] == ["step-00000004"]
+
+
+def test_several_shard_sets_of_other_classes_are_refused(
+    tiny: Path, digits: Path, shell: Shell, tool: Callable[[str], str]
+) -> None:
+    other = shell.folder / "other"
+    made = shell([tool("tessera"), "shards", "make", "digits", other, "--classes", "4,5"])
+    assert made.code == 0, made.err
+    assert DatasetInfo.load(other / "train").class_names == ["4", "5"]
+    run = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", tiny, f"data.validation={other}/train"]
+    done = shell(run)
+    assert done.code == 2
+    assert done.err.splitlines()[-1] == f"{other}/train: its classes differ from those of the training data"

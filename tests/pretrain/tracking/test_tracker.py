@@ -1,0 +1,109 @@
+"""Tracking: the file first, MLflow after; resumed runs stay one run; a dead server costs nothing."""
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pretrain.tracking.progress import ProgressLine, duration
+from pretrain.tracking.tracker import Tracker, default_uri, git_commit, read_rows
+
+
+def track(
+    run_dir: Path, uri: str | None = None, resume_step: int = 0, steps: tuple[int, ...] = (), **row: float
+) -> str:
+    tracker = Tracker(
+        run_dir,
+        uri=uri,
+        experiment="test",
+        config_text="seed: 1\n",
+        params={"seed": 1, "model.hidden_size": 32},
+        tags={"stage": "pretrain"},
+        resume_step=resume_step,
+    )
+    with tracker:
+        for step in steps:
+            tracker.log({"train/loss": 1.0 / step, **row}, step)
+        tracker.status = "FINISHED"
+    return default_uri(run_dir)
+
+
+def only_run(uri: str) -> Run:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("test")
+    assert experiment is not None
+    [run] = client.search_runs([experiment.experiment_id])
+    return run
+
+
+def test_a_resumed_run_is_one_run_with_no_step_doubled(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    uri = track(run_dir, steps=(10, 20, 30))
+    assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    track(run_dir, steps=(30, 40), resume_step=20)  # it had died after 30 and continues from a checkpoint at 20
+
+    assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [10, 20, 30, 40]
+    run = only_run(uri)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "a"
+    assert run.data.params == {"seed": "1", "model.hidden_size": "32"}
+    assert run.data.tags["stage"] == "pretrain"
+    history = MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in (10, 20, 30, 40)]
+
+
+def test_a_row_of_a_crash_is_not_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+    assert read_rows(tmp_path / "none") == []
+
+
+def test_an_exception_marks_the_run_as_failed(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "r" / "a", uri=None, experiment="test", config_text="", params={}, tags={})
+    with pytest.raises(ZeroDivisionError), tracker:
+        raise ZeroDivisionError
+    assert only_run(default_uri(tmp_path / "r" / "a")).info.status == "FAILED"
+
+
+def test_a_dead_server_costs_no_time_and_no_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tracker = Tracker(
+        tmp_path / "a", uri=f"http://127.0.0.1:{port}", experiment="test", config_text="", params={}, tags={}
+    )
+    started = time.monotonic()
+    for step in range(200):
+        tracker.log({"train/loss": 1.0}, step)
+    assert time.monotonic() - started < 5  # MLflow's own client would wait 245.7 s on the first
+    tracker.close(timeout_seconds=60)
+    assert len(read_rows(tmp_path / "a" / "metrics.jsonl")) == 200
+    assert capfd.readouterr().err.count("does not answer") == 1
+
+
+def test_mlflow_can_be_off_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+    track(tmp_path / "off" / "a", uri="off", steps=(1,))
+    assert sorted(path.name for path in (tmp_path / "off").iterdir()) == ["a"]
+    other = Tracker(tmp_path / "b", uri=None, experiment="x", config_text="", params={}, tags={}, enabled=False)
+    with other:
+        other.log({"train/loss": 1.0}, 1)
+        other.tag(a="b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_commit_is_named() -> None:
+    commit = git_commit()
+    assert commit == "unknown" or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_the_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine(100, 10, enabled=True)
+    line.show({"train/loss": 0.51234, "speed/images_per_second": 812.4, "data/wait_fraction": 0.034}, 100)
+    assert capsys.readouterr().out == ("step 100/100  loss 0.5123  812 images/s  waiting for data 3%  ETA 0:00:00\n")
+    ProgressLine(100, 10, enabled=False).note("silent")
+    assert capsys.readouterr().out == ""
+    assert duration(3_725.4) == "1:02:05"

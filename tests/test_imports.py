@@ -1,0 +1,132 @@
+"""The architecture, held: who may import whom, and what stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("pretrain", "finetune", "launch")
+
+# Room -> the rooms of ours that it may import; see docs/design.md. `pretrain` itself holds UserError alone.
+MAY_IMPORT = {
+    "pretrain": set(),
+    "pretrain.config": set(),
+    "pretrain.configfile": {"pretrain", "pretrain.config"},
+    "pretrain.schedules": set(),
+    "pretrain.distributed": set(),
+    "pretrain.optimizer": {"pretrain.config"},
+    "pretrain.data": {"pretrain", "pretrain.config"},
+    "pretrain.model": {"pretrain.config"},
+    "pretrain.tracking": set(),
+    "pretrain.objectives": {"pretrain.config", "pretrain.model", "pretrain.data.augment"},
+    "pretrain.engine": {"pretrain", "pretrain.config", "pretrain.distributed", "pretrain.optimizer"},
+    "pretrain.checkpoint": {"pretrain", "pretrain.engine", "pretrain.distributed"},
+    "pretrain.export": {
+        "pretrain",
+        "pretrain.config",
+        "pretrain.checkpoint",
+        "pretrain.model",
+        "pretrain.data.augment",
+    },
+    "pretrain.train": {
+        "pretrain",
+        "pretrain.config",
+        "pretrain.configfile",
+        "pretrain.engine",
+        "pretrain.checkpoint",
+        "pretrain.objectives",
+        "pretrain.model",
+        "pretrain.data",
+        "pretrain.tracking",
+        "pretrain.schedules",
+        "pretrain.distributed",
+    },
+    "finetune": {
+        "pretrain",
+        "pretrain.config",
+        "pretrain.configfile",
+        "pretrain.tracking",
+        "pretrain.data",
+        "pretrain.distributed",
+        "pretrain.schedules",
+        "pretrain.optimizer",
+    },
+    "launch": {"pretrain", "finetune"},
+}
+ONLY_THERE = {
+    "deepspeed": ("pretrain/engine.py", "pretrain/checkpoint/"),
+    "transformers": ("pretrain/export/", "finetune/"),
+    "mlflow": ("pretrain/tracking/",),
+    "accelerate": ("finetune/",),
+}
+HEAVY = ("torch", "deepspeed", "transformers", "mlflow", "accelerate", "sklearn")
+
+
+def modules() -> list[Path]:
+    return [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """Return the imported modules of a file, and whether each stands inside a function."""
+    tree = ast.parse(path.read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in inside) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                is_module = (ROOT / full.replace(".", "/")).is_dir() or (ROOT / f"{full.replace('.', '/')}.py").exists()
+                found.append((full if is_module else str(node.module), id(node) in inside))
+    return found
+
+
+def covers(room: str, module: str) -> bool:
+    """Say whether a module is in a room; `pretrain` alone is the package's own file."""
+    return module == room or (room != "pretrain" and module.startswith(room + "."))
+
+
+def room_of(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    return max((room for room in MAY_IMPORT if covers(room, name)), key=len)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_import_only_what_they_may(path: Path) -> None:
+    room = room_of(path)
+    for module, in_function in imports(path):
+        if module.partition(".")[0] not in PACKAGES:
+            continue
+        assert not in_function, f"{module} is imported inside a function"
+        allowed = covers(room, module) or any(covers(other, module) for other in MAY_IMPORT[room])
+        if room == "launch":
+            allowed = module.partition(".")[0] in PACKAGES
+        assert allowed, f"{room} may not import {module}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    for module, _ in imports(path):
+        homes = ONLY_THERE.get(module.partition(".")[0])
+        assert homes is None or name.startswith(homes), f"{module} belongs into {homes}"
+
+
+@pytest.mark.parametrize(
+    "module", ["launch.cli", "pretrain.configfile", "finetune.config", "pretrain.data.shards", "pretrain.data.scan"]
+)
+def test_light_modules_import_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_tree_has_no_room_without_a_name() -> None:
+    forbidden = {"utils", "common", "core", "helpers", "hooks", "callbacks", "base_trainer", "misc"}
+    assert not forbidden & {part for path in modules() for part in path.relative_to(ROOT).with_suffix("").parts}
