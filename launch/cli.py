@@ -103,7 +103,9 @@ def export(
     Example: tessera export runs/quickstart runs/quickstart/export
     """
     with mistakes():
-        proof = stage("pretrain.export.folder").export(run, out, overwrite)
+        checkpoint = stage("pretrain.checkpoint.manifest").find_checkpoint(run)
+        proof = stage("pretrain.export.folder").export(checkpoint, out, overwrite)
+    stage("pretrain.tracking.tracker").tag_run(checkpoint.parents[1], exported_folder=str(out.resolve()))
     print(f"{out}: loads strictly with transformers; logits differ by at most {proof.logits:.1e}")
 
 

@@ -26,6 +26,7 @@ Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine, which has no types
 
 # Elements. DeepSpeed's own 5e8 would put a whole ViT-L into one bucket, so that nothing overlaps.
 BUCKET_SIZE = 25_000_000
+NO_CLIPPING = 1e30  # a limit that no gradient reaches; without one, DeepSpeed does not measure the norm everywhere
 
 
 class BatchError(UserError):
@@ -58,6 +59,8 @@ def build_engine(objective: nn.Module, config: EngineConfig, optimizer: Optimize
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
     adamw = build_adamw(objective, optimizer, fused=torch.cuda.is_available() and not config.offload_optimizer)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=settings)
+    if config.zero_stage == 0 and config.precision == "fp32":
+        engine.clip_fp32_gradients = lambda: _clip_and_remember(engine)
     return engine
 
 
@@ -86,7 +89,7 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.global_batch_size // share,
-        "gradient_clipping": config.gradient_clipping,
+        "gradient_clipping": config.gradient_clipping or NO_CLIPPING,
         "zero_optimization": zero,
         # torch's AdamW also where DeepSpeed would compile its own for the CPU.
         "zero_force_ds_cpu_optimizer": False,
@@ -113,9 +116,13 @@ def set_learning_rate(engine: Engine, learning_rate: float) -> None:
 
 
 def gradient_norm(engine: Engine) -> Tensor:
-    """Return the norm of the last step's whole gradient, before clipping; NaN where the engine kept none."""
-    norm = engine.get_global_grad_norm()
-    return torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=engine.device)
+    """Return the norm of the last step's whole gradient, before clipping."""
+    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=engine.device)
+
+
+def _clip_and_remember(engine: Engine) -> None:
+    """Clip as DeepSpeed does where nothing is sharded or cast, and keep the norm, which it forgets there."""
+    engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
 
 def _share_cores() -> None:

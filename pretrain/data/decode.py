@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -41,6 +41,8 @@ def decode(data: bytes) -> Pixels:
             return np.array(to_rgb(image))
     except DecodeError:
         raise
+    except UnidentifiedImageError:
+        raise DecodeError("not an image of a known format") from None
     except Exception as error:  # decoders raise what they like: OSError, ValueError, SyntaxError, struct.error ...
         raise DecodeError(str(error) or type(error).__name__) from None
 

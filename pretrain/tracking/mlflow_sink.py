@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pretrain.tracking.tracker import METRICS_FILE, STATE_FILE
+
 # MLflow's own retries block a call to a dead server for 245.7 s; here the file is the queue, so none is needed.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
@@ -25,7 +27,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 POLL_SECONDS = 1.0
 LAST_TRIES = 3
-STATE_FILE = "mlflow.json"
+RUNNING = "RUNNING"
 MAX_METRICS = 1000
 MAX_PARAMS = 100
 
@@ -36,10 +38,9 @@ class Sink:
     def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
         self.run_dir = run_dir
         self.client = MlflowClient(uri)
-        self.state: dict[str, Any] = {"run_id": None, "last_step": -1}
+        self.state: dict[str, Any] = {"uri": uri, "experiment": experiment, "run_id": None, "last_step": -1}
         if (run_dir / STATE_FILE).exists():
             self.state |= json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
-        self.experiment = experiment
         self.params: dict[str, str] = {}
         self.tags: dict[str, str] = {}
         self.offset = 0
@@ -54,7 +55,7 @@ class Sink:
             self.tags = {}
         metrics: list[Metric] = []
         offset, last_step = self.offset, self.state["last_step"]
-        for end, row in _rows(self.run_dir / "metrics.jsonl", self.offset):
+        for end, row in _rows(self.run_dir / METRICS_FILE, self.offset):
             step, at = int(row.pop("step")), int(row.pop("time") * 1000)
             if step > self.state["last_step"]:
                 metrics += [Metric(name, value, at, step) for name, value in row.items()]
@@ -65,17 +66,20 @@ class Sink:
         self.offset = offset
         self._remember(last_step=last_step)
 
-    def finish(self, status: str) -> None:
-        """Close the run."""
-        self.client.set_terminated(self.state["run_id"], status)
+    def set_status(self, status: str) -> None:
+        """Say whether the run is RUNNING, or how it ended."""
+        if status == RUNNING:
+            self.client.update_run(self.state["run_id"], status)
+        else:
+            self.client.set_terminated(self.state["run_id"], status)
 
     def _start(self) -> None:
         """Find or make the experiment and the run."""
         if self.state["run_id"] is None:
-            experiment = self.client.get_experiment_by_name(self.experiment)
+            experiment = self.client.get_experiment_by_name(self.state["experiment"])
             if experiment is None:
                 artifacts = (self.run_dir.parent / "mlartifacts").as_uri()
-                experiment_id = self.client.create_experiment(self.experiment, artifacts)
+                experiment_id = self.client.create_experiment(self.state["experiment"], artifacts)
             else:
                 experiment_id = experiment.experiment_id
             run = self.client.create_run(experiment_id, run_name=self.run_dir.name)
@@ -83,8 +87,6 @@ class Sink:
             params = [Param(name, value) for name, value in self.params.items()]
             for i in range(0, len(params), MAX_PARAMS):
                 self.client.log_batch(run.info.run_id, params=params[i : i + MAX_PARAMS])
-        else:
-            self.client.update_run(self.state["run_id"], status="RUNNING")
         self.started = True
 
     def _remember(self, **state: Any) -> None:
@@ -99,20 +101,22 @@ def main(run_dir: str, uri: str, experiment: str) -> None:
     """Push once a second until the tracker has closed our input, then a last time."""
     sink = Sink(Path(run_dir), uri, experiment)
     messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: select must see every line
-    status, complained, open_input = "FAILED", False, True
-    tries = LAST_TRIES
+    status: str | None = None  # what is to be said of the run; nothing when only tags are sent
+    complained, open_input, tries = False, True, LAST_TRIES
     while tries:
         for message in _messages(messages, POLL_SECONDS if open_input else 0):
             if message is None:
                 open_input = False
+                status = "FAILED" if status == RUNNING else status  # the tracker died without a word
             else:
                 sink.params |= message.get("params", {})
                 sink.tags |= message.get("tags", {})
-                status = message.get("status", {}).get("status", status)
+                status = message.get("status", status)
         try:
             sink.push()
+            if status:
+                sink.set_status(status)
             if not open_input:
-                sink.finish(status)
                 return
         except Exception as error:  # any failure of a store is survivable: the file has everything
             if not complained:

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
+STATE_FILE = "mlflow.json"  # written by the sink: where the run is tracked
 SINK = "pretrain.tracking.mlflow_sink"
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +60,7 @@ class Tracker:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
         self.sink = None if uri == "off" else _start_sink(run_dir, uri or default_uri(run_dir), experiment)
+        self._tell("status", "RUNNING")
         self._tell("params", {name: str(value) for name, value in params.items()})
         self._tell("tags", dict(tags))
 
@@ -79,7 +81,7 @@ class Tracker:
         if not self.enabled:
             return
         self.file.close()
-        self._tell("status", {"status": self.status})
+        self._tell("status", self.status)
         if self.sink is None:
             return
         try:
@@ -94,13 +96,27 @@ class Tracker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tell(self, what: str, content: dict[str, str]) -> None:
-        """Send the sink a message; a sink that died has said why itself, and the rows are safe."""
-        if self.sink is None or self.sink.stdin is None:
-            return
-        with contextlib.suppress(BrokenPipeError):
-            self.sink.stdin.write(json.dumps({what: content}) + "\n")
-            self.sink.stdin.flush()
+    def _tell(self, what: str, content: str | dict[str, str]) -> None:
+        if self.sink is not None:
+            _tell(self.sink, what, content)
+
+
+def tag_run(run_dir: Path, timeout_seconds: float = 60, **tags: str) -> None:
+    """Tell MLflow something about a run that has ended; nothing happens if it was not tracked there."""
+    if (run_dir / STATE_FILE).exists():
+        state = json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
+        sink = _start_sink(run_dir, state["uri"], state["experiment"])
+        _tell(sink, "tags", tags)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            sink.communicate(timeout=timeout_seconds)
+
+
+def _tell(sink: "subprocess.Popen[str]", what: str, content: str | dict[str, str]) -> None:
+    """Send the sink a message; a sink that died has said why itself, and the rows are safe."""
+    assert sink.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        sink.stdin.write(json.dumps({what: content}) + "\n")
+        sink.stdin.flush()
 
 
 def _start_sink(run_dir: Path, uri: str, experiment: str) -> "subprocess.Popen[str]":

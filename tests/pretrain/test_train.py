@@ -70,6 +70,7 @@ def test_dropout_acts_and_bf16_is_near(seen: dict[int, Seen]) -> None:
     for setting in ("bf16-stage0", "bf16-stage1", "bf16-stage3"):
         assert column(seen[2][setting], "train/loss") == pytest.approx(reference, abs=0.02)
     assert column(seen[1]["unclipped"], "train/loss") != pytest.approx(reference, abs=1e-4)
+    assert column(seen[1]["unclipped"], "optim/grad_norm")[0] == column(seen[1]["stage2"], "optim/grad_norm")[0]
 
 
 def test_a_save_that_dies_leaves_the_one_before(seen: dict[int, Seen]) -> None:

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from pretrain.tracking.progress import ProgressLine, duration
-from pretrain.tracking.tracker import Tracker, default_uri, git_commit, read_rows
+from pretrain.tracking.tracker import Tracker, default_uri, git_commit, read_rows, tag_run
 
 
 def track(
@@ -67,6 +67,19 @@ def test_an_exception_marks_the_run_as_failed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), tracker:
         raise ZeroDivisionError
     assert only_run(default_uri(tmp_path / "r" / "a")).info.status == "FAILED"
+
+
+def test_a_killed_run_has_failed_and_tags_can_follow(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    tracker = Tracker(run_dir, uri=None, experiment="test", config_text="", params={}, tags={})
+    tracker.log({"train/loss": 1.0}, 1)
+    assert tracker.sink is not None
+    tracker.sink.communicate(timeout=60)  # its input ends without a status, as when the process is killed
+    assert only_run(default_uri(run_dir)).info.status == "FAILED"
+    tag_run(run_dir, exported_folder="/x")
+    run = only_run(default_uri(run_dir))
+    assert (run.info.status, run.data.tags["exported_folder"]) == ("FAILED", "/x")
+    tag_run(tmp_path / "runs" / "untracked", a="b")
 
 
 def test_a_dead_server_costs_no_time_and_no_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,47 @@
+"""The same number as scikit-learn's, and one number on any number of ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, log_loss
+from torch import nn
+
+from finetune.metrics import evaluate
+from pretrain.data.augment import EvalView
+from pretrain.data.samples import open_samples
+
+
+class Answer:
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+class Linear(nn.Module):
+    """A fixed random classifier of the pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)  # must be off while measuring
+        self.weight = nn.Parameter(torch.randn(3 * 32 * 32, 3, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, pixel_values: torch.Tensor) -> Answer:
+        return Answer(self.dropout(pixel_values.float()).flatten(1) / 255 @ self.weight / 10)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+def test_equals_scikit_learn(digits: Path, batch_size: int) -> None:
+    samples, model = open_samples(digits / "validation"), Linear().train()
+    measured = evaluate(model, samples, EvalView(32), batch_size=batch_size, num_workers=0, device=torch.device("cpu"))
+    assert model.training
+    records = [samples.read(shard, row) for shard, size in enumerate(samples.shard_sizes) for row in range(size)]
+    pixels = torch.from_numpy(np.stack([record.image.transpose(2, 0, 1) for record in records]))
+    labels = [record.label for record in records]
+    with torch.no_grad():
+        probabilities = model.eval()(pixels).logits.softmax(dim=1).numpy().astype(float)
+    assert measured["count"] == len(records)
+    assert measured["top1"] == pytest.approx(accuracy_score(labels, probabilities.argmax(1)), abs=1e-9)
+    assert measured["loss"] == pytest.approx(
+        log_loss(labels, probabilities / probabilities.sum(1, keepdims=True)), rel=1e-4
+    )

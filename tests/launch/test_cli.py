@@ -1,0 +1,66 @@
+"""The `tessera` command: quick help, clear answers."""
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.launching import Shell
+
+VERBS = [[], ["shards"], ["shards", "make"], ["shards", "index"], ["export"], ["predict"]]
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
+def test_help_is_quick_and_teaches(verb: list[str], tool: Callable[[str], str]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", tool("tessera"), *verb, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # twice what is promised
+    assert "| torch" not in done.stderr
+    if len(verb) == 2 or verb in (["export"], ["predict"]):
+        assert "Example: tessera " + " ".join(verb) in done.stdout
+
+
+def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / "in" / name / f"{i}.png")
+    (tmp_path / "in" / "cat" / "bad.png").write_text("not an image")
+    make = [tool("tessera"), "shards", "make", "in", "out", "--validation", "0.3"]
+    refused = shell(make)
+    assert refused.code == 2
+    assert "1 unreadable file:\n  cat/bad.png: not an image of a known format" in refused.err
+    done = shell([*make, "--skip-bad"])
+    assert done.code == 0
+    assert "left out: cat/bad.png: not an image of a known format" in done.out
+    assert "out/train: 15 images in 2 classes, 1 shard, 0.0 MB" in done.out
+    dataset = (tmp_path / "out" / "train" / "dataset.json").read_bytes()
+    (tmp_path / "out" / "train" / "dataset.json").unlink()
+    indexed = shell([tool("tessera"), "shards", "index", "out/train"])
+    assert indexed.code == 0, indexed.err
+    assert (tmp_path / "out" / "train" / "dataset.json").read_bytes() == dataset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "expected"),
+    [
+        (["shards", "make", "nowhere", "out"], 2, "nowhere: no such folder (the built-in source is called digits)"),
+        (["shards", "make", "digits", "out", "--shard-size", "big"], 2, "expected a size such as 256MB, got 'big'"),
+        (["shards", "make", "digits", "out", "--classes", "ten"], 2, "no class ten; the classes are 0, 1, 2"),
+        (["shards", "index", "."], 2, ".: has no .tar files"),
+        (["export", "nowhere", "out"], 2, "nowhere: no checkpoint here; expected a run folder"),
+        (["predict", "nowhere", "x.png"], 2, "nowhere: no Hugging Face folder here"),
+        (["shard"], 2, "No such command 'shard'"),
+    ],
+)
+def test_mistakes(shell: Shell, tool: Callable[[str], str], arguments: list[str], code: int, expected: str) -> None:
+    done = shell([tool("tessera"), *arguments])
+    assert done.code == code
+    assert expected in done.err
+    assert "Traceback" not in done.err

@@ -1,0 +1,205 @@
+"""The real launchers, from a foreign directory: the whole way on two ranks, two nodes, a stop and a restart."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from pretrain.tracking.tracker import read_rows
+from tests.launching import ROOT, Shell, end
+
+PRETRAIN, FINETUNE = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "finetune.py"
+FINETUNE_YAML = """
+run_dir: {folder}/runs/finetune
+model: {folder}/runs/tiny/export
+data: {{train: {digits}/train, validation: {digits}/validation, num_workers: 1}}
+augment: {{crop_scale: [0.6, 1.0], flip: 0.0, mixup: 0.2}}
+optimizer: {{learning_rate: 1e-3}}
+schedule: {{epochs: 2, warmup_epochs: 0.5}}
+engine: {{global_batch_size: 32, micro_batch_size: 8}}
+logging: {{every_steps: 5}}
+tracking: {{experiment: tests}}
+"""
+Tool = Callable[[str], str]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["train/loss"] for row in read_rows(run_dir / "metrics.jsonl") if "train/loss" in row]
+
+
+def mlflow_runs(folder: Path) -> dict[str, Run]:
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tests")
+    assert experiment is not None
+    return {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: Tool, tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "tiny"
+    deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", "29621", PRETRAIN, "--config", tiny]
+    done = shell(deepspeed)
+    assert done.code == 0, done.err[-3000:]
+    assert re.search(r"step 8/8  loss \d\.\d+  \d+ images/s  waiting for data \d+%  ETA 0:00:00", done.out)
+    assert "2 ranks on cpu, ZeRO 2, fp32, batch 16, from step 0" in done.out
+
+    exported = shell([tool("tessera"), "export", run_dir, run_dir / "export"])
+    assert exported.code == 0, exported.err
+    assert "loads strictly with transformers" in exported.out
+
+    recipe = tmp_path / "finetune.yaml"
+    recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29622"]
+    done = shell([*two, FINETUNE, "--config", recipe])
+    assert done.code == 0, done.err[-3000:]
+    assert f"best top-1 {best_top1(tmp_path / 'runs' / 'finetune'):.4f}" in done.out
+    alone = shell([sys.executable, FINETUNE, "--config", recipe, f"run_dir={tmp_path}/runs/alone"])
+    assert alone.code == 0, alone.err[-3000:]
+    assert losses(tmp_path / "runs" / "alone") == pytest.approx(losses(tmp_path / "runs" / "finetune"), abs=1e-4)
+    again = shell([sys.executable, FINETUNE, "--config", recipe])
+    assert again.code == 2
+    assert "holds a fine-tuned model already; choose another run_dir or set overwrite=true" in again.err
+
+    image = next((digits / "validation").glob("*.tar"))
+    shutil.unpack_archive(image, tmp_path / "images", "tar", filter="data")
+    images = sorted((tmp_path / "images").rglob("*.png"))[:5]
+    done = shell([tool("tessera"), "predict", tmp_path / "runs" / "finetune" / "model", *images, "--json"])
+    assert done.code == 0, done.err
+    predicted = [json.loads(line) for line in done.out.splitlines()]
+    assert [Path(row["image"]) for row in predicted] == images
+    for row in predicted:
+        assert sum(item["probability"] for item in row["classes"]) == pytest.approx(1.0, abs=1e-4)
+        assert {item["class"] for item in row["classes"]} == {"0", "1", "2"}
+    done = shell([tool("tessera"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], tiny])
+    assert done.code == 2
+    assert f"{tiny}: is no usable image: not an image of a known format" in done.err
+
+    check_mlflow(tmp_path)
+
+
+def best_top1(run_dir: Path) -> float:
+    return max(row["validation/top1"] for row in read_rows(run_dir / "metrics.jsonl") if "validation/top1" in row)
+
+
+def check_mlflow(folder: Path) -> None:
+    """Both stages, each one run with params, the commit, the folder and every curve of the file."""
+    runs = mlflow_runs(folder)
+    assert runs.keys() == {"tiny", "finetune", "alone"}
+    client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+    for name, run in runs.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["stage"] == ("pretrain" if name == "tiny" else "finetune")
+        assert run.data.tags["git_commit"]
+        rows = read_rows(folder / "runs" / name / "metrics.jsonl")
+        for metric in (
+            "train/loss",
+            "optim/learning_rate",
+            "optim/grad_norm",
+            "speed/images_per_second",
+            "validation/top1",
+        ):
+            history = client.get_metric_history(run.info.run_id, metric)
+            assert [(p.step, p.value) for p in history] == [(r["step"], r[metric]) for r in rows if metric in r]
+    assert runs["tiny"].data.params["model.hidden_size"] == "32"
+    assert runs["finetune"].data.params["optimizer.learning_rate"] == "0.001"
+    assert runs["finetune"].data.tags["model_folder"] == str(folder / "runs" / "finetune" / "model")
+    assert runs["tiny"].data.tags["exported_folder"] == str(folder / "runs" / "tiny" / "export")
+
+
+def test_a_stopped_run_continues_as_if_nothing_had_happened(shell: Shell, tiny: Path, tmp_path: Path) -> None:
+    run = [sys.executable, "-u", PRETRAIN, "--config", tiny, "schedule.total_steps=60", "checkpoint.every_steps=50"]
+    whole = shell([*run, f"run_dir={tmp_path}/whole", "tracking.uri=off"])
+    assert whole.code == 0, whole.err[-3000:]
+
+    process = shell.start([*run, f"run_dir={tmp_path}/stopped"])
+    try:
+        wait_for(lambda: len(losses(tmp_path / "stopped")) >= 3)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        end(process)
+    assert process.returncode == 75, err[-3000:]
+    assert "stopped as asked; the same command continues from here" in out
+    assert 3 <= len(losses(tmp_path / "stopped")) < 60
+
+    done = shell([*run, f"run_dir={tmp_path}/stopped", "--resume"])
+    assert done.code == 0, done.err[-3000:]
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert "from step 60" in shell([*run, f"run_dir={tmp_path}/stopped"]).out  # nothing left to do
+    nothing = shell([*run, f"run_dir={tmp_path}/never", "--resume"])
+    assert nothing.code == 2
+    assert "nothing to resume, the run has no checkpoint" in nothing.err
+    refused = shell([*run, f"run_dir={tmp_path}/stopped", "seed=4", "engine.micro_batch_size=6"])
+    assert refused.code == 2
+    assert "don't divide the global batch of 16" in refused.err
+    refused = shell([*run, f"run_dir={tmp_path}/stopped", "seed=4"])
+    assert refused.code == 2
+    assert "seed was 3, is 4" in refused.err
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, each with an address of its own, joined by a cable."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs `ip` (iproute2) to make network namespaces")
+    names = f"tessera{os.getpid()}a", f"tessera{os.getpid()}b"
+    cable = f"tsa{os.getpid()}", f"tsb{os.getpid()}"
+    commands = [["ip", "netns", "add", name] for name in names]
+    commands += [["ip", "link", "add", cable[0], "type", "veth", "peer", "name", cable[1]]]
+    for i, (name, end_of_cable) in enumerate(zip(names, cable, strict=True), start=1):
+        inside = ["ip", "netns", "exec", name, "ip"]
+        commands += [
+            ["ip", "link", "set", end_of_cable, "netns", name],
+            [*inside, "addr", "add", f"10.77.0.{i}/24", "dev", end_of_cable],
+            [*inside, "link", "set", end_of_cable, "up"],
+            [*inside, "link", "set", "lo", "up"],
+        ]
+    try:
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"network namespaces are not permitted here: {done.stderr.strip()}")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_nodes_train_as_one(
+    shell: Shell, tiny: Path, tool: Tool, two_nodes: tuple[str, str], tmp_path: Path
+) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
+    nodes = []
+    try:
+        for i, namespace in enumerate(two_nodes):
+            launcher = [tool("deepspeed"), "--hostfile", hostfile, "--no_ssh", "--node_rank", str(i)]
+            launcher += ["--master_addr", "10.77.0.1", "--master_port", "29631"]
+            command = ["ip", "netns", "exec", namespace, *launcher, PRETRAIN, "--config", tiny, "tracking.uri=off"]
+            card = f"ts{'ab'[i]}{os.getpid()}"
+            nodes.append(shell.start(command, GLOO_SOCKET_IFNAME=card))
+        outs = [node.communicate(timeout=180) for node in nodes]
+    finally:
+        for node in nodes:
+            end(node)
+    assert [node.returncode for node in nodes] == [0, 0], outs[0][1][-3000:]
+    alone = shell([sys.executable, PRETRAIN, "--config", tiny, f"run_dir={tmp_path}/alone", "tracking.uri=off"])
+    assert alone.code == 0, alone.err[-3000:]
+    assert losses(tmp_path / "runs" / "tiny") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
+    assert len(losses(tmp_path / "alone")) == 8
