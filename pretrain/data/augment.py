@@ -41,21 +41,29 @@ class TrainView:
         return {"image": resize(image[top:bottom, left:right], self.image_size), **self.draw(random)}
 
     def draw(self, random: np.random.Generator) -> dict[str, Any]:
-        """Draw one sample's share of a batch's augmentation."""
+        """Draw one sample's share of a batch's augmentation; what is switched off has no draw and costs nothing."""
         config = self.config
-        cutmix = config.cutmix > 0 and (config.mixup == 0 or random.random() < 0.5)
-        alpha = config.cutmix if cutmix else config.mixup
-        own_share = float(random.beta(alpha, alpha)) if alpha > 0 else 1.0
-        draws = {
-            "flip": random.random() < config.flip,
-            "brightness": _factor(config.brightness, random),
-            "contrast": _factor(config.contrast, random),
-            "saturation": _factor(config.saturation, random),
-            "erase_box": _erase_box(random) if random.random() < config.erasing else np.zeros(4),
-            "mix_share": 0.0 if cutmix else 1.0 - own_share,
-            "cut_box": _cut_box(1.0 - own_share, random) if cutmix else np.zeros(4),
-        }
+        draws: dict[str, Any] = {}
+        if config.flip:
+            draws["flip"] = random.random() < config.flip
+        for name in ("brightness", "contrast", "saturation"):
+            if strength := getattr(config, name):
+                draws[name] = random.uniform(max(0.0, 1 - strength), 1 + strength)
+        if config.erasing:
+            draws["erase_box"] = _erase_box(random) if random.random() < config.erasing else np.zeros(4)
+        if config.mixes:
+            draws |= self._draw_mix(random)
         return {name: np.asarray(value, dtype=np.float32) for name, value in draws.items()}
+
+    def _draw_mix(self, random: np.random.Generator) -> dict[str, Any]:
+        """Draw how much of the neighbour comes in, by mixup or by cutmix; both take turns where both are on."""
+        mixup, cutmix = self.config.mixup, self.config.cutmix
+        is_cutmix = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
+        alpha = cutmix if is_cutmix else mixup
+        share = random.beta(alpha, alpha)
+        if is_cutmix:
+            return {"mix_share": 0.0, "cut_box": _cut_box(share, random)}
+        return {"mix_share": share, "cut_box": np.zeros(4)}
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def augment(batch: dict[str, Tensor], mean: Channels, std: Channels) -> Tensor:
     """Flip, jitter, normalise and erase a batch by its draws.
 
     Args:
-        batch: "image" uint8 [B, C, H, W] and the draws of `TrainView`.
+        batch: "image" uint8 [B, C, H, W] and those draws of `TrainView` that are switched on.
         mean: of each channel, of pixels in [0, 1].
         std: of each channel.
 
@@ -127,20 +135,26 @@ def augment(batch: dict[str, Tensor], mean: Channels, std: Channels) -> Tensor:
         float [B, C, H, W].
     """
     images = batch["image"].float() / 255
-    images = torch.where(batch["flip"].bool()[:, None, None, None], images.flip(-1), images)
-    images = jitter(images, batch["brightness"], batch["contrast"], batch["saturation"])
+    if "flip" in batch:
+        images = torch.where(batch["flip"].bool()[:, None, None, None], images.flip(-1), images)
+    images = jitter(images, batch.get("brightness"), batch.get("contrast"), batch.get("saturation"))
     images = normalize(images, mean, std)
-    return images.masked_fill(box_mask(batch["erase_box"], images), 0.0)
+    if "erase_box" in batch:
+        images = images.masked_fill(box_mask(batch["erase_box"], images), 0.0)
+    return images
 
 
-def jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+def jitter(images: Tensor, brightness: Tensor | None, contrast: Tensor | None, saturation: Tensor | None) -> Tensor:
     """Scale brightness, then contrast around the mean grey, then saturation around each pixel's grey; factors [B]."""
-    brightness, contrast, saturation = (factor[:, None, None, None] for factor in (brightness, contrast, saturation))
-    images = (images * brightness).clamp(0, 1)
-    mean = grey(images).mean(dim=(-2, -1), keepdim=True)
-    images = (mean + (images - mean) * contrast).clamp(0, 1)
-    own = grey(images)
-    return (own + (images - own) * saturation).clamp(0, 1)
+    if brightness is not None:
+        images = (images * brightness[:, None, None, None]).clamp(0, 1)
+    if contrast is not None:
+        mean = grey(images).mean(dim=(-2, -1), keepdim=True)
+        images = (mean + (images - mean) * contrast[:, None, None, None]).clamp(0, 1)
+    if saturation is not None:
+        own = grey(images)
+        images = (own + (images - own) * saturation[:, None, None, None]).clamp(0, 1)
+    return images
 
 
 def grey(images: Tensor) -> Tensor:
@@ -186,11 +200,6 @@ def box_mask(boxes: Tensor, images: Tensor) -> Tensor:
 def _channels(values: Channels, device: torch.device) -> Tensor:
     """Return one number a channel, [C, 1, 1]; kept, because a copy to the device would make the host wait."""
     return torch.tensor(values, device=device)[:, None, None]
-
-
-def _factor(strength: float, random: np.random.Generator) -> float:
-    """Draw from [1 - strength, 1 + strength], never below 0."""
-    return random.uniform(max(0.0, 1 - strength), 1 + strength)
 
 
 def _erase_box(random: np.random.Generator) -> Any:

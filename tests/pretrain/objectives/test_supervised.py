@@ -27,11 +27,6 @@ def batch(size: int, classes: int = 10, own_share: float = 1.0) -> dict[str, tor
     return {
         "image": torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8),
         "label": torch.arange(size) % classes,
-        "flip": torch.zeros(size),
-        "brightness": torch.ones(size),
-        "contrast": torch.ones(size),
-        "saturation": torch.ones(size),
-        "erase_box": torch.zeros(size, 4),
         "mix_share": torch.full((size,), 1 - own_share),
         "cut_box": torch.zeros(size, 4),
     }
