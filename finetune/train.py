@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
 
 MODEL_FOLDER = "model"
+EXIT_INTERRUPTED = 130
 
 CARD = """---
 library_name: transformers
@@ -81,8 +83,13 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
     except UserError as error:
         exit_with_mistake(str(error))
     with open_tracker(run, command.text) as tracker:
-        best = train(run, tracker)
         tracker.tag(model_folder=str((command.config.run_dir / MODEL_FOLDER).resolve()))
+        try:
+            best = train(run, tracker)
+        except KeyboardInterrupt:
+            tracker.status = "KILLED"
+            print("stopped; the best model so far is kept", file=sys.stderr)
+            return EXIT_INTERRUPTED
         tracker.status = "FINISHED"
     if distributed.is_main():
         print(f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {command.config.run_dir / MODEL_FOLDER}")

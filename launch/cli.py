@@ -147,6 +147,9 @@ def mistakes() -> Iterator[None]:
     except UserError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(EXIT_MISTAKE) from None
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from pretrain.config import ModelConfig, PreprocessingConfig
 from pretrain.data.augment import EvalView, normalize
 from pretrain.model.vit import ViT
 
+transformers.utils.logging.set_verbosity_error()  # its load report would warn of the head that AutoModel leaves out
+transformers.utils.logging.disable_progress_bar()
+
 TOLERANCE = 1e-5
 IMAGE_SIZES = ((48, 48), (64, 40), (37, 91), (300, 200), (20, 30))  # height, width
 HEAD = {"classifier.weight", "classifier.bias"}
@@ -68,8 +71,6 @@ def prove(folder: Path, native: NativeClassifier, class_names: list[str]) -> Pro
     Raises:
         ProofError: a tensor is missing or left over, a class name differs, or a number is off by more than 1e-5.
     """
-    transformers.utils.logging.set_verbosity_error()  # its load report would warn of the head that AutoModel leaves out
-    transformers.utils.logging.disable_progress_bar()
     classifier, report = transformers.AutoModelForImageClassification.from_pretrained(
         folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
     )
