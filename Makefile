@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/installed
-# Without an NVIDIA driver the build of torch that the tests use is enough, and a fifth of the size.
+# Without an NVIDIA driver: the torch that the tests use. With one: whatever pip finds newest.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),,--constraint tests/constraints.txt)
 
 .PHONY: help quickstart test lint format benchmark clean

@@ -1,6 +1,5 @@
 """A fine-tuning run on one page. What it shares with pretraining has the same name and the same class."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -9,20 +8,21 @@ from pretrain.config import (
     AugmentConfig,
     Count,
     CountOrZero,
-    Fraction,
     LoggingConfig,
     NonNegative,
     OptimizerConfig,
+    Rate,
     Section,
     TrackingConfig,
+    UserPath,
 )
 
 
 class FinetuneDataConfig(Section):
     """Shard sets, or folders with a subfolder for each class."""
 
-    train: Path | list[Path]
-    validation: Path
+    train: UserPath | list[UserPath]
+    validation: UserPath
     num_workers: CountOrZero = 4
     labels_per_class: Count | None = Field(None, description="train on so many samples of each class, drawn by seed")
 
@@ -52,13 +52,13 @@ class FinetuneEvaluationConfig(Section):
 class FinetuneConfig(Section):
     """A fine-tuning run."""
 
-    run_dir: Path
-    model: Path = Field(description="a Hugging Face folder")
+    run_dir: UserPath
+    model: UserPath = Field(description="a Hugging Face folder")
     from_scratch: bool = Field(False, description="take the folder's architecture but not its weights, as a baseline")
     freeze_backbone: bool = Field(False, description="train the new head alone")
     overwrite: bool = Field(False, description="replace the model that an earlier run left in run_dir")
     seed: CountOrZero = 0
-    label_smoothing: Fraction = 0.0
+    label_smoothing: Rate = 0.0
     data: FinetuneDataConfig
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -10,26 +10,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from finetune.backbone import ModelError, Preprocessor, load_preprocessor, new_classifier, save_folder
+from finetune.backbone import Preprocessor, load_preprocessor, new_classifier, save_folder
 from finetune.config import FinetuneConfig
 from finetune.metrics import evaluate
 from pretrain import UserError, distributed
-from pretrain.configfile import CommandLine, exit_with_mistake, flatten
-from pretrain.data.augment import TrainView, augment, mix_neighbours, neighbours
+from pretrain.configfile import EXIT_MISTAKE, CommandLine, exit_with_mistake, flatten
+from pretrain.data.augment import TrainView, augment, mix_neighbours, mixed_cross_entropy
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, training_batches
 from pretrain.data.order import random_bits
 from pretrain.data.samples import FewLabels, Samples, open_samples
+from pretrain.distributed import on_all_ranks
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
 
 MODEL_FOLDER = "model"
-EXIT_INTERRUPTED = 130
+EXIT_DONE, EXIT_FAILED = 0, 1
 
 CARD = """---
 library_name: transformers
@@ -55,6 +56,7 @@ class Run:
     preprocessor: Preprocessor
     training: Samples
     validation: Samples
+    micro_batch_size: int
 
     @property
     def num_samples(self) -> int:
@@ -76,54 +78,80 @@ class Best:
 
 def main(command: CommandLine[FinetuneConfig]) -> int:
     """Fine-tune as the command line asks; return the exit code."""
-    if command.resume:
-        exit_with_mistake("--resume: fine-tuning starts over; it is short, and its best model is kept as it goes")
+    config = command.config
+    # Some architectures have parameters that classification never uses, such as DINOv2's mask token.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    precision = "bf16" if config.engine.precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[unused])
     try:
-        run = build_run(command.config)
+        run = on_all_ranks(lambda: build_run(config, accelerator))
     except UserError as error:
         exit_with_mistake(str(error))
-    with open_tracker(run, command.text) as tracker:
-        tracker.tag(model_folder=str((command.config.run_dir / MODEL_FOLDER).resolve()))
-        try:
+    folder = config.run_dir / MODEL_FOLDER
+    try:
+        with open_tracker(run, command.text) as tracker:
+            tracker.tag(model_folder=str(folder.resolve()))
             best = train(run, tracker)
-        except KeyboardInterrupt:
-            tracker.status = "KILLED"
-            print("stopped; the best model so far is kept", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        tracker.status = "FINISHED"
+            tracker.status = "FINISHED"
+    except DataError as error:  # met by one rank or its workers: whoever meets it says so
+        print(str(error).rpartition("DataError: ")[2], file=sys.stderr, flush=True)
+        return EXIT_MISTAKE
+    except (FloatingPointError, KeyboardInterrupt) as reason:
+        if distributed.is_main():
+            kept = f"; the best model so far is in {folder}" if folder.exists() else ""
+            print(f"{str(reason) or 'stopped'}{kept}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     if distributed.is_main():
-        print(f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {command.config.run_dir / MODEL_FOLDER}")
-    run.accelerator.end_training()
-    return 0
+        print(f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {folder}")
+    accelerator.end_training()
+    return EXIT_DONE
 
 
-def build_run(config: FinetuneConfig) -> Run:
-    """Open the data, put a new head on the folder's backbone, hand both to Accelerate."""
-    if (config.run_dir / MODEL_FOLDER).exists() and not config.overwrite:
-        raise ModelError(
-            f"{config.run_dir / MODEL_FOLDER}: holds a fine-tuned model already; "
-            "choose another run_dir or set overwrite=true"
-        )
+def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
+    """Open the data, put a new head on the folder's backbone, hand both to Accelerate.
+
+    Raises:
+        UserError: the folder, the data or the batch cannot be used.
+    """
+    check_run_dir(config)
+    micro_batch_size = share_batch(config, accelerator.num_processes)
     training, validation = open_samples(config.data.train), open_samples(config.data.validation)
     if validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
     if config.data.labels_per_class:
         training = FewLabels(training, config.data.labels_per_class, config.seed)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), mixed_precision="bf16" if config.engine.precision == "bf16" else "no"
-    )
-    if config.engine.global_batch_size % accelerator.num_processes:
-        raise DataError(
-            f"engine.global_batch_size: {config.engine.global_batch_size} images cannot be shared evenly by "
-            f"{accelerator.num_processes} ranks"
-        )
+    preprocessor = load_preprocessor(config.model)
     torch.manual_seed(config.seed)
     model = new_classifier(
         config.model, training.class_names, from_scratch=config.from_scratch, freeze_backbone=config.freeze_backbone
     )
     model, optimizer = accelerator.prepare(model, build_adamw(model, config.optimizer))
-    preprocessor = load_preprocessor(config.model)
-    return Run(config, accelerator, model, optimizer, preprocessor, training, validation)
+    return Run(config, accelerator, model, optimizer, preprocessor, training, validation, micro_batch_size)
+
+
+def check_run_dir(config: FinetuneConfig) -> None:
+    """Refuse a folder in which another run's results would be lost."""
+    if (config.run_dir / MODEL_FOLDER).exists() and not config.overwrite:
+        raise UserError(
+            f"{config.run_dir / MODEL_FOLDER}: holds a fine-tuned model already; "
+            "choose another run_dir or set overwrite=true"
+        )
+    if (config.run_dir / "checkpoints").exists():
+        raise UserError(f"{config.run_dir}: holds a pretraining run; choose another run_dir")
+
+
+def share_batch(config: FinetuneConfig, num_ranks: int) -> int:
+    """Return the micro-batch: this rank's whole share of the global batch where that is small enough."""
+    share, rest = divmod(config.engine.global_batch_size, num_ranks)
+    size = min(share, config.engine.micro_batch_size)
+    if rest or not share or share % size:
+        raise UserError(
+            f"engine.global_batch_size: {config.engine.global_batch_size} images cannot be shared evenly by "
+            f"{num_ranks} ranks in micro-batches of {size}"
+        )
+    if config.augment.mixes and size % 2:
+        raise UserError(f"engine.micro_batch_size: mixup and cutmix pair neighbours, so {size} must be even")
+    return size
 
 
 def train(run: Run, tracker: Tracker) -> Best:
@@ -184,10 +212,13 @@ def train(run: Run, tracker: Tracker) -> Best:
             }
             tracker.log(row, step)
             progress.show(row, step)
+            if not math.isfinite(row["train/loss"] + row["optim/grad_norm"]):
+                raise FloatingPointError(f"step {step}: the loss or its gradient is not finite")
             losses, waiting, started = [], 0.0, time.perf_counter()
         if step in evaluations:
+            paused = time.perf_counter()
             best = _evaluate(run, tracker, progress, step, evaluations[step], best)
-            started = time.perf_counter()
+            started += time.perf_counter() - paused
     assert best is not None
     return best
 
@@ -212,20 +243,13 @@ def _loss(run: Run, batch: Batch) -> Tensor:
     if not run.config.augment.mixes:
         return F.cross_entropy(run.model(pixel_values=images).logits.float(), labels, label_smoothing=smoothing)
     images, own_share = mix_neighbours(images, batch)
-    logits = run.model(pixel_values=images).logits.float()
-    own, other = (
-        F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-        for target in (labels, neighbours(labels))
-    )
-    return torch.lerp(other, own, own_share).mean()
+    return mixed_cross_entropy(run.model(pixel_values=images).logits.float(), labels, own_share, smoothing)
 
 
 def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Batch], float]]:
     """Yield each step's micro-batches of this rank, with the seconds spent waiting for them."""
     config = run.config
     share = config.engine.global_batch_size // run.accelerator.num_processes
-    # The largest size within the limit that divides this rank's share, so that accumulation is even.
-    micro_batch_size = max(size for size in range(1, config.engine.micro_batch_size + 1) if share % size == 0)
     batches = training_batches(
         run.training,
         TrainView(config.augment, run.preprocessor.image_size),
@@ -234,14 +258,14 @@ def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Batch], float]]:
         start=0,
         stop=total_steps * config.engine.global_batch_size,
         global_batch_size=config.engine.global_batch_size,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=run.micro_batch_size,
         rank=distributed.rank(),
         world_size=run.accelerator.num_processes,
         num_workers=config.data.num_workers,
     )
     while True:
         start = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(share // micro_batch_size)]
+        micro_batches = [next(batches) for _ in range(share // run.micro_batch_size)]
         yield micro_batches, time.perf_counter() - start
 
 
@@ -249,6 +273,7 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
     """Measure; keep the model if it is the best so far."""
     config = run.config
     model = run.accelerator.unwrap_model(run.model)
+    distributed.copy_from_main(model.buffers())  # BatchNorm's statistics differ by rank; the main rank's are saved
     measured = evaluate(
         model,
         run.validation,

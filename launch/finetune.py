@@ -14,6 +14,7 @@ if __name__ == "__main__":
         FinetuneConfig,
         description="Adapt a Hugging Face image-classification folder to your classes.",
         example="python launch/finetune.py --config configs/quickstart/finetune.yaml model=runs/quickstart/export",
+        resumable=False,
     )
     from finetune.train import main  # torch and transformers come only now, when there is no mistake left
 

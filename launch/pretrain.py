@@ -14,6 +14,7 @@ if __name__ == "__main__":
         PretrainConfig,
         description="Pretrain a Vision Transformer. A run folder with a checkpoint is continued.",
         example="deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml optimizer.learning_rate=3e-4",
+        resumable=True,
     )
     from pretrain.train import main  # torch and deepspeed come only now, when there is no mistake left
 

@@ -122,7 +122,7 @@ def summarize(seconds: float) -> None:
 
 
 def last_top1(run_dir: Path) -> float:
-    """Return the top-1 of a run's last evaluation: not the best one, which would choose by the test set."""
+    """Return the top-1 after the last epoch, a run's one evaluation: choosing the best would peek at the test set."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return float([row["validation/top1"] for row in rows if "validation/top1" in row][-1])
 

@@ -5,17 +5,19 @@ Sizes carry Hugging Face's names. Each room is given its own section, never the 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Problem(NamedTuple):
@@ -28,7 +30,7 @@ class Problem(NamedTuple):
 class Section(BaseModel):
     """Base of every section: unknown keys and wrong types are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def problems(self) -> Iterator[Problem]:
         """Yield what no single field can see: values that are impossible together."""
@@ -52,8 +54,8 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Shard sets written by `tessera shards make` or indexed by `tessera shards index`."""
 
-    train: Path | list[Path]
-    validation: Path | None = None
+    train: UserPath | list[UserPath]
+    validation: UserPath | None = None
     num_workers: CountOrZero = 4
     shuffle_window: Count = Field(64, description="shards whose samples are shuffled together")
 
@@ -70,9 +72,9 @@ class ModelConfig(Section):
     image_size: Count = 224
     num_channels: Literal[3] = 3
     position_embedding: Literal["learned", "sincos"] = "learned"
-    dropout: Fraction = 0.0
-    attention_dropout: Fraction = 0.0
-    drop_path: Fraction = Field(0.0, description="rate of the last block; grows linearly from 0 at the first")
+    dropout: Rate = 0.0
+    attention_dropout: Rate = 0.0
+    drop_path: Rate = Field(0.0, description="rate of the last block; grows linearly from 0 at the first")
     layer_norm_eps: Positive = 1e-6
 
     @property
@@ -108,6 +110,8 @@ class ModelConfig(Section):
                 ("mlp_ratio", "intermediate_size"),
                 "intermediate_size already sets the MLP's width; keep one of the two",
             )
+        if self.mlp_size < 1:
+            yield Problem(("mlp_ratio", "hidden_size"), f"an MLP of {self.mlp_ratio} x {self.hidden_size} has no width")
 
 
 class PreprocessingConfig(Section):
@@ -151,8 +155,11 @@ class SupervisedConfig(Section):
     """Cross-entropy on the class of the whole image."""
 
     name: Literal["supervised"] = "supervised"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    label_smoothing: Rate = 0.0
     augment: AugmentConfig = AugmentConfig()
+
+
+ObjectiveConfig: TypeAlias = SupervisedConfig  # the union of all objectives' sections, told apart by their name
 
 
 class OptimizerConfig(Section):
@@ -161,7 +168,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw"] = "adamw"
     learning_rate: Positive = Field(1e-4, description="at the default global batch of 256; nothing rescales it")
     weight_decay: NonNegative = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
     epsilon: Positive = 1e-8
 
 
@@ -232,12 +239,12 @@ class TrackingConfig(Section):
 class PretrainConfig(Section):
     """A pretraining run."""
 
-    run_dir: Path
+    run_dir: UserPath
     seed: CountOrZero = 0
     data: DataConfig
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     model: ModelConfig = ModelConfig()
-    objective: SupervisedConfig = SupervisedConfig()
+    objective: ObjectiveConfig = SupervisedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig
     engine: EngineConfig = EngineConfig()

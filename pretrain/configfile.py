@@ -87,7 +87,9 @@ class CommandLine(Generic[Config]):
     resume: bool
 
 
-def read_command_line(config_class: type[Config], description: str, example: str) -> CommandLine[Config]:
+def read_command_line(
+    config_class: type[Config], description: str, example: str, *, resumable: bool
+) -> CommandLine[Config]:
     """Parse `--config FILE key.path=value ...`; print the mistakes and exit with code 2 if there are any."""
     parser = argparse.ArgumentParser(
         description=description,
@@ -96,7 +98,9 @@ def read_command_line(config_class: type[Config], description: str, example: str
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the keys below")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, then stop")
-    parser.add_argument("--resume", action="store_true", help="insist on continuing: fail if the run has no checkpoint")
+    if resumable:
+        insist = "insist on continuing: fail if the run has no checkpoint"
+        parser.add_argument("--resume", action="store_true", help=insist)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces the file's value")
     arguments = parser.parse_intermixed_args()
@@ -108,7 +112,7 @@ def read_command_line(config_class: type[Config], description: str, example: str
         if is_first_rank():
             print(loaded.text, end="")
         sys.exit(0)
-    return CommandLine(loaded.config, loaded.text, arguments.resume)
+    return CommandLine(loaded.config, loaded.text, resumable and arguments.resume)
 
 
 def exit_with_mistake(message: str) -> NoReturn:
@@ -230,7 +234,11 @@ class _Document:
         if node.tag not in _SCALARS:
             self.mistakes.append(Mistake(place(node), key, f"the tag {node.tag} is not supported"))
             return None
-        return _SCALARS[node.tag][1](node.value)
+        try:
+            return _SCALARS[node.tag][1](node.value)
+        except ValueError:
+            self.mistakes.append(Mistake(place(node), key, f"{_shown(node.value)} is not what its tag says"))
+            return None
 
     def _construct_mapping(self, node: yaml.MappingNode, key: Key, place: Callable[[yaml.Node], str]) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -4,10 +4,16 @@ Ranks come from the environment, which the deepspeed launcher, torchrun and acce
 """
 
 import os
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from pretrain import UserError
+
+Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -41,6 +47,33 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def on_all_ranks(work: Callable[[], Result]) -> Result:
+    """Do the work on every rank; when a mistake stops any of them, raise what was wrong on all.
+
+    Raises:
+        UserError: every rank's sentence, each once.
+    """
+    mistake: str | None = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        mistake = str(error)
+    mistakes = [mistake]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        mistakes = [None] * dist.get_world_size()
+        dist.all_gather_object(mistakes, mistake)
+    if found := [text for text in dict.fromkeys(mistakes) if text is not None]:
+        raise UserError("\n".join(found))
+    return result
+
+
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every rank's tensors by the main rank's."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
 
 
 def wait_for_all() -> None:

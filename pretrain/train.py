@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -22,6 +23,7 @@ from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, evaluation_batches, training_batches
 from pretrain.data.order import random_bits
 from pretrain.data.samples import Samples, open_samples
+from pretrain.distributed import on_all_ranks
 from pretrain.engine import Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
@@ -33,6 +35,15 @@ from pretrain.tracking.tracker import Tracker, git_commit
 EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
 
 
+@dataclass(frozen=True)
+class Data:
+    """What a run starts from."""
+
+    training: Samples
+    validation: Samples | None
+    checkpoint: Path | None
+
+
 @dataclass
 class Run:
     """Everything the loop holds. `manifest` says where it stands: the whole state beside the engine's own."""
@@ -40,8 +51,7 @@ class Run:
     config: PretrainConfig
     objective: Objective
     engine: Engine
-    training: Samples
-    validation: Samples | None
+    data: Data
     manifest: Manifest
 
     def advance(self) -> None:
@@ -53,9 +63,12 @@ class Run:
 
 def main(command: CommandLine[PretrainConfig]) -> int:
     """Pretrain as the command line asks; return the exit code."""
+    config = command.config
     start_distributed()
     try:
-        run = build_run(command.config, insist_on_resume=command.resume)
+        on_all_ranks(lambda: make_run_dir(config.run_dir))
+        data = on_all_ranks(lambda: open_data(config, insist_on_resume=command.resume))
+        run = on_all_ranks(lambda: build_run(config, data))
     except UserError as error:
         exit_with_mistake(str(error))
     stop = StopSignal()
@@ -73,36 +86,55 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     return EXIT_DONE if finished else EXIT_PREEMPTED
 
 
-def build_run(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
-    """Open the data, build the model, and continue from the run folder's newest checkpoint if it has one."""
+def make_run_dir(run_dir: Path) -> None:
+    """Make the run's folder, on the main rank."""
+    if distributed.is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def open_data(config: PretrainConfig, *, insist_on_resume: bool = False) -> Data:
+    """Open the shard sets and find the checkpoint to continue from.
+
+    Raises:
+        DataError: a set cannot be used, or the two sets' classes differ.
+        CheckpointError: this rank does not see the run folder, or there is nothing to resume.
+    """
+    if not config.run_dir.exists():
+        raise CheckpointError(
+            f"{config.run_dir}: not seen by rank {distributed.rank()}; "
+            "put run_dir on a file system that all machines share"
+        )
     training = open_samples(config.data.train)
     validation = open_samples(config.data.validation) if config.data.validation else None
     if validation and validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
+    checkpoints = list_checkpoints(config.run_dir)
+    if insist_on_resume and not checkpoints:
+        raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
+    return Data(training, validation, checkpoints[-1] if checkpoints else None)
+
+
+def build_run(config: PretrainConfig, data: Data) -> Run:
+    """Build the model under its engine, and continue from the checkpoint if there is one."""
     torch.manual_seed(config.seed)
     encoder = ViT(config.model, config.engine.activation_checkpointing)
-    objective = build_objective(config.objective, encoder, len(training.class_names), config.preprocessing)
+    objective = build_objective(config.objective, encoder, len(data.training.class_names), config.preprocessing)
     if config.engine.compile:
         compile_blocks(objective)
     manifest = Manifest(
         step=0,
         samples=0,
         world_size=distributed.world_size(),
-        data_digest=training.digest,
-        class_names=training.class_names,
+        data_digest=data.training.digest,
+        class_names=data.training.class_names,
         config=json.loads(config.model_dump_json()),
         git_commit=git_commit(),
     )
-    run = Run(
-        config, objective, build_engine(objective, config.engine, config.optimizer), training, validation, manifest
-    )
-    checkpoints = list_checkpoints(config.run_dir)
-    if checkpoints:
-        saved = restore(run.engine, checkpoints[-1], manifest)
-        run.manifest = replace(manifest, step=saved.step, samples=saved.samples)
-    elif insist_on_resume:
-        raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
-    return run
+    engine = build_engine(objective, config.engine, config.optimizer)
+    if data.checkpoint:
+        saved = restore(engine, data.checkpoint, manifest)
+        manifest = replace(manifest, step=saved.step, samples=saved.samples)
+    return Run(config, objective, engine, data, manifest)
 
 
 def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
@@ -135,14 +167,18 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
 
         last = step == total_steps
         due_save = last or step % config.checkpoint.every_steps == 0
-        if due_save or step % config.logging.every_steps == 0:
+        due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
+        if due_save or due_evaluation or step % config.logging.every_steps == 0:
             row, stopping = interval.close(run, batches.take_waited(), stop)  # the only host synchronisation
             row["optim/learning_rate"] = learning_rate
             tracker.log(row, step)
             progress.show(row, step)
-            if not math.isfinite(row["train/loss"]):
-                raise FloatingPointError(f"the loss is {row['train/loss']} at step {step}; nothing was saved since")
-            if last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0):
+            if not math.isfinite(row["train/loss"] + row["optim/grad_norm"]):
+                raise FloatingPointError(
+                    f"step {step}: the loss is {row['train/loss']}, its gradient's norm {row['optim/grad_norm']}; "
+                    f"stopped without saving, the same command continues from the last checkpoint"
+                )
+            if due_evaluation:
                 evaluate(run, tracker, progress)
             if due_save or stopping:
                 folder = save(engine, run.manifest, config.run_dir, config.checkpoint.keep_last)
@@ -156,11 +192,11 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
 
 def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
     """Go through the validation set, every sample once over all ranks."""
-    if run.validation is None:
+    if run.data.validation is None:
         return
     run.engine.eval()
     batches = evaluation_batches(
-        run.validation,
+        run.data.validation,
         run.objective.evaluation_view(),
         batch_size=run.config.engine.micro_batch_size,
         rank=distributed.rank(),
@@ -190,7 +226,7 @@ class Batches:
         self.device = run.engine.device
         self.waited = 0.0
         self.batches = training_batches(
-            run.training,
+            run.data.training,
             run.objective.train_view(),
             seed=run.config.seed,
             window=run.config.data.shuffle_window,
@@ -272,7 +308,7 @@ def open_tracker(run: Run, config_text: str) -> Tracker:
         experiment=run.config.tracking.experiment,
         config_text=config_text,
         params=flatten(run.config),
-        tags={"stage": "pretrain", "git_commit": str(run.manifest.git_commit), "data_digest": run.training.digest},
+        tags={"stage": "pretrain", "git_commit": str(run.manifest.git_commit), "data_digest": run.data.training.digest},
         resume_step=run.manifest.step,
         enabled=distributed.is_main(),
     )
@@ -290,7 +326,7 @@ def _millions(objective: Objective) -> str:
 def _summary(run: Run) -> str:
     config, ranks = run.config.engine, distributed.world_size()
     return (
-        f"{sum(run.training.shard_sizes)} images in {len(run.training.class_names)} classes, "
+        f"{sum(run.data.training.shard_sizes)} images in {len(run.data.training.class_names)} classes, "
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
         f"{config.precision}, batch {config.global_batch_size}, from step {run.manifest.step}"
     )

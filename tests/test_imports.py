@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "pretrain.config": set(),
     "pretrain.configfile": {"pretrain", "pretrain.config"},
     "pretrain.schedules": set(),
-    "pretrain.distributed": set(),
+    "pretrain.distributed": {"pretrain"},
     "pretrain.optimizer": {"pretrain.config"},
     "pretrain.data": {"pretrain", "pretrain.config"},
     "pretrain.model": {"pretrain.config"},

@@ -75,6 +75,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: neither.
     """
+    path = path.resolve()
     if (path / MANIFEST).exists():
         return path
     found = list_checkpoints(path)

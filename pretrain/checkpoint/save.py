@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.checkpoint.manifest import ENGINE, PARTIAL, WEIGHTS, Manifest, checkpoints_folder, list_checkpoints
 from pretrain.distributed import is_main, wait_for_all
@@ -31,7 +31,7 @@ def save(engine: Engine, manifest: Manifest, run_dir: Path, keep_last: int) -> P
         partial.mkdir(parents=True)
     wait_for_all()
     engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
-    weights = gather_weights(engine.module)
+    weights = gather_weights(engine)
     if is_main():
         for script in partial.glob("zero_to_*.py"):  # DeepSpeed's converters; the weights are here already
             script.unlink()
@@ -47,13 +47,23 @@ def save(engine: Engine, manifest: Manifest, run_dir: Path, keep_last: int) -> P
     return folder
 
 
-def gather_weights(module: nn.Module) -> dict[str, Tensor]:
+def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """Return the fp32 weights and buffers on the main rank; elsewhere nothing. Every rank must call this."""
-    weights: dict[str, Tensor] = {}
+    module, weights, masters = engine.module, {}, _unsharded_masters(engine)
     for name, parameter in module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)  # at every ZeRO stage; None where DeepSpeed keeps no master copy
+        full = safe_get_full_fp32_param(parameter)  # at ZeRO stages 1 to 3; None at stage 0
+        if full is None:
+            full = masters.get(parameter)
         if is_main():
             weights[name] = (parameter if full is None else full).detach().float().cpu().contiguous()
     if is_main():
         weights |= {name: buffer.float().cpu().contiguous() for name, buffer in module.named_buffers()}
     return weights
+
+
+def _unsharded_masters(engine: Engine) -> dict[Tensor, Tensor]:
+    """Return the fp32 copies that stage 0 keeps of bf16 parameters; in fp32 there are none."""
+    pairs = zip(
+        getattr(engine.optimizer, "fp16_groups", ()), getattr(engine.optimizer, "fp32_groups", ()), strict=False
+    )
+    return {low: master for lows, masters in pairs for low, master in zip(lows, masters, strict=False)}

@@ -182,6 +182,15 @@ def mix_neighbours(images: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Te
     return mixed, own_share
 
 
+def mixed_cross_entropy(logits: Tensor, labels: Tensor, own_share: Tensor, label_smoothing: float) -> Tensor:
+    """Return the mean of s CE(y) + (1 - s) CE(neighbour's y), s an image's own share [B] of its pixels."""
+    own, other = (
+        F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+        for target in (labels, neighbours(labels))
+    )
+    return torch.lerp(other, own, own_share).mean()
+
+
 def neighbours(values: Tensor) -> Tensor:
     """Swap 0 with 1, 2 with 3, ... along the first dimension."""
     return values.reshape(-1, 2, *values.shape[1:]).flip(1).reshape(values.shape)

@@ -15,6 +15,7 @@ from pretrain.data.samples import Samples
 Batch = dict[str, torch.Tensor]
 
 BATCHES_AHEAD = 4
+GRACE_SECONDS = 30  # as long as the deepspeed launcher waits for a training process
 
 
 class _Positions(Dataset[dict[str, Any]]):
@@ -103,7 +104,8 @@ def _loader(dataset: Dataset[Any], batches: Iterator[Any], num_workers: int) -> 
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker; Ctrl-C is for the training process alone, which ends its workers."""
+    """One thread a worker. A launcher signals everyone, but the training process needs batches until it has saved."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))

@@ -1,5 +1,7 @@
 """Labelled images that can be read one by one: shard sets, or a folder with a subfolder a class."""
 
+import hashlib
+import json
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
@@ -49,9 +51,11 @@ def open_samples(paths: Path | list[Path]) -> Samples:
     folders = paths if isinstance(paths, list) else [paths]
     if not folders:
         raise DataError("no data: the list of paths is empty")
-    if len(folders) == 1 and not (folders[0] / DATASET_FILE).exists():
-        return _open_folder(folders[0])
-    return ShardSet(folders)
+    is_plain = len(folders) == 1 and not (folders[0] / DATASET_FILE).exists()
+    samples = _open_folder(folders[0]) if is_plain else ShardSet(folders)
+    if not sum(samples.shard_sizes):
+        raise DataError(f"{folders[0]}: holds no samples")
+    return samples
 
 
 def _open_folder(folder: Path) -> "FolderSet":
@@ -113,7 +117,8 @@ class FolderSet:
         self.folder = folder
         self.class_names = source.class_names
         self.images: list[SourceImage] = source.images
-        self.digest = f"{folder}:{len(source.images)}"
+        content = [(image.origin, (folder / image.origin).stat().st_size) for image in source.images]
+        self.digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
         self.shard_sizes = [len(source.images)]
 
     def read(self, shard: int, row: int) -> Record:

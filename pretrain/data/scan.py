@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pretrain.data.index import DataError, DatasetInfo, ShardIndex
+from pretrain.data.sources import NAMES_SHOWN
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CHUNK_BYTES = 1 << 20
@@ -55,6 +56,8 @@ def index_shards(
                 raise DataError(f"{tar}: the key {key} is also in {seen[key]}; keys must be unique over a split")
             seen[key] = tar.name
         indexes.append(index)
+    if not any(len(index) for index in indexes):
+        raise DataError(f"{tars[0].parent}: the tars hold no samples")
     highest = max((label for index in indexes for label in index.label), default=-1)
     if class_names is None:
         class_names = [names.get(label, str(label)) for label in range(highest + 1)]
@@ -65,7 +68,10 @@ def index_shards(
     for index in indexes:
         index.save(folder)
     info.save(folder)
-    return Scanned(info, [f"{count} members .{extension}, left as they are" for extension, count in left_out.items()])
+    remarks = [f"{count} members .{extension}, left as they are" for extension, count in left_out.items()]
+    if empty := [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]:
+        remarks.append(f"{len(empty)} classes without samples: {', '.join(empty[:NAMES_SHOWN])}")
+    return Scanned(info, remarks)
 
 
 def _index_tar(
@@ -132,7 +138,7 @@ def _members(tar: Path, file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, i
 def _label(
     tar: Path, key: str, file: BinaryIO, cls: tuple[int, int] | None, metadata: dict[str, Any], label_key: str
 ) -> int:
-    value = _pread(file, cls).decode() if cls else metadata.get(label_key)
+    value = _pread(file, cls).decode(errors="replace") if cls else metadata.get(label_key)
     try:
         label = int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

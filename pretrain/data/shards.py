@@ -84,6 +84,8 @@ def make_shards(
                 "mend or remove them, or leave them out with --skip-bad"
             )
         left_out += unreadable
+        if not indexes:
+            raise DataError("no image is readable")
         infos[name] = DatasetInfo.of(indexes, source.class_names)
         infos[name].save(partial / name)
     partial.rename(out)
@@ -151,7 +153,7 @@ def _read_one(image: SourceImage) -> bytes | Exception:
     try:
         data = image.read()
         decode(data)
-    except (DecodeError, OSError) as error:
+    except (DecodeError, OSError, ValueError) as error:  # Pillow raises ValueError for some files that are cut
         return error
     return data
 

@@ -1,6 +1,7 @@
 """Where images come from before they are shards: a folder with a subfolder a class, or the digits of scikit-learn."""
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,11 +56,15 @@ def list_folder(folder: Path) -> Source:
     others: list[str] = []
     twice: list[str] = []
     empty: list[str] = []
+    unnameable: list[str] = []
     seen: dict[str, str] = {}
     for label, class_name in enumerate(class_names):
         before = len(source.images)
-        for path in sorted(path for path in (folder / class_name).rglob("*") if path.is_file()):
+        for path in _files_below(folder / class_name):
             suffix = path.suffix.lower()
+            if not str(path).isprintable():
+                unnameable.append(ascii(str(path.relative_to(folder))))
+                continue
             if suffix not in KEPT and suffix not in REENCODED:
                 others.append(str(path.relative_to(folder)))
                 continue
@@ -77,8 +82,14 @@ def list_folder(folder: Path) -> Source:
     source.remarks += _counted(others, "not an image, left out", "not images, left out")
     source.faults += _counted(images_outside, "image outside of any class", "images outside of any class")
     source.faults += _counted(twice, "image with a key already taken", "images with keys already taken")
+    source.faults += _counted(unnameable, "name that is not readable text", "names that are not readable text")
     source.faults += _counted(empty, "class without images", "classes without images")
     return source
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """List every file at any depth, links followed; a link to nowhere is listed too, and fails when it is read."""
+    return sorted(Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
 
 
 def list_digits() -> Source:

@@ -29,6 +29,8 @@ def export(source: Path, out: Path, overwrite: bool = False) -> Proof:
     checkpoint = find_checkpoint(source)
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out}: is there already; choose another folder or add --overwrite")
+    if out.exists() and not (out / "config.json").exists():
+        raise CheckpointError(f"{out}: is no Hugging Face folder, so it is not overwritten")
     manifest = Manifest.load(checkpoint)
     config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
     weights = load_weights(checkpoint)

@@ -1,11 +1,10 @@
 """Supervised classification: cross-entropy on CLS, with label smoothing, mixup and cutmix."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SupervisedConfig
-from pretrain.data.augment import EvalView, TrainView, View, augment, mix_neighbours, neighbours, normalize
+from pretrain.data.augment import EvalView, TrainView, View, augment, mix_neighbours, mixed_cross_entropy, normalize
 from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
 
@@ -42,15 +41,12 @@ class SupervisedObjective(Objective):
         return logits.float()
 
     def _train(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """s CE(y) + (1 - s) CE(neighbour's y), where s is the image's own share of its pixels."""
-        labels = batch["label"]
+        labels, smoothing = batch["label"], self.config.label_smoothing
         images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
         if not self.config.augment.mixes:
-            return {"loss": self._cross_entropy(self.logits(images), labels).mean()}
+            return {"loss": F.cross_entropy(self.logits(images), labels, label_smoothing=smoothing)}
         images, own_share = mix_neighbours(images, batch)
-        logits = self.logits(images)
-        own, other = self._cross_entropy(logits, labels), self._cross_entropy(logits, neighbours(labels))
-        return {"loss": torch.lerp(other, own, own_share).mean()}
+        return {"loss": mixed_cross_entropy(self.logits(images), labels, own_share, smoothing)}
 
     def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels, weight = batch["label"], batch["weight"]
@@ -62,7 +58,3 @@ class SupervisedObjective(Objective):
             "loss": (F.cross_entropy(logits, labels, reduction="none") * weight).sum(),
             "top1": (correct * weight).sum(),
         }
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return -sum_k q_k log p_k for each sample, q = (1 - e) onehot(y) + e / classes (arXiv 1512.00567)."""
-        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.config.label_smoothing)

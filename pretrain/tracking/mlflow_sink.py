@@ -8,6 +8,7 @@ import io
 import json
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -45,11 +46,17 @@ class Sink:
         self.tags: dict[str, str] = {}
         self.offset = 0
         self.started = False
+        self.is_new = False
 
     def push(self) -> None:
         """Send what is new; raises what MLflow raises."""
         if not self.started:
             self._start()
+        if self.is_new:  # MLflow refuses a parameter that changes, so a continued run keeps those it began with
+            params = [Param(name, value) for name, value in self.params.items()]
+            for i in range(0, len(params), MAX_PARAMS):
+                self.client.log_batch(self.state["run_id"], params=params[i : i + MAX_PARAMS])
+            self.is_new = False
         if self.tags:
             self.client.log_batch(self.state["run_id"], tags=[RunTag(k, v) for k, v in self.tags.items()])
             self.tags = {}
@@ -78,15 +85,14 @@ class Sink:
         if self.state["run_id"] is None:
             experiment = self.client.get_experiment_by_name(self.state["experiment"])
             if experiment is None:
-                artifacts = (self.run_dir.parent / "mlartifacts").as_uri()
+                is_local = self.state["uri"].startswith("sqlite:")
+                artifacts = (self.run_dir.parent / "mlartifacts").as_uri() if is_local else None
                 experiment_id = self.client.create_experiment(self.state["experiment"], artifacts)
             else:
                 experiment_id = experiment.experiment_id
             run = self.client.create_run(experiment_id, run_name=self.run_dir.name)
             self._remember(run_id=run.info.run_id)
-            params = [Param(name, value) for name, value in self.params.items()]
-            for i in range(0, len(params), MAX_PARAMS):
-                self.client.log_batch(run.info.run_id, params=params[i : i + MAX_PARAMS])
+            self.is_new = True
         self.started = True
 
     def _remember(self, **state: Any) -> None:
@@ -99,9 +105,12 @@ class Sink:
 
 def main(run_dir: str, uri: str, experiment: str) -> None:
     """Push once a second until the tracker has closed our input, then a last time."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a launcher signals everyone; the tracker says when to end
+        signal.signal(number, signal.SIG_IGN)
     sink = Sink(Path(run_dir), uri, experiment)
     messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: select must see every line
     status: str | None = None  # what is to be said of the run; nothing when only tags are sent
+    said: str | None = None
     complained, open_input, tries = False, True, LAST_TRIES
     while tries:
         for message in _messages(messages, POLL_SECONDS if open_input else 0):
@@ -112,10 +121,12 @@ def main(run_dir: str, uri: str, experiment: str) -> None:
                 sink.params |= message.get("params", {})
                 sink.tags |= message.get("tags", {})
                 status = message.get("status", status)
+                open_input = open_input and status in (None, RUNNING)
         try:
             sink.push()
-            if status:
-                sink.set_status(status)
+            if status != said:
+                sink.set_status(str(status))
+                said = status
             if not open_input:
                 return
         except Exception as error:  # any failure of a store is survivable: the file has everything

@@ -57,7 +57,11 @@ class Tracker:
         (run_dir / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         path = run_dir / METRICS_FILE
         rows = [row for row in read_rows(path) if row["step"] <= resume_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        aside.replace(path)
+        if not resume_step:
+            (run_dir / STATE_FILE).unlink(missing_ok=True)  # a new run, also where an older one was
         self.file = path.open("a", encoding="utf-8")
         self.sink = None if uri == "off" else _start_sink(run_dir, uri or default_uri(run_dir), experiment)
         self._tell("status", "RUNNING")
@@ -120,7 +124,10 @@ def _tell(sink: "subprocess.Popen[str]", what: str, content: str | dict[str, str
 
 
 def _start_sink(run_dir: Path, uri: str, experiment: str) -> "subprocess.Popen[str]":
-    """Start the process that feeds MLflow; Ctrl-C is not for it, it ends when its input does."""
+    """Start the process that feeds MLflow; Ctrl-C is not for it, it ends when it is told or its input does."""
+    scheme, slashes, path = uri.partition(":///")
+    if scheme == "sqlite":
+        uri = scheme + slashes + str(Path(path).resolve())
     command = [sys.executable, "-m", SINK, str(run_dir.resolve()), uri, experiment]
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True)
 

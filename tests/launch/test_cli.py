@@ -1,6 +1,6 @@
 """The `tessera` command: quick help, clear answers."""
 
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +15,11 @@ VERBS = [[], ["shards"], ["shards", "make"], ["shards", "index"], ["export"], ["
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_help_is_quick_and_teaches(verb: list[str], tool: Callable[[str], str]) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_help_is_light_and_teaches(verb: list[str], tool: Callable[[str], str]) -> None:
     command = [sys.executable, "-X", "importtime", tool("tessera"), *verb, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # twice what is promised
-    assert "| torch" not in done.stderr
+    assert re.search(r"\|\s+typer\b", done.stderr)
+    assert not re.search(r"\|\s+(torch|numpy|transformers|deepspeed|mlflow)\b", done.stderr)
     if len(verb) == 2 or verb in (["export"], ["predict"]):
         assert "Example: tessera " + " ".join(verb) in done.stdout
 

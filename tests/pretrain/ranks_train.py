@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed import DeepSpeedEngine
 
 from pretrain import distributed
-from pretrain.checkpoint.manifest import Manifest, list_checkpoints, load_weights
+from pretrain.checkpoint.manifest import load_weights
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.loader import training_batches
@@ -22,7 +24,7 @@ from pretrain.objectives import build_objective
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.tracker import read_rows
-from pretrain.train import Run, StopSignal, build_run, open_tracker, to_device, train
+from pretrain.train import Run, StopSignal, build_run, open_data, open_tracker, to_device, train
 
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
@@ -33,13 +35,15 @@ OTHERS = {
     "bf16-stage1": ["engine.precision=bf16", "engine.zero_stage=1"],
     "bf16-stage3": ["engine.precision=bf16", "engine.zero_stage=3"],
     "offload": ["engine.offload_optimizer=true"],
+    "compiled": ["engine.compile=true", "engine.zero_stage=1"],
+    "compiled3": ["engine.compile=true", "engine.zero_stage=3"],
     "unclipped": ["engine.gradient_clipping=0", "engine.zero_stage=0"],
 }
 MIDDLE, LAST = "step-00000004", "step-00000008"
 
 
 def run_to_end(config: PretrainConfig) -> Run:
-    run = build_run(config)
+    run = build_run(config, open_data(config))
     with open_tracker(run, "") as tracker:
         train(run, tracker, StopSignal())
         tracker.status = "FINISHED"
@@ -71,27 +75,23 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
         "rows": rows_of(whole_dir),
         "resumed": rows_of(resumed_dir),
         "same_weights": all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1]),
+        "rounded": all(torch.equal(weight, weight.bfloat16().float()) for weight in weights[0].values()),
         "finite": all(bool(weight.isfinite().all()) for weight in weights[0].values()),
     }
 
 
-def torn(recipe: Path, folder: Path) -> list[str]:
-    """Let the second save fail on the main rank just before it would count; return the checkpoints that are left."""
+def die_in_a_save(recipe: Path, folder: Path) -> None:
+    """Let the last rank die in the second save, when its part is half written; its launcher ends the others."""
     config = load_config(PretrainConfig, recipe, [f"run_dir={folder / 'torn'}", "tracking.uri=off"]).config
-    save_manifest = Manifest.save
+    save_checkpoint = DeepSpeedEngine.save_checkpoint
 
-    def fail_at_the_end(manifest: Manifest, partial: Path) -> None:
-        if manifest.step == config.schedule.total_steps:
-            raise OSError(28, "No space left on device")
-        save_manifest(manifest, partial)
+    def save_or_die(engine: DeepSpeedEngine, place: str, **options: Any) -> None:
+        if LAST in place and distributed.rank() == distributed.world_size() - 1:
+            os._exit(9)
+        save_checkpoint(engine, place, **options)
 
-    with mock.patch.object(Manifest, "save", fail_at_the_end), mock.patch("pretrain.checkpoint.save.wait_for_all"):
-        try:
-            run_to_end(config)
-        except OSError as error:
-            assert error.errno == 28
-    distributed.wait_for_all()
-    return [path.name for path in list_checkpoints(config.run_dir)]
+    with mock.patch.object(DeepSpeedEngine, "save_checkpoint", save_or_die):
+        run_to_end(config)
 
 
 def reference(recipe: Path) -> list[float]:
@@ -141,11 +141,11 @@ def main(recipe: Path, folder: Path) -> None:
     seen: dict[str, Any] = {}
     for name, overrides in (STAGES | OTHERS).items():
         seen[name] = check(recipe, folder, name, overrides)
-    seen["torn"] = torn(recipe, folder)
     if distributed.world_size() == 1:
         seen["reference"] = reference(recipe)
     if distributed.is_main():
         (folder / "seen.json").write_text(json.dumps(seen))
+    die_in_a_save(recipe, folder)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Batches: the same samples and pixels for any number of ranks and workers, from any place on."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import EvalView, TrainView
@@ -111,6 +113,7 @@ def test_a_damaged_sample_stops_the_loader_by_its_name(digits: Path, tmp_path: P
     tar.write_bytes(data[:1000])
     with pytest.raises(DataError, match="truncated within sample"):
         by_position(batches(open_samples(tmp_path), num_workers=num_workers))
+    gc.collect()  # ends the workers, which the tracebacks held
 
 
 def test_a_missing_shard_is_named(digits: Path, tmp_path: Path) -> None:
@@ -130,6 +133,34 @@ def test_few_labels_are_as_many_as_asked(digits: Path) -> None:
     assert {r.key for r in records} != {FewLabels(samples, 4, seed=2).read(0, row).key for row in range(12)}
     with pytest.raises(DataError, match="class 0 has 160 samples, 999 labels a class were asked for"):
         FewLabels(samples, 999, seed=0)
+
+
+def test_a_folder_of_images_is_data_too(digits: Path, tmp_path: Path) -> None:
+    shards = open_samples(digits / "validation")
+    expected = {}
+    for shard, size in enumerate(shards.shard_sizes):
+        for row in range(size):
+            record = shards.read(shard, row)
+            path = tmp_path / "in" / f"{record.key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(record.image).save(path)
+            expected[f"{record.key}.png"] = (record.image.tobytes(), record.label)
+    folder = open_samples(tmp_path / "in")
+    assert folder.class_names == shards.class_names
+    records = [folder.read(0, row) for row in range(folder.shard_sizes[0])]
+    assert {record.key: (record.image.tobytes(), record.label) for record in records} == expected
+    assert list(folder.labels(0)) == [record.label for record in records]
+    moved = tmp_path / "in" / "0" / "extra.png"
+    Image.fromarray(records[0].image).save(moved)
+    assert open_samples(tmp_path / "in").digest != folder.digest
+    moved.write_text("broken")
+    broken = open_samples(tmp_path / "in")
+    with pytest.raises(DataError, match=r"sample 0/extra.png is no usable image: not an image of a known format"):
+        for row in range(broken.shard_sizes[0]):
+            broken.read(0, row)
+    (tmp_path / "stray.png").write_bytes(moved.read_bytes())
+    with pytest.raises(DataError, match=r"1 image outside of any class: stray\.png"):
+        open_samples(tmp_path)
 
 
 def test_several_sets_are_one(digits: Path, tmp_path: Path) -> None:

@@ -59,7 +59,9 @@ def test_our_own_shards_index_to_the_same_files(digits: Path, tmp_path: Path) ->
 def test_class_names_come_from_a_list_or_the_labels(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", sample("x", 0) + sample("y", 1))
     assert index_shards([tar]).info.class_names == ["0", "1"]
-    assert index_shards([tar], ["cat", "dog"]).info.class_names == ["cat", "dog"]
+    scanned = index_shards([tar], ["cat", "dog", "owl"])
+    assert scanned.info.class_names == ["cat", "dog", "owl"]
+    assert scanned.remarks == ["1 classes without samples: owl"]
     with pytest.raises(DataError, match="label 1 is out of range: there are 1 class names"):
         index_shards([tar], ["cat"])
 
@@ -73,6 +75,8 @@ def test_class_names_come_from_a_list_or_the_labels(tmp_path: Path) -> None:
         ([("x.png", png(0)), ("x.jpg", png(0)), ("x.cls", b"1")], "sample x has 2 images"),
         ([("x.png", png(0))], "sample x has no label"),
         ([("x.png", png(0)), ("x.cls", b"cat")], "sample x has no label.*got 'cat'"),
+        ([("x.png", png(0)), ("x.cls", b"\xff")], "sample x has no label"),
+        ([("readme", b"no key")], "the tars hold no samples"),
         ([("x.png", png(0)), ("x.cls", b"-1")], "sample x has the label -1"),
         ([("x.png", png(0)), ("x.json", b"{")], "sample x has broken JSON"),
     ],

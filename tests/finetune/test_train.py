@@ -1,0 +1,136 @@
+"""The fine-tuning loop by itself: what is trained, what is kept, what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from finetune.config import FinetuneConfig
+from finetune.predict import predict
+from finetune.train import Run, build_run, open_tracker, share_batch, train
+from pretrain import UserError
+from pretrain.configfile import load_config
+from pretrain.data.index import DataError
+from pretrain.data.samples import open_samples
+from tests.finetune.test_backbone import families, folder_of
+
+RECIPE = """
+run_dir: {folder}/run
+model: {folder}/model
+data: {{train: {digits}/train, validation: {digits}/validation, num_workers: 0, labels_per_class: 8}}
+augment: {{crop_scale: [0.8, 1.0], flip: 0.0}}
+optimizer: {{learning_rate: 2e-3}}
+schedule: {{epochs: 6}}
+engine: {{global_batch_size: 12, micro_batch_size: 6}}
+evaluation: {{every_epochs: 3}}
+tracking: {{uri: off}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, digits: Path) -> Path:
+    folder_of(families()["vit"], tmp_path / "model")
+    path = tmp_path / "finetune.yaml"
+    path.write_text(RECIPE.format(folder=tmp_path, digits=digits))
+    return path
+
+
+def run_of(recipe: Path, *overrides: str) -> Run:
+    return build_run(load_config(FinetuneConfig, recipe, overrides).config, Accelerator(cpu=True))
+
+
+def fit(run: Run) -> Any:
+    with open_tracker(run, "") as tracker:
+        return train(run, tracker)
+
+
+def test_the_best_model_is_kept_and_predicts(recipe: Path, digits: Path, tmp_path: Path) -> None:
+    run = run_of(recipe)
+    best = fit(run)
+    assert run.steps_after(6) == 12
+    folder = tmp_path / "run" / "model"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "README.md",
+    }
+    samples, right = open_samples(digits / "validation"), 0
+    paths = []
+    for shard, row in [(shard, row) for shard, size in enumerate(samples.shard_sizes) for row in range(size)]:
+        record = samples.read(shard, row)
+        paths.append(tmp_path / f"{record.label}-{shard}-{row}.png")
+        Image.fromarray(record.image).save(paths[-1])
+    for path, prediction in zip(paths, predict(folder, paths, top_k=2), strict=True):
+        assert prediction.path == path
+        right += prediction.classes[0][0] == path.name[0]
+    assert right / len(paths) == pytest.approx(best.top1)  # the card's number is the folder's number
+    assert f"{best.top1:.4f}" in (folder / "README.md").read_text()
+
+
+def test_a_frozen_backbone_does_not_move(recipe: Path) -> None:
+    run = run_of(recipe, "freeze_backbone=true")
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    fit(run)
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("vit."), name
+
+
+def test_accumulation_changes_nothing(recipe: Path, tmp_path: Path) -> None:
+    weights = []
+    for i, size in enumerate((12, 4)):
+        run = run_of(
+            recipe,
+            f"engine.micro_batch_size={size}",
+            f"run_dir={tmp_path}/{i}",
+            "augment.mixup=0.5",
+            "schedule.epochs=1",
+        )
+        fit(run)
+        weights.append(run.model.state_dict())
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-4), name
+
+
+def test_bf16_trains(recipe: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = load_config(FinetuneConfig, recipe, ["engine.precision=bf16"]).config
+    run = build_run(config, Accelerator(cpu=True, mixed_precision="bf16"))
+    assert run.model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.dtype == torch.float32  # accelerate casts back
+    assert fit(run).top1 > 0.2
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "expected"),
+    [
+        (["engine.global_batch_size=7"], 2, "7 images cannot be shared evenly by 2 ranks"),
+        (["engine.global_batch_size=1"], 2, "1 images cannot be shared evenly by 2 ranks"),
+        (["engine.global_batch_size=254", "engine.micro_batch_size=64"], 1, "in micro-batches of 64"),
+        (["engine.global_batch_size=9", "engine.micro_batch_size=9", "augment.cutmix=1"], 1, "so 9 must be even"),
+    ],
+)
+def test_batches_that_do_not_fit(recipe: Path, overrides: list[str], ranks: int, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        share_batch(load_config(FinetuneConfig, recipe, overrides).config, ranks)
+
+
+def test_runs_that_are_refused(recipe: Path, digits: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="class 0 has 160 samples, 500 labels a class were asked for"):
+        run_of(recipe, "data.labels_per_class=500")
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a fine-tuned model already; choose another run_dir or set overwrite"):
+        run_of(recipe)
+    (tmp_path / "pre" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a pretraining run; choose another run_dir"):
+        run_of(recipe, f"run_dir={tmp_path}/pre")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path) -> None:
+    run = run_of(recipe, "optimizer.learning_rate=1e30", "logging.every_steps=1")
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        fit(run)
