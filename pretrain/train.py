@@ -77,7 +77,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
             finished = train(run, tracker, stop)
             tracker.status = "FINISHED" if finished else "KILLED"
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(str(error).rpartition("DataError: ")[2], file=sys.stderr, flush=True)
+        print(str(error).rpartition("DataError: ")[2].strip(), file=sys.stderr, flush=True)
         return EXIT_MISTAKE
     except FloatingPointError as error:
         if distributed.is_main():

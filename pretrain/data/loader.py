@@ -73,7 +73,7 @@ def training_batches(
     A batch has what `view` returns, "label" [B] and "position" [B].
     """
     batches = micro_batches(start, stop, global_batch_size, micro_batch_size, rank, world_size)
-    return iter(_loader(_Positions(samples, view, seed, window), batches, num_workers))
+    return _load(_Positions(samples, view, seed, window), batches, num_workers)
 
 
 def evaluation_batches(
@@ -87,13 +87,14 @@ def evaluation_batches(
     stride = batch_size * world_size
     firsts = range(rank * batch_size, num_samples + (-num_samples) % stride, stride)
     batches = ([min(i, num_samples - 1) for i in range(first, first + batch_size)] for first in firsts)
-    for first, batch in zip(firsts, _loader(_Rows(samples, view), batches, num_workers), strict=True):
+    for first, batch in zip(firsts, _load(_Rows(samples, view), batches, num_workers), strict=True):
         batch["weight"] = (torch.arange(first, first + batch_size) < num_samples).float()
         yield batch
 
 
-def _loader(dataset: Dataset[Any], batches: Iterator[Any], num_workers: int) -> "DataLoader[Batch]":
-    return DataLoader(
+def _load(dataset: Dataset[Any], batches: Iterator[Any], num_workers: int) -> Iterator[Batch]:
+    """Yield the dataset's batches; the workers end with the last one, with an error, or when nobody wants more."""
+    loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_sampler=batches,  # an iterator does: a run is gone through once
         num_workers=num_workers,
@@ -101,6 +102,12 @@ def _loader(dataset: Dataset[Any], batches: Iterator[Any], num_workers: int) -> 
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         worker_init_fn=_start_worker,
     )
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        if num_workers:  # left to the garbage collector, torch's iterator can only wait and then kill them
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _start_worker(_: int) -> None:

@@ -1,6 +1,6 @@
 """Batches: the same samples and pixels for any number of ranks and workers, from any place on."""
 
-import gc
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,14 @@ def test_evaluation_counts_every_sample_once(digits: Path, world_size: int, batc
     assert len(counts) == 1
 
 
+def test_workers_end_when_nobody_wants_more(digits: Path) -> None:
+    loading = batches(open_samples(digits / "train"), num_workers=2)
+    next(loading)
+    assert len(multiprocessing.active_children()) == 2
+    loading.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_damaged_sample_stops_the_loader_by_its_name(digits: Path, tmp_path: Path, num_workers: int) -> None:
     for path in (digits / "validation").iterdir():
@@ -110,10 +118,10 @@ def test_a_damaged_sample_stops_the_loader_by_its_name(digits: Path, tmp_path: P
     key = samples._index(tar).key[0]  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=f"sample {key} is damaged: its checksum is off"):
         by_position(batches(samples, num_workers=num_workers))
+    assert not multiprocessing.active_children()
     tar.write_bytes(data[:1000])
     with pytest.raises(DataError, match="truncated within sample"):
         by_position(batches(open_samples(tmp_path), num_workers=num_workers))
-    gc.collect()  # ends the workers, which the tracebacks held
 
 
 def test_a_missing_shard_is_named(digits: Path, tmp_path: Path) -> None:
