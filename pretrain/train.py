@@ -287,17 +287,21 @@ class Interval:
 
 
 class StopSignal:
-    """Notes that someone wants the run to stop (SIGTERM, SIGUSR1, Ctrl-C); a second Ctrl-C stops at once."""
+    """Notes that someone wants the run to stop (SIGTERM, SIGUSR1, Ctrl-C); a second Ctrl-C stops at once.
+
+    A terminal and a launcher pass the same Ctrl-C on, so what comes within a second is not a second one.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.asked_at = 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT and time.monotonic() > self.asked_at + 1:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.asked_at = True, time.monotonic()
 
 
 def open_tracker(run: Run, config_text: str) -> Tracker:

@@ -101,6 +101,7 @@ def _load(dataset: Dataset[Any], batches: Iterator[Any], num_workers: int) -> It
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # of its own, else starting the workers would move the model's dropout
     )
     iterator = iter(loader)
     try:

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import select
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -105,8 +104,6 @@ class Sink:
 
 def main(run_dir: str, uri: str, experiment: str) -> None:
     """Push once a second until the tracker has closed our input, then a last time."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # a launcher signals everyone; the tracker says when to end
-        signal.signal(number, signal.SIG_IGN)
     sink = Sink(Path(run_dir), uri, experiment)
     messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: select must see every line
     status: str | None = None  # what is to be said of the run; nothing when only tags are sent

@@ -5,6 +5,7 @@ So a slow, dead or missing MLflow costs training nothing, and nothing of it is i
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -124,12 +125,25 @@ def _tell(sink: "subprocess.Popen[str]", what: str, content: str | dict[str, str
 
 
 def _start_sink(run_dir: Path, uri: str, experiment: str) -> "subprocess.Popen[str]":
-    """Start the process that feeds MLflow; Ctrl-C is not for it, it ends when it is told or its input does."""
+    """Start the process that feeds MLflow: it ends when it is told or its input does, not by a launcher's signal."""
     scheme, slashes, path = uri.partition(":///")
     if scheme == "sqlite":
         uri = scheme + slashes + str(Path(path).resolve())
     command = [sys.executable, "-m", SINK, str(run_dir.resolve()), uri, experiment]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_ignore_signals,  # noqa: PLW1509  # training has no Python threads that could be in its way
+    )
+
+
+def _ignore_signals() -> None:
+    """Be deaf from the first moment on, in the new process: a program keeps the signals it was started to ignore."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -125,7 +125,7 @@ def check_mlflow(folder: Path) -> None:
 def test_a_stopped_run_continues_as_if_nothing_had_happened(
     shell: Shell, tiny: Path, tool: Tool, tmp_path: Path
 ) -> None:
-    """The launcher signals every process, loader workers and all."""
+    """Ctrl-C in a terminal: it reaches the launcher, both ranks, their loader workers and MLflow's process."""
     settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=100"]
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, *settings]
     whole = shell([*deepspeed, f"run_dir={tmp_path}/whole", "tracking.uri=off"])
@@ -134,7 +134,7 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
     process = shell.start([*deepspeed, f"run_dir={tmp_path}/runs/stopped"])
     try:
         wait_for(lambda: len(losses(tmp_path / "runs" / "stopped")) >= 3)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=90)
     finally:
         end(process)
@@ -156,7 +156,7 @@ def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tmp_path
     process = shell.start([*run, f"run_dir={tmp_path}/stopped"])
     try:
         wait_for(lambda: len(losses(tmp_path / "stopped")) >= 2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:
         end(process)

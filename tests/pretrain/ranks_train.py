@@ -24,7 +24,7 @@ from pretrain.objectives import build_objective
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.tracker import read_rows
-from pretrain.train import Run, StopSignal, build_run, open_data, open_tracker, to_device, train
+from pretrain.train import Run, StopSignal, build_run, make_run_dir, open_data, open_tracker, to_device, train
 
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
@@ -43,6 +43,8 @@ MIDDLE, LAST = "step-00000004", "step-00000008"
 
 
 def run_to_end(config: PretrainConfig) -> Run:
+    make_run_dir(config.run_dir)
+    distributed.wait_for_all()
     run = build_run(config, open_data(config))
     with open_tracker(run, "") as tracker:
         train(run, tracker, StopSignal())
