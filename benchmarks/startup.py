@@ -1,0 +1,54 @@
+"""CPU seconds that `--help`, a mistake and `--print-config` cost: the promise is half a second.
+
+python benchmarks/startup.py
+"""
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESSERA = Path(sys.executable).parent / "tessera"
+ROUNDS = 7
+PROMISED_SECONDS = 0.5
+
+
+def cpu_seconds(command: list[str]) -> float:
+    """Return the user and system time of one run, whatever its exit code."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    recipe = ROOT / "configs" / "quickstart" / "pretrain.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        wrong = Path(folder) / "wrong.yaml"
+        wrong.write_text(recipe.read_text(encoding="utf-8") + "sead: 1\n", encoding="utf-8")
+        pretrain = [sys.executable, str(ROOT / "launch" / "pretrain.py")]
+        finetune = [sys.executable, str(ROOT / "launch" / "finetune.py")]
+        commands = {
+            "a mistake in a config": [*pretrain, "--config", str(wrong)],
+            "pretrain.py --print-config": [*pretrain, "--config", str(recipe), "--print-config"],
+            "pretrain.py --help": [*pretrain, "--help"],
+            "finetune.py --help": [*finetune, "--help"],
+            "tessera --help": [str(TESSERA), "--help"],
+            **{
+                f"tessera {verb} --help": [str(TESSERA), *verb.split(), "--help"]
+                for verb in ("shards make", "shards index", "export", "predict")
+            },
+        }
+        print(f"| | CPU seconds, median of {ROUNDS} | highest | within {PROMISED_SECONDS} |\n|---|---|---|---|")
+        for name, command in commands.items():
+            cpu_seconds(command)  # once, so that byte code is there
+            seconds = [cpu_seconds(command) for _ in range(ROUNDS)]
+            kept = "yes" if statistics.median(seconds) <= PROMISED_SECONDS else "no"
+            print(f"| {name} | {statistics.median(seconds):.2f} | {max(seconds):.2f} | {kept} |")
+
+
+if __name__ == "__main__":
+    main()
