@@ -84,7 +84,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
     precision = "bf16" if config.engine.precision == "bf16" else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision, kwargs_handlers=[unused])
     try:
-        run = on_all_ranks(lambda: build_run(config, accelerator))
+        run = build_run(config, accelerator)
     except UserError as error:
         exit_with_mistake(str(error))
     folder = config.run_dir / MODEL_FOLDER
@@ -111,22 +111,37 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     """Open the data, put a new head on the folder's backbone, hand both to Accelerate.
 
     Raises:
-        UserError: the folder, the data or the batch cannot be used.
+        UserError: the folder, the data or the batch cannot be used, on any rank.
+    """
+    micro_batch_size = share_batch(config, accelerator.num_processes)
+    training, validation = on_all_ranks(lambda: open_data(config))
+    torch.manual_seed(config.seed)
+    preprocessor, model = on_all_ranks(lambda: open_model(config, training.class_names))
+    model, optimizer = accelerator.prepare(model, build_adamw(model, config.optimizer))
+    return Run(config, accelerator, model, optimizer, preprocessor, training, validation, micro_batch_size)
+
+
+def open_data(config: FinetuneConfig) -> tuple[Samples, Samples]:
+    """Open the training and the validation data.
+
+    Raises:
+        UserError: a set cannot be used, their classes differ, or the run folder is another run's.
     """
     check_run_dir(config)
-    micro_batch_size = share_batch(config, accelerator.num_processes)
     training, validation = open_samples(config.data.train), open_samples(config.data.validation)
     if validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
     if config.data.labels_per_class:
         training = FewLabels(training, config.data.labels_per_class, config.seed)
-    preprocessor = load_preprocessor(config.model)
-    torch.manual_seed(config.seed)
+    return training, validation
+
+
+def open_model(config: FinetuneConfig, class_names: list[str]) -> tuple[Preprocessor, Any]:
+    """Load the folder's preprocessing, and its backbone under a new head."""
     model = new_classifier(
-        config.model, training.class_names, from_scratch=config.from_scratch, freeze_backbone=config.freeze_backbone
+        config.model, class_names, from_scratch=config.from_scratch, freeze_backbone=config.freeze_backbone
     )
-    model, optimizer = accelerator.prepare(model, build_adamw(model, config.optimizer))
-    return Run(config, accelerator, model, optimizer, preprocessor, training, validation, micro_batch_size)
+    return load_preprocessor(config.model), model
 
 
 def check_run_dir(config: FinetuneConfig) -> None:
