@@ -14,7 +14,6 @@ from finetune.predict import predict
 from finetune.train import Run, build_run, open_tracker, share_batch, train
 from pretrain import UserError
 from pretrain.configfile import load_config
-from pretrain.data.index import DataError
 from pretrain.data.samples import open_samples
 from tests.finetune.test_backbone import families, folder_of
 
@@ -120,7 +119,7 @@ def test_batches_that_do_not_fit(recipe: Path, overrides: list[str], ranks: int,
 
 
 def test_runs_that_are_refused(recipe: Path, digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="class 0 has 160 samples, 500 labels a class were asked for"):
+    with pytest.raises(UserError, match="class 0 has 160 samples, 500 labels a class were asked for"):
         run_of(recipe, "data.labels_per_class=500")
     (tmp_path / "run" / "model").mkdir(parents=True)
     with pytest.raises(UserError, match="holds a fine-tuned model already; choose another run_dir or set overwrite"):
