@@ -37,7 +37,9 @@ def shards_make(
     shard_size: Annotated[str, typer.Option(help="Bytes of a shard, with kB, MB or GB.")] = "256MB",
     classes: Annotated[str | None, typer.Option(help="Only these classes, separated by commas.")] = None,
     seed: Annotated[int, typer.Option(help="Of the split and of the order in the shards.")] = 0,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out what cannot be used; all is listed.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out what cannot be used, counted and named.")
+    ] = False,
 ) -> None:
     """Write images as shards with an index, split into train/ and validation/.
 
