@@ -33,7 +33,7 @@ class Shell:
 
     folder: Path
 
-    def __call__(self, command: Sequence[str | Path], timeout: float = 180, **env: str) -> "Finished":
+    def __call__(self, command: Sequence[str | Path], timeout: float = 280, **env: str) -> "Finished":
         process = self.start(command, **env)
         try:
             out, err = process.communicate(timeout=timeout)

@@ -47,7 +47,7 @@ def seen(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Se
             free_port(),
         ]
         command = [*(launcher if world_size == 2 else [sys.executable]), SCRIPT, recipe, folder]
-        done = Shell(folder)(command, timeout=290, PYTHONPATH=str(ROOT))
+        done = Shell(folder)(command, timeout=400, PYTHONPATH=str(ROOT))
         assert (folder / "seen.json").exists(), done.err[-3000:]
         assert done.code != 0  # at the very end a rank dies, on purpose
         results[world_size] = {**json.loads((folder / "seen.json").read_text()), "folder": folder}
