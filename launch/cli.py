@@ -83,6 +83,8 @@ def shards_index(
     """
     index_module, scan = stage("pretrain.data.index"), stage("pretrain.data.scan")
     with mistakes():
+        if not folder.is_dir():
+            raise index_module.DataError(f"{folder}: no such folder")
         tars = sorted(folder.glob("*.tar"))
         if not tars:
             raise index_module.DataError(f"{folder}: has no .tar files")

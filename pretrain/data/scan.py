@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pretrain.data.decode import DecodeError, decode
 from pretrain.data.index import DataError, DatasetInfo, ShardIndex
 from pretrain.data.sources import NAMES_SHOWN
 
@@ -43,7 +44,7 @@ def index_shards(
         progress: called with the number of bytes just read.
 
     Raises:
-        DataError: a damaged tar, a duplicate key, a sample without image or label, a label out of range.
+        DataError: a damaged tar, an unreadable image, a duplicate key, no image or label, a label out of range.
     """
     names: dict[int, str] = {}
     left_out: dict[str, int] = {}
@@ -93,7 +94,7 @@ def _index_tar(
             index.extension.append(images[0])
             index.offset.append(offset)
             index.size.append(size)
-            index.crc32.append(zlib.crc32(_pread(file, (offset, size))))
+            index.crc32.append(zlib.crc32(_readable_image(tar, key, file, (offset, size))))
             index.label.append(label)
             for extension in members.keys() - {images[0], "cls", "json"}:
                 left_out[extension] = left_out.get(extension, 0) + 1
@@ -133,6 +134,16 @@ def _members(tar: Path, file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, i
         raise DataError(f"{tar}: truncated at byte {size}: tar's end mark is missing")
     if _pread(file, (end, size - end)).strip(b"\0"):
         raise DataError(f"{tar}: damaged header at byte {end}; what follows cannot be read")
+
+
+def _readable_image(tar: Path, key: str, file: BinaryIO, place: tuple[int, int]) -> bytes:
+    """Return an image's bytes once they have proved to decode."""
+    data = _pread(file, place)
+    try:
+        decode(data)
+    except DecodeError as error:
+        raise DataError(f"{tar}: sample {key} is no usable image: {error}") from None
+    return data
 
 
 def _label(

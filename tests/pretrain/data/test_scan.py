@@ -76,6 +76,7 @@ def test_class_names_come_from_a_list_or_the_labels(tmp_path: Path) -> None:
         ([("x.png", png(0))], "sample x has no label"),
         ([("x.png", png(0)), ("x.cls", b"cat")], "sample x has no label.*got 'cat'"),
         ([("x.png", png(0)), ("x.cls", b"\xff")], "sample x has no label"),
+        ([("x.png", png(0)[:30]), ("x.cls", b"1")], "sample x is no usable image"),
         ([("readme", b"no key")], "the tars hold no samples"),
         ([("x.png", png(0)), ("x.cls", b"-1")], "sample x has the label -1"),
         ([("x.png", png(0)), ("x.json", b"{")], "sample x has broken JSON"),
