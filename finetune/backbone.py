@@ -1,5 +1,6 @@
 """Any Hugging Face image-classification folder becomes a classifier of the user's classes; and is saved as one."""
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from pretrain.data.decode import Pixels
 
 transformers.utils.logging.set_verbosity_error()  # what its load report would say is checked below
 transformers.utils.logging.disable_progress_bar()
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed, which would look for one and warn
 
 
 class ModelError(UserError):

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ class Run:
 
     config: FinetuneConfig
     accelerator: Accelerator
-    model: Any
+    classifier: Any  # the Hugging Face model itself
+    model: Any  # the same, wrapped for training on all ranks
     optimizer: Any
     preprocessor: Preprocessor
     training: Samples
@@ -116,9 +117,9 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     micro_batch_size = share_batch(config, accelerator.num_processes)
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)
-    preprocessor, model = on_all_ranks(lambda: open_model(config, training.class_names))
-    model, optimizer = accelerator.prepare(model, build_adamw(model, config.optimizer))
-    return Run(config, accelerator, model, optimizer, preprocessor, training, validation, micro_batch_size)
+    preprocessor, classifier = on_all_ranks(lambda: open_model(config, training.class_names))
+    model, optimizer = accelerator.prepare(classifier, build_adamw(classifier, config.optimizer))
+    return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, micro_batch_size)
 
 
 def open_data(config: FinetuneConfig) -> tuple[Samples, Samples]:
@@ -184,11 +185,9 @@ def train(run: Run, tracker: Tracker) -> Best:
         f"{len(run.training.class_names)} classes, {accelerator.num_processes} x {accelerator.device.type}, "
         f"{total_steps} steps"
     )
-    batches, waiting = _batches(run, total_steps), 0.0
+    batches = _batches(run, total_steps)
+    interval = Interval()
     best: Best | None = None
-    losses: list[Tensor] = []
-    norm = torch.zeros((), device=accelerator.device)
-    started = time.perf_counter()
     _set_training_mode(run)
     for step in range(1, total_steps + 1):
         learning_rate = learning_rate_at(
@@ -201,41 +200,53 @@ def train(run: Run, tracker: Tracker) -> Best:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate
         torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))  # for dropout
-        micro_batches, seconds = next(batches)
-        waiting += seconds
-        for i, batch in enumerate(micro_batches):
-            is_last = i == len(micro_batches) - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
-                loss = _loss(run, {name: value.to(accelerator.device) for name, value in batch.items()})
-                accelerator.backward(loss / len(micro_batches))
-            losses.append(loss.detach())
-        norm = accelerator.clip_grad_norm_(run.model.parameters(), config.engine.gradient_clipping or math.inf)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        micro_batches, waited = next(batches)
+        interval.add(*_step(run, micro_batches), waited)
 
         if step % config.logging.every_steps == 0 or step == total_steps:
-            elapsed = time.perf_counter() - started
-            mean = distributed.sum_over_ranks(torch.stack(losses).mean()) / accelerator.num_processes
-            images = len(losses) / len(micro_batches) * config.engine.global_batch_size
-            row = {
-                "train/loss": float(mean),
-                "optim/grad_norm": float(norm),
-                "speed/images_per_second": images / elapsed,
-                "data/wait_fraction": waiting / elapsed,
-                "data/samples": step * config.engine.global_batch_size,
-                "optim/learning_rate": learning_rate,
-            }
+            row = interval.close(run, step)
+            row["optim/learning_rate"] = learning_rate
             tracker.log(row, step)
             progress.show(row, step)
             if not math.isfinite(row["train/loss"] + row["optim/grad_norm"]):
                 raise FloatingPointError(f"step {step}: the loss or its gradient is not finite")
-            losses, waiting, started = [], 0.0, time.perf_counter()
+            interval = Interval()
         if step in evaluations:
             paused = time.perf_counter()
             best = _evaluate(run, tracker, progress, step, evaluations[step], best)
-            started += time.perf_counter() - paused
+            interval.started += time.perf_counter() - paused
     assert best is not None
     return best
+
+
+@dataclass
+class Interval:
+    """What happened between two rows of metrics; the numbers stay on the device until the row is due."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    losses: list[Tensor] = field(default_factory=list)
+    norm: Tensor | None = None
+
+    def add(self, loss: Tensor, norm: Tensor, waited: float) -> None:
+        """Count one optimizer step."""
+        self.losses.append(loss)
+        self.norm = norm
+        self.waited += waited
+
+    def close(self, run: Run, step: int) -> dict[str, float]:
+        """Meet all ranks and return the row."""
+        assert self.norm is not None
+        batch = run.config.engine.global_batch_size
+        loss = float(distributed.sum_over_ranks(torch.stack(self.losses).mean()) / run.accelerator.num_processes)
+        elapsed = time.perf_counter() - self.started
+        return {
+            "train/loss": loss,
+            "optim/grad_norm": float(self.norm),
+            "speed/images_per_second": len(self.losses) * batch / elapsed,
+            "data/wait_fraction": self.waited / elapsed,
+            "data/samples": step * batch,
+        }
 
 
 def open_tracker(run: Run, config_text: str, enabled: bool = True) -> Tracker:
@@ -249,6 +260,21 @@ def open_tracker(run: Run, config_text: str, enabled: bool = True) -> Tracker:
         tags={"stage": "finetune", "git_commit": git_commit(), "data_digest": run.training.digest},
         enabled=enabled and distributed.is_main(),
     )
+
+
+def _step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Take one optimizer step; return this rank's mean loss and the norm of all ranks' gradient."""
+    total = torch.zeros((), device=run.accelerator.device)
+    for i, batch in enumerate(micro_batches, start=1):
+        with contextlib.nullcontext() if i == len(micro_batches) else run.accelerator.no_sync(run.model):
+            loss = _loss(run, {name: value.to(run.accelerator.device) for name, value in batch.items()})
+            run.accelerator.backward(loss / len(micro_batches))
+        total += loss.detach() / len(micro_batches)
+    limit = run.config.engine.gradient_clipping or math.inf
+    norm: Tensor = run.accelerator.clip_grad_norm_(run.model.parameters(), limit)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return total, norm
 
 
 def _loss(run: Run, batch: Batch) -> Tensor:
@@ -287,10 +313,10 @@ def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Batch], float]]:
 def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epoch: int, best: Best | None) -> Best:
     """Measure; keep the model if it is the best so far."""
     config = run.config
-    model = run.accelerator.unwrap_model(run.model)
-    distributed.copy_from_main(model.buffers())  # BatchNorm's statistics differ by rank; the main rank's are saved
+    # BatchNorm's statistics differ by rank; the main rank's are measured and saved.
+    distributed.copy_from_main(run.classifier.buffers())
     measured = evaluate(
-        model,
+        run.classifier,
         run.validation,
         run.preprocessor,
         batch_size=config.engine.micro_batch_size,
@@ -314,7 +340,7 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
             epoch=epoch,
             epochs=config.schedule.epochs,
         )
-        save_folder(model, run.preprocessor, card, config.run_dir / MODEL_FOLDER)
+        save_folder(run.classifier, run.preprocessor, card, config.run_dir / MODEL_FOLDER)
     distributed.wait_for_all()
     return Best(measured["top1"], epoch)
 
@@ -323,4 +349,4 @@ def _set_training_mode(run: Run) -> None:
     """Put the model into training mode; a frozen backbone stays as it is in use, dropout and all."""
     run.model.train()
     if run.config.freeze_backbone:
-        run.accelerator.unwrap_model(run.model).base_model.eval()
+        run.classifier.base_model.eval()

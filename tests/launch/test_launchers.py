@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from finetune.backbone import load_classifier, load_preprocessor
+from finetune.metrics import evaluate
+from pretrain.data.samples import open_samples
 from pretrain.tracking.tracker import read_rows
+from tests.finetune.test_backbone import families, folder_of
 from tests.launching import ROOT, Shell, end, free_port
 
 PRETRAIN, FINETUNE = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "finetune.py"
@@ -91,6 +96,30 @@ def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool
     assert f"{tiny}: is no usable image: not an image of a known format" in done.err
 
     check_mlflow(tmp_path)
+
+
+def test_other_architectures_on_two_ranks(shell: Shell, digits: Path, tmp_path: Path) -> None:
+    """DINOv2 has a parameter that classification never uses; ResNet has statistics that differ by rank."""
+    recipe = tmp_path / "finetune.yaml"
+    recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
+    settings = ["--config", recipe, "schedule.epochs=1", "tracking.uri=off"]
+    for family in ("dinov2", "resnet"):
+        folder, run_dir = folder_of(families()[family], tmp_path / family), tmp_path / "runs" / family
+        two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+        done = shell([*two, FINETUNE, *settings, f"model={folder}", f"run_dir={run_dir}"])
+        assert done.code == 0, done.err[-3000:]
+        measured = evaluate(
+            load_classifier(run_dir / "model"),
+            open_samples(digits / "validation"),
+            load_preprocessor(run_dir / "model"),
+            batch_size=8,
+            num_workers=0,
+            device=torch.device("cpu"),
+        )
+        assert column(run_dir, "validation/loss") == pytest.approx([measured["loss"]], abs=1e-5)
+    alone = shell([sys.executable, FINETUNE, *settings, f"model={tmp_path}/dinov2", f"run_dir={tmp_path}/runs/alone"])
+    assert alone.code == 0, alone.err[-3000:]
+    assert losses(tmp_path / "runs" / "alone") == pytest.approx(losses(tmp_path / "runs" / "dinov2"), abs=1e-4)
 
 
 def best_top1(run_dir: Path) -> float:
