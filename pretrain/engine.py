@@ -57,8 +57,7 @@ def build_engine(objective: nn.Module, config: EngineConfig, optimizer: Optimize
         BatchError: the ranks cannot share the global batch evenly.
     """
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
-    adamw = build_adamw(objective, optimizer, fused=torch.cuda.is_available() and not config.offload_optimizer)
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=adamw, config=settings)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=build_adamw(objective, optimizer), config=settings)
     if config.zero_stage == 0 and config.precision == "fp32":
         engine.clip_fp32_gradients = lambda: _clip_and_remember(engine)
     return engine
