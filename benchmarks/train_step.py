@@ -6,6 +6,7 @@ the rounds are interleaved and the median counts.
     make benchmark                                                        # small, on a CPU
     python benchmarks/train_step.py --model B/16 --micro-batch 256        # on a GPU
     python benchmarks/train_step.py --model B/16 --micro-batch 256 --accumulation 4 --json b16.json
+    python benchmarks/train_step.py --profile "ours eager"                # where the time goes
 """
 
 import argparse
@@ -148,8 +149,8 @@ def our_step(config: ModelConfig, micro_batch: int, accumulation: int, *, compil
     return step
 
 
-def measure(name: str, model: str, micro_batch: int, accumulation: int, steps: int, warmup: int) -> Measured:
-    """Time one contender in this process."""
+def prepare(name: str, model: str, micro_batch: int, accumulation: int) -> Callable[[], None]:
+    """Build a contender; return its step."""
     torch.manual_seed(0)
     config = MODELS[model]
     whose, how = name.split()
@@ -164,16 +165,33 @@ def measure(name: str, model: str, micro_batch: int, accumulation: int, steps: i
         (torch.randn(micro_batch, 3, size, size, device=DEVICE), torch.randint(CLASSES, (micro_batch,), device=DEVICE))
         for _ in range(accumulation)
     ]
+    return lambda: step(batches)
+
+
+def measure(step: Callable[[], None], images: int, steps: int, warmup: int) -> Measured:
+    """Time a contender in this process."""
     for _ in range(warmup):
-        step(batches)
+        step()
     wait()
     started = time.perf_counter()
     for _ in range(steps):
-        step(batches)
+        step()
     wait()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if ON_GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Measured(steps * accumulation * micro_batch / seconds, peak / 1e9)
+    return Measured(steps * images / seconds, peak / 1e9)
+
+
+def profile(step: Callable[[], None], steps: int, warmup: int) -> None:
+    """Print where the time of a contender goes."""
+    for _ in range(warmup):
+        step()
+    with torch.profiler.profile() as seen:
+        for _ in range(steps):
+            step()
+        wait()
+    order = f"self_{DEVICE.type}_time_total"
+    print(f"{steps} steps\n{seen.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)}")
 
 
 def matmul_peak() -> float:
@@ -209,16 +227,21 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="B/16" if ON_GPU else "Ti/8 at 64")
     parser.add_argument("--micro-batch", type=int, default=256 if ON_GPU else 16)
     parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=30 if ON_GPU else 10)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=10 if ON_GPU else 3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--json", type=Path, help="write the figures here, for machines")
+    parser.add_argument("--profile", choices=CONTENDERS, help="show where the time of one goes, instead")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    settings = (arguments.model, arguments.micro_batch, arguments.accumulation, arguments.steps, arguments.warmup)
-    if arguments.one:
-        print(json.dumps(asdict(measure(arguments.one, *settings))))
+    if name := arguments.one or arguments.profile:
+        step = prepare(name, arguments.model, arguments.micro_batch, arguments.accumulation)
+        if arguments.profile:
+            profile(step, arguments.steps, arguments.warmup)
+        else:
+            images = arguments.micro_batch * arguments.accumulation
+            print(json.dumps(asdict(measure(step, images, arguments.steps, arguments.warmup))))
         return
 
     peak = matmul_peak()
@@ -256,7 +279,9 @@ def report(arguments: argparse.Namespace, peak: float, seen: dict[str, list[Meas
         )
     if arguments.json:
         figures = {name: [asdict(m) for m in rounds] for name, rounds in seen.items()}
-        settings = {key: value for key, value in vars(arguments).items() if key not in ("json", "one", "contenders")}
+        settings = {
+            key: value for key, value in vars(arguments).items() if key not in ("json", "one", "profile", "contenders")
+        }
         content = {"settings": settings, "device": where, "matmul_peak": peak, "figures": figures}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
