@@ -57,7 +57,9 @@ def gather_weights(engine: Engine) -> dict[str, Tensor]:
         if is_main():
             weights[name] = (parameter if full is None else full).detach().float().cpu().contiguous()
     if is_main():
-        weights |= {name: buffer.float().cpu().contiguous() for name, buffer in module.named_buffers()}
+        saved = module.state_dict().keys()
+        buffers = ((name, buffer) for name, buffer in module.named_buffers() if name in saved)
+        weights |= {name: buffer.float().cpu().contiguous() for name, buffer in buffers}
     return weights
 
 

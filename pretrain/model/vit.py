@@ -136,14 +136,17 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.rate = rate
+        self.drops = rate > 0
+        self.keep: Tensor
+        # A tensor: of a number, torch would compile each block for its own and give up after the eighth.
+        self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, branch: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if self.rate == 0 or not self.training:
+        if not self.drops or not self.training:
             return branch
-        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.rate)
-        return branch * kept / (1 - self.rate)
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) < self.keep
+        return branch * (kept / self.keep)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig
 from pretrain.export.folder import build_hugging_face, to_hugging_face
@@ -83,6 +84,17 @@ def test_checkpointing_and_compiling_change_nothing() -> None:
     expected = compiled(images)
     compile_blocks(compiled)
     assert torch.allclose(compiled(images), expected, atol=1e-5)
+
+
+def test_deep_models_are_compiled_once_for_all_rates_of_drop_path() -> None:
+    """A block for each rate was one graph too many from the ninth on: torch went on without compiling."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model = ViT(CONFIG.model_copy(update={"num_hidden_layers": 12, "drop_path": 0.2}))
+    for layer in model.layers:
+        layer.compile(backend=counter)
+    model(torch.randn(2, 3, 32, 32))
+    assert counter.frame_count == 2  # the first block drops nothing
 
 
 def test_patches_are_those_of_a_convolution() -> None:
