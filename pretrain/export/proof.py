@@ -1,5 +1,6 @@
 """The proof of an exported folder: it loads offline and strictly, and gives the native model's numbers."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from pretrain.model.vit import ViT
 
 transformers.utils.logging.set_verbosity_error()  # its load report would warn of the head that AutoModel leaves out
 transformers.utils.logging.disable_progress_bar()
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed, which would look for one and warn
 
 TOLERANCE = 1e-5
 IMAGE_SIZES = ((48, 48), (64, 40), (37, 91), (300, 200), (20, 30))  # height, width

@@ -52,7 +52,8 @@ class ViT(nn.Module):
         """[B, C, H, W] -> [B, T, D]: patches embedded, CLS before them, positions added."""
         patches: Tensor = self.patch_embedding(patchify(images, self.config.patch_size))
         cls_token = self.cls_token.expand(len(images), -1, -1)
-        tokens: Tensor = self.dropout(torch.cat([cls_token, patches], dim=1) + self.position_embedding)
+        positions = self.position_embedding.to(patches.dtype)  # DeepSpeed leaves buffers in fp32
+        tokens: Tensor = self.dropout(torch.cat([cls_token, patches], dim=1) + positions)
         return tokens
 
     def _initialize(self) -> None:
@@ -146,7 +147,7 @@ class DropPath(nn.Module):
         if not self.drops or not self.training:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) < self.keep
-        return branch * (kept / self.keep)
+        return branch * (kept.to(branch.dtype) / self.keep)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -34,6 +34,7 @@ OTHERS = {
     "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],
     "bf16-stage1": ["engine.precision=bf16", "engine.zero_stage=1"],
     "bf16-stage3": ["engine.precision=bf16", "engine.zero_stage=3"],
+    "bf16-noisy": [*NOISY, "model.position_embedding=sincos", "engine.precision=bf16"],
     "offload": ["engine.offload_optimizer=true"],
     "compiled": ["engine.compile=true", "engine.zero_stage=1"],
     "compiled3": ["engine.compile=true", "engine.zero_stage=3"],

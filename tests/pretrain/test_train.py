@@ -21,6 +21,7 @@ EVERY = [
     "bf16-stage0",
     "bf16-stage1",
     "bf16-stage3",
+    "bf16-noisy",
     "offload",
     "compiled",
     "compiled3",
