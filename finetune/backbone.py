@@ -1,5 +1,6 @@
 """Any Hugging Face image-classification folder becomes a classifier of the user's classes; and is saved as one."""
 
+import copy
 import os
 import shutil
 from dataclasses import dataclass
@@ -94,25 +95,43 @@ def new_classifier(folder: Path, class_names: list[str], *, from_scratch: bool, 
         fresh = transformers.AutoModelForImageClassification.from_config(config)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: {_first_line(error)}") from None
-    backbone = f"{fresh.base_model_prefix}."
+    head = _head(config)
     model: nn.Module = fresh
     if not from_scratch:
         model, report = _load(folder, **labels, ignore_mismatched_sizes=True)
         # transformers would fill what it misses or what does not fit with random numbers, and only warn.
         mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
-        lost = sorted(name for name in set(report["missing_keys"]) | mismatched if name.startswith(backbone))
+        lost = sorted(name for name in set(report["missing_keys"]) | mismatched if not name.startswith(head))
         if lost:
             raise ModelError(
                 f"{folder}: {len(lost)} of the backbone's tensors are missing or of another shape, "
                 f"the first is {lost[0]}; the folder's config.json and its weights don't belong together"
             )
         with torch.no_grad():
-            new_head = {name: value for name, value in fresh.state_dict().items() if not name.startswith(backbone)}
+            new_head = {name: value for name, value in fresh.state_dict().items() if name.startswith(head)}
             model.load_state_dict(new_head, strict=False)
     if freeze_backbone:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(backbone))
+            parameter.requires_grad_(name.startswith(head))
     return model
+
+
+def _head(config: Any) -> tuple[str, ...]:
+    """Return what the names of the head's tensors begin with: the layers whose shape the number of classes decides.
+
+    The names of a backbone follow no rule: transformers' own `base_model_prefix` stands before none of SigLIP's.
+    """
+    other = copy.deepcopy(config)
+    other.num_labels = config.num_labels + 1
+    with torch.device("meta"):
+        shapes = [
+            {
+                name: value.shape
+                for name, value in transformers.AutoModelForImageClassification.from_config(c).state_dict().items()
+            }
+            for c in (config, other)
+        ]
+    return tuple({f"{name.rpartition('.')[0]}." for name in shapes[0] if shapes[0][name] != shapes[1][name]})
 
 
 def save_folder(model: Any, preprocessor: Preprocessor, card: str, out: Path) -> None:

@@ -347,6 +347,4 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
 
 def _set_training_mode(run: Run) -> None:
     """Put the model into training mode; a frozen backbone stays as it is in use, dropout and all."""
-    run.model.train()
-    if run.config.freeze_backbone:
-        run.classifier.base_model.eval()
+    run.model.train(not run.config.freeze_backbone)

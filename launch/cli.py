@@ -16,6 +16,7 @@ import typer
 from pretrain import UserError
 from pretrain.configfile import EXIT_MISTAKE
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 app = typer.Typer(
@@ -85,6 +86,11 @@ def shards_index(
     with mistakes():
         if not folder.is_dir():
             raise index_module.DataError(f"{folder}: no such folder")
+        if packed := sorted(path.name for path in folder.iterdir() if path.name.endswith(COMPRESSED)):
+            raise index_module.DataError(
+                f"{folder}: {len(packed)} compressed tars, the first is {packed[0]}; nothing in them can be read by "
+                "itself: unpack them, as with gunzip"
+            )
         tars = sorted(folder.glob("*.tar"))
         if not tars:
             raise index_module.DataError(f"{folder}: has no .tar files")

@@ -118,7 +118,7 @@ def summarize(seconds: float) -> None:
     print(f"  fine-tuned from the pretrained model  top-1 {last_top1(FINETUNED):.1%}  ({few})")
     print(f"  the same network from scratch         top-1 {last_top1(TWIN):.1%}  (the same)")
     print(f"  Hugging Face folder                   {model}")
-    print(f"  every curve                           {BIN.relative_to(ROOT)}/mlflow ui --backend-store-uri {store()}")
+    print(f"  every curve                           {os.path.relpath(BIN)}/mlflow ui --backend-store-uri {store()}")
 
 
 def last_top1(run_dir: Path) -> float:

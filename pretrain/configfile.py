@@ -200,7 +200,11 @@ class _Document:
         if not equals or not all(key):
             self.mistakes.append(Mistake("command line", (), f"expected key.path=value, got {text!r}"))
             return
-        node = self._compose(value, "command line")
+        try:
+            node = self._compose(value, "command line")
+        except ConfigError as error:
+            self.mistakes.append(Mistake("command line", key, str(error).removeprefix("command line: ")))
+            return
         section = self.values
         for i, part in enumerate(key[:-1], start=1):
             section = section.setdefault(part, {})

@@ -103,7 +103,8 @@ def _batch_advice(config: EngineConfig, world_size: int) -> str:
     """Return the nearest sizes that fit."""
     shares, rest = divmod(config.global_batch_size, world_size)
     if rest:
-        return f"engine.global_batch_size={max(shares, 1) * world_size} is a multiple of {world_size}"
+        step = config.micro_batch_size * world_size
+        return f"engine.global_batch_size={max(round(config.global_batch_size / step), 1) * step} would fit"
     sizes = [size for size in range(1, shares + 1) if shares % size == 0]
     return f"engine.micro_batch_size={min(sizes, key=lambda size: abs(size - config.micro_batch_size))} would fit"
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def index_shards(
         DataError: a damaged tar, an unreadable image, a duplicate key, no image or label, a label out of range.
     """
     names: dict[int, str] = {}
-    left_out: dict[str, int] = {}
+    left_out: Counter[str] = Counter()
     seen: dict[str, str] = {}
     indexes = []
     for tar in tars:
@@ -69,19 +70,19 @@ def index_shards(
     for index in indexes:
         index.save(folder)
     info.save(folder)
-    remarks = [f"{count} members .{extension}, left as they are" for extension, count in left_out.items()]
+    remarks = [f"{count} {what}, left as they are" for what, count in left_out.items()]
     if empty := [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]:
         remarks.append(f"{len(empty)} classes without samples: {', '.join(empty[:NAMES_SHOWN])}")
     return Scanned(info, remarks)
 
 
 def _index_tar(
-    tar: Path, label_key: str, names: dict[int, str], left_out: dict[str, int], progress: Callable[[int], None]
+    tar: Path, label_key: str, names: dict[int, str], left_out: Counter[str], progress: Callable[[int], None]
 ) -> ShardIndex:
     """Read a tar from front to back; collect class names and members that we do not use."""
     index = ShardIndex(tar.name, tar.stat().st_size, _sha256(tar, progress))
     with tar.open("rb") as file:
-        for key, members in _samples(tar, file):
+        for key, members in _samples(tar, file, left_out):
             images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
             if len(images) != 1:
                 raise DataError(f"{tar}: sample {key} has {len(images) or 'no'} images among .{', .'.join(members)}")
@@ -97,15 +98,15 @@ def _index_tar(
             index.crc32.append(zlib.crc32(_readable_image(tar, key, file, (offset, size))))
             index.label.append(label)
             for extension in members.keys() - {images[0], "cls", "json"}:
-                left_out[extension] = left_out.get(extension, 0) + 1
+                left_out[f"members .{extension}"] += 1
     return index
 
 
-def _samples(tar: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def _samples(tar: Path, file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Yield each key with its members: extension -> (offset, size)."""
     key: str | None = None
     members: dict[str, tuple[int, int]] = {}
-    for member_key, extension, place in _members(tar, file):
+    for member_key, extension, place in _members(tar, file, left_out):
         if member_key != key:
             if key is not None:
                 yield key, members
@@ -117,7 +118,7 @@ def _samples(tar: Path, file: BinaryIO) -> Iterator[tuple[str, dict[str, tuple[i
         yield key, members
 
 
-def _members(tar: Path, file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, int]]]:
+def _members(tar: Path, file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, str, tuple[int, int]]]:
     """Yield (key, extension, place) of each file, and prove that the archive was read to its end."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
@@ -126,6 +127,8 @@ def _members(tar: Path, file: BinaryIO) -> Iterator[tuple[str, str, tuple[int, i
                 stem, dot, extension = name.partition(".")
                 if info.isfile() and dot and stem:
                     yield folder + slash + stem, extension.lower(), (info.offset_data, info.size)
+                elif not info.isdir():
+                    left_out["members without a key and an extension" if info.isfile() else "links and the like"] += 1
             end = archive.offset
     except tarfile.TarError as error:
         raise DataError(f"{tar}: not a readable tar ({error})") from None

@@ -68,28 +68,31 @@ def make_shards(
         raise DataError("the source has no images")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    infos, left_out = {}, []
+    infos: dict[str, DatasetInfo] = {}
+    unreadable: list[str] = []
     for name, images in zip(("train", "validation"), split(source, validation, seed), strict=True):
         if not images:
             continue
         (partial / name).mkdir(parents=True)
         mixed = [images[i] for i in permutation(len(images), seed, name, "mix")]
-        unreadable: list[str] = []
         indexes = list(_write_split(mixed, partial / name, source.class_names, shard_bytes, unreadable, progress))
-        if unreadable and not skip_bad:
-            shown = "\n".join(f"  {line}" for line in unreadable[:NAMES_SHOWN])
-            shutil.rmtree(partial)
-            raise DataError(
-                f"{len(unreadable)} unreadable {'file' if len(unreadable) == 1 else 'files'}:\n{shown}\n"
-                "mend or remove them, or leave them out with --skip-bad"
-            )
-        left_out += unreadable
-        if not indexes:
-            raise DataError("no image is readable")
-        infos[name] = DatasetInfo.of(indexes, source.class_names)
-        infos[name].save(partial / name)
+        if indexes:
+            infos[name] = DatasetInfo.of(indexes, source.class_names)
+            infos[name].save(partial / name)
+        else:
+            (partial / name).rmdir()
+    if unreadable and not skip_bad:
+        more = ["..."] if len(unreadable) > NAMES_SHOWN else []
+        shown = "\n".join(f"  {line}" for line in [*unreadable[:NAMES_SHOWN], *more])
+        shutil.rmtree(partial)
+        raise DataError(
+            f"{len(unreadable)} unreadable {'file' if len(unreadable) == 1 else 'files'}:\n{shown}\n"
+            "mend or remove them, or leave them out with --skip-bad"
+        )
+    if "train" not in infos:
+        raise DataError("no image to train on is readable")
     partial.rename(out)
-    return Made(infos, left_out)
+    return Made(infos, unreadable)
 
 
 def split(source: Source, validation: float, seed: int) -> tuple[list[SourceImage], list[SourceImage]]:

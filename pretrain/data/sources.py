@@ -1,8 +1,7 @@
 """Where images come from before they are shards: a folder with a subfolder a class, or the digits of scikit-learn."""
 
 import io
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +47,8 @@ def list_folder(folder: Path) -> Source:
     """List a folder that has a subfolder for each class; files below it at any depth belong to the class."""
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (the built-in source is called digits)")
-    class_names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    class_names = [name for name in folders if not name.startswith(".")]
     if not class_names:
         raise DataError(f"{folder}: has no subfolders; expected one for each class, as in {folder}/cat/1.jpg")
     source = Source(class_names, [])
@@ -57,10 +57,11 @@ def list_folder(folder: Path) -> Source:
     twice: list[str] = []
     empty: list[str] = []
     unnameable: list[str] = []
+    unlisted: list[str] = []
     seen: dict[str, str] = {}
     for label, class_name in enumerate(class_names):
         before = len(source.images)
-        for path in _files_below(folder / class_name):
+        for path in _files_below(folder / class_name, unlisted):
             suffix = path.suffix.lower()
             if not str(path).isprintable():
                 unnameable.append(ascii(str(path.relative_to(folder))))
@@ -80,6 +81,9 @@ def list_folder(folder: Path) -> Source:
     images_outside = [name for name in stray if Path(name).suffix.lower() in KEPT.keys() | REENCODED]
     others += [name for name in stray if name not in images_outside]
     source.remarks += _counted(others, "not an image, left out", "not images, left out")
+    hidden = [name for name in folders if name not in class_names]
+    source.remarks += _counted(hidden, "hidden folder, left out", "hidden folders, left out")
+    source.faults += _counted(unlisted, "folder that cannot be listed", "folders that cannot be listed")
     source.faults += _counted(images_outside, "image outside of any class", "images outside of any class")
     source.faults += _counted(twice, "image with a key already taken", "images with keys already taken")
     source.faults += _counted(unnameable, "name that is not readable text", "names that are not readable text")
@@ -87,9 +91,22 @@ def list_folder(folder: Path) -> Source:
     return source
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """List every file at any depth, links followed; a link to nowhere is listed too, and fails when it is read."""
-    return sorted(Path(place) / name for place, _, names in os.walk(folder, followlinks=True) for name in names)
+def _files_below(folder: Path, unlisted: list[str], above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield every file at any depth, links followed; a link to nowhere is listed too, and fails when it is read."""
+    here = folder.resolve()
+    if here in above:
+        unlisted.append(f"{folder} (links to a folder above it)")
+        return
+    try:
+        found = [(path, path.is_dir()) for path in sorted(folder.iterdir())]
+    except OSError as error:
+        unlisted.append(f"{folder} ({error.strerror})")
+        return
+    for path, is_folder in found:
+        if is_folder:
+            yield from _files_below(path, unlisted, (*above, here))
+        else:
+            yield path
 
 
 def list_digits() -> Source:

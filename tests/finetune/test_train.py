@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.predict import predict
 from finetune.train import Run, build_run, open_tracker, share_batch, train
@@ -77,6 +78,43 @@ def test_a_frozen_backbone_does_not_move(recipe: Path) -> None:
     fit(run)
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("vit."), name
+
+
+def test_all_of_a_model_is_trained_otherwise(recipe: Path) -> None:
+    run = run_of(recipe)
+    before = {name: value.clone() for name, value in run.classifier.named_parameters()}
+    fit(run)
+    assert not any(torch.equal(value, before[name]) for name, value in run.classifier.named_parameters())
+
+
+def test_the_best_is_not_the_last(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the accuracy fall from evaluation to evaluation: the first model is kept."""
+    falling = iter([0.9, 0.5])
+    weights: list[torch.Tensor] = []
+
+    def evaluate(model: Any, *_: Any, **__: Any) -> dict[str, float]:
+        weights.append(model.classifier.weight.detach().clone())
+        return {"loss": 1.0, "top1": next(falling), "count": 3.0}
+
+    monkeypatch.setattr("finetune.train.evaluate", evaluate)
+    assert fit(run_of(recipe)).epoch == 3
+    kept = load_classifier(tmp_path / "run" / "model").classifier.weight  # type: ignore[union-attr]
+    assert torch.equal(kept, weights[0])  # type: ignore[arg-type]
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_folders_of_images_train_as_their_shards_do(recipe: Path, tmp_path: Path) -> None:
+    """The same images as files: the same classes and count, and a model that learns from them."""
+    for name in ("one", "two"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(12):
+            level = 40 + 10 * i if name == "one" else 255
+            Image.new("RGB", (32, 32), (level, 0, 255 - level)).save(tmp_path / "images" / name / f"{i}.png")
+    folder = f"data={{train: {tmp_path}/images, validation: {tmp_path}/images, num_workers: 0}}"
+    run = run_of(recipe, folder, "schedule.epochs=8", "evaluation.every_epochs=8")
+    assert run.training.class_names == ["one", "two"]
+    assert run.num_samples == 24
+    assert fit(run).top1 > 0.8
 
 
 def test_accumulation_changes_nothing(recipe: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pretrain.data.index import DatasetInfo
 from tests.launching import Shell
 
 VERBS = [[], ["shards"], ["shards", "make"], ["shards", "index"], ["export"], ["predict"]]
@@ -36,6 +37,8 @@ def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], 
     assert "1 unreadable file:\n  cat/bad.png: not an image of a known format" in refused.err
     done = shell([*make, "--skip-bad"])
     assert done.code == 0
+    assert "writing shards" in done.err
+    assert "21/21" in done.err
     assert "left out: cat/bad.png: not an image of a known format" in done.out
     assert "out/train: 15 images in 2 classes, 1 shard, 0.0 MB" in done.out
     dataset = (tmp_path / "out" / "train" / "dataset.json").read_bytes()
@@ -43,6 +46,14 @@ def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], 
     indexed = shell([tool("tessera"), "shards", "index", "out/train"])
     assert indexed.code == 0, indexed.err
     assert (tmp_path / "out" / "train" / "dataset.json").read_bytes() == dataset
+    (tmp_path / "classes.txt").write_text("kitten\npuppy\n")
+    renamed = shell([tool("tessera"), "shards", "index", "out/train", "--class-names", "classes.txt"])
+    assert renamed.code == 0, renamed.err
+    assert DatasetInfo.load(tmp_path / "out" / "train").class_names == ["kitten", "puppy"]
+    (tmp_path / "out" / "train" / "more.tar.gz").touch()
+    refused = shell([tool("tessera"), "shards", "index", "out/train"])
+    assert refused.code == 2
+    assert "1 compressed tars, the first is more.tar.gz" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pretrain import distributed
 from pretrain.checkpoint.manifest import load_weights
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
-from pretrain.data.loader import training_batches
+from pretrain.data.loader import Batch, training_batches
 from pretrain.data.samples import open_samples
 from pretrain.engine import start_distributed
 from pretrain.model.vit import ViT
@@ -24,7 +24,7 @@ from pretrain.objectives import build_objective
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.tracker import read_rows
-from pretrain.train import Run, StopSignal, build_run, make_run_dir, open_data, open_tracker, to_device, train
+from pretrain.train import StopSignal, build_run, make_run_dir, open_data, open_tracker, to_device, train
 
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
@@ -40,17 +40,26 @@ OTHERS = {
     "compiled3": ["engine.compile=true", "engine.zero_stage=3"],
     "unclipped": ["engine.gradient_clipping=0", "engine.zero_stage=0"],
 }
+HEAD = "classifier.weight"
 MIDDLE, LAST = "step-00000004", "step-00000008"
 
 
-def run_to_end(config: PretrainConfig) -> Run:
+def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
+    """Train to the last step; return the step it began at and every position that this rank trained on."""
     make_run_dir(config.run_dir)
     distributed.wait_for_all()
     run = build_run(config, open_data(config))
-    with open_tracker(run, "") as tracker:
+    first, positions = run.manifest.step, []
+
+    def note(batch: Batch, device: torch.device) -> Batch:
+        if run.objective.training:
+            positions.extend(batch["position"].tolist())
+        return to_device(batch, device)
+
+    with mock.patch("pretrain.train.to_device", note), open_tracker(run, "") as tracker:
         train(run, tracker, StopSignal())
         tracker.status = "FINISHED"
-    return run
+    return first, positions
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -65,22 +74,32 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
     """Train to the end; then again from the checkpoint in the middle."""
     whole_dir, resumed_dir = folder / name / "whole", folder / name / "resumed"
     settings = [*overrides, "tracking.uri=off"]
-    run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
+    _, positions = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
     if distributed.is_main():
         shutil.copytree(whole_dir / "checkpoints" / MIDDLE, resumed_dir / "checkpoints" / MIDDLE)
         shutil.copy(whole_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
     distributed.wait_for_all()
-    run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
+    first, repeated = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
     if not distributed.is_main():
         return {}
     weights = [load_weights(path / "checkpoints" / LAST) for path in (whole_dir, resumed_dir)]
     return {
         "rows": rows_of(whole_dir),
         "resumed": rows_of(resumed_dir),
+        "resumed_at": first,
+        "same_samples": bool(repeated) and repeated == positions[len(positions) // 2 :],
+        "distinct_samples": len(set(positions)),
+        "weights": {name: digest(weight) for name, weight in weights[0].items()},
         "same_weights": all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1]),
-        "rounded": all(torch.equal(weight, weight.bfloat16().float()) for weight in weights[0].values()),
+        "rounded": torch.equal(weights[0][HEAD], weights[0][HEAD].bfloat16().float()),
         "finite": all(bool(weight.isfinite().all()) for weight in weights[0].values()),
     }
+
+
+def digest(weight: torch.Tensor) -> list[float]:
+    """Three numbers that a tensor of other values, or in another order, does not have."""
+    flat = weight.double().flatten()
+    return [float(flat.sum()), float(flat.norm()), float(flat @ torch.linspace(-1, 1, len(flat), dtype=torch.float64))]
 
 
 def die_in_a_save(recipe: Path, folder: Path) -> None:
@@ -97,8 +116,8 @@ def die_in_a_save(recipe: Path, folder: Path) -> None:
         run_to_end(config)
 
 
-def reference(recipe: Path) -> list[float]:
-    """The losses of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
+def reference(recipe: Path) -> dict[str, Any]:
+    """The losses and weights of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
     config = load_config(PretrainConfig, recipe, ["run_dir=unused"]).config
     training = open_samples(config.data.train)
     torch.manual_seed(config.seed)
@@ -136,7 +155,7 @@ def reference(recipe: Path) -> list[float]:
         torch.nn.utils.clip_grad_norm_(objective.parameters(), config.engine.gradient_clipping or math.inf)
         optimizer.step()
         losses.append(float(loss))
-    return losses
+    return {"losses": losses, "weights": {name: digest(weight) for name, weight in objective.state_dict().items()}}
 
 
 def main(recipe: Path, folder: Path) -> None:

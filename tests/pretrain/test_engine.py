@@ -33,10 +33,10 @@ def test_deepspeed_accepts_it(stage: int, precision: str, on_gpu: bool) -> None:
 @pytest.mark.parametrize(
     ("world_size", "batch", "micro", "advice"),
     [
-        (3, 64, 8, "engine.global_batch_size=63 is a multiple of 3"),
+        (3, 64, 8, "engine.global_batch_size=72 would fit"),
         (4, 64, 32, "engine.micro_batch_size=16 would fit"),
         (6, 24, 8, "engine.micro_batch_size=4 would fit"),
-        (8, 4, 4, "engine.global_batch_size=8 is a multiple of 8"),
+        (8, 4, 4, "engine.global_batch_size=32 would fit"),
     ],
 )
 def test_a_batch_that_cannot_be_shared_is_refused_with_advice(

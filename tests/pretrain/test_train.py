@@ -62,7 +62,18 @@ def column(seen: Seen, name: str) -> list[float]:
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_equal_a_plain_torch_loop(seen: dict[int, Seen], world_size: int, stage: str) -> None:
-    assert column(seen[world_size][stage], "train/loss") == pytest.approx(seen[1]["reference"], abs=1e-5)
+    assert column(seen[world_size][stage], "train/loss") == pytest.approx(seen[1]["reference"]["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [*STAGES, "offload"])
+def test_the_weights_that_export_reads_are_those_of_a_plain_torch_loop(
+    seen: dict[int, Seen], world_size: int, stage: str
+) -> None:
+    expected, found = seen[1]["reference"]["weights"], seen[world_size][stage]["weights"]
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], abs=2e-4), name
 
 
 @pytest.mark.parametrize("name", ["optim/grad_norm", "validation/loss", "validation/top1", "data/samples"])
@@ -80,6 +91,9 @@ def test_a_resumed_run_repeats_every_row_and_weight_exactly(
     seen: dict[int, Seen], world_size: int, setting: str
 ) -> None:
     result = seen[world_size][setting]
+    assert result["resumed_at"] == 4
+    assert result["same_samples"]
+    assert result["distinct_samples"] == 8 * 16 / world_size
     assert result["resumed"] == result["rows"]
     assert [row["step"] for row in result["rows"] if "train/loss" in row] == list(range(1, 9))
     assert result["same_weights"]
@@ -87,7 +101,7 @@ def test_a_resumed_run_repeats_every_row_and_weight_exactly(
 
 
 def test_dropout_acts_and_bf16_is_near(seen: dict[int, Seen]) -> None:
-    reference = seen[1]["reference"]
+    reference = seen[1]["reference"]["losses"]
     assert column(seen[1]["dropout"], "train/loss") != pytest.approx(reference, abs=1e-4)
     for setting in ("bf16-stage0", "bf16-stage1", "bf16-stage3"):
         assert column(seen[2][setting], "train/loss") == pytest.approx(reference, abs=0.02)
@@ -109,7 +123,9 @@ def test_exported_weights_are_the_fp32_masters(seen: dict[int, Seen]) -> None:
 
 def test_compiled_blocks_learn_the_same(seen: dict[int, Seen]) -> None:
     for world_size, setting in ((1, "compiled"), (1, "compiled3"), (2, "compiled"), (2, "compiled3")):
-        assert column(seen[world_size][setting], "train/loss") == pytest.approx(seen[1]["reference"], abs=1e-4)
+        assert column(seen[world_size][setting], "train/loss") == pytest.approx(
+            seen[1]["reference"]["losses"], abs=1e-4
+        )
 
 
 def test_several_shard_sets_of_other_classes_are_refused(

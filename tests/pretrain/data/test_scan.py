@@ -113,6 +113,23 @@ def test_every_damage_to_the_structure_is_found(tmp_path: Path) -> None:
     assert silent > len(members) // 2  # what this is for: the reference loses samples without a word
 
 
+def test_what_is_no_sample_is_counted(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", [("README", b"hello"), *sample("x", 0)])
+    with tarfile.open(tar, "a") as archive:
+        link = tarfile.TarInfo("y.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "x.png"
+        archive.addfile(link)
+    assert index_shards([tar]).remarks == [
+        "1 members without a key and an extension, left as they are",
+        "1 links and the like, left as they are",
+    ]
+
+
+def test_labels_of_another_name(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.json", b'{"species": 1, "label": 0}')])
+    assert index_shards([tar], label_key="species").info.class_counts == [0, 1]
+
+
 def test_an_index_needs_its_tars(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", sample("x", 0))
     with pytest.raises(DataError, match="run `tessera shards index"):

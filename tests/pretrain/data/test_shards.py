@@ -1,8 +1,11 @@
 """Shards: plain tars that webdataset reads, the same bytes each time, and no data lost in silence."""
 
+import errno
 import io
 import json
+import os
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -46,11 +49,16 @@ def test_digits_are_all_there_and_split_by_class(tmp_path: Path) -> None:
     assert train.class_names == [str(i) for i in range(10)]
 
 
-def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
-    make(keep_classes(list_source("digits"), ["3", "8"]), tmp_path / "out")
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+def test_webdataset_reads_what_we_write(tmp_path: Path, photos: Path, extension: str) -> None:
+    for path in photos.rglob("*.*"):
+        if path.suffix != ".jpg":
+            path.unlink()
+    source = keep_classes(list_source("digits"), ["3", "8"]) if extension == "png" else list_source(str(photos))
+    make(source, tmp_path / "out")
     folder = tmp_path / "out" / "train"
     theirs = {
-        sample["__key__"]: (sample["png"].tobytes(), sample["cls"], sample["json"]["class"])
+        sample["__key__"]: (sample[extension].tobytes(), sample["cls"], sample["json"]["class"])
         for sample in webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False).decode("rgb8")
     }
     ours = open_samples(folder)
@@ -139,6 +147,61 @@ def test_what_would_be_lost_is_an_error_unless_left_out(
     assert not (tmp_path / "out").exists()
     made = make(list_source(str(photos)), tmp_path / "out", skip_bad=True)
     assert sum(info.num_samples for info in made.splits.values()) == whole
+
+
+def test_every_unreadable_file_counts_in_both_splits(tmp_path: Path, photos: Path) -> None:
+    for path in (photos / "china").rglob("*.*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="8 unreadable files") as caught:
+        make(list_source(str(photos)), tmp_path / "out", validation=0.5)
+    named = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
+    assert len(named) == 6  # the first five, and that there are more
+    assert named[-1] == "  ..."
+    made = make(list_source(str(photos)), tmp_path / "out", validation=0.5, skip_bad=True)
+    assert len(made.left_out) == 8
+    assert sorted(made.splits) == ["train", "validation"]
+
+
+def test_folders_that_would_be_passed_over_or_seen_twice(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = len(list_source(str(photos)).images)
+    (photos / "china" / "loop").symlink_to(photos / "china")
+    (photos / ".cache").mkdir()
+    source = list_source(str(photos))
+    assert len(source.images) == whole
+    assert source.remarks == ["1 hidden folder, left out: .cache"]
+    [fault] = source.faults
+    assert "1 folder that cannot be listed" in fault
+    assert "china/loop (links to a folder above it)" in fault
+    (photos / "china" / "loop").unlink()
+
+    (photos / "china" / "far").symlink_to(photos / "flower")  # a link elsewhere is followed
+    assert len(list_source(str(photos)).images) == whole + len(list(photos.glob("flower/**/*.*")))
+    (photos / "china" / "far").unlink()
+
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: _refuse() if path.name == "deep" else iterdir(path))
+    [fault] = list_source(str(photos)).faults
+    assert "2 folders that cannot be listed" in fault
+    assert "deep (Permission denied)" in fault
+
+
+def _refuse() -> NoReturn:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def test_shards_have_the_asked_size_and_the_seed_draws_the_split(tmp_path: Path) -> None:
+    source = list_source("digits")
+    make(source, tmp_path / "out", shard_bytes=100_000)
+    for name in ("train", "validation"):
+        *full, last = DatasetInfo.load(tmp_path / "out" / name).shards
+        assert len(full) > 1
+        assert all(100_000 <= shard.num_bytes < 110_000 for shard in full)
+        assert last.num_bytes < 110_000
+    draws = [{image.key for image in split(source, 0.2, seed)[1]} for seed in (0, 0, 1)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
 
 
 def test_mistakes_of_the_whole_folder(tmp_path: Path, photos: Path) -> None:
