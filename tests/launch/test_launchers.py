@@ -18,8 +18,9 @@ from mlflow.entities import Run
 
 from finetune.backbone import load_classifier, load_preprocessor
 from finetune.metrics import evaluate
+from pretrain.checkpoint.manifest import list_checkpoints
 from pretrain.data.samples import open_samples
-from pretrain.tracking.tracker import read_rows
+from pretrain.tracking.tracker import git_commit, read_rows
 from tests.finetune.test_backbone import families, folder_of
 from tests.launching import ROOT, Shell, end, free_port
 
@@ -75,7 +76,7 @@ def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool
     assert alone.code == 0, alone.err[-3000:]
     for name in ("train/loss", "validation/loss", "validation/top1"):
         one, both = (column(tmp_path / "runs" / run, name) for run in ("alone", "finetune"))
-        assert one
+        assert len(one) == (2 if name.startswith("validation") else 7)  # two epochs of 483 images, 32 a step
         assert one == pytest.approx(both, abs=1e-4), name
     again = shell([sys.executable, FINETUNE, "--config", recipe])
     assert again.code == 2
@@ -91,6 +92,8 @@ def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool
     for row in predicted:
         assert sum(item["probability"] for item in row["classes"]) == pytest.approx(1.0, abs=1e-4)
         assert {item["class"] for item in row["classes"]} == {"0", "1", "2"}
+    done = shell([tool("tessera"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], "--top-k", "2"])
+    assert re.fullmatch(rf"{re.escape(str(images[0]))}: [012] \d+\.\d%, [012] \d+\.\d%\n", done.out)
     done = shell([tool("tessera"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], tiny])
     assert done.code == 2
     assert f"{tiny}: is no usable image: not an image of a known format" in done.err
@@ -98,14 +101,21 @@ def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool
     check_mlflow(tmp_path)
 
 
-def test_other_architectures_on_two_ranks(shell: Shell, digits: Path, tmp_path: Path) -> None:
-    """DINOv2 has a parameter that classification never uses; ResNet has statistics that differ by rank."""
+def test_other_architectures_on_two_ranks(shell: Shell, digits: Path, tool: Tool, tmp_path: Path) -> None:
+    """DINOv2 has a parameter that classification never uses; ResNet has statistics that differ by rank.
+
+    And each way to start fine-tuning: deepspeed, torchrun, accelerate.
+    """
     recipe = tmp_path / "finetune.yaml"
     recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
     settings = ["--config", recipe, "schedule.epochs=1", "tracking.uri=off"]
-    for family in ("dinov2", "resnet"):
+    launchers = {
+        "dinov2": [tool("deepspeed"), "--num_gpus", "2"],
+        "resnet": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    }
+    for family, launcher in launchers.items():
         folder, run_dir = folder_of(families()[family], tmp_path / family), tmp_path / "runs" / family
-        two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+        two = [*launcher, "--master_port", free_port()]
         done = shell([*two, FINETUNE, *settings, f"model={folder}", f"run_dir={run_dir}"])
         assert done.code == 0, done.err[-3000:]
         measured = evaluate(
@@ -117,7 +127,8 @@ def test_other_architectures_on_two_ranks(shell: Shell, digits: Path, tmp_path: 
             device=torch.device("cpu"),
         )
         assert column(run_dir, "validation/loss") == pytest.approx([measured["loss"]], abs=1e-5)
-    alone = shell([sys.executable, FINETUNE, *settings, f"model={tmp_path}/dinov2", f"run_dir={tmp_path}/runs/alone"])
+    one = [tool("accelerate"), "launch", "--cpu", "--num_processes", "1", FINETUNE, *settings]
+    alone = shell([*one, f"model={tmp_path}/dinov2", f"run_dir={tmp_path}/runs/alone"])
     assert alone.code == 0, alone.err[-3000:]
     assert losses(tmp_path / "runs" / "alone") == pytest.approx(losses(tmp_path / "runs" / "dinov2"), abs=1e-4)
 
@@ -134,7 +145,7 @@ def check_mlflow(folder: Path) -> None:
     for name, run in runs.items():
         assert run.info.status == "FINISHED"
         assert run.data.tags["stage"] == ("pretrain" if name == "tiny" else "finetune")
-        assert run.data.tags["git_commit"]
+        assert run.data.tags["git_commit"] == git_commit()
         rows = read_rows(folder / "runs" / name / "metrics.jsonl")
         for metric in (
             "train/loss",
@@ -173,6 +184,7 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
 
     done = shell([*deepspeed, f"run_dir={tmp_path}/runs/stopped", "--resume"])
     assert done.code == 0, done.err[-3000:]
+    assert re.search(r"batch 16, from step [1-9]", done.out)
     assert losses(tmp_path / "runs" / "stopped") == losses(tmp_path / "whole")
     assert mlflow_runs(tmp_path)["stopped"].info.status == "FINISHED"
     other_topology = shell([sys.executable, PRETRAIN, *settings, f"run_dir={tmp_path}/runs/stopped"])
@@ -264,7 +276,11 @@ def test_two_nodes_train_as_one(
         for node in nodes:
             end(node)
     assert [node.returncode for node in nodes] == [0, 0], outs[0][1][-3000:]
-    alone = shell([sys.executable, PRETRAIN, "--config", tiny, f"run_dir={tmp_path}/alone", "tracking.uri=off"])
-    assert alone.code == 0, alone.err[-3000:]
-    assert losses(tmp_path / "runs" / "tiny") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
-    assert len(losses(tmp_path / "alone")) == 8
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    settings = ["--config", tiny, f"run_dir={tmp_path}/one", "tracking.uri=off", "checkpoint.keep_last=1"]
+    one = shell([*torchrun, PRETRAIN, *settings])
+    assert one.code == 0, one.err[-3000:]
+    assert losses(tmp_path / "runs" / "tiny") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert len(losses(tmp_path / "one")) == 8
+    assert [path.name for path in list_checkpoints(tmp_path / "one")] == ["step-00000008"]
+    assert len(list_checkpoints(tmp_path / "runs" / "tiny")) == 2

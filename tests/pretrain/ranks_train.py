@@ -103,7 +103,7 @@ def digest(weight: torch.Tensor) -> list[float]:
 
 
 def die_in_a_save(recipe: Path, folder: Path) -> None:
-    """Let the last rank die in the second save, when its part is half written; its launcher ends the others."""
+    """Let the last rank die in the second save, before its part is written; its launcher ends the others."""
     config = load_config(PretrainConfig, recipe, [f"run_dir={folder / 'torn'}", "tracking.uri=off"]).config
     save_checkpoint = DeepSpeedEngine.save_checkpoint
 

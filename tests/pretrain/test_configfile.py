@@ -57,7 +57,9 @@ MISTAKES = [
     ("seed: !!int abc", [], 'x.yaml:4: seed: "abc" is not what its tag says'),
     ("model: {drop_path: 1.0}", [], "model.drop_path: expected a number less than 1.0, got 1.0"),
     ("optimizer: {betas: [0.9, 1.0]}", [], "expected a number less than 1.0, got 1.0"),
-    ("optimizer: {learning_rate: 1e999}", [], "optimizer.learning_rate: "),
+    ("optimizer: {learning_rate: 1e999}", [], "optimizer.learning_rate: input should be a finite number"),
+    ("tracking: {experiment: 5}", [], "x.yaml:4: tracking.experiment: expected text, got 5"),
+    ("", ["engine.zero_stage=["], "command line: engine.zero_stage: not valid YAML: "),
     ("model: {mlp_ratio: 1e-4}", [], "an MLP of 0.0001 x 768 has no width"),
 ]
 
@@ -94,8 +96,12 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
 
 def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
     text = GOOD + "seed: x\nsead: 1\nmodel: {patch_size: 15, position_embedding: sine, num_attention_heads: 7}\n"
-    lines = answer(PretrainConfig, write(tmp_path, text), ["engine.compile=off"]).splitlines()
+    text += "logging: {every_steps: 1, every_steps: 2}\n"
+    overrides = ["engine.compile=off", "engine.zero_stage=["]
+    lines = answer(PretrainConfig, write(tmp_path, text), overrides).splitlines()
     assert [line.split(": ")[1] for line in lines] == [
+        "logging.every_steps",
+        "engine.zero_stage",
         "seed",
         "model.position_embedding",
         "engine.compile",
@@ -103,6 +109,12 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
         "model.patch_size",
         "model.num_attention_heads",
     ]
+
+
+def test_the_learning_rate_has_a_default_at_its_batch(tmp_path: Path) -> None:
+    config = load_config(PretrainConfig, write(tmp_path, GOOD)).config
+    assert (config.optimizer.learning_rate, config.engine.global_batch_size) == (1e-4, 256)
+    assert "global batch of 256" in str(type(config.optimizer).model_fields["learning_rate"].description)
 
 
 def test_a_combination_is_not_judged_by_a_value_that_is_wrong(tmp_path: Path) -> None:
@@ -157,10 +169,12 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
 def test_mistakes_and_help_come_before_torch(tmp_path: Path, script: str) -> None:
     path = write(tmp_path, GOOD + "sed: 1\n")
     command = [sys.executable, "-X", "importtime", str(ROOT / "launch" / f"{script}.py")]
-    for arguments, code in ((["--config", str(path)], 2), (["--help"], 0)):
+    recipe = ["--config", str(ROOT / "configs" / "quickstart" / f"{script}.yaml")]
+    for arguments, code in ((["--config", str(path)], 2), ([*recipe, "--print-config"], 0), (["--help"], 0)):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, cwd=tmp_path)
         assert done.returncode == code
         assert re.search(r"\|\s+pydantic\b", done.stderr)
         assert not re.search(r"\|\s+(torch|numpy|transformers|deepspeed|mlflow)\b", done.stderr)
+        assert ("# default" in done.stdout) == ("--print-config" in arguments)
     assert "keys and defaults:" in done.stdout
     assert "example:" in done.stdout

@@ -24,6 +24,8 @@ def test_accumulation_is_what_is_left(world_size: int, micro: int, accumulation:
 def test_deepspeed_accepts_it(stage: int, precision: str, on_gpu: bool) -> None:
     config = EngineConfig(zero_stage=stage, precision=precision, offload_optimizer=stage > 0)  # type: ignore[arg-type]
     derived = deepspeed_config(config, 1, on_gpu=on_gpu)
+    if stage:
+        assert derived["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": on_gpu}
     parsed = DeepSpeedConfig(derived)
     assert parsed.zero_optimization_stage == stage
     assert parsed.zero_config.overlap_comm is False  # one rank has nothing to overlap

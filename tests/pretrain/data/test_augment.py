@@ -58,6 +58,33 @@ def test_crops_keep_the_asked_share_of_the_area() -> None:
     assert abs(np.mean(shares) - 0.45) < 0.02
 
 
+def test_crops_have_the_asked_aspects_log_uniformly() -> None:
+    logs = []
+    for seed in range(500):
+        top, left, bottom, right = crop_box(400, 400, (0.2, 0.3), (0.5, 2.0), np.random.default_rng(seed))
+        logs.append(np.log2((right - left) / (bottom - top)))
+    assert -1.02 < min(logs) < -0.97
+    assert 0.97 < max(logs) < 1.02
+    quarters = np.histogram(logs, bins=[-1.1, -0.5, 0, 0.5, 1.1])[0]
+    assert (abs(quarters - 125) < 45).all()  # more than four standard deviations
+
+
+def test_draws_have_the_asked_strength_and_probability() -> None:
+    view = TrainView(AugmentConfig(flip=0.25, brightness=0.4, contrast=0.2, saturation=1.5, erasing=0.1), 16)
+    draws = [view.draw(np.random.default_rng(seed)) for seed in range(2000)]
+    for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.8, 1.2), ("saturation", 0.0, 2.5)):
+        values = np.array([draw[name] for draw in draws])
+        assert values.min() == pytest.approx(low, abs=0.02)
+        assert values.max() == pytest.approx(high, abs=0.02)
+        assert values.mean() == pytest.approx((low + high) / 2, abs=0.07)
+    assert np.mean([draw["flip"] for draw in draws]) == pytest.approx(0.25, abs=0.04)
+    erased = np.array([draw["erase_box"] for draw in draws])
+    areas = (erased[:, 2] - erased[:, 0]) * (erased[:, 3] - erased[:, 1])
+    assert np.mean(areas > 0) == pytest.approx(0.1, abs=0.03)
+    assert 0.02 <= areas[areas > 0].min() < 0.05
+    assert 0.25 < areas.max() <= 1 / 3 + 1e-6
+
+
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.5])
 def test_jitter_equals_pillow(factor: float) -> None:
     image = Image.fromarray(PHOTO[:64, :64])
@@ -117,6 +144,8 @@ def test_erased_boxes_have_the_mean_of_the_data() -> None:
     images = augment(batch, MEAN, STD)
     mask = box_mask(batch["erase_box"], images)
     assert (images.masked_select(mask) == 0).all()
+    whole = augment({**batch, "erase_box": torch.zeros(6, 4)}, MEAN, STD)
+    assert torch.equal(images.masked_select(~mask), whole.masked_select(~mask))
     assert (mask.float().mean(dim=(1, 2, 3)) < 0.4).all()
     assert mask.any(dim=(1, 2, 3)).all()
 

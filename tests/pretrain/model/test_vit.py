@@ -1,5 +1,7 @@
 """The ViT against transformers' own, with the same weights."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,32 @@ def test_deep_models_are_compiled_once_for_all_rates_of_drop_path() -> None:
     assert counter.frame_count == 2  # the first block drops nothing
 
 
+def test_checkpointed_blocks_run_again_on_the_way_back() -> None:
+    model = ViT(CONFIG, activation_checkpointing=True)
+    runs = []
+    for layer in model.layers:
+        layer.norm_before.register_forward_hook(lambda *_: runs.append(1))
+    loss = model(torch.randn(2, 3, 32, 32)).square().mean()
+    forward = len(runs)
+    loss.backward()
+    assert (forward, len(runs)) == (CONFIG.num_hidden_layers, 2 * CONFIG.num_hidden_layers)
+
+
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "drop_path"])
+def test_each_kind_of_dropout_acts_in_training_alone(name: str) -> None:
+    model = perturbed(CONFIG.model_copy(update={name: 0.5}))
+    images = torch.randn(2, 3, 32, 32)
+    expected = perturbed(CONFIG).eval()(images)
+    assert torch.equal(model.eval()(images), expected)
+    assert not torch.allclose(model.train()(images), expected, atol=1e-3)
+
+
+def test_drop_path_grows_with_depth() -> None:
+    model = ViT(CONFIG.model_copy(update={"num_hidden_layers": 5, "drop_path": 0.2}))
+    rates = [1 - float(layer.drop_path.keep) for layer in model.layers]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2], abs=1e-6)
+
+
 def test_patches_are_those_of_a_convolution() -> None:
     images, weight = torch.randn(2, 3, 24, 32), torch.randn(7, 3, 8, 8)
     theirs = F.conv2d(images, weight, stride=8).flatten(2).transpose(1, 2)
@@ -106,6 +134,10 @@ def test_patches_are_those_of_a_convolution() -> None:
 def test_sincos_positions_are_different_and_know_their_place() -> None:
     positions = sincos_positions(5, 64)[0]
     assert positions.shape == (26, 64)
+    for row, column, k in [(0, 0, 3), (4, 2, 0), (1, 3, 9), (2, 4, 15)]:
+        angles = column / 10000 ** (k / 16), row / 10000 ** (k / 16)  # the layout of MAE's released weights: x, then y
+        expected = [math.sin(angles[0]), math.cos(angles[0]), math.sin(angles[1]), math.cos(angles[1])]
+        assert positions[1 + 5 * row + column, k::16].tolist() == pytest.approx(expected, abs=1e-6)
     assert torch.equal(positions[0], torch.zeros(64))
     similarity = positions[1:] @ positions[1:].T
     assert (similarity.argmax(dim=1) == torch.arange(25)).all()

@@ -55,6 +55,17 @@ def test_mixup_is_the_cross_entropy_with_the_mixed_label() -> None:
     assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
 
 
+def test_cutmix_is_the_cross_entropy_by_the_share_of_pixels() -> None:
+    objective, data = build(cutmix=1.0).train(), batch(8)
+    data["cut_box"] = torch.tensor([[0.0, 0.0, 0.5, 0.25]]).repeat(8, 1)  # the upper half of the left quarter
+    pixels = _normalized(data)
+    mixed = pixels.clone()
+    mixed[:, :, :16, :8] = neighbours(pixels)[:, :, :16, :8]
+    own, other = F.one_hot(data["label"], 10), F.one_hot(neighbours(data["label"]), 10)
+    expected = F.cross_entropy(objective.logits(mixed), 0.875 * own + 0.125 * other)  # type: ignore[operator]
+    assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
+
+
 def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
     objective, data = build().eval(), batch(8)
     logits = _logits(objective, data)
