@@ -346,5 +346,5 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
 
 
 def _set_training_mode(run: Run) -> None:
-    """Put the model into training mode; a frozen backbone stays as it is in use, dropout and all."""
+    """Put the model into training mode; with a frozen backbone it stays as it is in use, without dropout."""
     run.model.train(not run.config.freeze_backbone)

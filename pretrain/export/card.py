@@ -45,7 +45,7 @@ encoder = AutoModel.from_pretrained("{folder}", add_pooling_layer=False)
 ## Proof
 
 Loaded back with transformers, in fp32 on the CPU, with the Pillow image processor, the folder differs from the trained
-model by at most {logits:.1e} in the logits, {features:.1e} in the features and {pixels:.1e} in the pixels.
+model by at most {logits:.1e} in the logits, {features:.1e} in the features and {pixels:.1e} in the pixels (absolute).
 
 ## Configuration
 
