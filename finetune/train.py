@@ -16,8 +16,8 @@ from torch import Tensor
 from finetune.backbone import Preprocessor, load_preprocessor, new_classifier, save_folder
 from finetune.config import FinetuneConfig
 from finetune.metrics import evaluate
-from pretrain import UserError, distributed
-from pretrain.configfile import EXIT_MISTAKE, CommandLine, exit_with_mistake, flatten
+from pretrain import EXIT_MISTAKE, UserError, distributed
+from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.augment import TrainView, augment, mix_neighbours, mixed_cross_entropy
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, training_batches

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pretrain import UserError
-from pretrain.configfile import EXIT_MISTAKE
+from pretrain import EXIT_MISTAKE, UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}

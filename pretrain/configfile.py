@@ -19,10 +19,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from pretrain import UserError
+from pretrain import EXIT_MISTAKE, UserError
 from pretrain.config import Section
-
-EXIT_MISTAKE = 2
 
 Config = TypeVar("Config", bound=Section)
 Key = tuple[str | int, ...]

@@ -13,12 +13,12 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from pretrain import UserError, distributed
+from pretrain import EXIT_MISTAKE, UserError, distributed
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.save import save
 from pretrain.config import PretrainConfig
-from pretrain.configfile import EXIT_MISTAKE, CommandLine, exit_with_mistake, flatten
+from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, evaluation_batches, training_batches
 from pretrain.data.order import random_bits
