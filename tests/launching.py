@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY = """
@@ -63,9 +65,15 @@ class Finished:
 
 
 def end(process: "subprocess.Popen[str]") -> None:
-    """End a process and all of its group, whatever they do."""
+    """End a process and all that it started, whatever they do; torchrun puts its ranks into sessions of their own."""
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
     process.wait()
 
 

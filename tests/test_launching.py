@@ -1,0 +1,24 @@
+"""A command that hangs is ended with all that it started, or the tests would leave ranks behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launching import Shell
+
+HANG = """
+import pathlib, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+pathlib.Path("pid").write_text(str(child.pid))
+time.sleep(60)
+"""
+
+
+def test_nothing_outlives_its_timeout(shell: Shell, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        shell([sys.executable, "-c", HANG], timeout=3)
+    pid = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
