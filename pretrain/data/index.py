@@ -5,15 +5,17 @@ Both are JSON that a stranger can open. With them a sample is read by offset, in
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain import UserError
 
-VERSION = 1
+VERSION = 2
 DATASET_FILE = "dataset.json"
+SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_sha256")
 
 
 class DataError(UserError):
@@ -24,7 +26,8 @@ class DataError(UserError):
 class ShardIndex:
     """The samples of one tar, column by column, in the order of the tar.
 
-    `offset` and `size` (bytes) find the encoded image in the tar, `crc32` proves it.
+    `offset` and `size` (bytes) find the encoded image in the tar, `crc32` proves it; `width` and `height` (pixels) are
+    the decoded image's.
     """
 
     name: str
@@ -36,28 +39,38 @@ class ShardIndex:
     size: list[int] = field(default_factory=list)
     crc32: list[int] = field(default_factory=list)
     label: list[int] = field(default_factory=list)
+    width: list[int] = field(default_factory=list)
+    height: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.key)
 
-    def save(self, folder: Path) -> None:
-        """Write the index beside its tar."""
-        write_json(index_path(folder / self.name), {"version": VERSION, **asdict(self)})
+    def save(self, folder: Path) -> "ShardEntry":
+        """Write the index beside its tar; return what `dataset.json` has to know of both."""
+        digest = write_json(index_path(folder / self.name), {"version": VERSION, **asdict(self)})
+        return ShardEntry(self.name, len(self), self.num_bytes, self.sha256, digest)
 
     @classmethod
-    def load(cls, tar: Path) -> "ShardIndex":
-        """Read the index beside `tar`."""
-        return cls(**read_json(index_path(tar), "tessera shards index"))
+    def parse(cls, data: bytes, place: Path | str, digest: str) -> "ShardIndex":
+        """Read an index from its bytes, which must have the sha256 that `dataset.json` promises.
+
+        Raises:
+            DataError: they have another.
+        """
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DataError(f"{place}: damaged or edited, its checksum is off; run `tessera shards index` again")
+        return cls(**_parse(data, place))
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as `dataset.json` knows it."""
+    """A shard as `dataset.json` knows it; `name` is relative to it, or a whole URL."""
 
     name: str
     num_samples: int
     num_bytes: int
     sha256: str
+    index_sha256: str
 
 
 @dataclass(frozen=True)
@@ -80,37 +93,53 @@ class DatasetInfo:
 
     @property
     def digest(self) -> str:
-        """A digest of the classes and of every shard's content."""
-        content = json.dumps([self.class_names, [(s.name, s.num_samples, s.sha256) for s in self.shards]])
-        return hashlib.sha256(content.encode()).hexdigest()
+        """A digest of the classes and of every shard's content, labels included; not of where the shards stand."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for shard in self.shards:
+            digest.update(f"{shard.num_samples} {shard.sha256} {shard.index_sha256}\n".encode())
+        return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write `dataset.json`."""
         sums = {"num_samples": self.num_samples, "num_bytes": self.num_bytes, "digest": self.digest}
-        write_json(folder / DATASET_FILE, {"version": VERSION, **sums, **asdict(self)})
+        shards = {name: [getattr(shard, name) for shard in self.shards] for name in SHARD_COLUMNS}
+        classes = {"class_names": self.class_names, "class_counts": self.class_counts}
+        write_json(folder / DATASET_FILE, {"version": VERSION, **sums, **classes, "shards": shards})
 
     @classmethod
     def load(cls, folder: Path) -> "DatasetInfo":
         """Read `dataset.json` and hold its digest against its content."""
-        content = read_json(folder / DATASET_FILE, "tessera shards make")
-        digest = content.pop("digest")
-        for name in ("num_samples", "num_bytes"):
-            content.pop(name)
-        shards = [ShardEntry(**shard) for shard in content.pop("shards")]
-        info = cls(shards=shards, **content)
-        if info.digest != digest:
-            raise DataError(f"{folder / DATASET_FILE}: edited by hand, its digest is off; run `tessera shards index`")
-        return info
+        path = folder / DATASET_FILE
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{path}: not there; `tessera shards make` writes it") from None
+        return cls.parse(data, path)
 
     @classmethod
-    def of(cls, indexes: Sequence[ShardIndex], class_names: Sequence[str]) -> "DatasetInfo":
-        """Sum up the indexes of a split."""
-        counts = [0] * len(class_names)
-        for index in indexes:
-            for label in index.label:
-                counts[label] += 1
-        shards = [ShardEntry(index.name, len(index), index.num_bytes, index.sha256) for index in indexes]
-        return cls(list(class_names), counts, shards)
+    def parse(cls, data: bytes, place: Path | str) -> "DatasetInfo":
+        """Read `dataset.json` from its bytes.
+
+        Raises:
+            DataError: damaged, edited by hand, or of another version.
+        """
+        content = _parse(data, place)
+        try:
+            digest = content.pop("digest")
+            columns = content.pop("shards")
+            shards = [ShardEntry(*entry) for entry in zip(*(columns[name] for name in SHARD_COLUMNS), strict=True)]
+            info = cls(content.pop("class_names"), content.pop("class_counts"), shards)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{place}: damaged ({error!r}); write it again with `tessera shards index`") from None
+        if info.digest != digest:
+            raise DataError(f"{place}: edited by hand, its digest is off; run `tessera shards index`")
+        return info
+
+
+def count_classes(labels: Iterable[int], num_classes: int) -> list[int]:
+    """Return how many samples each class has."""
+    counts = Counter(labels)
+    return [counts[label] for label in range(num_classes)]
 
 
 def index_path(tar: Path) -> Path:
@@ -118,22 +147,22 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".index.json")
 
 
-def read_json(path: Path, maker: str) -> dict[str, Any]:
-    """Read one of our JSON files; `maker` is the command that writes it."""
+def _parse(data: bytes, place: Path | str) -> dict[str, Any]:
+    """Read one of our JSON files."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: not there; `{maker}` writes it") from None
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}); write it again with `tessera shards index`") from None
-    version = content.pop("version", None)
+        content: dict[str, Any] = json.loads(data)
+        version = content.pop("version", None)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{place}: damaged ({error}); write it again with `tessera shards index`") from None
     if version != VERSION:
-        raise DataError(f"{path}: version {version}, this Tessera reads {VERSION}")
+        raise DataError(f"{place}: version {version}, this Tessera reads {VERSION}; run `tessera shards index` again")
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write aside, then rename, so that nobody reads half a file."""
+def write_json(path: Path, content: dict[str, Any]) -> str:
+    """Write aside, then rename, so that nobody reads half a file; return the sha256 of what was written."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
+    data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
+    aside.write_bytes(data)
     aside.replace(path)
+    return hashlib.sha256(data).hexdigest()

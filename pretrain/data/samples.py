@@ -13,7 +13,7 @@ import numpy as np
 
 from pretrain.data.decode import DecodeError, Pixels, decode
 from pretrain.data.fetch import read_range
-from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardIndex
+from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardIndex, index_path
 from pretrain.data.order import permutation
 from pretrain.data.sources import SourceImage, list_folder
 
@@ -79,19 +79,30 @@ class ShardSet:
                 raise DataError(f"{folder}: its classes differ from those of {folders[0]}")
         self.digest = "+".join(info.digest for info in infos)
         self.tars = [folder / shard.name for folder, info in zip(folders, infos, strict=True) for shard in info.shards]
-        self.shard_sizes = [shard.num_samples for info in infos for shard in info.shards]
-        self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(ShardIndex.load)
+        self.entries = [shard for info in infos for shard in info.shards]
+        self.shard_sizes = [shard.num_samples for shard in self.entries]
+        self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_index"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(ShardIndex.load)
+        self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        path = index_path(self.tars[shard])
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{path}: not there; `tessera shards index` writes it") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        return ShardIndex.parse(data, path, self.entries[shard].index_sha256)
 
     def read(self, shard: int, row: int) -> Record:
         tar = self.tars[shard]
-        index = self._index(tar)
+        index = self._index(shard)
         key, size = index.key[row], index.size[row]
         try:
             data = read_range(tar, index.offset[row], size)
@@ -104,7 +115,7 @@ class ShardSet:
         return _decoded(str(tar), key, data, index.label[row])
 
     def labels(self, shard: int) -> Sequence[int]:
-        return self._index(self.tars[shard]).label
+        return self._index(shard).label
 
 
 class FolderSet:

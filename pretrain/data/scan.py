@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pretrain.data.decode import DecodeError, decode
-from pretrain.data.index import DataError, DatasetInfo, ShardIndex
+from pretrain.data.index import DataError, DatasetInfo, ShardIndex, count_classes
 from pretrain.data.sources import NAMES_SHOWN
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -65,10 +65,9 @@ def index_shards(
         class_names = [names.get(label, str(label)) for label in range(highest + 1)]
     if highest >= len(class_names):
         raise DataError(f"label {highest} is out of range: there are {len(class_names)} class names")
-    info = DatasetInfo.of(indexes, class_names)
     folder = tars[0].parent
-    for index in indexes:
-        index.save(folder)
+    counts = count_classes((label for index in indexes for label in index.label), len(class_names))
+    info = DatasetInfo(list(class_names), counts, [index.save(folder) for index in indexes])
     info.save(folder)
     remarks = [f"{count} {what}, left as they are" for what, count in left_out.items()]
     if empty := [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]:
@@ -95,8 +94,11 @@ def _index_tar(
             index.extension.append(images[0])
             index.offset.append(offset)
             index.size.append(size)
-            index.crc32.append(zlib.crc32(_readable_image(tar, key, file, (offset, size))))
+            image, (height, width) = _readable_image(tar, key, file, (offset, size))
+            index.crc32.append(zlib.crc32(image))
             index.label.append(label)
+            index.width.append(width)
+            index.height.append(height)
             for extension in members.keys() - {images[0], "cls", "json"}:
                 left_out[f"members .{extension}"] += 1
     return index
@@ -139,14 +141,14 @@ def _members(tar: Path, file: BinaryIO, left_out: Counter[str]) -> Iterator[tupl
         raise DataError(f"{tar}: damaged header at byte {end}; what follows cannot be read")
 
 
-def _readable_image(tar: Path, key: str, file: BinaryIO, place: tuple[int, int]) -> bytes:
-    """Return an image's bytes once they have proved to decode."""
+def _readable_image(tar: Path, key: str, file: BinaryIO, place: tuple[int, int]) -> tuple[bytes, tuple[int, int]]:
+    """Return an image's bytes and (height, width), once it has proved to decode."""
     data = _pread(file, place)
     try:
-        decode(data)
+        height, width, _ = decode(data).shape
     except DecodeError as error:
         raise DataError(f"{tar}: sample {key} is no usable image: {error}") from None
-    return data
+    return data, (height, width)
 
 
 def _label(

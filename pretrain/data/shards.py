@@ -13,11 +13,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.data.decode import DecodeError, decode
-from pretrain.data.index import DataError, DatasetInfo, ShardIndex
+from pretrain.data.index import DataError, DatasetInfo, ShardIndex, count_classes
 from pretrain.data.order import permutation
 from pretrain.data.sources import NAMES_SHOWN, Source, SourceImage
 
@@ -25,6 +26,7 @@ BLOCK = tarfile.BLOCKSIZE
 IMAGES_IN_FLIGHT = 512
 
 Progress = Callable[[int], None]
+Size = tuple[int, int]  # width, height
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def make_shards(
         mixed = [images[i] for i in permutation(len(images), seed, name, "mix")]
         indexes = list(_write_split(mixed, partial / name, source.class_names, shard_bytes, unreadable, progress))
         if indexes:
-            infos[name] = DatasetInfo.of(indexes, source.class_names)
+            entries = [index.save(partial / name) for index in indexes]
+            counts = count_classes(chain.from_iterable(index.label for index in indexes), len(source.class_names))
+            infos[name] = DatasetInfo(source.class_names, counts, entries)
             infos[name].save(partial / name)
         else:
             (partial / name).rmdir()
@@ -123,12 +127,12 @@ def _write_split(
     """Write the shards of a split; yield the index of each."""
     writer: ShardWriter | None = None
     count = 0
-    for image, data in _read(images, unreadable, progress):
+    for image, data, size in _read(images, unreadable, progress):
         if writer is None:
             writer = ShardWriter(folder / f"shard-{count:06d}.tar")
             count += 1
         metadata = {"class": class_names[image.label], "source": image.origin}
-        writer.add(image.key, image.extension, data, image.label, metadata)
+        writer.add(image.key, image.extension, data, size, image.label, metadata)
         if writer.position >= shard_bytes:
             yield writer.close()
             writer = None
@@ -138,27 +142,27 @@ def _write_split(
 
 def _read(
     images: Sequence[SourceImage], unreadable: list[str], progress: Progress
-) -> Iterator[tuple[SourceImage, bytes]]:
+) -> Iterator[tuple[SourceImage, bytes, Size]]:
     """Read and prove the images, some at a time on all cores, in their order."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(images), IMAGES_IN_FLIGHT):
             some = images[start : start + IMAGES_IN_FLIGHT]
             for image, data in zip(some, pool.map(_read_one, some), strict=True):
                 progress(1)
-                if isinstance(data, bytes):
-                    yield image, data
-                else:
+                if isinstance(data, Exception):
                     unreadable.append(f"{image.origin}: {data}")
+                else:
+                    yield image, *data
 
 
-def _read_one(image: SourceImage) -> bytes | Exception:
-    """Return an image's bytes, or why they are no image."""
+def _read_one(image: SourceImage) -> tuple[bytes, Size] | Exception:
+    """Return an image's bytes and its size, or why they are no image."""
     try:
         data = image.read()
-        decode(data)
+        height, width, _ = decode(data).shape
     except (DecodeError, OSError, ValueError) as error:  # Pillow raises ValueError for some files that are cut
         return error
-    return data
+    return data, (width, height)
 
 
 class ShardWriter:
@@ -171,7 +175,7 @@ class ShardWriter:
         self.position = 0
         self.index = ShardIndex(path.name)
 
-    def add(self, key: str, extension: str, image: bytes, label: int, metadata: dict[str, str]) -> None:
+    def add(self, key: str, extension: str, image: bytes, size: Size, label: int, metadata: dict[str, str]) -> None:
         """Append one sample: the image, its class and its JSON."""
         self.index.key.append(key)
         self.index.extension.append(extension)
@@ -179,16 +183,17 @@ class ShardWriter:
         self.index.size.append(len(image))
         self.index.crc32.append(zlib.crc32(image))
         self.index.label.append(label)
+        self.index.width.append(size[0])
+        self.index.height.append(size[1])
         self._add_member(f"{key}.cls", str(label).encode())
         self._add_member(f"{key}.json", json.dumps(metadata, ensure_ascii=False).encode())
 
     def close(self) -> ShardIndex:
-        """Write tar's end mark and the index."""
+        """Write tar's end mark; return the index."""
         self._write(b"\0" * (2 * BLOCK))
         self.file.close()
         self.index.num_bytes = self.position
         self.index.sha256 = self.hash.hexdigest()
-        self.index.save(self.path.parent)
         return self.index
 
     def _add_member(self, name: str, data: bytes) -> int:

@@ -89,7 +89,9 @@ def test_a_folder_keeps_its_bytes_and_names(tmp_path: Path, photos: Path) -> Non
     assert samples.class_names == ["china", "flower"]
     keys = {samples.read(i, row).key for i, size in enumerate(samples.shard_sizes) for row in range(size)}
     assert {"china/crop_3", "china/deep/crop", "flower/scan"} <= keys
-    index = ShardIndex.load(tmp_path / "out" / "train" / "shard-000000.tar")
+    entry = DatasetInfo.load(tmp_path / "out" / "train").shards[0]
+    path = tmp_path / "out" / "train" / "shard-000000.index.json"
+    index = ShardIndex.parse(path.read_bytes(), path, entry.index_sha256)
     data = (tmp_path / "out" / "train" / index.name).read_bytes()
     i = next(i for i, key in enumerate(index.key) if "crop_" in key)
     original = photos / f"{index.key[i].replace('_', '.')}.jpg"
@@ -252,7 +254,7 @@ def test_a_dataset_edited_by_hand_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="damaged"):
         open_samples(path.parent)
     path.write_text('{"version": 99}')
-    with pytest.raises(DataError, match="version 99, this Tessera reads 1"):
+    with pytest.raises(DataError, match="version 99, this Tessera reads 2"):
         open_samples(path.parent)
 
 
