@@ -1,16 +1,20 @@
 """A fine-tuning run on one page. What it shares with pretraining has the same name and the same class."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
 from pretrain.config import (
     AugmentConfig,
+    BatchConfig,
     Count,
     CountOrZero,
+    FaultBudget,
     LoggingConfig,
     NonNegative,
     OptimizerConfig,
+    Problem,
     Rate,
     Section,
     TrackingConfig,
@@ -18,7 +22,7 @@ from pretrain.config import (
 )
 
 
-class FinetuneDataConfig(Section):
+class FinetuneDataConfig(FaultBudget):
     """Shard sets, or folders with a subfolder for each class."""
 
     train: UserPath | list[UserPath]
@@ -34,13 +38,10 @@ class FinetuneScheduleConfig(Section):
     warmup_epochs: NonNegative = 0.0
 
 
-class FinetuneEngineConfig(Section):
-    """How Accelerate runs a step. Gradient accumulation is derived: global / (micro x ranks)."""
+class FinetuneEngineConfig(BatchConfig):
+    """How Accelerate runs a step."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    global_batch_size: Count = 256
-    micro_batch_size: Count = Field(64, description="images that one rank takes through the model at a time, at most")
-    gradient_clipping: NonNegative = Field(1.0, description="largest norm of the gradient, 0 is off")
 
 
 class FinetuneEvaluationConfig(Section):
@@ -67,3 +68,6 @@ class FinetuneConfig(Section):
     evaluation: FinetuneEvaluationConfig = FinetuneEvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        yield from self.engine.problems_of_mixing(self.augment)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from pretrain import EXIT_MISTAKE, UserError, distributed
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.augment import TrainView, augment, mix_neighbours, mixed_cross_entropy
 from pretrain.data.index import DataError
-from pretrain.data.loader import Batch, training_batches
+from pretrain.data.loader import Batch, Fault, Loaded, training_batches
 from pretrain.data.order import random_bits
+from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import FewLabels, Samples, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.optimizer import build_adamw
@@ -57,7 +59,7 @@ class Run:
     preprocessor: Preprocessor
     training: Samples
     validation: Samples
-    micro_batch_size: int
+    quarantine: Quarantine
 
     @property
     def num_samples(self) -> int:
@@ -112,14 +114,14 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     """Open the data, put a new head on the folder's backbone, hand both to Accelerate.
 
     Raises:
-        UserError: the folder, the data or the batch cannot be used, on any rank.
+        UserError: the folder or the data cannot be used, on any rank.
     """
-    micro_batch_size = share_batch(config, accelerator.num_processes)
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)
     preprocessor, classifier = on_all_ranks(lambda: open_model(config, training.class_names))
     model, optimizer = accelerator.prepare(classifier, build_adamw(classifier, config.optimizer))
-    return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, micro_batch_size)
+    quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
+    return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine)
 
 
 def open_data(config: FinetuneConfig) -> tuple[Samples, Samples]:
@@ -156,20 +158,6 @@ def check_run_dir(config: FinetuneConfig) -> None:
         raise UserError(f"{config.run_dir}: holds a pretraining run; choose another run_dir")
 
 
-def share_batch(config: FinetuneConfig, num_ranks: int) -> int:
-    """Return the micro-batch: this rank's whole share of the global batch where that is small enough."""
-    share, rest = divmod(config.engine.global_batch_size, num_ranks)
-    size = min(share, config.engine.micro_batch_size)
-    if rest or not share or share % size:
-        raise UserError(
-            f"engine.global_batch_size: {config.engine.global_batch_size} images cannot be shared evenly by "
-            f"{num_ranks} ranks in micro-batches of {size}"
-        )
-    if config.augment.mixes and size % 2:
-        raise UserError(f"engine.micro_batch_size: mixup and cutmix pair neighbours, so {size} must be even")
-    return size
-
-
 def train(run: Run, tracker: Tracker) -> Best:
     """Train to the last epoch; keep the model of the best evaluation."""
     config, accelerator = run.config, run.accelerator
@@ -202,6 +190,7 @@ def train(run: Run, tracker: Tracker) -> Best:
         torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))  # for dropout
         micro_batches, waited = next(batches)
         interval.add(*_step(run, micro_batches), waited)
+        interval.faults += [fault for loaded in micro_batches for fault in loaded.faults]
 
         if step % config.logging.every_steps == 0 or step == total_steps:
             row = interval.close(run, step)
@@ -227,6 +216,7 @@ class Interval:
     waited: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
     norm: Tensor | None = None
+    faults: list[Fault] = field(default_factory=list)
 
     def add(self, loss: Tensor, norm: Tensor, waited: float) -> None:
         """Count one optimizer step."""
@@ -239,6 +229,8 @@ class Interval:
         assert self.norm is not None
         batch = run.config.engine.global_batch_size
         loss = float(distributed.sum_over_ranks(torch.stack(self.losses).mean()) / run.accelerator.num_processes)
+        run.quarantine.add(chain.from_iterable(distributed.gather(self.faults)))
+        run.quarantine.check(step * batch)
         elapsed = time.perf_counter() - self.started
         return {
             "train/loss": loss,
@@ -246,6 +238,7 @@ class Interval:
             "speed/images_per_second": len(self.losses) * batch / elapsed,
             "data/wait_fraction": self.waited / elapsed,
             "data/samples": step * batch,
+            "data/bad_samples": len(run.quarantine),
         }
 
 
@@ -262,14 +255,15 @@ def open_tracker(run: Run, config_text: str, enabled: bool = True) -> Tracker:
     )
 
 
-def _step(run: Run, micro_batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """Take one optimizer step; return this rank's mean loss and the norm of all ranks' gradient."""
+def _step(run: Run, micro_batches: list[Loaded]) -> tuple[Tensor, Tensor]:
+    """Take one optimizer step; return this rank's share of the mean loss and the norm of all ranks' gradient."""
     total = torch.zeros((), device=run.accelerator.device)
-    for i, batch in enumerate(micro_batches, start=1):
+    for i, loaded in enumerate(micro_batches, start=1):
         with contextlib.nullcontext() if i == len(micro_batches) else run.accelerator.no_sync(run.model):
-            loss = _loss(run, {name: value.to(run.accelerator.device) for name, value in batch.items()})
-            run.accelerator.backward(loss / len(micro_batches))
-        total += loss.detach() / len(micro_batches)
+            batch = {name: value.to(run.accelerator.device) for name, value in loaded.tensors.items()}
+            loss = _loss(run, batch) * (loaded.weight / len(micro_batches))
+            run.accelerator.backward(loss)
+        total += loss.detach()
     limit = run.config.engine.gradient_clipping or math.inf
     norm: Tensor = run.accelerator.clip_grad_norm_(run.model.parameters(), limit)
     run.optimizer.step()
@@ -287,10 +281,10 @@ def _loss(run: Run, batch: Batch) -> Tensor:
     return mixed_cross_entropy(run.model(pixel_values=images).logits.float(), labels, own_share, smoothing)
 
 
-def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Batch], float]]:
+def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Loaded], float]]:
     """Yield each step's micro-batches of this rank, with the seconds spent waiting for them."""
-    config = run.config
-    share = config.engine.global_batch_size // run.accelerator.num_processes
+    config, world_size = run.config, run.accelerator.num_processes
+    accumulation_steps = config.engine.accumulation_steps(world_size)
     batches = training_batches(
         run.training,
         TrainView(config.augment, run.preprocessor.image_size),
@@ -299,14 +293,15 @@ def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Batch], float]]:
         start=0,
         stop=total_steps * config.engine.global_batch_size,
         global_batch_size=config.engine.global_batch_size,
-        micro_batch_size=run.micro_batch_size,
+        accumulation_steps=accumulation_steps,
         rank=distributed.rank(),
-        world_size=run.accelerator.num_processes,
+        world_size=world_size,
         num_workers=config.data.num_workers,
+        together=2 if config.augment.mixes else 1,
     )
     while True:
         start = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(share // run.micro_batch_size)]
+        micro_batches = [next(batches) for _ in range(accumulation_steps)]
         yield micro_batches, time.perf_counter() - start
 
 
@@ -322,6 +317,7 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
         batch_size=config.engine.micro_batch_size,
         num_workers=config.data.num_workers,
         device=run.accelerator.device,
+        quarantine=run.quarantine,
     )
     _set_training_mode(run)
     tracker.log({"validation/loss": measured["loss"], "validation/top1": measured["top1"], "train/epoch": epoch}, step)

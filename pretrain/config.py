@@ -51,13 +51,30 @@ class Section(BaseModel):
         return self
 
 
-class DataConfig(Section):
+class FaultBudget(Section):
+    """How much of the data may be unusable; each such sample is replaced and named in quarantine.jsonl."""
+
+    max_bad_fraction: Fraction = Field(0.01, description="share of unusable samples above which the run stops")
+    max_bad_consecutive: Count = Field(100, description="unusable samples in a row above which the run stops")
+
+
+class DataConfig(FaultBudget):
     """Shard sets written by `tessera shards make` or indexed by `tessera shards index`."""
 
     train: UserPath | list[UserPath]
+    weights: list[Positive] | None = Field(
+        None, description="how often each of several sets is drawn; without it they are one set"
+    )
     validation: UserPath | None = None
     num_workers: CountOrZero = 4
     shuffle_window: Count = Field(64, description="shards whose samples are shuffled together")
+
+    def problems(self) -> Iterator[Problem]:
+        sets = len(self.train) if isinstance(self.train, list) else 1
+        if self.weights is not None and len(self.weights) != sets:
+            yield Problem(
+                ("weights", "train"), f"{len(self.weights)} weights for {sets} sets of train; expected one for each"
+            )
 
 
 class ModelConfig(Section):
@@ -187,25 +204,35 @@ class ScheduleConfig(Section):
             )
 
 
-class EngineConfig(Section):
-    """How DeepSpeed runs a step. Gradient accumulation is derived: global / (micro x ranks)."""
+class BatchConfig(Section):
+    """The images of a step. Gradient accumulation is derived; ranks that don't divide the batch share it unevenly."""
+
+    global_batch_size: Count = 256
+    micro_batch_size: Count = Field(64, description="images that one rank takes through the model at a time, at most")
+    gradient_clipping: NonNegative = Field(1.0, description="largest norm of the gradient, 0 is off")
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Return the micro-batches of a step: as many as the rank with the most images needs."""
+        return -(-self.global_batch_size // (self.micro_batch_size * world_size))
+
+    def problems_of_mixing(self, augment: AugmentConfig) -> Iterator[Problem]:
+        """Yield what keeps neighbours from being mixed, as seen from the whole config."""
+        for name in ("micro_batch_size", "global_batch_size"):
+            if augment.mixes and getattr(self, name) % 2:
+                sentence = f"mixup and cutmix pair neighbours, so {getattr(self, name)} must be even"
+                yield Problem((f"engine.{name}",), sentence)
+
+
+class EngineConfig(BatchConfig):
+    """How DeepSpeed runs a step."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "bf16"
-    global_batch_size: Count = 256
-    micro_batch_size: Count = Field(64, description="images that one rank takes through the model at a time")
-    gradient_clipping: NonNegative = Field(1.0, description="largest norm of the gradient, 0 is off")
     offload_optimizer: bool = False
     activation_checkpointing: bool = False
     compile: bool = False
 
     def problems(self) -> Iterator[Problem]:
-        if self.global_batch_size % self.micro_batch_size:
-            yield Problem(
-                ("micro_batch_size", "global_batch_size"),
-                f"micro-batches of {self.micro_batch_size} don't divide the global batch of {self.global_batch_size}; "
-                f"{_divisor_near(self.global_batch_size, self.micro_batch_size)} would",
-            )
         if self.offload_optimizer and self.zero_stage == 0:
             yield Problem(("offload_optimizer", "zero_stage"), "offloading needs zero_stage 1, 2 or 3")
 
@@ -254,11 +281,7 @@ class PretrainConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def problems(self) -> Iterator[Problem]:
-        if self.objective.augment.mixes and self.engine.micro_batch_size % 2:
-            yield Problem(
-                ("engine.micro_batch_size", "objective.augment.mixup", "objective.augment.cutmix"),
-                f"mixup and cutmix pair neighbours, so {self.engine.micro_batch_size} must be even",
-            )
+        yield from self.engine.problems_of_mixing(self.objective.augment)
 
 
 def _divisor_near(total: int, wanted: int) -> int:

@@ -49,6 +49,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather(value: Result) -> list[Result]:
+    """Return every rank's value, on every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values: list[Result] = [value] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+    return [value]
+
+
 def on_all_ranks(work: Callable[[], Result]) -> Result:
     """Do the work on every rank; when a mistake stops any of them, raise what was wrong on all.
 
@@ -60,10 +69,7 @@ def on_all_ranks(work: Callable[[], Result]) -> Result:
         result = work()
     except (UserError, OSError) as error:
         mistake = str(error)
-    mistakes = [mistake]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        mistakes = [None] * dist.get_world_size()
-        dist.all_gather_object(mistakes, mistake)
+    mistakes = gather(mistake)
     if found := [text for text in dict.fromkeys(mistakes) if text is not None]:
         raise UserError("\n".join(found))
     return result

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain import UserError, distributed
+from pretrain import distributed
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.optimizer import build_adamw
 
@@ -27,10 +27,6 @@ Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine, which has no types
 # Elements. DeepSpeed's own 5e8 would put a whole ViT-L into one bucket, so that nothing overlaps.
 BUCKET_SIZE = 25_000_000
 NO_CLIPPING = 1e30  # a limit that no gradient reaches; without one, DeepSpeed does not measure the norm everywhere
-
-
-class BatchError(UserError):
-    """A global batch that the ranks cannot share evenly; the message says what would fit."""
 
 
 def start_distributed() -> None:
@@ -51,11 +47,7 @@ def start_distributed() -> None:
 
 
 def build_engine(objective: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
-    """Put a model under DeepSpeed, with an optimizer over all that is trained.
-
-    Raises:
-        BatchError: the ranks cannot share the global batch evenly.
-    """
+    """Put a model under DeepSpeed, with an optimizer over all that is trained."""
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
     engine, *_ = deepspeed.initialize(model=objective, optimizer=build_adamw(objective, optimizer), config=settings)
     if config.zero_stage == 0 and config.precision == "fp32":
@@ -64,17 +56,8 @@ def build_engine(objective: nn.Module, config: EngineConfig, optimizer: Optimize
 
 
 def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> dict[str, Any]:
-    """Derive DeepSpeed's config.
-
-    Raises:
-        BatchError: the ranks cannot share the global batch evenly.
-    """
-    share = config.micro_batch_size * world_size
-    if config.global_batch_size % share:
-        raise BatchError(
-            f"engine.global_batch_size: {config.global_batch_size} images cannot be shared evenly by "
-            f"{world_size} ranks in micro-batches of {config.micro_batch_size}; {_batch_advice(config, world_size)}"
-        )
+    """Derive DeepSpeed's config. It is told the largest micro-batch; the loop weights each by its true size."""
+    accumulation_steps = config.accumulation_steps(world_size)
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "overlap_comm": on_gpu and world_size > 1,  # overlapping slows a single GPU
@@ -85,9 +68,9 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return {
-        "train_batch_size": config.global_batch_size,
+        "train_batch_size": config.micro_batch_size * accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
-        "gradient_accumulation_steps": config.global_batch_size // share,
+        "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.gradient_clipping or NO_CLIPPING,
         "zero_optimization": zero,
         # torch's AdamW also where DeepSpeed would compile its own for the CPU.
@@ -97,16 +80,6 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "steps_per_print": sys.maxsize,
     }
-
-
-def _batch_advice(config: EngineConfig, world_size: int) -> str:
-    """Return the nearest sizes that fit."""
-    shares, rest = divmod(config.global_batch_size, world_size)
-    if rest:
-        step = config.micro_batch_size * world_size
-        return f"engine.global_batch_size={max(round(config.global_batch_size / step), 1) * step} would fit"
-    sizes = [size for size in range(1, shares + 1) if shares % size == 0]
-    return f"engine.micro_batch_size={min(sizes, key=lambda size: abs(size - config.micro_batch_size))} would fit"
 
 
 def set_learning_rate(engine: Engine, learning_rate: float) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 
@@ -20,8 +21,10 @@ from pretrain.checkpoint.save import save
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.index import DataError
-from pretrain.data.loader import Batch, evaluation_batches, training_batches
+from pretrain.data.loader import Batch, Fault, Loaded, evaluation_batches, training_batches
+from pretrain.data.meters import Meter, metrics, verdict
 from pretrain.data.order import random_bits
+from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import Samples, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.engine import Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
@@ -53,6 +56,7 @@ class Run:
     engine: Engine
     data: Data
     manifest: Manifest
+    quarantine: Quarantine
 
     def advance(self) -> None:
         """Count one optimizer step."""
@@ -104,7 +108,7 @@ def open_data(config: PretrainConfig, *, insist_on_resume: bool = False) -> Data
             f"{config.run_dir}: not seen by rank {distributed.rank()}; "
             "put run_dir on a file system that all machines share"
         )
-    training = open_samples(config.data.train)
+    training = open_samples(config.data.train, config.data.weights)
     validation = open_samples(config.data.validation) if config.data.validation else None
     if validation and validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
@@ -134,7 +138,9 @@ def build_run(config: PretrainConfig, data: Data) -> Run:
     if data.checkpoint:
         saved = restore(engine, data.checkpoint, manifest)
         manifest = replace(manifest, step=saved.step, samples=saved.samples)
-    return Run(config, objective, engine, data, manifest)
+    ledger = config.run_dir / QUARANTINE_FILE
+    quarantine = Quarantine(ledger, config.data, manifest.samples, writes=distributed.is_main())
+    return Run(config, objective, engine, data, manifest, quarantine)
 
 
 def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
@@ -144,6 +150,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
     progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
     batches = Batches(run)
     interval = Interval(engine.device)
+    said = None
     engine.train()
     while run.manifest.step < total_steps:
         step = run.manifest.step
@@ -156,11 +163,11 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
         )
         set_learning_rate(engine, learning_rate)
         torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))  # for dropout
-        for batch in batches.next_step():
+        for batch, weight in batches.next_step():
             losses = engine(batch)
-            engine.backward(losses["loss"])
+            engine.backward(losses["loss"] * weight)
             engine.step()
-            interval.add(losses)
+            interval.add(losses, weight)
         run.objective.after_step(step)
         run.advance()
         step = run.manifest.step
@@ -169,10 +176,14 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
         due_save = last or step % config.checkpoint.every_steps == 0
         due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
         if due_save or due_evaluation or step % config.logging.every_steps == 0:
-            row, stopping = interval.close(run, batches.take_waited(), stop)  # the only host synchronisation
+            row, stopping = interval.close(run, batches, stop)  # the only host synchronisation
             row["optim/learning_rate"] = learning_rate
             tracker.log(row, step)
             progress.show(row, step)
+            if (bound := verdict(row, config.data.num_workers)) != said:
+                said = bound
+                progress.note(said or "no longer input-bound")
+            run.quarantine.check(run.manifest.samples)
             if not math.isfinite(row["train/loss"] + row["optim/grad_norm"]):
                 raise FloatingPointError(
                     f"step {step}: the loss is {row['train/loss']}, its gradient's norm {row['optim/grad_norm']}; "
@@ -204,13 +215,18 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
         num_workers=run.config.data.num_workers,
     )
     sums: dict[str, Tensor] = {}
+    faults: list[Fault] = []
     with torch.no_grad():
-        for host_batch in batches:
-            batch = to_device(host_batch, run.engine.device)
+        for loaded in batches:
+            faults += loaded.faults
+            batch = to_device(loaded.tensors, run.engine.device)
             for name, value in (run.engine(batch) | {"count": batch["weight"].sum()}).items():
                 sums[name] = sums.get(name, 0.0) + value.double()
     run.engine.train()
+    run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
     totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
+    if not totals[-1]:
+        raise DataError(f"{run.config.data.validation}: no sample can be used; {run.quarantine.path} says why")
     means = {name: total / totals[-1] for name, total in zip(sums, totals, strict=True)}
     row = {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
     tracker.log(row, run.manifest.step)
@@ -218,14 +234,15 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
 
 
 class Batches:
-    """This rank's micro-batches, and the time spent waiting for them."""
+    """This rank's micro-batches, what was unusable among them, and how long they took."""
 
     def __init__(self, run: Run) -> None:
         engine = run.config.engine
-        self.per_step = engine.global_batch_size // (engine.micro_batch_size * distributed.world_size())
         self.device = run.engine.device
-        self.waited = 0.0
-        self.batches = training_batches(
+        self.meter = Meter()
+        self.faults: list[Fault] = []
+        self.per_step = engine.accumulation_steps(distributed.world_size())
+        self.loading = training_batches(
             run.data.training,
             run.objective.train_view(),
             seed=run.config.seed,
@@ -233,24 +250,26 @@ class Batches:
             start=run.manifest.samples,
             stop=run.config.schedule.total_steps * engine.global_batch_size,
             global_batch_size=engine.global_batch_size,
-            micro_batch_size=engine.micro_batch_size,
+            accumulation_steps=self.per_step,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=run.config.data.num_workers,
+            together=run.objective.together,
         )
 
-    def next_step(self) -> Iterator[Batch]:
-        """Yield the micro-batches of one optimizer step."""
+    def next_step(self) -> Iterator[tuple[Batch, float]]:
+        """Yield the micro-batches of one optimizer step, each with its weight."""
         for _ in range(self.per_step):
-            start = time.perf_counter()
-            batch = next(self.batches)
-            self.waited += time.perf_counter() - start
-            yield to_device(batch, self.device)
+            asked_at = time.monotonic()
+            loaded: Loaded = next(self.loading)
+            self.meter.note(loaded, asked_at, time.monotonic())
+            self.faults += loaded.faults
+            yield to_device(loaded.tensors, self.device), loaded.weight
 
-    def take_waited(self) -> float:
-        """Return the seconds waited since the last call."""
-        waited, self.waited = self.waited, 0.0
-        return waited
+    def take_faults(self) -> list[Fault]:
+        """Return the faults met since the last call."""
+        faults, self.faults = self.faults, []
+        return faults
 
 
 @dataclass
@@ -262,26 +281,32 @@ class Interval:
     sums: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
 
-    def add(self, losses: dict[str, Tensor]) -> None:
+    def add(self, losses: dict[str, Tensor], weight: float) -> None:
         """Count one micro-batch."""
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() * weight
         self.count += 1
 
-    def close(self, run: Run, waited: float, stop: "StopSignal") -> tuple[dict[str, float], bool]:
+    def close(self, run: Run, batches: Batches, stop: "StopSignal") -> tuple[dict[str, float], bool]:
         """Meet all ranks: return the row, and whether any rank was asked to stop."""
-        own = torch.tensor([waited, float(stop.asked)], dtype=torch.float64, device=self.device)
-        norm = gradient_norm(run.engine).double() / distributed.world_size()
-        values = torch.cat([torch.stack([*(v / self.count for v in self.sums.values()), norm]), own])
-        *means, norm_mean, waited_sum, stops = distributed.sum_over_ranks(values).tolist()
+        config, world_size = run.config, distributed.world_size()
+        own = [float(stop.asked), float(len(batches.faults)), *batches.meter.take()]
+        norm = gradient_norm(run.engine).double() / world_size
+        sums = torch.stack([*(value / self.count / world_size for value in self.sums.values()), norm])
+        values = torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=self.device)])
+        totals = distributed.sum_over_ranks(values).tolist()
+        means, (norm_mean, stops, faults, *work) = totals[: len(self.sums)], totals[len(self.sums) :]
+        if faults:
+            run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_faults())))
         seconds = time.perf_counter() - self.started
-        images = self.count * run.config.engine.micro_batch_size * distributed.world_size()
-        row = {f"train/{name}": mean / distributed.world_size() for name, mean in zip(self.sums, means, strict=True)}
+        steps = self.count // batches.per_step
+        row = {f"train/{name}": mean for name, mean in zip(self.sums, means, strict=True)}
         row |= {
             "optim/grad_norm": norm_mean,
-            "speed/images_per_second": images / seconds,
-            "data/wait_fraction": waited_sum / distributed.world_size() / seconds,
+            "speed/images_per_second": steps * config.engine.global_batch_size / seconds,
             "data/samples": run.manifest.samples,
+            "data/bad_samples": len(run.quarantine),
+            **metrics(work, seconds, world_size, config.data.num_workers),
         }
         return row, stops > 0
 

@@ -1,24 +1,73 @@
-"""Batches, by torch's own DataLoader over a map-style dataset of positions. The loader's whole state is one integer."""
+"""Batches, by torch's own DataLoader over a map-style dataset of positions. The loader's whole state is one integer.
+
+A sample that cannot be used is replaced by another of its window, so that no step and no other sample changes. The
+fault travels with its batch, and so does the time that each stage took.
+"""
 
 import signal
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import chain, islice, tee
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pretrain.data.augment import View
+from pretrain.data.index import DataError
 from pretrain.data.order import Order, micro_batches, random_bits
-from pretrain.data.samples import Samples
+from pretrain.data.samples import BadSampleError, Encoded, Record, Samples, decoded
 
 Batch = dict[str, torch.Tensor]
 
 BATCHES_AHEAD = 4
+SUBSTITUTES_TRIED = 100
+VALIDATION = -1  # the position of what is not drawn by a run
 GRACE_SECONDS = 30  # as long as the deepspeed launcher waits for a training process
 
 
-class _Positions(Dataset[dict[str, Any]]):
+class Fault(NamedTuple):
+    """A sample that could not be used where it stood."""
+
+    position: int
+    shard: str
+    key: str
+    reason: str
+
+
+class Work(NamedTuple):
+    """What the loader did: seconds of each stage, over all workers, and bytes read."""
+
+    fetch: float = 0.0
+    decode: float = 0.0
+    augment: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
+        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Loaded(NamedTuple):
+    """A batch: what the objective sees, what its mean loss counts, and how it came about."""
+
+    tensors: Batch
+    weight: float
+    faults: list[Fault]
+    work: Work
+    done_at: float
+
+
+class _Item(NamedTuple):
+    """One sample on its way into a batch."""
+
+    fields: dict[str, Any]
+    faults: list[Fault]
+    work: Work
+
+
+class _Positions(Dataset[_Item]):
     """The sample at a position of the run, as the objective sees it."""
 
     def __init__(self, samples: Samples, view: View, seed: int, window: int) -> None:
@@ -28,30 +77,62 @@ class _Positions(Dataset[dict[str, Any]]):
         self.window = window
         self.order: Order | None = None
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
+    def __getitem__(self, position: int) -> _Item:
         if self.order is None:  # built where it is used, so that nothing but this object travels to a worker
-            self.order = Order(self.samples.shard_sizes, self.samples.digest, self.seed, self.window)
-        epoch, shard, row = self.order.locate(position)
-        record = self.samples.read(shard, row)
-        random = np.random.Generator(random_bits(self.samples.digest, self.seed, epoch, shard, row))
-        view = self.view(record.image, random)
-        return {**view, "label": record.label, "position": position}
+            self.order = self.samples.order(self.seed, self.window)
+        place = self.order.locate(position)
+        record, faults, work = self._read(self.order, position)
+        started = time.perf_counter()
+        random = np.random.Generator(random_bits(self.samples.digest, self.seed, *place))
+        fields = {**self.view(record.image, random), "label": record.label, "position": position}
+        return _Item(fields, faults, work._replace(augment=time.perf_counter() - started))
+
+    def _read(self, order: Order, position: int) -> tuple[Record, list[Fault], Work]:
+        """Read the sample at a position, or the first usable substitute."""
+        faults: list[Fault] = []
+        places = chain([order.locate(position)], order.substitutes(position))
+        for _, shard, row in islice(places, 1 + SUBSTITUTES_TRIED):
+            try:
+                record, work = _timed_read(self.samples, shard, row)
+            except BadSampleError as bad:
+                faults.append(Fault(position, bad.shard, bad.key, bad.reason))
+            else:
+                return record, faults, work
+        raise DataError(f"{faults[0].shard}: nothing near sample {faults[0].key} can be used: {faults[0].reason}")
 
 
-class _Rows(Dataset[dict[str, Any]]):
-    """Every sample once, in the order of the shards."""
+class _Rows(Dataset[_Item]):
+    """Every sample once, in the order of the shards; one that cannot be used has weight 0."""
 
     def __init__(self, samples: Samples, view: View) -> None:
         self.samples = samples
         self.view = view
-        self.ends = np.cumsum(samples.shard_sizes)
+        self.sizes = samples.shard_sizes
+        self.ends = np.cumsum(self.sizes)
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
+    def __getitem__(self, i: int) -> _Item:
+        faults: list[Fault] = []
+        try:
+            record, work = self._read(i)
+        except BadSampleError as bad:
+            faults.append(Fault(VALIDATION, bad.shard, bad.key, bad.reason))
+            record, work = Record(bad.key, np.zeros((8, 8, 3), np.uint8), 0), Work()
+        fields = self.view(record.image, np.random.Generator(np.random.Philox(0)))
+        weight = np.asarray(not faults, dtype=np.float32)
+        return _Item({**fields, "label": record.label, "position": i, "weight": weight}, faults, work)
+
+    def _read(self, i: int) -> tuple[Record, Work]:
         shard = int(np.searchsorted(self.ends, i, side="right"))
-        row = i - int(self.ends[shard]) + self.samples.shard_sizes[shard]
-        record = self.samples.read(shard, row)
-        view = self.view(record.image, np.random.Generator(np.random.Philox(0)))
-        return {**view, "label": record.label, "position": i}
+        return _timed_read(self.samples, shard, i - int(self.ends[shard]) + self.sizes[shard])
+
+
+def _timed_read(samples: Samples, shard: int, row: int) -> tuple[Record, Work]:
+    """Fetch and decode a sample; say how long each took."""
+    started = time.perf_counter()
+    encoded: Encoded = samples.fetch(shard, row)
+    fetched = time.perf_counter()
+    record = decoded(encoded)
+    return record, Work(fetched - started, time.perf_counter() - fetched, 0.0, len(encoded.data))
 
 
 def training_batches(
@@ -63,41 +144,57 @@ def training_batches(
     start: int,
     stop: int,
     global_batch_size: int,
-    micro_batch_size: int,
+    accumulation_steps: int,
     rank: int,
     world_size: int,
     num_workers: int,
-) -> Iterator[Batch]:
+    together: int = 1,
+) -> Generator[Loaded, None, None]:
     """Yield this rank's micro-batches of the positions from `start` to before `stop`.
 
-    A batch has what `view` returns, "label" [B] and "position" [B].
+    The tensors are what `view` returns, "label" [B] and "position" [B]; see `micro_batches` for B and the weight.
     """
-    batches = micro_batches(start, stop, global_batch_size, micro_batch_size, rank, world_size)
-    return _load(_Positions(samples, view, seed, window), batches, num_workers)
+    ahead, behind = tee(
+        micro_batches(
+            start,
+            stop,
+            global_batch_size=global_batch_size,
+            accumulation_steps=accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+            together=together,
+        )
+    )
+    positions = (batch.positions for batch in ahead)
+    with closing(_load(_Positions(samples, view, seed, window), positions, num_workers)) as loading:
+        for batch, loaded in zip(behind, loading, strict=True):
+            yield loaded._replace(weight=batch.weight)
 
 
 def evaluation_batches(
     samples: Samples, view: View, *, batch_size: int, rank: int, world_size: int, num_workers: int
-) -> Iterator[Batch]:
-    """Yield this rank's share of all samples: each sample is weighted 1 on exactly one rank.
+) -> Generator[Loaded, None, None]:
+    """Yield this rank's share of all samples: each usable sample has "weight" [B] 1 on exactly one rank.
 
-    All ranks get equally many batches (ZeRO-3 needs that), so the last may hold copies; their "weight" [B] is 0.
+    All ranks get equally many batches (ZeRO-3 needs that), so the last may hold copies; their weight is 0.
     """
     num_samples = sum(samples.shard_sizes)
     stride = batch_size * world_size
     firsts = range(rank * batch_size, num_samples + (-num_samples) % stride, stride)
     batches = ([min(i, num_samples - 1) for i in range(first, first + batch_size)] for first in firsts)
-    for first, batch in zip(firsts, _load(_Rows(samples, view), batches, num_workers), strict=True):
-        batch["weight"] = (torch.arange(first, first + batch_size) < num_samples).float()
-        yield batch
+    with closing(_load(_Rows(samples, view), batches, num_workers)) as loading:
+        for first, loaded in zip(firsts, loading, strict=True):
+            loaded.tensors["weight"] *= torch.arange(first, first + batch_size) < num_samples
+            yield loaded
 
 
-def _load(dataset: Dataset[Any], batches: Iterator[Any], num_workers: int) -> Iterator[Batch]:
+def _load(dataset: Dataset[_Item], batches: Iterator[Any], num_workers: int) -> Generator[Loaded, None, None]:
     """Yield the dataset's batches; the workers end with the last one, with an error, or when nobody wants more."""
-    loader: DataLoader[Batch] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=batches,  # an iterator does: a run is gone through once
         num_workers=num_workers,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         worker_init_fn=_start_worker,
@@ -109,6 +206,13 @@ def _load(dataset: Dataset[Any], batches: Iterator[Any], num_workers: int) -> It
     finally:
         if num_workers:  # left to the garbage collector, torch's iterator can only wait and then kill them
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _collate(items: list[_Item]) -> Loaded:
+    """Make a batch of samples."""
+    faults = [fault for item in items for fault in item.faults]
+    work = sum((item.work for item in items), Work())
+    return Loaded(default_collate([item.fields for item in items]), 1.0, faults, work, time.monotonic())
 
 
 def _start_worker(_: int) -> None:

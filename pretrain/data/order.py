@@ -1,20 +1,51 @@
-"""The order of the samples: a pure function of (dataset digest, seed, epoch), never of ranks or workers.
+"""The order of the samples: a pure function of (digests of the sets, seed, weights), never of ranks or workers.
 
-A windowed block shuffle: the shards are permuted, cut into windows, and the samples of a window are permuted. So a
-reader needs only a window's shards at a time, and any position is found without walking there.
+One set is a windowed block shuffle: the shards are permuted, cut into windows, and the samples of a window are
+permuted. So a reader needs only a window's shards at a time, and any place is found without walking there. Several sets
+take turns by weight: of each 65,536 positions every set has exactly its share, spread by a keyed permutation, and each
+set counts its own epochs.
 
-A run is one endless sequence of positions: position p is sample p % N of epoch p // N. Optimizer step t takes the
-positions [t*G, (t+1)*G), and rank r of W takes the r-th of W equal slices of them.
+A run is one endless sequence of positions. Optimizer step t takes the positions [t*G, (t+1)*G), and rank r of W takes
+the r-th of W slices of them, which differ by one sample where W does not divide G.
 """
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[np.int64]
+
+MIX_BLOCK = 65_536
+
+
+class Place(NamedTuple):
+    """A sample of an epoch; shards are counted over all sets."""
+
+    epoch: int
+    shard: int
+    row: int
+
+
+class Part(NamedTuple):
+    """What the order needs to know of a set: a digest of its content, and the samples of each shard."""
+
+    digest: str
+    shard_sizes: Sequence[int]
+
+
+class MicroBatch(NamedTuple):
+    """Positions that one rank takes through the model at a time, and what the mean of their losses counts.
+
+    The mean over ranks and micro-batches of (weight x mean loss) is the mean loss over the global batch.
+    """
+
+    positions: range
+    weight: float
 
 
 def random_bits(*key: str | int) -> np.random.Philox:
@@ -32,30 +63,90 @@ class Order:
     """Where each position of a run stands in the shards.
 
     Args:
-        shard_sizes: samples in each shard; a shard may be empty, not all of them.
-        digest: of the dataset, so that other data gives another order.
+        parts: the sets; a shard may be empty, a set may not.
         seed: of the run.
         window: shards whose samples are shuffled together.
+        weights: how often each of several sets is drawn, one number a set.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], digest: str, seed: int, window: int) -> None:
-        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
+    def __init__(self, parts: Sequence[Part], seed: int, window: int, weights: Sequence[float] = (1.0,)) -> None:
+        self.sets = [_Windows(part, seed, window) for part in parts]
+        self.first_shards = np.cumsum([0, *(len(part.shard_sizes) for part in parts)])
+        self.key: tuple[str | int, ...] = (*(part.digest for part in parts), *map(repr, weights), seed)
+        self.quotas = _quotas(weights, MIX_BLOCK)
+        self._turns = lru_cache(maxsize=2)(self._make_turns)
+
+    def locate(self, position: int) -> Place:
+        """Return the sample that stands at a position."""
+        part, place = self._turn(position)
+        return self._shifted(part, self.sets[part].locate(place))
+
+    def substitutes(self, position: int) -> Iterator[Place]:
+        """Yield samples to take where that of `position` cannot be used: others of its window, in a keyed order."""
+        part, place = self._turn(position)
+        for substitute in self.sets[part].substitutes(place):
+            yield self._shifted(part, substitute)
+
+    def epochs(self, position: int) -> list[float]:
+        """Return how often each set has been gone through before `position`."""
+        block, offset = divmod(position, MIX_BLOCK)
+        if len(self.sets) == 1:
+            return [position / self.sets[0].num_samples]
+        drawn = block * self.quotas + np.bincount(self._turns(block)[0][:offset], minlength=len(self.sets))
+        return [int(count) / part.num_samples for count, part in zip(drawn, self.sets, strict=True)]
+
+    def _turn(self, position: int) -> tuple[int, int]:
+        """Return the set whose turn a position is, and which of its own positions that is."""
+        if len(self.sets) == 1:
+            return 0, position
+        block, offset = divmod(position, MIX_BLOCK)
+        parts, ordinals = self._turns(block)
+        part = int(parts[offset])
+        return part, block * int(self.quotas[part]) + int(ordinals[offset])
+
+    def _make_turns(self, block: int) -> tuple[Integers, Integers]:
+        """Return the set of each position of a block, and how many positions of the block it had before."""
+        parts = np.repeat(np.arange(len(self.sets)), self.quotas)[permutation(MIX_BLOCK, *self.key, block, "turns")]
+        ordinals = np.empty_like(parts)
+        for part, quota in enumerate(self.quotas):
+            ordinals[parts == part] = np.arange(quota)
+        return parts, ordinals
+
+    def _shifted(self, part: int, place: Place) -> Place:
+        return place._replace(shard=place.shard + int(self.first_shards[part]))
+
+
+class _Windows:
+    """The endless order of one set: position p is sample p % N of epoch p // N."""
+
+    def __init__(self, part: Part, seed: int, window: int) -> None:
+        self.shard_sizes = np.asarray(part.shard_sizes, dtype=np.int64)
         self.num_samples = int(self.shard_sizes.sum())
-        self.key = (digest, seed)
+        self.key = (part.digest, seed)
         self.window = window
         if self.num_samples == 0:
             raise ValueError("a dataset without samples has no order")
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
 
-    def locate(self, position: int) -> tuple[int, int, int]:
-        """Return (epoch, shard, row in the shard) of a position."""
-        epoch, place = divmod(position, self.num_samples)
-        _, starts = self._epoch(epoch)
-        window = int(np.searchsorted(starts, place, side="right")) - 1
+    def locate(self, position: int) -> Place:
+        epoch, window, offset = self._find(position)
         shards, rows = self._window(epoch, window)
-        place -= int(starts[window])
-        return epoch, int(shards[place]), int(rows[place])
+        return Place(epoch, int(shards[offset]), int(rows[offset]))
+
+    def substitutes(self, position: int) -> Iterator[Place]:
+        epoch, window, offset = self._find(position)
+        shards, rows = self._window(epoch, window)
+        for other in permutation(len(shards), *self.key, epoch, window, offset, "substitutes"):
+            if other != offset:
+                yield Place(epoch, int(shards[other]), int(rows[other]))
+
+    def _find(self, position: int) -> tuple[int, int, int]:
+        """Return (epoch, window, place in the window) of a position."""
+        epoch, place = divmod(position, self.num_samples)
+        starts = self._epoch(epoch)[1]
+        window = int(np.searchsorted(starts, place, side="right")) - 1
+        return epoch, window, place - int(starts[window])
 
     def _make_epoch(self, epoch: int) -> tuple[Integers, Integers]:
         """Return the epoch's permutation of the shards, and the first place of each window."""
@@ -73,11 +164,38 @@ class Order:
 
 
 def micro_batches(
-    start: int, stop: int, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
-) -> Iterator[range]:
-    """Yield one rank's micro-batches of positions, from `start` to before `stop`, both multiples of a global batch."""
-    share = global_batch_size // world_size
+    start: int,
+    stop: int,
+    *,
+    global_batch_size: int,
+    accumulation_steps: int,
+    rank: int,
+    world_size: int,
+    together: int = 1,
+) -> Iterator[MicroBatch]:
+    """Yield one rank's micro-batches from position `start` to before `stop`, both multiples of a global batch.
+
+    Every rank has `accumulation_steps` in a step. Their sizes differ by at most `together`, the samples that must not
+    be parted (2 where neighbours are mixed; it divides the global batch). A rank with too few samples repeats some,
+    with weight 0.
+    """
+    units = global_batch_size // together
+    first, last = units * rank // world_size, units * (rank + 1) // world_size
+    bounds = [first + (last - first) * i // accumulation_steps for i in range(accumulation_steps + 1)]
     for step_start in range(start, stop, global_batch_size):
-        first = step_start + rank * share
-        for micro_start in range(first, first + share, micro_batch_size):
-            yield range(micro_start, micro_start + micro_batch_size)
+        for low, high in pairwise(bounds):
+            weight = (high - low) * accumulation_steps * world_size / units
+            begin, end = (low, high) if high > low else (min(low, units - 1), min(low, units - 1) + 1)
+            yield MicroBatch(range(step_start + begin * together, step_start + end * together), weight)
+
+
+def _quotas(weights: Sequence[float], total: int) -> Integers:
+    """Share out `total` by weight in whole numbers, the largest remainders first; no set is left with nothing."""
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * total
+    quotas = np.maximum(np.floor(exact), 1).astype(np.int64)
+    missing = total - int(quotas.sum())
+    if missing > 0:
+        quotas[np.argsort(quotas - exact, kind="stable")[:missing]] += 1
+    else:
+        quotas[np.argmax(quotas)] += missing
+    return quotas

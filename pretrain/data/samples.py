@@ -1,23 +1,33 @@
-"""Labelled images that can be read one by one: shard sets, or a folder with a subfolder a class."""
+"""Labelled images that can be read one by one: shard sets, a mix of them, or a folder with a subfolder a class."""
 
 import hashlib
 import json
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from pretrain.data.decode import DecodeError, Pixels, decode
 from pretrain.data.fetch import read_range
 from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardIndex, index_path
-from pretrain.data.order import permutation
+from pretrain.data.order import Order, Part, permutation
 from pretrain.data.sources import SourceImage, list_folder
 
 INDEXES_IN_MEMORY = 256
+
+
+class Encoded(NamedTuple):
+    """One sample as it is stored, proved by its checksum."""
+
+    shard: str
+    key: str
+    data: bytes
+    label: int
 
 
 class Record(NamedTuple):
@@ -28,22 +38,76 @@ class Record(NamedTuple):
     label: int
 
 
-class Samples(Protocol):
+class BadSampleError(DataError):
+    """A sample that cannot be used, though its set can: which one, and why."""
+
+    def __init__(self, shard: str, key: str, reason: str) -> None:
+        super().__init__(f"{shard}: sample {key}: {reason}")
+        self.shard, self.key, self.reason = shard, key, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return BadSampleError, (self.shard, self.key, self.reason)
+
+
+class Samples(ABC):
     """Images in shards; what the order and the loader need to know of any data."""
 
     class_names: list[str]
-    digest: str
-    shard_sizes: list[int]
+    parts: list[Part]
+    weights: Sequence[float] = (1.0,)
 
-    def read(self, shard: int, row: int) -> Record:
-        """Read and decode one sample."""
+    @abstractmethod
+    def fetch(self, shard: int, row: int) -> Encoded:
+        """Read one sample's bytes.
 
+        Raises:
+            BadSampleError: they are not there, or not what was promised.
+        """
+
+    @abstractmethod
     def labels(self, shard: int) -> Sequence[int]:
         """Return the label of every row of a shard."""
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples in each shard, over all sets."""
+        return [size for part in self.parts for size in part.shard_sizes]
 
-def open_samples(paths: Path | list[Path]) -> Samples:
-    """Open one shard set, several of the same classes as one, or a folder of images.
+    @property
+    def digest(self) -> str:
+        """What the order depends on: the sets' content and, where they are mixed, their weights."""
+        if len(self.parts) == 1:
+            return self.parts[0].digest
+        content = json.dumps([[part.digest for part in self.parts], list(self.weights)])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def order(self, seed: int, window: int) -> Order:
+        """Return the order of a run over these samples."""
+        return Order(self.parts, seed, window, self.weights)
+
+    def read(self, shard: int, row: int) -> Record:
+        """Read and decode one sample.
+
+        Raises:
+            BadSampleError: it cannot be used.
+        """
+        return decoded(self.fetch(shard, row))
+
+
+def decoded(encoded: Encoded) -> Record:
+    """Decode a sample.
+
+    Raises:
+        BadSampleError: it is no usable image.
+    """
+    try:
+        return Record(encoded.key, decode(encoded.data), encoded.label)
+    except DecodeError as error:
+        raise BadSampleError(encoded.shard, encoded.key, f"no usable image: {error}") from None
+
+
+def open_samples(paths: Path | list[Path], weights: Sequence[float] | None = None) -> Samples:
+    """Open a shard set or a folder of images; several sets become one, or are mixed by weight.
 
     Raises:
         DataError: nothing usable at a path, or the sets' classes differ.
@@ -51,10 +115,13 @@ def open_samples(paths: Path | list[Path]) -> Samples:
     folders = paths if isinstance(paths, list) else [paths]
     if not folders:
         raise DataError("no data: the list of paths is empty")
+    if weights is not None and len(weights) != len(folders):
+        raise DataError(f"{len(weights)} weights for {len(folders)} sets; expected one for each")
     is_plain = len(folders) == 1 and not (folders[0] / DATASET_FILE).exists()
-    samples = _open_folder(folders[0]) if is_plain else ShardSet(folders)
-    if not sum(samples.shard_sizes):
-        raise DataError(f"{folders[0]}: holds no samples")
+    samples = _open_folder(folders[0]) if is_plain else ShardSet(folders, weights)
+    for part, folder in zip(samples.parts, folders, strict=False):
+        if not sum(part.shard_sizes):
+            raise DataError(f"{folder}: holds no samples")
     return samples
 
 
@@ -68,19 +135,23 @@ def _open_folder(folder: Path) -> "FolderSet":
     return FolderSet(folder)
 
 
-class ShardSet:
-    """The shards of one or more sets, one after the other."""
+class ShardSet(Samples):
+    """The shards of one or more sets: one after the other as if they were one set, or mixed by weight."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path], weights: Sequence[float] | None = None) -> None:
         infos = [DatasetInfo.load(folder) for folder in folders]
         self.class_names = infos[0].class_names
         for folder, info in zip(folders, infos, strict=True):
             if info.class_names != self.class_names:
                 raise DataError(f"{folder}: its classes differ from those of {folders[0]}")
-        self.digest = "+".join(info.digest for info in infos)
         self.tars = [folder / shard.name for folder, info in zip(folders, infos, strict=True) for shard in info.shards]
         self.entries = [shard for info in infos for shard in info.shards]
-        self.shard_sizes = [shard.num_samples for shard in self.entries]
+        self.parts = [Part(info.digest, [shard.num_samples for shard in info.shards]) for info in infos]
+        if weights is None:
+            digest = "+".join(part.digest for part in self.parts)
+            self.parts = [Part(digest, [shard.num_samples for shard in self.entries])]
+        else:
+            self.weights = tuple(weights)
         self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
 
     def __getstate__(self) -> dict[str, object]:
@@ -89,6 +160,30 @@ class ShardSet:
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
+
+    def fetch(self, shard: int, row: int) -> Encoded:
+        tar = self.tars[shard]
+        try:
+            index = self._index(shard)
+        except DataError as error:
+            raise BadSampleError(str(tar), f"at row {row}", str(error)) from None
+        key, size, label = index.key[row], index.size[row], index.label[row]
+        try:
+            data = read_range(tar, index.offset[row], size)
+        except OSError as error:
+            raise BadSampleError(str(tar), key, f"cannot be read: {error.strerror}") from None
+        if len(data) < size:
+            raise BadSampleError(str(tar), key, f"truncated: the shard should have {index.num_bytes} bytes")
+        if zlib.crc32(data) != index.crc32[row]:
+            raise BadSampleError(str(tar), key, "damaged: its checksum is off")
+        if not 0 <= label < len(self.class_names):
+            raise BadSampleError(
+                str(tar), key, f"label {label} is out of range: there are {len(self.class_names)} classes"
+            )
+        return Encoded(str(tar), key, data, label)
+
+    def labels(self, shard: int) -> Sequence[int]:
+        return self._index(shard).label
 
     def _load_index(self, shard: int) -> ShardIndex:
         path = index_path(self.tars[shard])
@@ -100,25 +195,8 @@ class ShardSet:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
         return ShardIndex.parse(data, path, self.entries[shard].index_sha256)
 
-    def read(self, shard: int, row: int) -> Record:
-        tar = self.tars[shard]
-        index = self._index(shard)
-        key, size = index.key[row], index.size[row]
-        try:
-            data = read_range(tar, index.offset[row], size)
-        except OSError as error:
-            raise DataError(f"{tar}: cannot be read: {error.strerror}") from None
-        if len(data) < size:
-            raise DataError(f"{tar}: truncated within sample {key}; `dataset.json` promises {index.num_bytes} bytes")
-        if zlib.crc32(data) != index.crc32[row]:
-            raise DataError(f"{tar}: sample {key} is damaged: its checksum is off")
-        return _decoded(str(tar), key, data, index.label[row])
 
-    def labels(self, shard: int) -> Sequence[int]:
-        return self._index(shard).label
-
-
-class FolderSet:
+class FolderSet(Samples):
     """A folder with a subfolder for each class, read as one shard."""
 
     def __init__(self, folder: Path) -> None:
@@ -129,30 +207,29 @@ class FolderSet:
         self.class_names = source.class_names
         self.images: list[SourceImage] = source.images
         content = [(image.origin, (folder / image.origin).stat().st_size) for image in source.images]
-        self.digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
-        self.shard_sizes = [len(source.images)]
+        digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
+        self.parts = [Part(digest, [len(source.images)])]
 
-    def read(self, shard: int, row: int) -> Record:
+    def fetch(self, shard: int, row: int) -> Encoded:
         image = self.images[row]
         try:
-            data = image.read()
+            return Encoded(str(self.folder), image.origin, image.read(), image.label)
         except OSError as error:
-            raise DataError(f"{self.folder / image.origin}: cannot be read: {error}") from None
-        return _decoded(str(self.folder), image.origin, data, image.label)
+            raise BadSampleError(str(self.folder), image.origin, f"cannot be read: {error}") from None
 
     def labels(self, shard: int) -> Sequence[int]:
         return [image.label for image in self.images]
 
 
-class FewLabels:
+class FewLabels(Samples):
     """The same number of samples of each class, drawn by seed: for learning from few labels."""
 
     def __init__(self, samples: Samples, per_class: int, seed: int) -> None:
         self.samples = samples
         self.class_names = samples.class_names
-        self.digest = f"{samples.digest}/{per_class} a class/{seed}"
-        labels = np.asarray(list(chain.from_iterable(samples.labels(i) for i in range(len(samples.shard_sizes)))))
-        starts = np.cumsum([0, *samples.shard_sizes])
+        sizes = samples.shard_sizes
+        labels = np.asarray(list(chain.from_iterable(samples.labels(shard) for shard in range(len(sizes)))))
+        starts = np.cumsum([0, *sizes])
         chosen: list[int] = []
         for label, name in enumerate(self.class_names):
             rows = np.flatnonzero(labels == label)
@@ -161,17 +238,10 @@ class FewLabels:
             chosen += sorted(rows[permutation(len(rows), seed, name, "few labels")[:per_class]].tolist())
         shards = np.searchsorted(starts, chosen, side="right") - 1
         self.places = [(int(shard), int(place - starts[shard])) for shard, place in zip(shards, chosen, strict=True)]
-        self.shard_sizes = [len(self.places)]
+        self.parts = [Part(f"{samples.digest}/{per_class} a class/{seed}", [len(self.places)])]
 
-    def read(self, shard: int, row: int) -> Record:
-        return self.samples.read(*self.places[row])
+    def fetch(self, shard: int, row: int) -> Encoded:
+        return self.samples.fetch(*self.places[row])
 
     def labels(self, shard: int) -> Sequence[int]:
         return [self.samples.labels(shard)[row] for shard, row in self.places]
-
-
-def _decoded(place: str, key: str, data: bytes, label: int) -> Record:
-    try:
-        return Record(key, decode(data), label)
-    except DecodeError as error:
-        raise DataError(f"{place}: sample {key} is no usable image: {error}") from None

@@ -16,6 +16,7 @@ class Objective(nn.Module):
     """
 
     encoder: ViT
+    together: int = 1  # samples that must be in one micro-batch
 
     @abstractmethod
     def train_view(self) -> View:

@@ -21,6 +21,7 @@ class SupervisedObjective(Objective):
         self.config = config
         self.preprocessing = preprocessing
         self.encoder = encoder
+        self.together = 2 if config.augment.mixes else 1
         self.classifier = nn.Linear(encoder.config.hidden_size, num_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=HEAD_STD)
         nn.init.zeros_(self.classifier.bias)

@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.predict import predict
-from finetune.train import Run, build_run, open_tracker, share_batch, train
+from finetune.train import Run, build_run, open_tracker, train
 from pretrain import UserError
 from pretrain.configfile import load_config
 from pretrain.data.samples import open_samples
@@ -142,18 +142,9 @@ def test_bf16_trains(recipe: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "ranks", "expected"),
-    [
-        (["engine.global_batch_size=7"], 2, "7 images cannot be shared evenly by 2 ranks"),
-        (["engine.global_batch_size=1"], 2, "1 images cannot be shared evenly by 2 ranks"),
-        (["engine.global_batch_size=254", "engine.micro_batch_size=64"], 1, "in micro-batches of 64"),
-        (["engine.global_batch_size=9", "engine.micro_batch_size=9", "augment.cutmix=1"], 1, "so 9 must be even"),
-    ],
-)
-def test_batches_that_do_not_fit(recipe: Path, overrides: list[str], ranks: int, expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
-        share_batch(load_config(FinetuneConfig, recipe, overrides).config, ranks)
+def test_neighbours_that_are_mixed_are_not_parted(recipe: Path) -> None:
+    with pytest.raises(UserError, match="so 9 must be even"):
+        load_config(FinetuneConfig, recipe, ["engine.global_batch_size=9", "augment.cutmix=1"])
 
 
 def test_runs_that_are_refused(recipe: Path, digits: Path, tmp_path: Path) -> None:

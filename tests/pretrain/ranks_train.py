@@ -17,6 +17,7 @@ from pretrain.checkpoint.manifest import load_weights
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.loader import Batch, training_batches
+from pretrain.data.meters import STAGES as STAGES_OF_INPUT
 from pretrain.data.samples import open_samples
 from pretrain.engine import start_distributed
 from pretrain.model.vit import ViT
@@ -38,7 +39,18 @@ OTHERS = {
     "offload": ["engine.offload_optimizer=true"],
     "compiled": ["engine.compile=true", "engine.zero_stage=1"],
     "compiled3": ["engine.compile=true", "engine.zero_stage=3"],
+    "ten": ["engine.global_batch_size=10", "engine.micro_batch_size=10", "engine.zero_stage=1"],
+    "uneven": ["engine.global_batch_size=10", "engine.micro_batch_size=2", "engine.zero_stage=1"],
+    "uneven3": ["engine.global_batch_size=10", "engine.micro_batch_size=2", "engine.zero_stage=3"],
     "unclipped": ["engine.gradient_clipping=0", "engine.zero_stage=0"],
+}
+SPEEDS = {
+    "time",
+    "speed/images_per_second",
+    "data/wait_fraction",
+    "data/batches_ready",
+    "data/megabytes_per_second",
+    *(f"data/{stage}_busy" for stage in STAGES_OF_INPUT),
 }
 HEAD = "classifier.weight"
 MIDDLE, LAST = "step-00000004", "step-00000008"
@@ -65,7 +77,7 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     """What must be the same whenever a run is repeated: everything but speed."""
     return [
-        {name: value for name, value in row.items() if not name.startswith(("time", "speed", "data/wait"))}
+        {name: value for name, value in row.items() if name not in SPEEDS}
         for row in read_rows(run_dir / "metrics.jsonl")
     ]
 
@@ -134,12 +146,12 @@ def reference(recipe: Path) -> dict[str, Any]:
         start=0,
         stop=schedule.total_steps * batch_size,
         global_batch_size=batch_size,
-        micro_batch_size=batch_size,
+        accumulation_steps=1,
         rank=0,
         world_size=1,
         num_workers=0,
     )
-    for step, batch in enumerate(batches):
+    for step, loaded in enumerate(batches):
         rate = learning_rate_at(
             step,
             peak=config.optimizer.learning_rate,
@@ -149,7 +161,7 @@ def reference(recipe: Path) -> dict[str, Any]:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = objective(to_device(batch, torch.device("cpu")))["loss"]
+        loss = objective(to_device(loaded.tensors, torch.device("cpu")))["loss"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), config.engine.gradient_clipping or math.inf)

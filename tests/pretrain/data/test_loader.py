@@ -1,7 +1,9 @@
 """Batches: the same samples and pixels for any number of ranks and workers, from any place on."""
 
+import json
 import multiprocessing
-from collections.abc import Iterator
+import shutil
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,21 @@ from PIL import Image
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.index import DataError
-from pretrain.data.loader import Batch, evaluation_batches, training_batches
-from pretrain.data.samples import FewLabels, Samples, open_samples
+from pretrain.data.loader import Loaded, evaluation_batches, training_batches
+from pretrain.data.samples import FewLabels, Samples, ShardSet, open_samples
 
 VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, cutmix=1.0, erasing=0.3), 16)
 GLOBAL_BATCH = 24
 
 
-def batches(samples: Samples, **changes: Any) -> Iterator[Batch]:
+def batches(samples: Samples, **changes: Any) -> Generator[Loaded, None, None]:
     settings: dict[str, Any] = {
         "seed": 0,
         "window": 3,
         "start": 0,
         "stop": 20 * GLOBAL_BATCH,
         "global_batch_size": GLOBAL_BATCH,
-        "micro_batch_size": 2,
+        "accumulation_steps": 12,
         "rank": 0,
         "world_size": 1,
         "num_workers": 0,
@@ -33,10 +35,11 @@ def batches(samples: Samples, **changes: Any) -> Iterator[Batch]:
     return training_batches(samples, VIEW, **(settings | changes))
 
 
-def by_position(batches: Iterator[Batch]) -> dict[int, tuple[int, bytes]]:
+def by_position(batches: Iterable[Loaded]) -> dict[int, tuple[int, bytes]]:
     """Label and every pixel and draw of each position."""
-    seen = {}
-    for batch in batches:
+    seen: dict[int, tuple[int, bytes]] = {}
+    for loaded in batches:
+        batch = loaded.tensors
         for i, position in enumerate(batch["position"].tolist()):
             assert position not in seen
             content = b"".join(batch[name][i].numpy().tobytes() for name in sorted(batch) if name != "position")
@@ -44,14 +47,24 @@ def by_position(batches: Iterator[Batch]) -> dict[int, tuple[int, bytes]]:
     return seen
 
 
-@pytest.mark.parametrize(("world_size", "num_workers", "micro"), [(2, 0, 6), (3, 2, 4), (4, 1, 2)])
-def test_pixels_are_the_same_on_any_topology(digits: Path, world_size: int, num_workers: int, micro: int) -> None:
-    samples = open_samples(digits / "train")
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("world_size", "num_workers", "accumulation"), [(2, 0, 2), (3, 2, 2), (5, 1, 1)])
+def test_pixels_are_the_same_on_any_topology(
+    digits: Path, world_size: int, num_workers: int, accumulation: int, mixed: bool
+) -> None:
+    sets = [digits / "train", digits / "validation"]
+    samples = open_samples(sets, [3.0, 1.0]) if mixed else open_samples(sets[0])
     alone = by_position(batches(samples))
     together: dict[int, tuple[int, bytes]] = {}
     for rank in range(world_size):
         mine = by_position(
-            batches(samples, rank=rank, world_size=world_size, num_workers=num_workers, micro_batch_size=micro)
+            batches(
+                samples,
+                rank=rank,
+                world_size=world_size,
+                num_workers=num_workers,
+                accumulation_steps=accumulation,
+            )
         )
         assert not mine.keys() & together.keys()
         together |= mine
@@ -69,7 +82,7 @@ def test_a_run_continues_from_any_place(digits: Path) -> None:
 def test_the_second_epoch_has_the_same_samples_but_not_the_same_pixels(digits: Path) -> None:
     samples = open_samples(digits / "validation")
     count = sum(samples.shard_sizes)
-    seen = by_position(batches(samples, stop=2 * count, global_batch_size=count, micro_batch_size=count))
+    seen = by_position(batches(samples, stop=2 * count, global_batch_size=count, accumulation_steps=1))
     labels = [seen[p][0] for p in range(2 * count)]
     assert sorted(labels[:count]) == sorted(labels[count:])
     assert not {seen[p][1] for p in range(count)} & {seen[p][1] for p in range(count, 2 * count)}
@@ -91,7 +104,8 @@ def test_evaluation_counts_every_sample_once(digits: Path, world_size: int, batc
             )
         )
         counts.add(len(mine))
-        for batch in mine:
+        for loaded in mine:
+            batch = loaded.tensors
             positions += batch["position"][batch["weight"] == 1].tolist()
             assert len(batch["weight"]) == batch_size
     assert sorted(positions) == list(range(sum(samples.shard_sizes)))
@@ -102,32 +116,69 @@ def test_workers_end_when_nobody_wants_more(digits: Path) -> None:
     loading = batches(open_samples(digits / "train"), num_workers=2)
     next(loading)
     assert len(multiprocessing.active_children()) == 2
-    loading.close()  # type: ignore[attr-defined]
+    loading.close()
     assert not multiprocessing.active_children()
+
+
+@pytest.fixture
+def copied(digits: Path, tmp_path: Path) -> Path:
+    """A set of many small shards that may be damaged."""
+    shutil.copytree(digits / "train", tmp_path / "copied")
+    return tmp_path / "copied"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_sample_stops_the_loader_by_its_name(digits: Path, tmp_path: Path, num_workers: int) -> None:
-    for path in (digits / "validation").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    tar = tmp_path / "shard-000000.tar"
+def test_a_sample_that_cannot_be_used_is_replaced_and_nothing_else_changes(copied: Path, num_workers: int) -> None:
+    whole = by_position(batches(open_samples(copied)))
+    tar = copied / "shard-000003.tar"
     data = bytearray(tar.read_bytes())
     data[600] ^= 1  # inside of the first image
     tar.write_bytes(data)
-    samples = open_samples(tmp_path)
-    key = samples._index(0).key[0]  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=f"sample {key} is damaged: its checksum is off"):
-        by_position(batches(samples, num_workers=num_workers))
+    samples = open_samples(copied)
+    assert isinstance(samples, ShardSet)
+    key = samples._index(3).key[0]
+    loaded = list(batches(samples, num_workers=num_workers))
+    faults = [fault for batch in loaded for fault in batch.faults]
+    assert {fault[1:] for fault in faults} == {(str(tar), key, "damaged: its checksum is off")}
+    seen = by_position(loaded)
+    assert {p for p in seen if seen[p] != whole[p]} == {fault.position for fault in faults}
+    assert [b.faults for b in batches(samples)] == [b.faults for b in loaded]  # again the same
+
+
+def test_a_substitute_is_of_the_same_window(copied: Path) -> None:
+    samples = open_samples(copied)
+    order = samples.order(0, 3)
+    (copied / "shard-000002.tar").unlink()
+    bad = [fault for batch in batches(samples) for fault in batch.faults if "No such file" in fault.reason]
+    assert len(bad) > 10
+    for fault in bad[:5]:
+        window = {shard for _, shard, _ in order.substitutes(fault.position)}
+        assert 2 in window
+        assert len(window) <= 3
+
+
+def test_an_edited_index_is_noticed(copied: Path) -> None:
+    path = copied / "shard-000001.index.json"
+    content = json.loads(path.read_text())
+    content["label"][0] = (content["label"][0] + 1) % 3
+    path.write_text(json.dumps(content))
+    faults = [fault for batch in batches(open_samples(copied)) for fault in batch.faults]
+    assert {fault.shard for fault in faults} == {str(copied / "shard-000001.tar")}
+    assert all("its checksum is off" in fault.reason for fault in faults)
+
+
+def test_data_without_any_usable_sample_stops_the_loader(copied: Path) -> None:
+    for path in copied.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"nothing near sample .* can be used: cannot be read: No such file"):
+        by_position(batches(open_samples(copied), num_workers=1))
     assert not multiprocessing.active_children()
-    tar.write_bytes(data[:1000])
-    with pytest.raises(DataError, match="truncated within sample"):
-        by_position(batches(open_samples(tmp_path), num_workers=num_workers))
 
 
 def test_a_missing_shard_is_named(digits: Path, tmp_path: Path) -> None:
     for path in (digits / "validation").glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(DataError, match=r"shard-000000.tar: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"shard-000000.tar: sample .*: cannot be read: No such file"):
         open_samples(tmp_path).read(0, 0)
 
 
@@ -163,7 +214,7 @@ def test_a_folder_of_images_is_data_too(digits: Path, tmp_path: Path) -> None:
     assert open_samples(tmp_path / "in").digest != folder.digest
     moved.write_text("broken")
     broken = open_samples(tmp_path / "in")
-    with pytest.raises(DataError, match=r"sample 0/extra.png is no usable image: not an image of a known format"):
+    with pytest.raises(DataError, match=r"sample 0/extra.png: no usable image: not an image of a known format"):
         for row in range(broken.shard_sizes[0]):
             broken.read(0, row)
     (tmp_path / "stray.png").write_bytes(moved.read_bytes())
