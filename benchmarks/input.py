@@ -1,7 +1,6 @@
 """The input stage beside webdataset, Pillow and torch's DataLoader over a folder, all measured in one run.
 
     python benchmarks/input.py                    # made from scikit-learn's photos, about three minutes
-    python benchmarks/input.py --shards shards/photos/train
 
 Times are CPU seconds of the process that works, methods in turn, the median of the rounds; ratios are of one run.
 """
@@ -17,6 +16,8 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +34,7 @@ from pretrain.data.augment import TrainView, crop_box, resize
 from pretrain.data.decode import decode
 from pretrain.data.index import DatasetInfo
 from pretrain.data.loader import training_batches
-from pretrain.data.order import Order, Part
+from pretrain.data.order import Order, Part, micro_batches
 from pretrain.data.samples import Samples, open_samples
 from pretrain.data.shards import make_shards
 from pretrain.data.sources import list_folder
@@ -181,8 +182,8 @@ def whole_loaders(samples: Samples, tars: list[Path], folder: Path, num_workers:
 
     def theirs() -> int:
         data = webdataset.WebDataset([str(tar) for tar in tars], shardshuffle=False, empty_check=False)
-        data = data.decode("pil").map(_pillow_crop).batched(64)
-        return sum(len(batch) for batch in DataLoader(data, batch_size=None, num_workers=num_workers))
+        data = data.decode("pil").map(_pillow_crop)
+        return sum(len(batch) for batch in DataLoader(data, batch_size=64, num_workers=num_workers))
 
     def folders() -> int:
         loader = DataLoader(_Folder(folder), batch_size=64, num_workers=num_workers, shuffle=True)
@@ -278,13 +279,26 @@ def losing(samples: Samples, tars: list[Path]) -> Table:
     return rows
 
 
-def even_steps() -> Table:
-    """Ten uneven shards on four ranks, batch 16 a rank: steps an epoch."""
-    sizes = [40, 120, 75, 200, 33, 90, 150, 61, 110, 121]
-    theirs = [sum(sizes[rank::4]) // 16 for rank in range(4)]
-    return [
-        ("steps on 4 ranks, 10 uneven shards", str([sum(sizes) // 64] * 4), f"webdataset, split by shard: {theirs}")
-    ]
+def even_steps(work: Path) -> Table:
+    """Ten uneven shards on four ranks, batches of 16 a rank: steps an epoch. Both are counted, not computed."""
+    sizes, tars = [40, 120, 75, 200, 33, 90, 150, 61, 110, 121], []
+    for i, size in enumerate(sizes):
+        tars.append(str(work / f"uneven-{i}.tar"))
+        with webdataset.TarWriter(tars[-1]) as writer:
+            for row in range(size):
+                writer.write({"__key__": f"{i}-{row}", "txt": "x"})
+    theirs, ours = [], []
+    for rank in range(4):
+        split = partial(_every_fourth, rank)
+        reader = webdataset.WebDataset(tars, shardshuffle=False, nodesplitter=split).batched(16, partial=False)
+        theirs.append(sum(1 for _ in reader))
+        shape = {"global_batch_size": 64, "accumulation_steps": 1, "rank": rank, "world_size": 4}
+        ours.append(sum(1 for _ in micro_batches(0, sum(sizes) // 64 * 64, **shape)))
+    return [("steps on 4 ranks, 10 uneven shards", str(ours), f"webdataset, split by shard: {theirs}")]
+
+
+def _every_fourth(rank: int, source: Iterator[object]) -> Iterator[object]:
+    return islice(source, rank, None, 4)
 
 
 def shuffling() -> Table:
@@ -332,7 +346,7 @@ def main() -> None:
             *seeking(),
             *starting(work),
             *losing(samples, tars),
-            *even_steps(),
+            *even_steps(work),
             *shuffling(),
         ]
     print("| | Tessera | beside it |\n|---|---|---|")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.decode import DecodeError, Pixels, decode
 from pretrain.data.fetch import read_range
@@ -174,7 +174,7 @@ class ShardSet(Samples):
             raise BadSampleError(str(tar), key, f"cannot be read: {error.strerror}") from None
         if len(data) < size:
             raise BadSampleError(str(tar), key, f"truncated: the shard should have {index.num_bytes} bytes")
-        if zlib.crc32(data) != index.crc32[row]:
+        if crc32(data) != index.crc32[row]:
             raise BadSampleError(str(tar), key, "damaged: its checksum is off")
         if not 0 <= label < len(self.class_names):
             raise BadSampleError(
