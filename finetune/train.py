@@ -18,9 +18,10 @@ from finetune.config import FinetuneConfig
 from finetune.metrics import evaluate
 from pretrain import EXIT_MISTAKE, UserError, distributed
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
-from pretrain.data.augment import TrainView, augment, mix_neighbours, mixed_cross_entropy
+from pretrain.data.augment import TrainView, augment
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, training_batches
+from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
 from pretrain.data.order import random_bits
 from pretrain.data.samples import FewLabels, Samples, open_samples
 from pretrain.distributed import on_all_ranks
