@@ -185,7 +185,7 @@ def test_a_sample_looks_the_same_alone_and_in_any_batch() -> None:
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # the cache holds constants
 def test_augmenting_asks_nothing_of_the_device() -> None:
-    """Tensors without numbers would refuse to be read by the host; one graph has no break, hence no such wait."""
+    """On the meta device there are no numbers for the host to read, and a graph without a break holds no reading."""
     batch = batch_of(TrainView(FULL, 16), 4)
     shapes = {name: value.to("meta") for name, value in batch.items()}
     assert augment(shapes, MEAN, STD).shape == (4, 3, 16, 16)
