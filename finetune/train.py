@@ -19,9 +19,10 @@ from finetune.config import FinetuneConfig
 from finetune.metrics import evaluate
 from pretrain import EXIT_MISTAKE, UserError, distributed
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
-from pretrain.data.augment import TrainView, augment, mix_neighbours, mixed_cross_entropy
+from pretrain.data.augment import TrainView, augment
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, Fault, Loaded, training_batches
+from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import FewLabels, Samples, open_samples
@@ -134,6 +135,8 @@ def open_data(config: FinetuneConfig) -> tuple[Samples, Samples]:
     training, validation = open_samples(config.data.train), open_samples(config.data.validation)
     if validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
+    if not training.class_names:
+        raise DataError(f"{config.data.train}: has no labels, fine-tuning needs them")
     if config.data.labels_per_class:
         training = FewLabels(training, config.data.labels_per_class, config.seed)
     return training, validation

@@ -76,6 +76,9 @@ def shards_index(
     folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars: one split.")],
     class_names: Annotated[Path | None, typer.Option(help="A file with a class name a line, in label order.")] = None,
     label_key: Annotated[str, typer.Option(help="Key of the label in .json where there is no .cls.")] = "label",
+    unlabelled: Annotated[
+        bool, typer.Option("--unlabelled", help="Images without classes, with captions or nothing beside them.")
+    ] = False,
 ) -> None:
     """Index tars that someone else wrote, and prove that each is whole.
 
@@ -94,8 +97,15 @@ def shards_index(
         if not tars:
             raise index_module.DataError(f"{folder}: has no .tar files")
         names = read_class_names(class_names, index_module.DataError) if class_names else None
-        with progress_bar("indexing", sum(tar.stat().st_size for tar in tars), "bytes") as advance:
-            scanned = scan.index_shards(tars, names, label_key, advance)
+        with progress_bar("indexing", len(tars), "shards") as advance:
+            scanned = scan.index_shards(
+                [tar.name for tar in tars],
+                folder,
+                lambda name: (folder / name).open("rb"),
+                names,
+                None if unlabelled else label_key,
+                advance,
+            )
     for remark in scanned.remarks:
         print(remark)
     print(f"{folder}: {describe(scanned.info)}")

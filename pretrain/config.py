@@ -5,7 +5,7 @@ Sizes carry Hugging Face's names. Each room is given its own section, never the 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeAlias
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -152,6 +152,15 @@ class AugmentConfig(Section):
     brightness: NonNegative = 0.0
     contrast: NonNegative = 0.0
     saturation: NonNegative = 0.0
+    hue: NonNegative = Field(0.0, description="largest shift of the hue, in turns of its circle")
+    grey: Fraction = Field(0.0, description="probability of losing the colour")
+    solarize: Fraction = Field(0.0, description="probability of inverting the brighter half (arXiv 2006.07733)")
+    blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
+    blur_sigma: tuple[Positive, Positive] = Field((0.1, 2.0), description="of the blur, in pixels of the model's input")
+    rand_augment_ops: CountOrZero = Field(
+        0, description="shears, translations and rotations of a sample (the geometry of arXiv 1909.13719)"
+    )
+    rand_augment_magnitude: NonNegative = Field(9.0, description="how far each of them goes; 10 is the furthest")
     erasing: Fraction = Field(0.0, description="probability of erasing a rectangle (arXiv 1708.04896)")
     mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution, 0 is off (arXiv 1710.09412)")
     cutmix: NonNegative = Field(0.0, description="alpha of the Beta distribution, 0 is off (arXiv 1905.04899)")
@@ -162,15 +171,22 @@ class AugmentConfig(Section):
         return self.mixup > 0 or self.cutmix > 0
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("crop_scale", "crop_aspect"):
+        for name in ("crop_scale", "crop_aspect", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 yield Problem((name,), f"expected [low, high] with 0 < low <= high, got [{low}, {high}]")
+        if self.hue > 0.5:
+            yield Problem(("hue",), f"expected at most 0.5, half a turn of the circle either way, got {self.hue}")
+        if self.rand_augment_magnitude > 10:
+            yield Problem(
+                ("rand_augment_magnitude",), f"expected a magnitude from 0 to 10, got {self.rand_augment_magnitude}"
+            )
 
 
 class SupervisedConfig(Section):
     """Cross-entropy on the class of the whole image."""
 
+    needs_labels: ClassVar[bool] = True
     name: Literal["supervised"] = "supervised"
     label_smoothing: Rate = 0.0
     augment: AugmentConfig = AugmentConfig()

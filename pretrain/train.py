@@ -112,6 +112,8 @@ def open_data(config: PretrainConfig, *, insist_on_resume: bool = False) -> Data
     validation = open_samples(config.data.validation) if config.data.validation else None
     if validation and validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
+    if config.objective.needs_labels and not training.class_names:
+        raise DataError(f"{config.data.train}: has no labels, objective.name={config.objective.name} needs them")
     checkpoints = list_checkpoints(config.run_dir)
     if insist_on_resume and not checkpoints:
         raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")

@@ -21,7 +21,13 @@ MAY_IMPORT = {
     "pretrain.data": {"pretrain", "pretrain.config"},
     "pretrain.model": {"pretrain.config"},
     "pretrain.tracking": set(),
-    "pretrain.objectives": {"pretrain.config", "pretrain.model", "pretrain.data.augment"},
+    "pretrain.objectives": {
+        "pretrain.config",
+        "pretrain.model",
+        "pretrain.data.augment",
+        "pretrain.data.colour",
+        "pretrain.data.mixing",
+    },
     "pretrain.engine": {"pretrain", "pretrain.config", "pretrain.distributed", "pretrain.optimizer"},
     "pretrain.checkpoint": {"pretrain", "pretrain.engine", "pretrain.distributed"},
     "pretrain.export": {
@@ -30,6 +36,7 @@ MAY_IMPORT = {
         "pretrain.checkpoint",
         "pretrain.model",
         "pretrain.data.augment",
+        "pretrain.data.colour",
     },
     "pretrain.train": {
         "pretrain",

@@ -1,13 +1,11 @@
 """Views of an image. The worker crops, resizes and draws; what costs FLOPs runs batched where the model is.
 
-The letters: B images of a batch, C channels, H height, W width. A draw is one number (or box) a sample; boxes are
-[top, left, bottom, right] as shares of the image.
+The letters: B images of a batch, C channels, H height, W width. A draw is one sample's parameter of one operation.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,15 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.config import AugmentConfig
+from pretrain.data.colour import Channels, grey, jitter, normalize, shift_hue, solarize
 from pretrain.data.decode import Pixels
+from pretrain.data.geometry import blur, box_mask, draw_affine, draw_blur, draw_erased, warp
+from pretrain.data.mixing import draw_mix
 
 View = Callable[[Pixels, np.random.Generator], dict[str, Any]]
-Channels = tuple[float, float, float]
 
 CROP_TRIES = 10
-ERASED_AREA = (0.02, 1 / 3)
-ERASED_ASPECT = (0.3, 1 / 0.3)
-GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -46,24 +43,23 @@ class TrainView:
         draws: dict[str, Any] = {}
         if config.flip:
             draws["flip"] = random.random() < config.flip
+        if config.rand_augment_ops:
+            draws["affine"] = draw_affine(config.rand_augment_ops, config.rand_augment_magnitude, random)
         for name in ("brightness", "contrast", "saturation"):
             if strength := getattr(config, name):
                 draws[name] = random.uniform(max(0.0, 1 - strength), 1 + strength)
+        if config.hue:
+            draws["hue"] = random.uniform(-config.hue, config.hue)
+        for name in ("grey", "solarize"):
+            if probability := getattr(config, name):
+                draws[name] = random.random() < probability
+        if config.blur:
+            draws["blur_kernel"] = draw_blur(config.blur, config.blur_sigma, self.image_size, random)
         if config.erasing:
-            draws["erase_box"] = _erase_box(random) if random.random() < config.erasing else np.zeros(4)
+            draws["erase_box"] = draw_erased(config.erasing, random)
         if config.mixes:
-            draws |= self._draw_mix(random)
+            draws |= draw_mix(config, random)
         return {name: np.asarray(value, dtype=np.float32) for name, value in draws.items()}
-
-    def _draw_mix(self, random: np.random.Generator) -> dict[str, Any]:
-        """Draw how much of the neighbour comes in, by mixup or by cutmix; both take turns where both are on."""
-        mixup, cutmix = self.config.mixup, self.config.cutmix
-        is_cutmix = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
-        alpha = cutmix if is_cutmix else mixup
-        share = random.beta(alpha, alpha)
-        if is_cutmix:
-            return {"mix_share": 0.0, "cut_box": _cut_box(share, random)}
-        return {"mix_share": share, "cut_box": np.zeros(4)}
 
 
 @dataclass(frozen=True)
@@ -118,13 +114,11 @@ def resize(image: Pixels, size: int) -> Tensor:
     return F.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
-def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """Standardise float images [B, C, H, W] in [0, 1], each channel by its mean and deviation."""
-    return (images - _channels(mean, images.device)) / _channels(std, images.device)
-
-
 def augment(batch: dict[str, Tensor], mean: Channels, std: Channels) -> Tensor:
-    """Flip, jitter, normalise and erase a batch by its draws.
+    """Augment and normalise a batch by its draws; an operation without a draw is left out.
+
+    The order: flip, geometry, colour (brightness, contrast, saturation, hue), grey, solarize, blur, normalise, erase.
+    Mixup and cutmix come last and are the objective's, because they mix the labels too.
 
     Args:
         batch: "image" uint8 [B, C, H, W] and those draws of `TrainView` that are switched on.
@@ -136,91 +130,24 @@ def augment(batch: dict[str, Tensor], mean: Channels, std: Channels) -> Tensor:
     """
     images = batch["image"].float() / 255
     if "flip" in batch:
-        images = torch.where(batch["flip"].bool()[:, None, None, None], images.flip(-1), images)
+        images = torch.where(_is_drawn(batch["flip"]), images.flip(-1), images)
+    if "affine" in batch:
+        images = warp(images, batch["affine"])
     images = jitter(images, batch.get("brightness"), batch.get("contrast"), batch.get("saturation"))
+    if "hue" in batch:
+        images = shift_hue(images, batch["hue"])
+    if "grey" in batch:
+        images = torch.where(_is_drawn(batch["grey"]), grey(images), images)
+    if "solarize" in batch:
+        images = torch.where(_is_drawn(batch["solarize"]), solarize(images), images)
+    if "blur_kernel" in batch:
+        images = blur(images, batch["blur_kernel"])
     images = normalize(images, mean, std)
     if "erase_box" in batch:
         images = images.masked_fill(box_mask(batch["erase_box"], images), 0.0)
     return images
 
 
-def jitter(images: Tensor, brightness: Tensor | None, contrast: Tensor | None, saturation: Tensor | None) -> Tensor:
-    """Scale brightness, then contrast around the mean grey, then saturation around each pixel's grey; factors [B]."""
-    if brightness is not None:
-        images = (images * brightness[:, None, None, None]).clamp(0, 1)
-    if contrast is not None:
-        mean = grey(images).mean(dim=(-2, -1), keepdim=True)
-        images = (mean + (images - mean) * contrast[:, None, None, None]).clamp(0, 1)
-    if saturation is not None:
-        own = grey(images)
-        images = (own + (images - own) * saturation[:, None, None, None]).clamp(0, 1)
-    return images
-
-
-def grey(images: Tensor) -> Tensor:
-    """Return the luma [B, 1, H, W] of RGB images."""
-    return (images * _channels(GREY, images.device)).sum(dim=1, keepdim=True)
-
-
-def mix_neighbours(images: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mix each image with its neighbour in the order (0 with 1, 2 with 3 ...): mixup and cutmix.
-
-    Neighbours stay together on any number of ranks, so the pixels do too.
-
-    Args:
-        images: [B, C, H, W], B even.
-        batch: the draws "mix_share" [B] and "cut_box" [B, 4].
-
-    Returns:
-        The mixed images, and each image's own share [B] of its pixels.
-    """
-    partners = neighbours(images)
-    mask = box_mask(batch["cut_box"], images)
-    share = batch["mix_share"][:, None, None, None]
-    mixed = torch.where(mask, partners, images.lerp(partners, share.to(images.dtype)))
-    own_share = (1 - batch["mix_share"]) * (1 - mask.float().mean(dim=(1, 2, 3)))
-    return mixed, own_share
-
-
-def mixed_cross_entropy(logits: Tensor, labels: Tensor, own_share: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean of s CE(y) + (1 - s) CE(neighbour's y), s an image's own share [B] of its pixels."""
-    own, other = (
-        F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
-        for target in (labels, neighbours(labels))
-    )
-    return torch.lerp(other, own, own_share).mean()
-
-
-def neighbours(values: Tensor) -> Tensor:
-    """Swap 0 with 1, 2 with 3, ... along the first dimension."""
-    return values.reshape(-1, 2, *values.shape[1:]).flip(1).reshape(values.shape)
-
-
-def box_mask(boxes: Tensor, images: Tensor) -> Tensor:
-    """Return bool [B, 1, H, W]: the pixels whose centre lies in the box [B, 4] of shares."""
-    height, width = images.shape[-2:]
-    rows = (torch.arange(height, device=boxes.device) + 0.5)[None, :, None] / height
-    columns = (torch.arange(width, device=boxes.device) + 0.5)[None, None, :] / width
-    top, left, bottom, right = boxes[:, :, None, None].unbind(1)
-    return ((rows >= top) & (rows < bottom) & (columns >= left) & (columns < right))[:, None]
-
-
-@cache
-def _channels(values: Channels, device: torch.device) -> Tensor:
-    """Return one number a channel, [C, 1, 1]; kept, because a copy to the device would make the host wait."""
-    return torch.tensor(values, device=device)[:, None, None]
-
-
-def _erase_box(random: np.random.Generator) -> Any:
-    area = random.uniform(*ERASED_AREA)
-    ratio = math.exp(random.uniform(math.log(ERASED_ASPECT[0]), math.log(ERASED_ASPECT[1])))
-    height, width = min(math.sqrt(area / ratio), 1.0), min(math.sqrt(area * ratio), 1.0)
-    top, left = random.uniform(0, 1 - height), random.uniform(0, 1 - width)
-    return np.array([top, left, top + height, left + width])
-
-
-def _cut_box(area: float, random: np.random.Generator) -> Any:
-    """Draw a square-shaped share of the image around a random centre, clipped at the borders."""
-    half = math.sqrt(area) / 2
-    y, x = random.random(), random.random()
-    return np.clip([y - half, x - half, y + half, x + half], 0, 1)
+def _is_drawn(draw: Tensor) -> Tensor:
+    """Spread a yes or no [B] over the images of a batch."""
+    return draw.bool()[:, None, None, None]

@@ -15,6 +15,7 @@ from pretrain import UserError
 
 VERSION = 2
 DATASET_FILE = "dataset.json"
+NO_LABEL = -1
 SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_sha256")
 
 
@@ -45,9 +46,22 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.key)
 
+    def append(
+        self, key: str, extension: str, offset: int, size: int, crc32: int, label: int, width: int, height: int
+    ) -> None:
+        """Add a sample."""
+        self.key.append(key)
+        self.extension.append(extension)
+        self.offset.append(offset)
+        self.size.append(size)
+        self.crc32.append(crc32)
+        self.label.append(label)
+        self.width.append(width)
+        self.height.append(height)
+
     def save(self, folder: Path) -> "ShardEntry":
-        """Write the index beside its tar; return what `dataset.json` has to know of both."""
-        digest = write_json(index_path(folder / self.name), {"version": VERSION, **asdict(self)})
+        """Write the index into the folder of `dataset.json`; return what that has to know of it and its tar."""
+        digest = write_json(folder / index_name(self.name), {"version": VERSION, **asdict(self)})
         return ShardEntry(self.name, len(self), self.num_bytes, self.sha256, digest)
 
     @classmethod
@@ -142,9 +156,9 @@ def count_classes(labels: Iterable[int], num_classes: int) -> list[int]:
     return [counts[label] for label in range(num_classes)]
 
 
-def index_path(tar: Path) -> Path:
-    """Return where the index of `tar` stands."""
-    return tar.with_suffix(".index.json")
+def index_name(tar: str) -> str:
+    """Return the name of a shard's index in the folder of `dataset.json`, wherever the shard itself stands."""
+    return Path(tar.partition("?")[0]).with_suffix(".index.json").name
 
 
 def _parse(data: bytes, place: Path | str) -> dict[str, Any]:

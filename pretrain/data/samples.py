@@ -14,7 +14,7 @@ from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.decode import DecodeError, Pixels, decode
 from pretrain.data.fetch import read_range
-from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardIndex, index_path
+from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardIndex, index_name
 from pretrain.data.order import Order, Part, permutation
 from pretrain.data.sources import SourceImage, list_folder
 
@@ -144,8 +144,8 @@ class ShardSet(Samples):
         for folder, info in zip(folders, infos, strict=True):
             if info.class_names != self.class_names:
                 raise DataError(f"{folder}: its classes differ from those of {folders[0]}")
-        self.tars = [folder / shard.name for folder, info in zip(folders, infos, strict=True) for shard in info.shards]
         self.entries = [shard for info in infos for shard in info.shards]
+        self.folders = [folder for folder, info in zip(folders, infos, strict=True) for _ in info.shards]
         self.parts = [Part(info.digest, [shard.num_samples for shard in info.shards]) for info in infos]
         if weights is None:
             digest = "+".join(part.digest for part in self.parts)
@@ -162,7 +162,7 @@ class ShardSet(Samples):
         self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
 
     def fetch(self, shard: int, row: int) -> Encoded:
-        tar = self.tars[shard]
+        tar = self.folders[shard] / self.entries[shard].name
         try:
             index = self._index(shard)
         except DataError as error:
@@ -176,7 +176,7 @@ class ShardSet(Samples):
             raise BadSampleError(str(tar), key, f"truncated: the shard should have {index.num_bytes} bytes")
         if crc32(data) != index.crc32[row]:
             raise BadSampleError(str(tar), key, "damaged: its checksum is off")
-        if not 0 <= label < len(self.class_names):
+        if not 0 <= label < len(self.class_names) and self.class_names:
             raise BadSampleError(
                 str(tar), key, f"label {label} is out of range: there are {len(self.class_names)} classes"
             )
@@ -186,7 +186,7 @@ class ShardSet(Samples):
         return self._index(shard).label
 
     def _load_index(self, shard: int) -> ShardIndex:
-        path = index_path(self.tars[shard])
+        path = self.folders[shard] / index_name(self.entries[shard].name)
         try:
             data = path.read_bytes()
         except FileNotFoundError:

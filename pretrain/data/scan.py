@@ -1,25 +1,20 @@
-"""Index tars that someone else wrote, as WebDataset reads them: members that share a key are one sample.
+"""Index tars that someone else wrote, as WebDataset reads them: members that share a key are one sample."""
 
-The stdlib's tarfile takes a damaged header for the end of the archive, and so do its users, in silence. Here the end
-must be tar's own end mark.
-"""
-
-import hashlib
 import json
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from zlib_ng.zlib_ng import crc32
+
+from pretrain.data.archive import Archive, Member
 from pretrain.data.decode import DecodeError, decode
-from pretrain.data.index import DataError, DatasetInfo, ShardIndex, count_classes
+from pretrain.data.index import NO_LABEL, DataError, DatasetInfo, ShardIndex, count_classes
 from pretrain.data.sources import NAMES_SHOWN
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass
@@ -30,165 +25,143 @@ class Scanned:
     remarks: list[str] = field(default_factory=list)
 
 
+@dataclass
+class _Findings:
+    """What all tars of a split have in common."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    seen: dict[str, str] = field(default_factory=dict)
+
+
 def index_shards(
-    tars: Sequence[Path],
+    tars: Sequence[str | Path],
+    out: Path,
+    open_tar: Callable[[str], BinaryIO],
     class_names: Sequence[str] | None = None,
-    label_key: str = "label",
+    label_key: str | None = "label",
     progress: Callable[[int], None] = lambda _: None,
 ) -> Scanned:
-    """Write an index beside each tar and `dataset.json` in their folder.
+    """Write an index of each tar and `dataset.json` into a folder.
 
     Args:
-        tars: shards of one split, in one folder.
+        tars: shards of one split, as `dataset.json` will name them: beside it, or anywhere by their URL.
+        out: the folder.
+        open_tar: opens a tar by its name, to be read once.
         class_names: in the order of the labels; else taken from the samples' JSON ("class"), else the labels' numbers.
-        label_key: the JSON key of the label where a sample has no `cls`.
-        progress: called with the number of bytes just read.
+        label_key: the JSON key of the label where a sample has no `cls`; None when the samples have no labels.
+        progress: called with 1 after each tar.
 
     Raises:
         DataError: a damaged tar, an unreadable image, a duplicate key, no image or label, a label out of range.
     """
-    names: dict[int, str] = {}
-    left_out: Counter[str] = Counter()
-    seen: dict[str, str] = {}
+    found = _Findings()
     indexes = []
-    for tar in tars:
-        index = _index_tar(tar, label_key, names, left_out, progress)
-        for key in index.key:
-            if key in seen:
-                raise DataError(f"{tar}: the key {key} is also in {seen[key]}; keys must be unique over a split")
-            seen[key] = tar.name
-        indexes.append(index)
+    for tar in map(str, tars):
+        with open_tar(tar) as stream:
+            indexes.append(_index_tar(tar, stream, label_key, found))
+        progress(1)
     if not any(len(index) for index in indexes):
-        raise DataError(f"{tars[0].parent}: the tars hold no samples")
-    highest = max((label for index in indexes for label in index.label), default=-1)
-    if class_names is None:
-        class_names = [names.get(label, str(label)) for label in range(highest + 1)]
-    if highest >= len(class_names):
-        raise DataError(f"label {highest} is out of range: there are {len(class_names)} class names")
-    folder = tars[0].parent
-    counts = count_classes((label for index in indexes for label in index.label), len(class_names))
-    info = DatasetInfo(list(class_names), counts, [index.save(folder) for index in indexes])
-    info.save(folder)
-    remarks = [f"{count} {what}, left as they are" for what, count in left_out.items()]
+        raise DataError(f"{out}: the tars hold no samples")
+    names = _class_names(indexes, class_names, found.names) if label_key else []
+    counts = count_classes((label for index in indexes for label in index.label), len(names))
+    info = DatasetInfo(names, counts, [index.save(out) for index in indexes])
+    info.save(out)
+    remarks = [f"{count} {what}, left as they are" for what, count in found.left_out.items()]
     if empty := [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]:
         remarks.append(f"{len(empty)} classes without samples: {', '.join(empty[:NAMES_SHOWN])}")
     return Scanned(info, remarks)
 
 
-def _index_tar(
-    tar: Path, label_key: str, names: dict[int, str], left_out: Counter[str], progress: Callable[[int], None]
-) -> ShardIndex:
+def _class_names(indexes: Sequence[ShardIndex], class_names: Sequence[str] | None, found: dict[int, str]) -> list[str]:
+    highest = max(label for index in indexes for label in index.label)
+    if class_names is None:
+        return [found.get(label, str(label)) for label in range(highest + 1)]
+    if highest >= len(class_names):
+        raise DataError(f"label {highest} is out of range: there are {len(class_names)} class names")
+    return list(class_names)
+
+
+def _index_tar(name: str, stream: BinaryIO, label_key: str | None, found: _Findings) -> ShardIndex:
     """Read a tar from front to back; collect class names and members that we do not use."""
-    index = ShardIndex(tar.name, tar.stat().st_size, _sha256(tar, progress))
-    with tar.open("rb") as file:
-        for key, members in _samples(tar, file, left_out):
-            images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
-            if len(images) != 1:
-                raise DataError(f"{tar}: sample {key} has {len(images) or 'no'} images among .{', .'.join(members)}")
-            metadata = _json(tar, key, file, members.get("json"))
-            label = _label(tar, key, file, members.get("cls"), metadata, label_key)
-            if isinstance(metadata.get("class"), str):
-                names[label] = metadata["class"]
-            offset, size = members[images[0]]
-            index.key.append(key)
-            index.extension.append(images[0])
-            index.offset.append(offset)
-            index.size.append(size)
-            image, (height, width) = _readable_image(tar, key, file, (offset, size))
-            index.crc32.append(zlib.crc32(image))
-            index.label.append(label)
-            index.width.append(width)
-            index.height.append(height)
-            for extension in members.keys() - {images[0], "cls", "json"}:
-                left_out[f"members .{extension}"] += 1
+    index, archive = ShardIndex(name), Archive(name, stream)
+    for key, members in _samples(archive, found.left_out):
+        if key in found.seen:
+            raise DataError(f"{name}: the key {key} is also in {found.seen[key]}; keys must be unique over a split")
+        found.seen[key] = name
+        extension, image = _image(name, key, members)
+        height, width = _size(name, key, image.data)
+        metadata = _json(name, key, members.get("json"))
+        label = _label(name, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
+        if isinstance(metadata.get("class"), str):
+            found.names[label] = metadata["class"]
+        row = (key, extension, image.offset, len(image.data), crc32(image.data), label, width, height)
+        index.append(*row)
+        for other in members.keys() - {extension, "cls", "json"}:
+            found.left_out[f"members .{other}"] += 1
+    index.num_bytes, index.sha256 = archive.num_bytes, archive.sha256
     return index
 
 
-def _samples(tar: Path, file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Yield each key with its members: extension -> (offset, size)."""
+def _samples(archive: Archive, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Yield each key with its members by extension."""
     key: str | None = None
-    members: dict[str, tuple[int, int]] = {}
-    for member_key, extension, place in _members(tar, file, left_out):
-        if member_key != key:
+    members: dict[str, Member] = {}
+    for member in archive.members():
+        folder, slash, name = member.name.rpartition("/")
+        stem, dot, extension = name.partition(".")
+        if not (member.is_file and dot and stem):
+            if not member.is_folder:
+                what = "members without a key and an extension" if member.is_file else "links and the like"
+                left_out[what] += 1
+            continue
+        if folder + slash + stem != key:
             if key is not None:
                 yield key, members
-            key, members = member_key, {}
-        if extension in members:
-            raise DataError(f"{tar}: sample {key} has two members .{extension}")
-        members[extension] = place
+            key, members = folder + slash + stem, {}
+        if extension.lower() in members:
+            raise DataError(f"{archive.place}: sample {key} has two members .{extension.lower()}")
+        members[extension.lower()] = member
     if key is not None:
         yield key, members
 
 
-def _members(tar: Path, file: BinaryIO, left_out: Counter[str]) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """Yield (key, extension, place) of each file, and prove that the archive was read to its end."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
-                folder, slash, name = info.name.rpartition("/")
-                stem, dot, extension = name.partition(".")
-                if info.isfile() and dot and stem:
-                    yield folder + slash + stem, extension.lower(), (info.offset_data, info.size)
-                elif not info.isdir():
-                    left_out["members without a key and an extension" if info.isfile() else "links and the like"] += 1
-            end = archive.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{tar}: not a readable tar ({error})") from None
-    size = tar.stat().st_size
-    if size < end + tarfile.BLOCKSIZE:
-        raise DataError(f"{tar}: truncated at byte {size}: tar's end mark is missing")
-    if _pread(file, (end, size - end)).strip(b"\0"):
-        raise DataError(f"{tar}: damaged header at byte {end}; what follows cannot be read")
+def _image(tar: str, key: str, members: dict[str, Member]) -> tuple[str, Member]:
+    """Return the sample's one image and its extension."""
+    images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
+    if len(images) != 1:
+        raise DataError(f"{tar}: sample {key} has {len(images) or 'no'} images among .{', .'.join(members)}")
+    return images[0], members[images[0]]
 
 
-def _readable_image(tar: Path, key: str, file: BinaryIO, place: tuple[int, int]) -> tuple[bytes, tuple[int, int]]:
-    """Return an image's bytes and (height, width), once it has proved to decode."""
-    data = _pread(file, place)
+def _size(tar: str, key: str, data: bytes) -> tuple[int, int]:
+    """Return (height, width) of an image that has proved to decode."""
     try:
         height, width, _ = decode(data).shape
     except DecodeError as error:
         raise DataError(f"{tar}: sample {key} is no usable image: {error}") from None
-    return data, (height, width)
+    return height, width
 
 
-def _label(
-    tar: Path, key: str, file: BinaryIO, cls: tuple[int, int] | None, metadata: dict[str, Any], label_key: str
-) -> int:
-    value = _pread(file, cls).decode(errors="replace") if cls else metadata.get(label_key)
+def _label(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], label_key: str) -> int:
+    value = cls.data.decode(errors="replace") if cls else metadata.get(label_key)
     try:
         label = int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise DataError(
-            f"{tar}: sample {key} has no label: expected a number in .cls or in .json at {label_key!r}, got {value!r}"
+            f"{tar}: sample {key} has no label: expected a number in .cls or in .json at {label_key!r}, got {value!r}; "
+            "if none has one, pass --unlabelled"
         ) from None
     if label < 0:
         raise DataError(f"{tar}: sample {key} has the label {label}; labels count from 0")
     return label
 
 
-def _json(tar: Path, key: str, file: BinaryIO, place: tuple[int, int] | None) -> dict[str, Any]:
-    if place is None:
+def _json(tar: str, key: str, member: Member | None) -> dict[str, Any]:
+    if member is None:
         return {}
     try:
-        content = json.loads(_pread(file, place))
+        content = json.loads(member.data)
     except ValueError as error:
         raise DataError(f"{tar}: sample {key} has broken JSON ({error})") from None
     return content if isinstance(content, dict) else {}
-
-
-def _pread(file: BinaryIO, place: tuple[int, int]) -> bytes:
-    """Read (offset, size) without moving where tarfile reads next."""
-    here = file.tell()
-    file.seek(place[0])
-    data = file.read(place[1])
-    file.seek(here)
-    return data
-
-
-def _sha256(path: Path, progress: Callable[[int], None]) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from pretrain import UserError
 from pretrain.config import ModelConfig, PreprocessingConfig
-from pretrain.data.augment import EvalView, normalize
+from pretrain.data.augment import EvalView
+from pretrain.data.colour import normalize
 from pretrain.model.vit import ViT
 
 transformers.utils.logging.set_verbosity_error()  # its load report would warn of the head that AutoModel leaves out

@@ -4,7 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SupervisedConfig
-from pretrain.data.augment import EvalView, TrainView, View, augment, mix_neighbours, mixed_cross_entropy, normalize
+from pretrain.data.augment import EvalView, TrainView, View, augment
+from pretrain.data.colour import normalize
+from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
 from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
 

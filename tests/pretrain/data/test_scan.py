@@ -1,6 +1,7 @@
 """Foreign tars: indexed as webdataset would read them, and never half of one in silence."""
 
 import contextlib
+import hashlib
 import io
 import json
 import tarfile
@@ -12,7 +13,14 @@ from PIL import Image
 
 from pretrain.data.index import DataError
 from pretrain.data.samples import open_samples
-from pretrain.data.scan import index_shards
+from pretrain.data.scan import Scanned
+from pretrain.data.scan import index_shards as index_streams
+
+
+def index_shards(tars: list[Path], class_names: list[str] | None = None, label_key: str | None = "label") -> Scanned:
+    folder = tars[0].parent
+    names = [tar.name for tar in tars]
+    return index_streams(names, folder, lambda name: (folder / name).open("rb"), class_names, label_key)
 
 
 def png(level: int) -> bytes:
@@ -139,3 +147,32 @@ def test_an_index_needs_its_tars(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.index.json: not there; `tessera shards index` writes it"):
         open_samples(tmp_path).read(0, 0)
     assert json.loads((tmp_path / "dataset.json").read_text())["num_samples"] == 1
+
+
+def test_images_without_labels_are_data_too(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.txt", b"a black square")])
+    with pytest.raises(DataError, match=r"sample x has no label.*if none has one, pass --unlabelled"):
+        index_shards([tar])
+    scanned = index_shards([tar], label_key=None)
+    assert (scanned.info.class_names, scanned.remarks) == ([], ["1 members .txt, left as they are"])
+    assert open_samples(tmp_path).read(0, 0).label == -1
+
+
+def test_a_tar_is_read_once_and_forwards_only(tmp_path: Path) -> None:
+    """What a network gives: a stream that cannot seek, in pieces of any size."""
+
+    class Stream(io.RawIOBase):
+        def __init__(self, data: bytes) -> None:
+            self.data, self.position = data, 0
+
+        def read(self, size: int = -1) -> bytes:
+            piece = self.data[self.position : self.position + min(size, 1 + self.position % 1000)]
+            self.position += len(piece)
+            return piece
+
+    data = write_tar(tmp_path / "a.tar", [m for i in range(9) for m in sample(f"{'long' * 40}{i}", i)]).read_bytes()
+    scanned = index_streams(["s3://bucket/a.tar"], tmp_path, lambda _: Stream(data))  # type: ignore[arg-type, return-value]
+    [entry] = scanned.info.shards
+    assert (entry.name, entry.num_bytes) == ("s3://bucket/a.tar", len(data))
+    assert entry.sha256 == hashlib.sha256(data).hexdigest()
+    assert (tmp_path / "a.index.json").exists()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.config import AugmentConfig, ModelConfig, PreprocessingConfig, SupervisedConfig
-from pretrain.data.augment import neighbours
+from pretrain.data.mixing import neighbours
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective

@@ -1,0 +1,105 @@
+"""Read a tar once, from front to back, from a disk or a network; prove that it was read to its end.
+
+The stdlib's tarfile takes a damaged header for the end of the archive, and so do its users, in silence. Here the end
+must be tar's own end mark.
+"""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from pretrain.data.index import DataError
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Member:
+    """A member of a tar: its name, whether it is a plain file, where its data begins, and the data of a file."""
+
+    name: str
+    is_file: bool
+    is_folder: bool
+    offset: int
+    data: bytes
+
+
+class Archive:
+    """A tar as a stream. `num_bytes` and `sha256` are the whole tar's, once `members` has come to its end.
+
+    Args:
+        place: what error messages call it.
+        stream: read forwards only.
+    """
+
+    def __init__(self, place: str, stream: BinaryIO) -> None:
+        self.place = place
+        self._file = _Forward(stream)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes read so far."""
+        return self._file.position
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the bytes read so far."""
+        return self._file.digest.hexdigest()
+
+    def members(self) -> Iterator[Member]:
+        """Yield every member in turn.
+
+        Raises:
+            DataError: truncated, damaged, or no tar.
+        """
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:") as archive:  # type: ignore[call-overload]
+                while (info := archive.next()) is not None:
+                    data = self._file.read(info.size) if info.isfile() else b""
+                    if info.isfile() and len(data) < info.size:
+                        raise DataError(f"{self.place}: truncated at byte {self.num_bytes}, within {info.name}")
+                    yield Member(info.name, info.isfile(), info.isdir(), info.offset_data, data)
+                end = archive.offset
+        except tarfile.TarError as error:
+            raise DataError(f"{self.place}: not a readable tar ({error})") from None
+        self._prove_end(end)
+
+    def _prove_end(self, end: int) -> None:
+        """Make sure that where tarfile stopped, and from there on, all is zero."""
+        block = self._file.last
+        if len(block) < tarfile.BLOCKSIZE:
+            raise DataError(f"{self.place}: truncated at byte {self.num_bytes}: tar's end mark is missing")
+        while block:
+            if block.strip(b"\0"):
+                raise DataError(f"{self.place}: damaged header at byte {end}; what follows cannot be read")
+            block = self._file.read(CHUNK_BYTES)
+
+
+class _Forward:
+    """What tarfile needs of a file, over a stream that only moves on; it is hashed on the way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self.last = b""
+
+    def read(self, size: int) -> bytes:
+        """Read `size` bytes, fewer only at the end."""
+        pieces = []
+        while size > 0 and (piece := self.stream.read(size)):
+            pieces.append(piece)
+            size -= len(piece)
+        self.last = b"".join(pieces)
+        self.digest.update(self.last)
+        self.position += len(self.last)
+        return self.last
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int) -> None:
+        while self.position < position and self.read(min(CHUNK_BYTES, position - self.position)):
+            pass
