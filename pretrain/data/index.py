@@ -16,7 +16,7 @@ from pretrain import UserError
 VERSION = 2
 DATASET_FILE = "dataset.json"
 NO_LABEL = -1
-SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_sha256")
+SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_bytes", "index_sha256")
 
 
 class DataError(UserError):
@@ -61,8 +61,8 @@ class ShardIndex:
 
     def save(self, folder: Path) -> "ShardEntry":
         """Write the index into the folder of `dataset.json`; return what that has to know of it and its tar."""
-        digest = write_json(folder / index_name(self.name), {"version": VERSION, **asdict(self)})
-        return ShardEntry(self.name, len(self), self.num_bytes, self.sha256, digest)
+        size, digest = write_json(folder / index_name(self.name), {"version": VERSION, **asdict(self)})
+        return ShardEntry(self.name, len(self), self.num_bytes, self.sha256, size, digest)
 
     @classmethod
     def parse(cls, data: bytes, place: Path | str, digest: str) -> "ShardIndex":
@@ -84,6 +84,7 @@ class ShardEntry:
     num_samples: int
     num_bytes: int
     sha256: str
+    index_bytes: int
     index_sha256: str
 
 
@@ -173,10 +174,10 @@ def _parse(data: bytes, place: Path | str) -> dict[str, Any]:
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> str:
-    """Write aside, then rename, so that nobody reads half a file; return the sha256 of what was written."""
+def write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
+    """Write aside, then rename, so that nobody reads half a file; return the bytes written and their sha256."""
     aside = path.with_name(path.name + ".partial")
     data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
     aside.write_bytes(data)
     aside.replace(path)
-    return hashlib.sha256(data).hexdigest()
+    return len(data), hashlib.sha256(data).hexdigest()

@@ -12,7 +12,7 @@ the r-th of W slices of them, which differ by one sample where W does not divide
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -89,11 +89,28 @@ class Order:
 
     def epochs(self, position: int) -> list[float]:
         """Return how often each set has been gone through before `position`."""
-        block, offset = divmod(position, MIX_BLOCK)
+        return [place / part.num_samples for place, part in zip(self._places(position), self.sets, strict=True)]
+
+    def upcoming(self, position: int) -> list[int]:
+        """Return the shards that are read from `position` on: those of each set's window, then those of its next."""
+        windows = []
+        for part, place in enumerate(self._places(position)):
+            windows.append([shard + int(self.first_shards[part]) for shard in self.sets[part].upcoming(place)])
+        return [shard for shards in zip_longest(*windows) for shard in shards if shard is not None]
+
+    def distance(self, shard: int, position: int) -> float:
+        """Return how many positions from `position` on a shard's window begins; 0 or less while it is open."""
+        part = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
+        ahead = self.sets[part].distance(shard - int(self.first_shards[part]), self._places(position)[part])
+        return ahead * MIX_BLOCK / float(self.quotas[part])
+
+    def _places(self, position: int) -> list[int]:
+        """Return how many positions each set has had before `position`."""
         if len(self.sets) == 1:
-            return [position / self.sets[0].num_samples]
+            return [position]
+        block, offset = divmod(position, MIX_BLOCK)
         drawn = block * self.quotas + np.bincount(self._turns(block)[0][:offset], minlength=len(self.sets))
-        return [int(count) / part.num_samples for count, part in zip(drawn, self.sets, strict=True)]
+        return [int(count) for count in drawn]
 
     def _turn(self, position: int) -> tuple[int, int]:
         """Return the set whose turn a position is, and which of its own positions that is."""
@@ -128,6 +145,7 @@ class _Windows:
             raise ValueError("a dataset without samples has no order")
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._window = lru_cache(maxsize=4)(self._make_window)
+        self._ranks = lru_cache(maxsize=2)(lambda epoch: np.argsort(self._epoch(epoch)[0]))
 
     def locate(self, position: int) -> Place:
         epoch, window, offset = self._find(position)
@@ -140,6 +158,23 @@ class _Windows:
         for other in permutation(len(shards), *self.key, epoch, window, offset, "substitutes"):
             if other != offset:
                 yield Place(epoch, int(shards[other]), int(rows[other]))
+
+    def upcoming(self, position: int) -> list[int]:
+        epoch, window, _ = self._find(position)
+        shards, starts = self._epoch(epoch)
+        found = shards[window * self.window : (window + 2) * self.window].tolist()
+        if window + 1 == len(starts):
+            found += [shard for shard in self._epoch(epoch + 1)[0][: self.window].tolist() if shard not in found]
+        return list(found)
+
+    def distance(self, shard: int, position: int) -> int:
+        epoch, window, _ = self._find(position)
+        later = self._window_of(epoch, shard) < window
+        start = int(self._epoch(epoch + later)[1][self._window_of(epoch + later, shard)])
+        return (epoch + later) * self.num_samples + start - position
+
+    def _window_of(self, epoch: int, shard: int) -> int:
+        return int(self._ranks(epoch)[shard]) // self.window
 
     def _find(self, position: int) -> tuple[int, int, int]:
         """Return (epoch, window, place in the window) of a position."""

@@ -125,6 +125,37 @@ def test_a_mix_draws_each_set_by_its_weight_and_in_its_own_order(layout: list[li
         assert abs(len(mine) / count - share) < 5.5 * (share * (1 - share) / count) ** 0.5 + 1 / MIX_BLOCK
 
 
+@settings(max_examples=100, deadline=None)
+@given(layouts, st.integers(1, 6), st.integers(0, 4000))
+def test_the_future_is_known(sizes: list[int], window: int, position: int) -> None:
+    order = Order([Part("digest", sizes)], 0, window)
+    shards = [order.locate(position + i).shard for i in range(2 * sum(sizes))]
+    first_read = {shard: i for i, shard in reversed(list(enumerate(shards)))}
+    largest_window = sum(sorted(sizes)[-window:])
+    for shard, read in first_read.items():
+        distance = order.distance(shard, position)
+        assert distance <= read
+        assert distance <= 0 or read < distance + largest_window
+    upcoming = order.upcoming(position)
+    assert len(set(upcoming)) == len(upcoming) <= 2 * window
+    now = [shard for shard in first_read if order.distance(shard, position) <= 0]
+    assert {shards[0], *now} <= set(upcoming)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(layouts, min_size=2, max_size=3), st.integers(1, 6), st.integers(0, 10**6))
+def test_the_future_of_a_mix_is_known_set_by_set(layout: list[list[int]], window: int, position: int) -> None:
+    order = Order([Part(f"set {i}", sizes) for i, sizes in enumerate(layout)], 0, window, [1.0] * len(layout))
+    upcoming = order.upcoming(position)
+    met: set[int] = set()
+    for place in (order.locate(position + i) for i in range(100)):
+        part = int(np.searchsorted(order.first_shards, place.shard, side="right")) - 1
+        if part not in met:
+            met.add(part)
+            assert place.shard in upcoming
+            assert order.distance(place.shard, position) <= 100
+
+
 def test_a_tiny_weight_is_not_forgotten() -> None:
     mix = Order([Part("a", [5]), Part("b", [5]), Part("c", [5])], 0, 1, [1e-9, 1e-9, 1.0])
     assert mix.quotas.tolist() == [1, 1, MIX_BLOCK - 2]
