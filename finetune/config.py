@@ -10,24 +10,23 @@ from pretrain.config import (
     BatchConfig,
     Count,
     CountOrZero,
-    FaultBudget,
+    Location,
     LoggingConfig,
     NonNegative,
     OptimizerConfig,
     Problem,
     Rate,
     Section,
+    SourceConfig,
     TrackingConfig,
     UserPath,
 )
 
 
-class FinetuneDataConfig(FaultBudget):
+class FinetuneDataConfig(SourceConfig):
     """Shard sets, or folders with a subfolder for each class."""
 
-    train: UserPath | list[UserPath]
-    validation: UserPath
-    num_workers: CountOrZero = 4
+    validation: Location
     labels_per_class: Count | None = Field(None, description="train on so many samples of each class, drawn by seed")
 
 

@@ -25,7 +25,7 @@ from pretrain.data.loader import Batch, Fault, Loaded, training_batches
 from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.samples import FewLabels, Samples, open_samples
+from pretrain.data.samples import FewLabels, Samples, open_cache, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at
@@ -132,7 +132,9 @@ def open_data(config: FinetuneConfig) -> tuple[Samples, Samples]:
         UserError: a set cannot be used, their classes differ, or the run folder is another run's.
     """
     check_run_dir(config)
-    training, validation = open_samples(config.data.train), open_samples(config.data.validation)
+    cache = open_cache(config.data)
+    training = open_samples(config.data.train, cache=cache)
+    validation = open_samples(config.data.validation, cache=cache)
     if validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
     if not training.class_names:

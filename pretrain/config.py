@@ -18,6 +18,7 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+Location = Annotated[str, AfterValidator(lambda name: str(Path(name).expanduser()) if name[:1] == "~" else name)]
 
 
 class Problem(NamedTuple):
@@ -58,15 +59,24 @@ class FaultBudget(Section):
     max_bad_consecutive: Count = Field(100, description="unusable samples in a row above which the run stops")
 
 
-class DataConfig(FaultBudget):
+class SourceConfig(FaultBudget):
+    """Where data comes from: paths, or URLs (http, s3, gs, hf) whose shards are kept on each machine's disk."""
+
+    train: Location | list[Location]
+    num_workers: CountOrZero = 4
+    cache_dir: UserPath = Field(Path("~/.cache/tessera"), validate_default=True, description="on each machine's disk")
+    cache_bytes: Count = Field(100_000_000_000, description="limit of the cache, over all runs that share it")
+    stall_seconds: Positive = Field(60.0, description="a host that sends nothing for so long ends the run")
+    allow_pipe: bool = Field(False, description="whether a shard may be a command, as in pipe:COMMAND")
+
+
+class DataConfig(SourceConfig):
     """Shard sets written by `tessera shards make` or indexed by `tessera shards index`."""
 
-    train: UserPath | list[UserPath]
     weights: list[Positive] | None = Field(
         None, description="how often each of several sets is drawn; without it they are one set"
     )
-    validation: UserPath | None = None
-    num_workers: CountOrZero = 4
+    validation: Location | None = None
     shuffle_window: Count = Field(64, description="shards whose samples are shuffled together")
 
     def problems(self) -> Iterator[Problem]:

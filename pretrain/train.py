@@ -25,7 +25,7 @@ from pretrain.data.loader import Batch, Fault, Loaded, evaluation_batches, train
 from pretrain.data.meters import Meter, metrics, verdict
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.samples import Samples, open_samples
+from pretrain.data.samples import Samples, open_cache, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.engine import Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
 from pretrain.model.vit import ViT, compile_blocks
@@ -108,8 +108,10 @@ def open_data(config: PretrainConfig, *, insist_on_resume: bool = False) -> Data
             f"{config.run_dir}: not seen by rank {distributed.rank()}; "
             "put run_dir on a file system that all machines share"
         )
-    training = open_samples(config.data.train, config.data.weights)
-    validation = open_samples(config.data.validation) if config.data.validation else None
+    cache = open_cache(config.data)
+    training = open_samples(config.data.train, config.data.weights, cache)
+    training.check_room(config.data.shuffle_window)
+    validation = open_samples(config.data.validation, cache=cache) if config.data.validation else None
     if validation and validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
     if config.objective.needs_labels and not training.class_names:

@@ -76,10 +76,15 @@ class _Positions(Dataset[_Item]):
         self.seed = seed
         self.window = window
         self.order: Order | None = None
+        self.position = 0  # the last that was asked for
 
     def __getitem__(self, position: int) -> _Item:
         if self.order is None:  # built where it is used, so that nothing but this object travels to a worker
-            self.order = self.samples.order(self.seed, self.window)
+            self.order = order = self.samples.order(self.seed, self.window)
+            self.samples.expect(
+                lambda shard: order.distance(shard, self.position), lambda: order.upcoming(self.position)
+            )
+        self.position = position
         place = self.order.locate(position)
         record, faults, work = self._read(self.order, position)
         started = time.perf_counter()

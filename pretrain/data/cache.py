@@ -1,0 +1,263 @@
+"""Remote objects on the node's own disk: one download each, shared by all ranks, workers and runs of a machine.
+
+A file's name is its sha256, so that a name is a promise. A download goes into NAME.partial under an exclusive lock,
+is checked, synced and renamed. Readers hold a shared lock on what they have open, and what is locked is not evicted;
+the kernel drops the locks of whoever dies. Room is made under one short lock of the whole cache, a partial counted at
+its full size, so that the limit always holds.
+"""
+
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.data.index import DataError
+from pretrain.data.remote import FetchPolicy, MissingObjectError, read_pieces
+
+POLL_SECONDS = 0.02
+PREFETCH_PAUSE_SECONDS = 0.2
+
+
+class RemoteObject(NamedTuple):
+    """What is cached: where it comes from, and what it must be."""
+
+    url: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass
+class Counts:
+    """What a process has asked of the cache."""
+
+    hits: int = 0
+    downloads: int = 0
+    downloaded_bytes: int = 0
+    retries: int = 0
+
+
+class Cache:
+    """A folder of verified copies, never larger than its limit.
+
+    Args:
+        folder: on a disk of this machine; it may be shared by any number of processes.
+        limit_bytes: of all files in it.
+        policy: how patient to be with hosts.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int, policy: FetchPolicy) -> None:
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        self.policy = policy
+        self.distance: Callable[[str], float] = lambda sha256: inf
+        self._reset()
+
+    def _reset(self) -> None:
+        self.counts = Counts()
+        self._pid = os.getpid()
+        self._open: dict[str, int] = {}
+        self._mutex = threading.Lock()
+        self._prefetching: threading.Thread | None = None
+
+    def read_range(self, wanted: RemoteObject, offset: int, size: int) -> bytes:
+        """Read `size` bytes from `offset`, downloading the object first where it is not here.
+
+        Raises:
+            DataError: it cannot be had; the sentence names the URL.
+        """
+        if self._pid != os.getpid():  # forked: locks and threads are the parent's
+            self._reset()
+        with self._mutex:
+            descriptor = self._open.get(wanted.sha256)
+            if descriptor is None:
+                descriptor = self._acquire(wanted)
+            else:
+                self.counts.hits += 1
+            return os.pread(descriptor, size, offset)
+
+    def prefetch(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
+        """Keep downloading what will be read next, in the background of this process.
+
+        Processes share the work without speaking: what one is downloading the others skip.
+        """
+        if self._pid != os.getpid():
+            self._reset()
+        if self._prefetching is None:
+            self._prefetching = threading.Thread(target=self._prefetch, args=(upcoming,), daemon=True)
+            self._prefetching.start()
+
+    def _prefetch(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
+        while True:
+            for wanted in upcoming():
+                with suppress(DataError, OSError):  # whoever reads it meets the same and says so
+                    if not self._path(wanted).exists() and (descriptor := self._download(wanted)) is not None:
+                        os.close(descriptor)
+            time.sleep(PREFETCH_PAUSE_SECONDS)
+
+    def _acquire(self, wanted: RemoteObject) -> int:
+        """Return a descriptor of the whole object, locked against eviction; give up what is not needed now."""
+        for sha256 in [name for name in self._open if self.distance(name) > 0]:
+            os.close(self._open.pop(sha256))
+        deadline = time.monotonic() + self.policy.stall_seconds
+        while True:
+            descriptor = self._opened(wanted)
+            if descriptor is not None:
+                self.counts.hits += 1
+            else:
+                descriptor = self._download(wanted)
+            if descriptor is not None:
+                self._open[wanted.sha256] = descriptor
+                return descriptor
+            if time.monotonic() > deadline and not self._in_download(wanted):
+                raise DataError(
+                    f"{self.folder}: no room for {wanted.url} ({wanted.num_bytes} bytes): all {self.limit_bytes} bytes "
+                    "are in use; raise data.cache_bytes or lower data.shuffle_window"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _opened(self, wanted: RemoteObject) -> int | None:
+        """Open an object that is here."""
+        try:
+            descriptor = os.open(self._path(wanted), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if os.fstat(descriptor).st_nlink == 0:  # evicted a moment ago
+            os.close(descriptor)
+            return None
+        os.utime(descriptor)
+        return descriptor
+
+    def _download(self, wanted: RemoteObject) -> int | None:
+        """Download an object, unless somebody is at it or there is no room now; return its locked descriptor."""
+        descriptor = self._reserve(wanted)
+        if descriptor is None:
+            return None
+        partial = self._partial(wanted)
+        try:
+            self._fill(wanted, descriptor)
+            os.fsync(descriptor)
+            partial.rename(self._path(wanted))
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise DataError(
+                f"{self.folder}: {error.strerror}; move data.cache_dir, or lower data.cache_bytes"
+            ) from None
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        self.counts.downloads += 1
+        return descriptor
+
+    def _fill(self, wanted: RemoteObject, descriptor: int) -> None:
+        """Write an object into its partial file, and prove it; what arrived wrong is fetched once more."""
+        for last in (False, True):
+            digest, position = hashlib.sha256(), 0
+            for piece in read_pieces(wanted.url, self.policy, wanted.num_bytes, self._count_retry):
+                digest.update(piece)
+                if position + len(piece) > wanted.num_bytes:
+                    break
+                os.pwrite(descriptor, piece, position)
+                position += len(piece)
+                self.counts.downloaded_bytes += len(piece)
+            if digest.hexdigest() == wanted.sha256:
+                return
+            if last:
+                raise MissingObjectError(
+                    f"{wanted.url}: its sha256 is {digest.hexdigest()}, the index promises {wanted.sha256}; "
+                    "it has changed or is damaged: run `tessera shards index` again"
+                )
+
+    def _count_retry(self) -> None:
+        self.counts.retries += 1
+
+    def _reserve(self, wanted: RemoteObject) -> int | None:
+        """Make room and return the locked partial file; None if somebody has it, or there is no room now."""
+        if wanted.num_bytes > self.limit_bytes:
+            raise DataError(
+                f"{wanted.url}: {wanted.num_bytes} bytes, more than the whole cache: raise data.cache_bytes"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone():
+            if self._path(wanted).exists():
+                return None
+            descriptor = os.open(self._partial(wanted), os.O_RDWR | os.O_CREAT, 0o644)
+            if not _try_lock(descriptor) or not self._make_room(wanted):
+                os.close(descriptor)
+                return None
+            os.ftruncate(descriptor, wanted.num_bytes)
+            return descriptor
+
+    def _make_room(self, wanted: RemoteObject) -> bool:
+        """Evict what is needed last, but nothing that is needed sooner than this, until it fits."""
+        own = self._partial(wanted)
+        sizes = {path: path.stat().st_size for path in self.folder.iterdir() if path != own and path.name != "lock"}
+        for partial in [path for path in sizes if path.suffix == ".partial"]:
+            if _remove_if_unused(partial):  # of a process that died
+                del sizes[partial]
+        free = self.limit_bytes - sum(sizes.values())
+        ahead = self.distance(wanted.sha256)
+        candidates = [(self.distance(path.name), -path.stat().st_mtime, path) for path in sizes if not path.suffix]
+        for distance, _, path in sorted(candidates, reverse=True):
+            if free >= wanted.num_bytes:
+                break
+            if (distance > ahead or distance == inf) and _remove_if_unused(path):
+                free += sizes[path]
+        if free < wanted.num_bytes:
+            own.unlink()
+        return free >= wanted.num_bytes
+
+    def _in_download(self, wanted: RemoteObject) -> bool:
+        return self._partial(wanted).exists()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the lock of the whole cache."""
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _path(self, wanted: RemoteObject) -> Path:
+        return self.folder / wanted.sha256
+
+    def _partial(self, wanted: RemoteObject) -> Path:
+        return self.folder / f"{wanted.sha256}.partial"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"folder": self.folder, "limit_bytes": self.limit_bytes, "policy": self.policy}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_if_unused(path: Path) -> bool:
+    """Remove a file that nobody has locked."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if not _try_lock(descriptor):
+            return False
+        path.unlink()
+        return True
+    finally:
+        os.close(descriptor)
