@@ -73,35 +73,41 @@ def shards_make(
 
 @shards.command("index")
 def shards_index(
-    folder: Annotated[Path, typer.Argument(help="A folder of WebDataset tars: one split.")],
+    source: Annotated[str, typer.Argument(help="One split: a folder of WebDataset tars, or URLs with {000..123}.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the indexes go; needed for URLs, else beside the tars.")
+    ] = None,
     class_names: Annotated[Path | None, typer.Option(help="A file with a class name a line, in label order.")] = None,
     label_key: Annotated[str, typer.Option(help="Key of the label in .json where there is no .cls.")] = "label",
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Images without classes, with captions or nothing beside them.")
     ] = False,
+    allow_pipe: Annotated[
+        bool, typer.Option("--allow-pipe", help="Let a source be a command, as in pipe:COMMAND.")
+    ] = False,
 ) -> None:
-    """Index tars that someone else wrote, and prove that each is whole.
+    """Index tars that someone else wrote, reading each once, and prove that each is whole.
 
     Example: tessera shards index /data/imagenet/train --class-names classes.txt
+
+    Example: tessera shards index 's3://bucket/train-{000000..001023}.tar' --out shards/train
     """
-    index_module, scan = stage("pretrain.data.index"), stage("pretrain.data.scan")
+    index, remote, scan = (stage(f"pretrain.data.{name}") for name in ("index", "remote", "scan"))
     with mistakes():
-        if not folder.is_dir():
-            raise index_module.DataError(f"{folder}: no such folder")
-        if packed := sorted(path.name for path in folder.iterdir() if path.name.endswith(COMPRESSED)):
-            raise index_module.DataError(
-                f"{folder}: {len(packed)} compressed tars, the first is {packed[0]}; nothing in them can be read by "
-                "itself: unpack them, as with gunzip"
-            )
-        tars = sorted(folder.glob("*.tar"))
-        if not tars:
-            raise index_module.DataError(f"{folder}: has no .tar files")
-        names = read_class_names(class_names, index_module.DataError) if class_names else None
+        policy = remote.FetchPolicy(allow_pipe=allow_pipe)
+        if remote.is_remote(source):
+            if out is None:
+                raise index.DataError(f"{source}: the indexes need a folder of their own; name one with --out")
+            folder, tars = out, remote.expand_braces(source)
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder, tars = find_tars(Path(source), out, index.DataError)
+        names = read_class_names(class_names, index.DataError) if class_names else None
         with progress_bar("indexing", len(tars), "shards") as advance:
             scanned = scan.index_shards(
-                [tar.name for tar in tars],
+                tars,
                 folder,
-                lambda name: (folder / name).open("rb"),
+                lambda name: remote.open_stream(name, policy) if remote.is_remote(name) else (folder / name).open("rb"),
                 names,
                 None if unlabelled else label_key,
                 advance,
@@ -190,6 +196,23 @@ def parse_size(text: str) -> int:
     if text.isdigit():
         return int(text)
     raise typer.BadParameter(f"expected a size such as 256MB, got {text!r}", param_hint="--shard-size")
+
+
+def find_tars(folder: Path, out: Path | None, error: type[Exception]) -> tuple[Path, list[str]]:
+    """Return where the index of a folder's tars goes, and the tars as it will name them."""
+    if not folder.is_dir():
+        raise error(f"{folder}: no such folder")
+    if packed := sorted(path.name for path in folder.iterdir() if path.name.endswith(COMPRESSED)):
+        raise error(
+            f"{folder}: {len(packed)} compressed tars, the first is {packed[0]}; nothing in them can be read by "
+            "itself: unpack them, as with gunzip"
+        )
+    tars = sorted(path.name for path in folder.glob("*.tar"))
+    if not tars:
+        raise error(f"{folder}: has no .tar files")
+    if out is not None and out.resolve() != folder.resolve():
+        raise error(f"{out}: the indexes of {folder} stand beside its tars; leave --out away")
+    return folder, tars
 
 
 def read_class_names(path: Path, error: type[Exception]) -> list[str]:

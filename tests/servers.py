@@ -113,3 +113,34 @@ def serve(server: Hostile) -> Iterator[Hostile]:
     finally:
         running.shutdown()
         running.server_close()
+
+
+@contextmanager
+def serve_s3(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
+    """Run moto's S3 with a folder's files in a bucket; yield the environment that leads s3fs there."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    access = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    try:
+        client = boto3.client(
+            "s3",
+            endpoint_url=access["AWS_ENDPOINT_URL"],
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+        client.create_bucket(Bucket=bucket)
+        for path in folder.iterdir():
+            client.upload_file(str(path), bucket, path.name)
+        yield access
+    finally:
+        server.stop()

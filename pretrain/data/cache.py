@@ -105,7 +105,7 @@ class Cache:
         """Return a descriptor of the whole object, locked against eviction; give up what is not needed now."""
         for sha256 in [name for name in self._open if self.distance(name) > 0]:
             os.close(self._open.pop(sha256))
-        deadline = time.monotonic() + self.policy.stall_seconds
+        deadline = time.time() + self.policy.stall_seconds
         while True:
             descriptor = self._opened(wanted)
             if descriptor is not None:
@@ -115,7 +115,7 @@ class Cache:
             if descriptor is not None:
                 self._open[wanted.sha256] = descriptor
                 return descriptor
-            if time.monotonic() > deadline and not self._in_download(wanted):
+            if time.time() > max(deadline, self._last_progress(wanted) + 2 * self.policy.stall_seconds):
                 raise DataError(
                     f"{self.folder}: no room for {wanted.url} ({wanted.num_bytes} bytes): all {self.limit_bytes} bytes "
                     "are in use; raise data.cache_bytes or lower data.shuffle_window"
@@ -144,18 +144,17 @@ class Cache:
         try:
             self._fill(wanted, descriptor)
             os.fsync(descriptor)
-            partial.rename(self._path(wanted))
-        except OSError as error:
-            partial.unlink(missing_ok=True)
+            with self._alone():
+                partial.rename(self._path(wanted))
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+        except BaseException as error:
+            with self._alone():
+                partial.unlink(missing_ok=True)
             os.close(descriptor)
-            raise DataError(
-                f"{self.folder}: {error.strerror}; move data.cache_dir, or lower data.cache_bytes"
-            ) from None
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            os.close(descriptor)
-            raise
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if not isinstance(error, OSError):
+                raise
+            cure = "move data.cache_dir, or lower data.cache_bytes"
+            raise DataError(f"{self.folder}: {error.strerror}; {cure}") from None
         self.counts.downloads += 1
         return descriptor
 
@@ -192,11 +191,15 @@ class Cache:
             if self._path(wanted).exists():
                 return None
             descriptor = os.open(self._partial(wanted), os.O_RDWR | os.O_CREAT, 0o644)
-            if not _try_lock(descriptor) or not self._make_room(wanted):
-                os.close(descriptor)
-                return None
-            os.ftruncate(descriptor, wanted.num_bytes)
-            return descriptor
+            is_ours = False
+            try:
+                is_ours = _try_lock(descriptor) and self._make_room(wanted)
+                if is_ours:
+                    os.ftruncate(descriptor, wanted.num_bytes)
+            finally:
+                if not is_ours:  # left open, it would keep its lock
+                    os.close(descriptor)
+            return descriptor if is_ours else None
 
     def _make_room(self, wanted: RemoteObject) -> bool:
         """Evict what is needed last, but nothing that is needed sooner than this, until it fits."""
@@ -217,8 +220,12 @@ class Cache:
             own.unlink()
         return free >= wanted.num_bytes
 
-    def _in_download(self, wanted: RemoteObject) -> bool:
-        return self._partial(wanted).exists()
+    def _last_progress(self, wanted: RemoteObject) -> float:
+        """Return when somebody last wrote at the partial file; long ago if nobody is at it."""
+        try:
+            return self._partial(wanted).stat().st_mtime
+        except FileNotFoundError:
+            return -inf
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
