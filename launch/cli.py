@@ -5,6 +5,7 @@ Stages are imported when their verb runs, so that `--help` and a user's mistakes
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def shards_make(
 
     Example: tessera shards make photos/ shards/photos
     """
-    shard_bytes = parse_size(shard_size)
+    shard_bytes = parse_size(shard_size, "--shard-size")
     sources, making = stage("pretrain.data.sources"), stage("pretrain.data.shards")
     with mistakes():
         listed = sources.list_source(source)
@@ -115,6 +116,117 @@ def shards_index(
     for remark in scanned.remarks:
         print(remark)
     print(f"{folder}: {describe(scanned.info)}")
+
+
+@shards.command("check")
+def shards_check(
+    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes; as many as there are cores.")] = os.cpu_count() or 1,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
+    allow_pipe: Annotated[bool, typer.Option("--allow-pipe", help="Let a shard be a command.")] = False,
+) -> None:
+    """Hold every byte of a split against its index; list what is wrong, and exit with 1 if anything is.
+
+    Example: tessera shards check shards/photos/train
+    """
+    check, remote = stage("pretrain.data.check"), stage("pretrain.data.remote")
+    found = 0
+    with mistakes():
+        info = stage("pretrain.data.index").DatasetInfo.load(folder)
+        for name in check.stray_files(folder):
+            print(f"{folder / name}: belongs to no shard", file=sys.stderr)
+        policy = remote.FetchPolicy(allow_pipe=allow_pipe)
+        with progress_bar("checking", len(info.shards), "shards") as advance:
+            for finding in check.check_set(folder, workers, policy, advance):
+                found += 1
+                print(json.dumps(finding._asdict()) if as_json else "  ".join(filter(None, finding)))
+    if found:
+        print(f"{folder}: {found} faults", file=sys.stderr)
+        raise typer.Exit(1)
+    if not as_json:
+        print(f"{folder}: {describe(info)}, every byte as it should be")
+
+
+@shards.command("stats")
+def shards_stats(
+    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json.")],
+    picture: Annotated[Path | None, typer.Option(help="Also draw it: a PNG with samples and histograms.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """Count classes, sizes, shapes and duplicates of a split.
+
+    Example: tessera shards stats shards/photos/train --picture photos.png
+    """
+    statistics, samples = stage("pretrain.data.stats"), stage("pretrain.data.samples")
+    with mistakes():
+        opened = samples.open_samples(folder)
+        with progress_bar("reading indexes", len(opened.shard_sizes), "shards") as advance:
+            stats = statistics.read_stats(opened, advance)
+        if picture is not None:
+            statistics.draw(opened, stats, picture)
+    if as_json:
+        print(json.dumps(statistics.summary(stats)))
+        return
+    for name, value in statistics.summary(stats).items():
+        shown = "  ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else value
+        print(f"{name:<24}{shown}")
+    for group in stats.duplicates[: statistics.SHOWN]:
+        print(f"the same bytes          {'  '.join(group)}")
+    if picture is not None:
+        print(f"picture                 {picture}")
+
+
+@shards.command("simulate")
+def shards_simulate(
+    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json.")],
+    global_batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 1024,
+    ranks: Annotated[int, typer.Option(min=1, help="GPUs, over all machines.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Loader workers of each rank: data.num_workers.")] = 4,
+    shuffle_window: Annotated[int, typer.Option(min=1, help="Shards shuffled together: data.shuffle_window.")] = 64,
+    cache_size: Annotated[str, typer.Option(help="The cache of each machine, with kB, MB or GB.")] = "100GB",
+    image_size: Annotated[int, typer.Option(min=1, help="Pixels of the crop.")] = 224,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """Say what a run would be like before GPUs are rented: steps, shuffle quality, downloads, images a second.
+
+    Example: tessera shards simulate shards/photos/train --ranks 64 --nodes 8
+    """
+    cache_bytes = parse_size(cache_size, "--cache-size")
+    simulation, samples = stage("pretrain.data.simulate"), stage("pretrain.data.samples")
+    with mistakes():
+        opened = samples.open_samples(folder)
+        shard_bytes = [shard.num_bytes for shard in stage("pretrain.data.index").DatasetInfo.load(folder).shards]
+        timed = simulation.BATCHES_DRAWN + simulation.SAMPLES_TIMED
+        with progress_bar("simulating", timed, "steps") as advance:
+            result = simulation.simulate(
+                opened,
+                shard_bytes,
+                global_batch_size=global_batch_size,
+                ranks=ranks,
+                window=shuffle_window,
+                cache_bytes=cache_bytes,
+                make_view=stage("pretrain.data.loader").work_of_a_worker(image_size),
+                progress=advance,
+            )
+    if as_json:
+        print(json.dumps(vars(result)))
+        return
+    least, most = result.samples_per_rank
+    share = str(least) if least == most else f"{least} or {most}"
+    lines = {
+        "samples": f"{result.samples}",
+        "steps an epoch": f"{result.steps_per_epoch:.1f}, each {share} a rank",
+        "classes in a batch": f"{result.classes_in_a_batch:.1f} ({result.classes_if_fully_shuffled:.1f} if all samples "
+        f"were shuffled at once), of {len(opened.class_names)}",
+        "cache needed": f"{result.bytes_of_two_windows / 1e9:.2f} GB a machine, for two windows of {shuffle_window}",
+        "download, where remote": f"{result.first_epoch_bytes_per_node / 1e9:.2f} GB a machine in the first epoch, "
+        f"{result.later_epoch_bytes_per_node / 1e9:.2f} GB in each later one; {nodes} machines",
+        "images a second": f"{result.images_per_second_per_worker:.0f} a worker on this machine's cores, "
+        f"{result.images_per_second_per_worker * max(workers, 1) * ranks:.0f} with {workers} workers on {ranks} ranks",
+    }
+    for name, value in lines.items():
+        print(f"{name:<24}{value}")
 
 
 @app.command("export")
@@ -188,14 +300,14 @@ def progress_bar(label: str, total: int, unit: str) -> Iterator[Any]:
         yield lambda amount: bar.advance(task, amount)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str) -> int:
     """Read a size such as 256MB; a plain number is bytes."""
     for unit, factor in UNITS.items():
         if text.endswith(unit) and text.removesuffix(unit).isdigit():
             return int(text.removesuffix(unit)) * factor
     if text.isdigit():
         return int(text)
-    raise typer.BadParameter(f"expected a size such as 256MB, got {text!r}", param_hint="--shard-size")
+    raise typer.BadParameter(f"expected a size such as 256MB, got {text!r}", param_hint=option)
 
 
 def find_tars(folder: Path, out: Path | None, error: type[Exception]) -> tuple[Path, list[str]]:

@@ -193,19 +193,19 @@ class ShardSet(Samples):
             self.parts = [Part(digest, [shard.num_samples for shard in self.entries])]
         else:
             self.weights = tuple(weights)
-        self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
+        self.index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "_index"}
+        return {name: value for name, value in vars(self).items() if name != "index"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self._index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
+        self.index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
 
     def fetch(self, shard: int, row: int) -> Encoded:
         tar = self._tar(shard)
         try:
-            index = self._index(shard)
+            index = self.index(shard)
         except StalledFetchError:
             raise
         except DataError as error:
@@ -223,7 +223,7 @@ class ShardSet(Samples):
         return Encoded(tar.url, key, data, label)
 
     def labels(self, shard: int) -> Sequence[int]:
-        return self._index(shard).label
+        return self.index(shard).label
 
     def expect(self, distance: Callable[[int], float], upcoming: Callable[[], Iterable[int]]) -> None:
         if self.cache is None or not any(is_remote(self._tar(shard).url) for shard in range(len(self.entries))):

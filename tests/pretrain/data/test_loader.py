@@ -136,7 +136,7 @@ def test_a_sample_that_cannot_be_used_is_replaced_and_nothing_else_changes(copie
     tar.write_bytes(data)
     samples = open_samples(copied)
     assert isinstance(samples, ShardSet)
-    key = samples._index(3).key[0]
+    key = samples.index(3).key[0]
     loaded = list(batches(samples, num_workers=num_workers))
     faults = [fault for batch in loaded for fault in batch.faults]
     assert {fault[1:] for fault in faults} == {(str(tar), key, "damaged: its checksum is off")}

@@ -1,0 +1,158 @@
+"""What is in a shard set: classes, sizes, shapes, duplicates; from the indexes, so that it is quick. And a picture."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from pretrain.data.index import DataError
+from pretrain.data.order import permutation
+from pretrain.data.samples import Samples, ShardSet
+
+SHOWN = 5
+PERCENTILES = {"smallest": 0, "5%": 5, "median": 50, "95%": 95, "largest": 100}
+MOSAIC_ROWS, MOSAIC_COLUMNS, TILE = 6, 16, 96
+INK, ACCENT = "#22303c", "#2a7f9e"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """The columns of all indexes, and the groups of samples whose bytes are the same."""
+
+    class_names: list[str]
+    labels: npt.NDArray[np.int64]
+    widths: npt.NDArray[np.int64]
+    heights: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    extensions: dict[str, int]
+    duplicates: list[list[str]]
+
+
+def read_stats(samples: Samples, progress: Callable[[int], None] = lambda _: None) -> Stats:
+    """Read every index of a set; `progress` is called with 1 after each.
+
+    Raises:
+        DataError: it is no shard set, or an index cannot be used.
+    """
+    if not isinstance(samples, ShardSet):
+        raise DataError("a plain folder has no index; make shards of it first, with `tessera shards make`")
+    columns: dict[str, list[int]] = defaultdict(list)
+    extensions: dict[str, int] = defaultdict(int)
+    places: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for shard in range(len(samples.shard_sizes)):
+        index = samples.index(shard)
+        for name in ("label", "width", "height", "size"):
+            columns[name] += getattr(index, name)
+        for row, extension in enumerate(index.extension):
+            extensions[extension] += 1
+            places[index.crc32[row], index.size[row]].append((shard, row))
+        progress(1)
+    alike = [group for group in places.values() if len(group) > 1]
+    duplicates = [keys for group in alike for keys in _same_bytes(samples, group)]
+    arrays = {name: np.asarray(values, dtype=np.int64) for name, values in columns.items()}
+    return Stats(
+        samples.class_names,
+        arrays["label"],
+        arrays["width"],
+        arrays["height"],
+        arrays["size"],
+        dict(sorted(extensions.items())),
+        duplicates,
+    )
+
+
+def _same_bytes(samples: Samples, places: list[tuple[int, int]]) -> list[list[str]]:
+    """Return the keys of those whose bytes are truly the same."""
+    groups: dict[bytes, list[str]] = defaultdict(list)
+    for shard, row in places:
+        encoded = samples.fetch(shard, row)
+        groups[encoded.data].append(encoded.key)
+    return [sorted(keys) for keys in groups.values() if len(keys) > 1]
+
+
+def summary(stats: Stats) -> dict[str, Any]:
+    """Return the numbers that a person reads."""
+    counts = np.bincount(stats.labels, minlength=len(stats.class_names)) if stats.class_names else np.zeros(0, int)
+    classes: dict[str, Any] = {"count": len(stats.class_names)}
+    if len(counts):
+        smallest, largest = int(counts.argmin()), int(counts.argmax())
+        classes |= {
+            "smallest": f"{stats.class_names[smallest]} ({counts[smallest]})",
+            "largest": f"{stats.class_names[largest]} ({counts[largest]})",
+        }
+    return {
+        "samples": len(stats.sizes),
+        "classes": classes,
+        "width": _percentiles(stats.widths),
+        "height": _percentiles(stats.heights),
+        "aspect": _percentiles(np.round(stats.widths / stats.heights, 2)),
+        "bytes": _percentiles(stats.sizes),
+        "formats": stats.extensions,
+        "duplicates": sum(len(group) - 1 for group in stats.duplicates),
+    }
+
+
+def _percentiles(values: npt.NDArray[Any]) -> dict[str, Any]:
+    return {name: values.dtype.type(np.percentile(values, percent)).item() for name, percent in PERCENTILES.items()}
+
+
+def draw(samples: Samples, stats: Stats, path: Path) -> None:
+    """Draw a mosaic of samples over histograms of classes, sizes, shapes and bytes."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    style = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#c5ced6"}
+    with plt.rc_context({**style, "xtick.color": INK, "ytick.color": INK}):
+        figure, axes = plt.subplot_mosaic(
+            [["mosaic"] * 3, ["classes", "shape", "bytes"]],
+            figsize=(16, 10.5),
+            height_ratios=[2.05, 1],
+            layout="constrained",
+        )
+        axes["mosaic"].imshow(_mosaic(samples))
+        axes["mosaic"].set_axis_off()
+        axes["mosaic"].set_title(f"{len(stats.sizes):,} images in {len(stats.class_names)} classes", fontsize=15)
+        _draw_classes(axes["classes"], stats)
+        axes["shape"].hexbin(stats.widths, stats.heights, gridsize=40, mincnt=1, bins="log", cmap="GnBu")
+        axes["shape"].set(title="size of the images", xlabel="width, pixels", ylabel="height, pixels")
+        axes["bytes"].hist(stats.sizes / 1000, bins=60, color=ACCENT)
+        axes["bytes"].set(title="size of the files", xlabel="kilobytes", ylabel="images")
+        for name in ("classes", "shape", "bytes"):
+            axes[name].spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def _draw_classes(axes: Any, stats: Stats) -> None:
+    counts = np.bincount(np.maximum(stats.labels, 0), minlength=len(stats.class_names))
+    order = np.argsort(-counts, kind="stable")
+    axes.bar(np.arange(len(counts)), counts[order], width=1.0 if len(counts) > 60 else 0.8, color=ACCENT)
+    axes.set(title="images a class, largest first", ylabel="images", xlabel="classes")
+    if len(counts) <= 30:
+        names = [stats.class_names[label] if stats.class_names else "" for label in order]
+        longest = max(map(len, names))
+        axes.set_xticks(
+            np.arange(len(counts)), names, rotation=0 if longest < 4 else 60, ha="center" if longest < 4 else "right"
+        )
+        axes.set_xlabel("")
+
+
+def _mosaic(samples: Samples) -> npt.NDArray[np.uint8]:
+    """Return tiles of samples drawn over all shards, each fitted into a square."""
+    ends = np.cumsum(samples.shard_sizes)
+    drawn = permutation(int(ends[-1]), "mosaic")[: MOSAIC_ROWS * MOSAIC_COLUMNS].tolist()
+    canvas = np.full((MOSAIC_ROWS * TILE, MOSAIC_COLUMNS * TILE, 3), 255, np.uint8)
+    for place, position in enumerate(drawn):
+        shard = int(np.searchsorted(ends, position, side="right"))
+        record = samples.read(shard, position - int(ends[shard]) + samples.shard_sizes[shard])
+        tile = ImageOps.fit(Image.fromarray(record.image), (TILE - 4, TILE - 4), Image.Resampling.BICUBIC)
+        top, left = place // MOSAIC_COLUMNS * TILE + 2, place % MOSAIC_COLUMNS * TILE + 2
+        canvas[top : top + TILE - 4, left : left + TILE - 4] = np.asarray(tile)
+    return canvas

@@ -1,0 +1,146 @@
+"""Whatever is done to a set, the check finds it; beside it, what webdataset notices."""
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from pretrain.data.check import Finding, check_set
+from pretrain.data.index import DatasetInfo, ShardIndex
+from pretrain.data.remote import FetchPolicy
+from pretrain.data.shards import make_shards
+from pretrain.data.sources import keep_classes, list_source
+from tests.pretrain.data.test_faults import DAMAGES
+from tests.servers import Hostile, serve
+
+FAULTS = 300
+
+
+@pytest.fixture
+def folder(digits: Path, tmp_path: Path) -> Path:
+    shutil.copytree(digits / "validation", tmp_path / "set")
+    return tmp_path / "set"
+
+
+def check(folder: Path, num_workers: int = 0) -> list[Finding]:
+    return list(check_set(folder, num_workers, FetchPolicy()))
+
+
+def edit_index(folder: Path, change: Callable[[ShardIndex], None]) -> None:
+    """Change an index as a bug would, not as decay does: every digest fits."""
+    info = DatasetInfo.load(folder)
+    path = folder / "shard-000000.index.json"
+    index = ShardIndex.parse(path.read_bytes(), path, info.shards[0].index_sha256)
+    change(index)
+    info.shards[0] = index.save(folder)
+    info.save(folder)
+
+
+def test_a_sound_set_has_no_findings(folder: Path) -> None:
+    assert check(folder) == check(folder, num_workers=2) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda index: index.crc32.__setitem__(3, 7), "its checksum is off"),
+        (lambda index: index.size.__setitem__(3, 7), "bytes, the index promises 7"),
+        (lambda index: index.offset.__setitem__(3, 7), "the tar has no member there"),
+        (lambda index: index.width.__setitem__(3, 7), "is 32 x 32 pixels, the index promises 7 x 32"),
+        (lambda index: index.label.__setitem__(3, 7), "label 7 is out of range: there are 3 classes"),
+        (lambda index: index.key.__setitem__(3, index.key[4]), "the same key is in shard-000000.tar"),
+    ],
+)
+def test_an_index_that_says_something_else(folder: Path, change: Callable[[ShardIndex], None], expected: str) -> None:
+    edit_index(folder, change)
+    [finding] = check(folder)
+    assert finding.shard == "shard-000000.tar"
+    assert finding.key is not None
+    assert expected in finding.reason
+
+
+def test_a_damaged_header_does_not_hide_what_lies_behind_it(folder: Path) -> None:
+    info = DatasetInfo.load(folder)
+    tar = folder / "shard-000000.tar"
+    index = ShardIndex.parse((folder / "shard-000000.index.json").read_bytes(), "", info.shards[0].index_sha256)
+    data = bytearray(tar.read_bytes())
+    data[index.offset[2] - 512] ^= 0x55  # the third image's header
+    data[index.offset[5] + 10] ^= 0x55  # the sixth image
+    tar.write_bytes(data)
+    findings = check(folder)
+    assert [finding.key for finding in findings] == [None, index.key[5]]
+    assert "damaged header at byte" in findings[0].reason
+
+
+def test_every_fault_is_found(tmp_path: Path) -> None:
+    source = keep_classes(list_source("digits"), ["0", "1"])
+    source.images = source.images[::30]
+    made = make_shards(source, tmp_path / "made", validation=0.0, shard_bytes=3_000, seed=0, skip_bad=False)
+    whole = tmp_path / "made" / "train"
+    files = sorted(whole.iterdir())
+    chance, silent, tried = random.Random(0), 0, 0
+    for number in range(FAULTS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for path in files:
+            (folder / path.name).hardlink_to(path)
+        victim = folder / chance.choice(files).name
+        before = victim.read_bytes()
+        after = DAMAGES[chance.choice(list(DAMAGES))](before, chance)
+        victim.unlink()
+        if after is not None:
+            victim.write_bytes(after)
+        assert bool(check(folder)) == (after != before), victim
+        if victim.suffix == ".tar" and after != before:
+            tried += 1
+            silent += _webdataset_says_nothing(folder, made.splits["train"].num_samples)
+    print(f"webdataset passed over {silent} of {tried} damaged tars in silence")
+    assert silent > 0
+
+
+def _webdataset_says_nothing(folder: Path, num_samples: int) -> bool:
+    try:
+        read = list(webdataset.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False))
+    except Exception:
+        return False
+    return bool(read) and len(read) <= num_samples
+
+
+def test_remote_tars_are_checked_too(digits: Path, tmp_path: Path) -> None:
+    with serve(Hostile(digits / "validation")) as server:
+        info = DatasetInfo.load(digits / "validation")
+        index = ShardIndex.parse(
+            (digits / "validation" / "shard-000000.index.json").read_bytes(), "", info.shards[0].index_sha256
+        )
+        index.name = f"{server.url}/shard-000000.tar"
+        DatasetInfo(info.class_names, info.class_counts, [index.save(tmp_path)]).save(tmp_path)
+        assert check(tmp_path) == []
+        edit = DatasetInfo.load(tmp_path).shards[0]
+        assert edit.sha256 == hashlib.sha256((digits / "validation" / "shard-000000.tar").read_bytes()).hexdigest()
+        server.folder = tmp_path
+        [finding] = check(tmp_path)
+        assert finding.reason == "not there"
+
+
+def test_the_command_lists_and_exits_with_1(folder: Path, tool: Callable[[str], str]) -> None:
+    def run(*options: str) -> "subprocess.CompletedProcess[str]":
+        command = [tool("tessera"), "shards", "check", str(folder), *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    sound = run()
+    assert (sound.returncode, "every byte as it should be" in sound.stdout) == (0, True)
+    tar = folder / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:3000])
+    (folder / "notes.txt").write_text("stray")
+    broken = run("--json")
+    assert broken.returncode == 1
+    assert json.loads(broken.stdout.splitlines()[0])["shard"] == "shard-000000.tar"
+    assert "notes.txt: belongs to no shard" in broken.stderr
+    (folder / "dataset.json").write_text("{")
+    assert run().returncode == 2

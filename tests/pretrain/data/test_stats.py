@@ -1,0 +1,71 @@
+"""The numbers of a set, held against the images themselves; and a picture that shows them."""
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from pretrain.data.index import DataError
+from pretrain.data.samples import open_samples
+from pretrain.data.shards import make_shards
+from pretrain.data.sources import list_source
+from pretrain.data.stats import draw, read_stats, summary
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pieces of two photos in two classes, of many sizes, one of them twice."""
+    folder = tmp_path_factory.mktemp("stats")
+    chance = np.random.default_rng(0)
+    for name, count in {"china": 40, "flower": 25}.items():
+        (folder / "in" / name).mkdir(parents=True)
+        photo = Image.fromarray(load_sample_image(f"{name}.jpg"))
+        for i in range(count):
+            width, height = chance.integers(60, 300, 2).tolist()
+            left, top = chance.integers(0, 120, 2).tolist()
+            photo.crop((left, top, left + width, top + height)).save(folder / "in" / name / f"{i}.jpg")
+    shutil.copy(folder / "in" / "china" / "3.jpg", folder / "in" / "flower" / "copy.jpg")
+    make_shards(
+        list_source(str(folder / "in")), folder / "out", validation=0, shard_bytes=10**5, seed=0, skip_bad=False
+    )
+    return folder
+
+
+def test_the_numbers_are_those_of_the_files(photos: Path) -> None:
+    samples = open_samples(photos / "out" / "train")
+    stats = read_stats(samples)
+    files = sorted((photos / "in").rglob("*.jpg"))
+    assert Counter(zip(stats.widths.tolist(), stats.heights.tolist(), strict=True)) == Counter(
+        Image.open(path).size for path in files
+    )
+    assert sorted(stats.sizes.tolist()) == sorted(path.stat().st_size for path in files)
+    found = summary(stats)
+    assert found["classes"] == {"count": 2, "smallest": "flower (26)", "largest": "china (40)"}
+    assert found["formats"] == {"jpg": 66}
+    assert found["width"]["median"] == int(np.median([Image.open(path).width for path in files]))
+    assert stats.duplicates == [["china/3", "flower/copy"]]
+    with pytest.raises(DataError, match="a plain folder has no index; make shards of it first"):
+        read_stats(open_samples(photos / "in"))
+
+
+def test_the_picture_shows_samples_and_histograms(photos: Path) -> None:
+    samples = open_samples(photos / "out" / "train")
+    draw(samples, read_stats(samples), photos / "stats.png")
+    with Image.open(photos / "stats.png") as picture:
+        assert picture.width > 1500
+    XX
+
+
+def test_the_command(photos: Path, tool: Callable[[str], str]) -> None:
+    command = [tool("tessera"), "shards", "stats", str(photos / "out" / "train")]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "the same bytes          china/3  flower/copy" in text
+    answer = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert json.loads(answer)["duplicates"] == 1
