@@ -107,6 +107,7 @@ def draw(samples: Samples, stats: Stats, path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.colors import ListedColormap
 
     style = {"font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#c5ced6"}
     with plt.rc_context({**style, "xtick.color": INK, "ytick.color": INK}):
@@ -120,7 +121,8 @@ def draw(samples: Samples, stats: Stats, path: Path) -> None:
         axes["mosaic"].set_axis_off()
         axes["mosaic"].set_title(f"{len(stats.sizes):,} images in {len(stats.class_names)} classes", fontsize=15)
         _draw_classes(axes["classes"], stats)
-        axes["shape"].hexbin(stats.widths, stats.heights, gridsize=40, mincnt=1, bins="log", cmap="GnBu")
+        shades = ListedColormap(mpl.colormaps["GnBu"](np.linspace(0.4, 1.0, 256)))  # one image must be seen too
+        axes["shape"].hexbin(stats.widths, stats.heights, gridsize=40, mincnt=1, bins="log", cmap=shades)
         axes["shape"].set(title="size of the images", xlabel="width, pixels", ylabel="height, pixels")
         axes["bytes"].hist(stats.sizes / 1000, bins=60, color=ACCENT)
         axes["bytes"].set(title="size of the files", xlabel="kilobytes", ylabel="images")

@@ -60,7 +60,8 @@ def test_the_picture_shows_samples_and_histograms(photos: Path) -> None:
     draw(samples, read_stats(samples), photos / "stats.png")
     with Image.open(photos / "stats.png") as picture:
         assert picture.width > 1500
-    XX
+        pixels = np.asarray(picture.convert("RGB").resize((64, 64))).reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 500
 
 
 def test_the_command(photos: Path, tool: Callable[[str], str]) -> None:
