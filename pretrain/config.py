@@ -64,7 +64,7 @@ class SourceConfig(FaultBudget):
 
     train: Location | list[Location]
     num_workers: CountOrZero = 4
-    cache_dir: UserPath = Field(Path("~/.cache/tessera"), validate_default=True, description="on each machine's disk")
+    cache_dir: UserPath = Field(Path("~/.cache/tessera").expanduser(), description="on each machine's own disk")
     cache_bytes: Count = Field(100_000_000_000, description="limit of the cache, over all runs that share it")
     stall_seconds: Positive = Field(60.0, description="a host that sends nothing for so long ends the run")
     allow_pipe: bool = Field(False, description="whether a shard may be a command, as in pipe:COMMAND")
