@@ -243,6 +243,7 @@ class Batches:
     def __init__(self, run: Run) -> None:
         engine = run.config.engine
         self.device = run.engine.device
+        self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window)
         self.meter = Meter()
         self.faults: list[Fault] = []
         self.per_step = engine.accumulation_steps(distributed.world_size())
@@ -269,6 +270,11 @@ class Batches:
             self.meter.note(loaded, asked_at, time.monotonic())
             self.faults += loaded.faults
             yield to_device(loaded.tensors, self.device), loaded.weight
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """Return how often each set has been gone through before a position of the run."""
+        epochs = self.order.epochs(position)
+        return {f"data/epoch_{i}" if len(epochs) > 1 else "data/epoch": epoch for i, epoch in enumerate(epochs)}
 
     def take_faults(self) -> list[Fault]:
         """Return the faults met since the last call."""
@@ -310,6 +316,7 @@ class Interval:
             "speed/images_per_second": steps * config.engine.global_batch_size / seconds,
             "data/samples": run.manifest.samples,
             "data/bad_samples": len(run.quarantine),
+            **batches.epochs(run.manifest.samples),
             **metrics(work, seconds, world_size, config.data.num_workers),
         }
         return row, stops > 0

@@ -82,6 +82,11 @@ class Cache:
                 self.counts.hits += 1
             return os.pread(descriptor, size, offset)
 
+    def take_counts(self) -> dict[str, int]:
+        """Return this process's counts since the last call."""
+        taken, self.counts = self.counts, Counts()
+        return vars(taken)
+
     def prefetch(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
         """Keep downloading what will be read next, in the background of this process.
 

@@ -39,12 +39,16 @@ class Fault(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What the loader did: seconds of each stage, over all workers, and bytes read."""
+    """What the loader did: seconds of each stage over all workers, bytes read, and what the cache had to do."""
 
     fetch: float = 0.0
     decode: float = 0.0
     augment: float = 0.0
     bytes: float = 0.0
+    hits: float = 0.0
+    downloads: float = 0.0
+    downloaded_bytes: float = 0.0
+    retries: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -138,7 +142,8 @@ def _timed_read(samples: Samples, shard: int, row: int) -> tuple[Record, Work]:
     encoded: Encoded = samples.fetch(shard, row)
     fetched = time.perf_counter()
     record = decoded(encoded)
-    return record, Work(fetched - started, time.perf_counter() - fetched, 0.0, len(encoded.data))
+    seconds = {"fetch": fetched - started, "decode": time.perf_counter() - fetched}
+    return record, Work(**seconds, bytes=len(encoded.data), **samples.take_counts())
 
 
 def work_of_a_worker(image_size: int) -> Callable[[Encoded], object]:

@@ -53,12 +53,19 @@ def metrics(totals: Sequence[float], seconds: float, world_size: int, num_worker
     work = Work(*totals[3:])
     worker_seconds = seconds * world_size * max(num_workers, 1)
     busy = {f"data/{stage}_busy": getattr(work, stage) / worker_seconds for stage in STAGES}
-    return {
+    row = {
         "data/wait_fraction": waited / world_size / seconds,
         "data/batches_ready": ready / max(batches, 1),
         "data/megabytes_per_second": work.bytes / 1e6 / seconds,
         **busy,
     }
+    if asked := work.hits + work.downloads:  # only what is remote asks the cache
+        row |= {
+            "data/cache_hits": work.hits / asked,
+            "data/downloaded_megabytes_per_second": work.downloaded_bytes / 1e6 / seconds,
+            "data/retries": work.retries,
+        }
+    return row
 
 
 def verdict(row: dict[str, float], num_workers: int) -> str | None:

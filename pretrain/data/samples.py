@@ -100,6 +100,10 @@ class Samples(ABC):
     def check_room(self, window: int) -> None:  # noqa: B027
         """Make sure that what is remote can be kept while it is read."""
 
+    def take_counts(self) -> dict[str, int]:
+        """Return what the cache has done for this process since the last call; nothing where there is none."""
+        return {}
+
     def order(self, seed: int, window: int) -> Order:
         """Return the order of a run over these samples."""
         return Order(self.parts, seed, window, self.weights)
@@ -246,6 +250,9 @@ class ShardSet(Samples):
                 f"data.cache_bytes: {self.cache.limit_bytes} bytes cannot hold two windows of {window} shards, "
                 f"{needed} bytes; raise it, or lower data.shuffle_window"
             )
+
+    def take_counts(self) -> dict[str, int]:
+        return self.cache.take_counts() if self.cache else {}
 
     def _tar(self, shard: int) -> RemoteObject:
         """Return where a shard stands and what it must be, remote or not."""

@@ -64,7 +64,7 @@ def row_of(samples: Samples, view: TrainView, train_seconds: float = 0.0) -> dic
 
 @pytest.mark.parametrize("stage", ["fetch", "decode", "augment"])
 def test_the_stage_that_is_slow_is_named(digits: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    samples = SlowFetch([digits / "train"]) if stage == "fetch" else open_samples(digits / "train")
+    samples = SlowFetch([str(digits / "train")]) if stage == "fetch" else open_samples(digits / "train")
     view = (SlowView if stage == "augment" else TrainView)(AugmentConfig(), 16)
     if stage == "decode":
         monkeypatch.setattr(loader, "decoded", slow_decoded)
@@ -100,4 +100,14 @@ def test_the_queue_is_as_full_as_it_was() -> None:
         "data/decode_busy": pytest.approx(0.3),
         "data/augment_busy": pytest.approx(0.45),
     }
-    assert meter.take() == [0.0] * 7
+    assert meter.take() == [0.0] * 11
+
+
+def test_what_is_remote_says_how_the_cache_did() -> None:
+    meter = Meter()
+    work = Work(bytes=1e6, hits=9, downloads=1, downloaded_bytes=5e6, retries=2)
+    meter.note(Loaded({}, 1.0, [], work, 1.0), 1.5, 2.0)
+    row = metrics(meter.take(), 10.0, 1, 2)
+    assert row["data/cache_hits"] == pytest.approx(0.9)
+    assert row["data/downloaded_megabytes_per_second"] == pytest.approx(0.5)
+    assert row["data/retries"] == 2
