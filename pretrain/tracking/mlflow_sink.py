@@ -38,7 +38,8 @@ class Sink:
     def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
         self.run_dir = run_dir
         self.client = MlflowClient(uri)
-        self.state: dict[str, Any] = {"uri": uri, "experiment": experiment, "run_id": None, "last_step": -1}
+        self.state: dict[str, Any] = {"uri": uri, "experiment": experiment, "run_id": None}
+        self.state |= {"last_step": -1, "last_names": []}  # what was sent last: a step may have several rows
         if (run_dir / STATE_FILE).exists():
             self.state |= json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
         self.params: dict[str, str] = {}
@@ -60,17 +61,22 @@ class Sink:
             self.client.log_batch(self.state["run_id"], tags=[RunTag(k, v) for k, v in self.tags.items()])
             self.tags = {}
         metrics: list[Metric] = []
-        offset, last_step = self.offset, self.state["last_step"]
-        for end, row in _rows(self.run_dir / METRICS_FILE, self.offset):
+        rows = list(_rows(self.run_dir / METRICS_FILE, self.offset))
+        for _, row in rows:
             step, at = int(row.pop("step")), int(row.pop("time") * 1000)
-            if step > self.state["last_step"]:
-                metrics += [Metric(name, value, at, step) for name, value in row.items()]
-                last_step = max(last_step, step)
-            offset = end
+            metrics += [Metric(name, value, at, step) for name, value in row.items() if self._is_unsent(step, name)]
         for i in range(0, len(metrics), MAX_METRICS):
             self.client.log_batch(self.state["run_id"], metrics=metrics[i : i + MAX_METRICS])
-        self.offset = offset
-        self._remember(last_step=last_step)
+        self.offset = rows[-1][0] if rows else self.offset
+        if metrics:
+            last_step = max(metric.step for metric in metrics)
+            names = {metric.key for metric in metrics if metric.step == last_step}
+            before = self.state["last_names"] if last_step == self.state["last_step"] else []
+            self._remember(last_step=last_step, last_names=sorted(names.union(before)))
+
+    def _is_unsent(self, step: int, name: str) -> bool:
+        last_step: int = self.state["last_step"]
+        return step > last_step or (step == last_step and name not in self.state["last_names"])
 
     def set_status(self, status: str) -> None:
         """Say whether the run is RUNNING, or how it ended."""
@@ -95,7 +101,7 @@ class Sink:
         self.started = True
 
     def _remember(self, **state: Any) -> None:
-        if state.items() - self.state.items():
+        if any(self.state[name] != value for name, value in state.items()):
             self.state |= state
             aside = self.run_dir / (STATE_FILE + ".partial")
             aside.write_text(json.dumps(self.state), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Tracking: the file first, MLflow after; resumed runs stay one run; a dead server costs nothing."""
 
+import json
 import socket
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pretrain.tracking.mlflow_sink import Sink
 from pretrain.tracking.progress import ProgressLine, duration
 from pretrain.tracking.tracker import ROOT, Tracker, default_uri, git_commit, read_rows, tag_run
 
@@ -53,6 +55,26 @@ def test_a_resumed_run_is_one_run_with_no_step_doubled(tmp_path: Path) -> None:
     assert run.data.tags["stage"] == "pretrain"
     history = MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in (10, 20, 30, 40)]
+
+
+def test_a_step_may_have_two_rows_that_come_apart(tmp_path: Path) -> None:
+    """Training and validation at one step: what was sent in between, or before a crash, costs neither a point."""
+    run_dir = tmp_path / "a"
+    run_dir.mkdir()
+    file = run_dir / "metrics.jsonl"
+    sink = Sink(run_dir, default_uri(run_dir), "test")
+    rows = [{"train/loss": 3.0}, {"validation/loss": 4.0}, {"validation/top1": 0.5}]
+    for i, row in enumerate(rows):
+        with file.open("a") as open_file:
+            open_file.write(json.dumps({"step": 7, "time": 1.0, **row}) + "\n")
+        sink.push()
+        if i == 1:
+            sink = Sink(run_dir, default_uri(run_dir), "test")  # as after a crash: it reads the file anew
+            sink.push()
+    run = only_run(default_uri(run_dir))
+    client = MlflowClient(default_uri(run_dir))
+    for name, value in {"train/loss": 3.0, "validation/loss": 4.0, "validation/top1": 0.5}.items():
+        assert [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, name)] == [(7, value)]
 
 
 def test_a_row_of_a_crash_is_not_a_row(tmp_path: Path) -> None:
