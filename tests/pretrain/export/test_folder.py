@@ -29,7 +29,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = MODEL.model_copy(update={"position_embedding": request.param})
     config = PretrainConfig(
         run_dir=folder,
-        data=DataConfig(train=folder),
+        data=DataConfig(train=str(folder)),
         model=model,
         preprocessing=PreprocessingConfig(resize_ratio=1.25),
         schedule=ScheduleConfig(total_steps=9),
