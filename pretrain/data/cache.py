@@ -72,8 +72,7 @@ class Cache:
         Raises:
             DataError: it cannot be had; the sentence names the URL.
         """
-        if self._pid != os.getpid():  # forked: locks and threads are the parent's
-            self._reset()
+        self._mind_a_fork()
         with self._mutex:
             descriptor = self._open.get(wanted.sha256)
             if descriptor is None:
@@ -92,11 +91,17 @@ class Cache:
 
         Processes share the work without speaking: what one is downloading the others skip.
         """
-        if self._pid != os.getpid():
-            self._reset()
+        self._mind_a_fork()
         if self._prefetching is None:
             self._prefetching = threading.Thread(target=self._prefetch, args=(upcoming,), daemon=True)
             self._prefetching.start()
+
+    def _mind_a_fork(self) -> None:
+        """Begin anew in a forked process: threads did not come along, and the parent's locks are the parent's."""
+        if self._pid != os.getpid():
+            for descriptor in self._open.values():
+                os.close(descriptor)
+            self._reset()
 
     def _prefetch(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
         while True:

@@ -19,6 +19,8 @@ from mlflow.entities import Run
 from finetune.backbone import load_classifier, load_preprocessor
 from finetune.metrics import evaluate
 from pretrain.checkpoint.manifest import list_checkpoints
+from pretrain.config import FaultBudget
+from pretrain.data.quarantine import Quarantine
 from pretrain.data.samples import open_samples
 from pretrain.tracking.tracker import git_commit, read_rows
 from tests.finetune.test_backbone import families, folder_of
@@ -125,6 +127,7 @@ def test_other_architectures_on_two_ranks(shell: Shell, digits: Path, tool: Tool
             batch_size=8,
             num_workers=0,
             device=torch.device("cpu"),
+            quarantine=Quarantine(tmp_path / "quarantine.jsonl", FaultBudget(), 0, writes=True),
         )
         assert column(run_dir, "validation/loss") == pytest.approx([measured["loss"]], abs=1e-5)
     one = [tool("accelerate"), "launch", "--cpu", "--num_processes", "1", FINETUNE, *settings]

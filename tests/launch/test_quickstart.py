@@ -19,13 +19,13 @@ def test_every_command_names_what_the_one_before_it_wrote(monkeypatch: pytest.Mo
     )
     assert pretrain[0] == "deepspeed"
     pretrained = load_config(PretrainConfig, Path(pretrain[pretrain.index("--config") + 1])).config
-    assert pretrained.data.train == Path(pretrain_shards[4]) / "train"
+    assert Path(pretrained.data.train) == Path(pretrain_shards[4]) / "train"
     assert Path(export[2]) == pretrained.run_dir
     runs = [load_config(FinetuneConfig, Path(command[3]), command[4:]).config for command in (finetune, twin)]
     for run in runs:
         assert run.model == Path(export[3])
-        assert run.data.train == Path(finetune_shards[4]) / "train"
-        assert run.data.validation == Path(finetune_shards[4]) / "validation"
+        assert Path(run.data.train) == Path(finetune_shards[4]) / "train"
+        assert Path(str(run.data.validation)) == Path(finetune_shards[4]) / "validation"
     same = {"from_scratch", "run_dir", "optimizer"}
     assert runs[0].model_dump(exclude=same) == runs[1].model_dump(exclude=same)
     assert (runs[0].from_scratch, runs[1].from_scratch) == (False, True)
