@@ -32,14 +32,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import TrainView, crop_box, resize
-from pretrain.data.check import check_set
 from pretrain.data.decode import decode
 from pretrain.data.index import DatasetInfo
 from pretrain.data.loader import training_batches
 from pretrain.data.order import Order, Part, micro_batches
 from pretrain.data.remote import FetchPolicy
-from pretrain.data.samples import BadSampleError, Samples, open_samples
-from pretrain.data.shards import make_shards
+from pretrain.data.samples import BadSampleError, Samples
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.check import check_set
+from pretrain.data.shards.make import make_shards
 from pretrain.data.sources import list_folder
 
 SIZE = 224

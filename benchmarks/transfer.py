@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from finetune.config import FinetuneConfig
 from finetune.train import build_run, open_tracker, train
 from pretrain.configfile import load_config
-from pretrain.data.shards import make_shards
+from pretrain.data.shards.make import make_shards
 from pretrain.data.sources import keep_classes, list_source
 from pretrain.export.folder import export
 

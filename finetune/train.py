@@ -25,7 +25,8 @@ from pretrain.data.loader import Batch, Fault, Loaded, training_batches
 from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.samples import FewLabels, Samples, open_cache, open_samples
+from pretrain.data.samples import FewLabels, Samples
+from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at

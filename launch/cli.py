@@ -49,7 +49,7 @@ def shards_make(
     Example: tessera shards make photos/ shards/photos
     """
     shard_bytes = parse_size(shard_size, "--shard-size")
-    sources, making = stage("pretrain.data.sources"), stage("pretrain.data.shards")
+    sources, making = stage("pretrain.data.sources"), stage("pretrain.data.shards.make")
     with mistakes():
         listed = sources.list_source(source)
         if classes is not None:
@@ -93,7 +93,7 @@ def shards_index(
 
     Example: tessera shards index 's3://bucket/train-{000000..001023}.tar' --out shards/train
     """
-    index, remote, scan = (stage(f"pretrain.data.{name}") for name in ("index", "remote", "scan"))
+    index, remote, scan = (stage(f"pretrain.data.{name}") for name in ("index", "remote", "shards.scan"))
     with mistakes():
         policy = remote.FetchPolicy(allow_pipe=allow_pipe)
         if remote.is_remote(source):
@@ -129,7 +129,7 @@ def shards_check(
 
     Example: tessera shards check shards/photos/train
     """
-    check, remote = stage("pretrain.data.check"), stage("pretrain.data.remote")
+    check, remote = stage("pretrain.data.shards.check"), stage("pretrain.data.remote")
     found = 0
     with mistakes():
         info = stage("pretrain.data.index").DatasetInfo.load(folder)
@@ -157,9 +157,9 @@ def shards_stats(
 
     Example: tessera shards stats shards/photos/train --picture photos.png
     """
-    statistics, samples = stage("pretrain.data.stats"), stage("pretrain.data.samples")
+    statistics, sets = stage("pretrain.data.shards.stats"), stage("pretrain.data.sets")
     with mistakes():
-        opened = samples.open_samples(folder)
+        opened = sets.open_samples(folder)
         with progress_bar("reading indexes", len(opened.shard_sizes), "shards") as advance:
             stats = statistics.read_stats(opened, advance)
         if picture is not None:
@@ -193,9 +193,9 @@ def shards_simulate(
     Example: tessera shards simulate shards/photos/train --ranks 64 --nodes 8
     """
     cache_bytes = parse_size(cache_size, "--cache-size")
-    simulation, samples = stage("pretrain.data.simulate"), stage("pretrain.data.samples")
+    simulation, sets = stage("pretrain.data.shards.simulate"), stage("pretrain.data.sets")
     with mistakes():
-        opened = samples.open_samples(folder)
+        opened = sets.open_samples(folder)
         shard_bytes = [shard.num_bytes for shard in stage("pretrain.data.index").DatasetInfo.load(folder).shards]
         timed = simulation.BATCHES_DRAWN + simulation.SAMPLES_TIMED
         with progress_bar("simulating", timed, "steps") as advance:

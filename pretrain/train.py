@@ -25,7 +25,8 @@ from pretrain.data.loader import Batch, Fault, Loaded, evaluation_batches, train
 from pretrain.data.meters import Meter, metrics, verdict
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.samples import Samples, open_cache, open_samples
+from pretrain.data.samples import Samples
+from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.engine import Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
 from pretrain.model.vit import ViT, compile_blocks

@@ -12,7 +12,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pretrain.data.shards import make_shards
+from pretrain.data.shards.make import make_shards
 from pretrain.data.sources import keep_classes, list_source
 from tests.launching import TINY, Shell
 

@@ -15,7 +15,7 @@ from pretrain.config import FaultBudget
 from pretrain.data.augment import EvalView
 from pretrain.data.index import DataError
 from pretrain.data.quarantine import Quarantine, read_quarantine
-from pretrain.data.samples import open_samples
+from pretrain.data.sets import open_samples
 
 
 class Answer:

@@ -15,7 +15,7 @@ from finetune.predict import predict
 from finetune.train import Run, build_run, open_tracker, train
 from pretrain import UserError
 from pretrain.configfile import load_config
-from pretrain.data.samples import open_samples
+from pretrain.data.sets import open_samples
 from tests.finetune.test_backbone import families, folder_of
 
 RECIPE = """

@@ -21,7 +21,7 @@ from finetune.metrics import evaluate
 from pretrain.checkpoint.manifest import list_checkpoints
 from pretrain.config import FaultBudget
 from pretrain.data.quarantine import Quarantine
-from pretrain.data.samples import open_samples
+from pretrain.data.sets import open_samples
 from pretrain.tracking.tracker import git_commit, read_rows
 from tests.finetune.test_backbone import families, folder_of
 from tests.launching import ROOT, Shell, end, free_port

@@ -18,7 +18,7 @@ from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.loader import Batch, training_batches
 from pretrain.data.meters import STAGES as STAGES_OF_INPUT
-from pretrain.data.samples import open_samples
+from pretrain.data.sets import open_samples
 from pretrain.engine import start_distributed
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective

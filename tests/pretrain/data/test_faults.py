@@ -10,8 +10,8 @@ import pytest
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import TrainView
 from pretrain.data.loader import Fault, training_batches
-from pretrain.data.samples import open_samples
-from pretrain.data.shards import make_shards
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.make import make_shards
 from pretrain.data.sources import keep_classes, list_source
 
 VIEW = TrainView(AugmentConfig(), 8)

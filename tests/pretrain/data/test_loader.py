@@ -14,7 +14,9 @@ from pretrain.config import AugmentConfig
 from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.index import DataError
 from pretrain.data.loader import Loaded, evaluation_batches, training_batches
-from pretrain.data.samples import FewLabels, Samples, ShardSet, open_samples
+from pretrain.data.samples import FewLabels, Samples
+from pretrain.data.sets import open_samples
+from pretrain.data.shard_set import ShardSet
 
 VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, cutmix=1.0, erasing=0.3), 16)
 GLOBAL_BATCH = 24

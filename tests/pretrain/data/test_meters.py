@@ -13,7 +13,9 @@ from pretrain.data.augment import TrainView
 from pretrain.data.decode import Pixels
 from pretrain.data.loader import Loaded, Work, training_batches
 from pretrain.data.meters import Meter, metrics, verdict
-from pretrain.data.samples import Encoded, Record, Samples, ShardSet, open_samples
+from pretrain.data.samples import Encoded, Record, Samples
+from pretrain.data.sets import open_samples
+from pretrain.data.shard_set import ShardSet
 
 SLOW_SECONDS = 0.004
 

@@ -11,7 +11,8 @@ from pretrain.data.augment import EvalView, TrainView
 from pretrain.data.index import DataError, DatasetInfo
 from pretrain.data.loader import evaluation_batches, training_batches
 from pretrain.data.remote import StalledFetchError
-from pretrain.data.samples import Samples, open_cache, open_samples
+from pretrain.data.samples import Samples
+from pretrain.data.sets import open_cache, open_samples
 from tests.servers import Hostile, serve, serve_s3
 
 

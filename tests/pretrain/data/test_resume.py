@@ -12,8 +12,9 @@ import pytest
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import TrainView
 from pretrain.data.loader import training_batches
-from pretrain.data.samples import Samples, open_samples
-from pretrain.data.shards import make_shards
+from pretrain.data.samples import Samples
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.make import make_shards
 from pretrain.data.sources import keep_classes, list_source
 
 VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, erasing=0.3), 16)

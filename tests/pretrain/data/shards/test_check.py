@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from pretrain.data.check import Finding, check_set
 from pretrain.data.index import DatasetInfo, ShardIndex
 from pretrain.data.remote import FetchPolicy
-from pretrain.data.shards import make_shards
+from pretrain.data.shards.check import Finding, check_set
+from pretrain.data.shards.make import make_shards
 from pretrain.data.sources import keep_classes, list_source
 from tests.pretrain.data.test_faults import DAMAGES
 from tests.servers import Hostile, serve

@@ -14,8 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
 from pretrain.data.index import DataError, DatasetInfo, ShardIndex
-from pretrain.data.samples import open_samples
-from pretrain.data.shards import Made, make_shards, split
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.make import Made, make_shards, split
 from pretrain.data.sources import Source, keep_classes, list_source
 
 

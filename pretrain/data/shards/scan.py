@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 from zlib_ng.zlib_ng import crc32
 
-from pretrain.data.archive import Archive, Member
 from pretrain.data.decode import DecodeError, decode
 from pretrain.data.index import NO_LABEL, DataError, DatasetInfo, ShardIndex, count_classes
+from pretrain.data.shards.archive import Archive, Member
 from pretrain.data.sources import NAMES_SHOWN
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")

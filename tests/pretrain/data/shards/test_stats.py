@@ -13,10 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from pretrain.data.index import DataError
-from pretrain.data.samples import open_samples
-from pretrain.data.shards import make_shards
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.stats import draw, read_stats, summary
 from pretrain.data.sources import list_source
-from pretrain.data.stats import draw, read_stats, summary
 
 
 @pytest.fixture(scope="module")

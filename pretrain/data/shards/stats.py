@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 from pretrain.data.index import DataError
 from pretrain.data.order import permutation
-from pretrain.data.samples import Samples, ShardSet
+from pretrain.data.samples import Samples
+from pretrain.data.shard_set import ShardSet
 
 SHOWN = 5
 PERCENTILES = {"smallest": 0, "5%": 5, "median": 50, "95%": 95, "largest": 100}

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from zlib_ng.zlib_ng import crc32
 
-from pretrain.data.archive import Archive
 from pretrain.data.decode import DecodeError, decode
 from pretrain.data.fetch import read_range
 from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.remote import FetchPolicy, is_remote, open_stream
+from pretrain.data.shards.archive import Archive
 
 
 class Finding(NamedTuple):

@@ -12,9 +12,9 @@ import webdataset
 from PIL import Image
 
 from pretrain.data.index import DataError
-from pretrain.data.samples import open_samples
-from pretrain.data.scan import Scanned
-from pretrain.data.scan import index_shards as index_streams
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.scan import Scanned
+from pretrain.data.shards.scan import index_shards as index_streams
 
 
 def index_shards(tars: list[Path], class_names: list[str] | None = None, label_key: str | None = "label") -> Scanned:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.order import Order, Part
-from pretrain.data.samples import open_samples
-from pretrain.data.simulate import classes_in_a_batch, downloaded_bytes
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.simulate import classes_in_a_batch, downloaded_bytes
 
 
 def test_class_sorted_shards_are_mixed_as_predicted() -> None:

@@ -1,0 +1,88 @@
+"""Open data by its name: a shard set, several, a mix of them, or a folder with a subfolder a class."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.config import SourceConfig
+from pretrain.data.cache import Cache
+from pretrain.data.index import DATASET_FILE, DataError
+from pretrain.data.order import Part
+from pretrain.data.remote import FetchPolicy, expand_braces, is_remote
+from pretrain.data.samples import BadSampleError, Encoded, Samples
+from pretrain.data.shard_set import ShardSet
+from pretrain.data.sources import SourceImage, list_folder
+
+
+def open_samples(
+    names: str | Path | Sequence[str | Path], weights: Sequence[float] | None = None, cache: Cache | None = None
+) -> Samples:
+    """Open a shard set or a folder of images; several sets become one, or are mixed by weight.
+
+    Args:
+        names: paths or URLs; braces are expanded.
+        weights: how often each set is drawn; without them several sets are one.
+        cache: where remote shards are kept.
+
+    Raises:
+        DataError: nothing usable at a path, or the sets' classes differ.
+    """
+    given = [names] if isinstance(names, str | Path) else names
+    places = [place for name in given for place in expand_braces(str(name))]
+    if not places:
+        raise DataError("no data: the list of paths is empty")
+    if weights is not None and len(weights) != len(places):
+        raise DataError(f"{len(weights)} weights for {len(places)} sets; expected one for each")
+    first = Path(places[0])
+    is_plain = len(places) == 1 and not is_remote(places[0]) and not (first / DATASET_FILE).exists()
+    samples = _open_folder(first) if is_plain else ShardSet(places, weights, cache)
+    for part, place in zip(samples.parts, places, strict=False):
+        if not sum(part.shard_sizes):
+            raise DataError(f"{place}: holds no samples")
+    return samples
+
+
+def open_cache(config: SourceConfig) -> Cache:
+    """Return the node's cache as a run's config describes it; nothing is made until something remote is read."""
+    policy = FetchPolicy(
+        request_seconds=min(config.stall_seconds, FetchPolicy.request_seconds),
+        stall_seconds=config.stall_seconds,
+        allow_pipe=config.allow_pipe,
+    )
+    return Cache(config.cache_dir, config.cache_bytes, policy)
+
+
+def _open_folder(folder: Path) -> "FolderSet":
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE}, or with a subfolder a class")
+    if list(folder.glob("*.tar")):
+        raise DataError(f"{folder}: tars without a {DATASET_FILE}; run `tessera shards index {folder}` first")
+    if (folder / "train" / DATASET_FILE).exists():
+        raise DataError(f"{folder}: holds several splits; name one, as in {folder / 'train'}")
+    return FolderSet(folder)
+
+
+class FolderSet(Samples):
+    """A folder with a subfolder for each class, read as one shard."""
+
+    def __init__(self, folder: Path) -> None:
+        source = list_folder(folder)
+        if source.faults:
+            raise DataError("\n".join(f"{folder}: {fault}" for fault in source.faults))
+        self.folder = folder
+        self.class_names = source.class_names
+        self.images: list[SourceImage] = source.images
+        content = [(image.origin, (folder / image.origin).stat().st_size) for image in source.images]
+        digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
+        self.parts = [Part(digest, [len(source.images)])]
+
+    def fetch(self, shard: int, row: int) -> Encoded:
+        image = self.images[row]
+        try:
+            return Encoded(str(self.folder), image.origin, image.read(), image.label)
+        except OSError as error:
+            raise BadSampleError(str(self.folder), image.origin, f"cannot be read: {error}") from None
+
+    def labels(self, shard: int) -> Sequence[int]:
+        return [image.label for image in self.images]

@@ -1,0 +1,1 @@
+"""What `tessera shards` does, a file for each verb: shards are made, indexed, checked, counted and tried out."""
