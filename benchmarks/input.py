@@ -41,6 +41,7 @@ from pretrain.data.samples import BadSampleError, Samples
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import list_folder
 
 SIZE = 224
@@ -363,7 +364,7 @@ def main() -> None:
         work = Path(name)
         make_photos(work / "photos", arguments.images)
         source = list_folder(work / "photos")
-        make_shards(source, work / "shards", validation=0.0, shard_bytes=10**7, seed=0, skip_bad=False)
+        make_shards(source, work / "shards", Recipe(validation=0.0, shard_bytes=10**7, seed=0))
         samples = open_samples(work / "shards" / "train")
         tars = sorted((work / "shards" / "train").glob("*.tar"))
         rows = [

@@ -25,7 +25,8 @@ from finetune.config import FinetuneConfig
 from finetune.train import build_run, open_tracker, train
 from pretrain.configfile import load_config
 from pretrain.data.shards.make import make_shards
-from pretrain.data.sources import keep_classes, list_source
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
 from pretrain.export.folder import export
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,10 +36,10 @@ TWINS = ("pretrained", "from scratch")
 
 def make_digits(folder: Path) -> None:
     """Write the digits 0 to 4 for pretraining and 5 to 9 for fine-tuning; half of the latter is the test set."""
-    digits = list_source("digits")
+    digits = list_digits()
     for name, classes, validation in (("pretrain", "01234", 0.1), ("finetune", "56789", 0.5)):
         source = keep_classes(digits, list(classes))
-        make_shards(source, folder / name, validation=validation, shard_bytes=64_000, seed=0, skip_bad=False)
+        make_shards(source, folder / name, Recipe(validation=validation, shard_bytes=64_000, seed=0))
 
 
 def pretrain(folder: Path, seed: int, overrides: list[str]) -> Path:

@@ -1,6 +1,7 @@
 """Pretrain Vision Transformers on sharded images under DeepSpeed ZeRO."""
 
 EXIT_MISTAKE = 2  # of every command that a UserError ends
+EXIT_RESUMABLE = 75  # stopped from outside; the same command goes on where it was
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from pretrain import EXIT_MISTAKE, UserError, distributed
+from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, UserError, distributed
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.save import save
@@ -36,7 +36,7 @@ from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
 
-EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED = 0, 1, 75
+EXIT_DONE, EXIT_FAILED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
         if distributed.is_main():
             print(error, file=sys.stderr, flush=True)
         return EXIT_FAILED
-    return EXIT_DONE if finished else EXIT_PREEMPTED
+    return EXIT_DONE if finished else EXIT_RESUMABLE
 
 
 def make_run_dir(run_dir: Path) -> None:

@@ -13,7 +13,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pretrain.data.shards.make import make_shards
-from pretrain.data.sources import keep_classes, list_source
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
 from tests.launching import TINY, Shell
 
 
@@ -27,8 +28,8 @@ def shell(tmp_path: Path) -> Shell:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the digits 0 to 2: 8 or more small ones, and a validation split that no batch size divides."""
     out = tmp_path_factory.mktemp("data") / "digits"
-    source = keep_classes(list_source("digits"), ["0", "1", "2"])
-    make_shards(source, out, validation=0.1, shard_bytes=50_000, seed=0, skip_bad=False)
+    source = keep_classes(list_digits(), ["0", "1", "2"])
+    make_shards(source, out, Recipe(validation=0.1, shard_bytes=50_000, seed=0))
     return out
 
 

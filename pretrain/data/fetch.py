@@ -25,4 +25,5 @@ def _open(path: Path) -> _OpenFile:
 
 def read_range(path: Path, offset: int, size: int) -> bytes:
     """Read `size` bytes of a local file from `offset`; fewer come back where the file ends sooner."""
-    return os.pread(_open(path).descriptor, size, offset)
+    file = _open(path)  # held while it is read: another thread may drop it from the cache
+    return os.pread(file.descriptor, size, offset)

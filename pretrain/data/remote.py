@@ -69,6 +69,21 @@ def fetch_bytes(url: str, policy: FetchPolicy) -> bytes:
     return b"".join(read_pieces(url, policy))
 
 
+def fetch_range(url: str, offset: int, size: int, policy: FetchPolicy) -> bytes:
+    """Read `size` bytes of an object from `offset`; fewer come back where it ends sooner.
+
+    Raises:
+        StalledFetchError: the host sent nothing for too long.
+        MissingObjectError: it is not there, or may not be read.
+        DataError: it is a pipe, which is read from its beginning only; or a package is missing.
+    """
+    if url.startswith(PIPE):
+        raise DataError(f"{url}: what a command prints cannot be read in any order; write it to a file first")
+    files, path = _file_system(url)
+    data: bytes = _insist(partial(files.cat_file, path, start=offset, end=offset + size), url, policy, lambda: None)
+    return data[offset : offset + size] if len(data) > size else data  # a server that knows no ranges sends all
+
+
 def open_stream(url: str, policy: FetchPolicy) -> BinaryIO:
     """Open an object to be read once, from front to back."""
     return io.BufferedReader(_Stream(read_pieces(url, policy)), policy.piece_bytes)

@@ -12,7 +12,7 @@ from pretrain.data.order import Part
 from pretrain.data.remote import FetchPolicy, expand_braces, is_remote
 from pretrain.data.samples import BadSampleError, Encoded, Samples
 from pretrain.data.shard_set import ShardSet
-from pretrain.data.sources import SourceImage, list_folder
+from pretrain.data.sources import list_folder
 
 
 def open_samples(
@@ -71,18 +71,19 @@ class FolderSet(Samples):
         if source.faults:
             raise DataError("\n".join(f"{folder}: {fault}" for fault in source.faults))
         self.folder = folder
+        self.source = source
         self.class_names = source.class_names
-        self.images: list[SourceImage] = source.images
-        content = [(image.origin, (folder / image.origin).stat().st_size) for image in source.images]
+        content = list(zip(source.names, source.sizes.tolist(), strict=True))
         digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
-        self.parts = [Part(digest, [len(source.images)])]
+        self.parts = [Part(digest, [len(source)])]
 
     def fetch(self, shard: int, row: int) -> Encoded:
-        image = self.images[row]
+        image = self.source.image(row)
         try:
-            return Encoded(str(self.folder), image.origin, image.read(), image.label)
+            return Encoded(str(self.folder), image.origin, image.read().image, image.label)
         except OSError as error:
             raise BadSampleError(str(self.folder), image.origin, f"cannot be read: {error}") from None
 
     def labels(self, shard: int) -> Sequence[int]:
-        return [image.label for image in self.images]
+        labels: list[int] = self.source.labels.tolist()
+        return labels

@@ -1,112 +1,218 @@
-"""Where images come from before they are shards: a folder with a subfolder a class, or the digits of scikit-learn."""
+"""Images before they are shards: what a source is; a folder of images, and scikit-learn's digits."""
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
-from pretrain.data.index import DataError
+from pretrain.data.index import NO_LABEL, DataError
 
-KEPT = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-REENCODED = {".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+Integers = npt.NDArray[np.int64]
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 NAMES_SHOWN = 5
+
+
+class Content(NamedTuple):
+    """What a sample holds: the encoded image; what its JSON says; other members by extension, as a caption's txt."""
+
+    image: bytes
+    metadata: dict[str, Any]
+    members: dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image before it is in a shard; `read` gives its encoded bytes."""
+    """An image before it is in a shard; `read` gets its content, in this process or another."""
 
     key: str
     label: int
-    extension: str
     origin: str
-    read: Callable[[], bytes]
+    read: Callable[[], Content]
 
 
 @dataclass
 class Source:
-    """Labelled images, and everything that was noticed while listing them."""
+    """Images in columns, so that millions can be listed, and everything that was noticed while listing them.
+
+    `names` are a person's words for the images; `labels` count from 0, NO_LABEL where there are no classes; `sizes`
+    are in bytes, 0 where they are not known beforehand; `image` gives the i-th.
+    """
 
     class_names: list[str]
-    images: list[SourceImage]
+    names: Sequence[str]
+    labels: Integers
+    sizes: Integers
+    image: Callable[[int], SourceImage]
     remarks: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
+    def __len__(self) -> int:
+        return len(self.labels)
 
-def list_source(name: str) -> Source:
-    """List the images of `name`: a folder's path, or `digits`."""
-    if name == "digits" and not Path(name).exists():
-        return list_digits()
-    return list_folder(Path(name))
+    def take(self, rows: Sequence[int] | Integers) -> "Source":
+        """Return some of the images, with all that was noticed."""
+        rows = np.asarray(rows, np.int64)
+        return Source(
+            self.class_names,
+            [self.names[row] for row in rows],
+            self.labels[rows],
+            self.sizes[rows],
+            lambda i: self.image(int(rows[i])),
+            self.remarks,
+            self.faults,
+        )
 
 
-def list_folder(folder: Path) -> Source:
-    """List a folder that has a subfolder for each class; files below it at any depth belong to the class."""
+@dataclass(frozen=True)
+class ReadFile:
+    """Reads an image's file."""
+
+    path: str
+
+    def __call__(self) -> Content:
+        return Content(Path(self.path).read_bytes(), {}, {})
+
+
+def list_folder(folder: Path, labelled: bool = True, listed: Callable[[int], None] = lambda _: None) -> Source:
+    """List a folder that has a subfolder for each class, or, without labels, images at any depth.
+
+    Args:
+        folder: files below a class's subfolder, at any depth, belong to the class.
+        labelled: whether there are classes.
+        listed: called with the number of files just seen.
+
+    Raises:
+        DataError: there is no such folder, or no subfolder for a class.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder (the built-in source is called digits)")
-    folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if not labelled:
+        found = _Found(folder)
+        found.add("", NO_LABEL, listed)
+        return found.source([])
+    entries = sorted(folder.iterdir())
+    folders = [path.name for path in entries if path.is_dir()]
     class_names = [name for name in folders if not name.startswith(".")]
     if not class_names:
-        raise DataError(f"{folder}: has no subfolders; expected one for each class, as in {folder}/cat/1.jpg")
-    source = Source(class_names, [])
-    stray = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    others: list[str] = []
-    twice: list[str] = []
-    empty: list[str] = []
-    unnameable: list[str] = []
-    unlisted: list[str] = []
-    seen: dict[str, str] = {}
-    for label, class_name in enumerate(class_names):
-        before = len(source.images)
-        for path in _files_below(folder / class_name, unlisted):
-            suffix = path.suffix.lower()
-            if not str(path).isprintable():
-                unnameable.append(ascii(str(path.relative_to(folder))))
-                continue
-            if suffix not in KEPT and suffix not in REENCODED:
-                others.append(str(path.relative_to(folder)))
-                continue
-            key = str(path.relative_to(folder).with_suffix("")).replace(".", "_")
-            if key in seen:
-                twice.append(f"{path.relative_to(folder)} (as {seen[key]})")
-                continue
-            seen[key] = str(path.relative_to(folder))
-            read = path.read_bytes if suffix in KEPT else _Reencode(path)
-            source.images.append(SourceImage(key, label, KEPT.get(suffix, "png"), seen[key], read))
-        if len(source.images) == before:
-            empty.append(class_name)
-    images_outside = [name for name in stray if Path(name).suffix.lower() in KEPT.keys() | REENCODED]
-    others += [name for name in stray if name not in images_outside]
-    source.remarks += _counted(others, "not an image, left out", "not images, left out")
+        raise DataError(
+            f"{folder}: has no subfolders; expected one for each class, as in {folder}/cat/1.jpg, or --unlabelled"
+        )
+    found = _Found(folder)
+    empty = [name for label, name in enumerate(class_names) if not found.add(name, label, listed)]
+    stray = [path.name for path in entries if path.is_file()]
+    images_outside = [name for name in stray if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    found.others += [name for name in stray if name not in images_outside]
+    source = found.source(class_names)
     hidden = [name for name in folders if name not in class_names]
-    source.remarks += _counted(hidden, "hidden folder, left out", "hidden folders, left out")
-    source.faults += _counted(unlisted, "folder that cannot be listed", "folders that cannot be listed")
-    source.faults += _counted(images_outside, "image outside of any class", "images outside of any class")
-    source.faults += _counted(twice, "image with a key already taken", "images with keys already taken")
-    source.faults += _counted(unnameable, "name that is not readable text", "names that are not readable text")
-    source.faults += _counted(empty, "class without images", "classes without images")
+    source.remarks += counted(hidden, "hidden folder, left out", "hidden folders, left out")
+    source.faults += counted(images_outside, "image outside of any class", "images outside of any class")
+    source.faults += counted(empty, "class without images", "classes without images")
     return source
 
 
-def _files_below(folder: Path, unlisted: list[str], above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield every file at any depth, links followed; a link to nowhere is listed too, and fails when it is read."""
-    here = folder.resolve()
+class _Found:
+    """The images of a folder, by their names relative to it, and what else is there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.names: list[str] = []
+        self.labels: list[int] = []
+        self.sizes: list[int] = []
+        self.names_of_keys: dict[str, str] = {}
+        self.others: list[str] = []
+        self.twice: list[str] = []
+        self.unnameable: list[str] = []
+        self.unlisted: list[str] = []
+
+    def add(self, subfolder: str, label: int, listed: Callable[[int], None]) -> int:
+        """Take all images below a subfolder; return how many they are."""
+        before = len(self.names)
+        for path, size in _files_below(str(self.folder / subfolder), self.unlisted):
+            listed(1)
+            name = os.path.relpath(path, self.folder)
+            key, suffix = _key(name), Path(name).suffix.lower()
+            if not path.isprintable():
+                self.unnameable.append(ascii(name))
+            elif suffix not in IMAGE_SUFFIXES:
+                self.others.append(name)
+            elif key in self.names_of_keys:
+                self.twice.append(f"{name} (as {self.names_of_keys[key]})")
+            else:
+                self.names_of_keys[key] = name
+                self.names.append(name)
+                self.labels.append(label)
+                self.sizes.append(size)
+        return len(self.names) - before
+
+    def source(self, class_names: list[str]) -> Source:
+        """Return what was found as a source."""
+        labels = np.asarray(self.labels, np.int64)
+        return Source(
+            class_names,
+            self.names,
+            labels,
+            np.asarray(self.sizes, np.int64),
+            _ImageOfFolder(self.folder, self.names, labels),
+            counted(self.others, "not an image, left out", "not images, left out"),
+            [
+                *counted(self.unlisted, "folder that cannot be listed", "folders that cannot be listed"),
+                *counted(self.twice, "image with a key already taken", "images with keys already taken"),
+                *counted(self.unnameable, "name that is not readable text", "names that are not readable text"),
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class _ImageOfFolder:
+    """The i-th image of a folder; not a closure, so that it can be sent to a loader's workers."""
+
+    folder: Path
+    names: list[str]
+    labels: Integers
+
+    def __call__(self, i: int) -> SourceImage:
+        name = self.names[i]
+        return SourceImage(_key(name), int(self.labels[i]), name, ReadFile(str(self.folder / name)))
+
+
+def _key(name: str) -> str:
+    """Return the key of a file's sample; WebDataset takes a key to end at the first dot."""
+    return str(Path(name).with_suffix("")).replace(".", "_")
+
+
+def _files_below(folder: str, unlisted: list[str], above: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
+    """Yield every file at any depth and its size, links followed; a link to nowhere has size 0, and fails when read."""
+    here = os.path.realpath(folder)
     if here in above:
         unlisted.append(f"{folder} (links to a folder above it)")
         return
     try:
-        found = [(path, path.is_dir()) for path in sorted(folder.iterdir())]
+        with os.scandir(folder) as found:
+            entries = sorted(
+                ((entry.path, entry.is_dir(), _size(entry)) for entry in found), key=lambda entry: entry[0]
+            )
     except OSError as error:
         unlisted.append(f"{folder} ({error.strerror})")
         return
-    for path, is_folder in found:
+    for path, is_folder, size in entries:
         if is_folder:
             yield from _files_below(path, unlisted, (*above, here))
         else:
-            yield path
+            yield path, size
+
+
+def _size(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return 0
 
 
 def list_digits() -> Source:
@@ -114,11 +220,13 @@ def list_digits() -> Source:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = [
-        SourceImage(f"{label}/{i:04d}", int(label), "png", f"sklearn.datasets.load_digits()[{i}]", _DigitPng(pixels))
-        for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True))
-    ]
-    return Source([str(name) for name in digits.target_names], images)
+    pngs, labels = [_digit_png(pixels) for pixels in digits.images], digits.target.astype(np.int64)
+    names = [f"sklearn.datasets.load_digits()[{i}]" for i in range(len(pngs))]
+
+    def image(i: int) -> SourceImage:
+        return SourceImage(f"{labels[i]}/{i:04d}", int(labels[i]), names[i], _Ready(pngs[i]))
+
+    return Source([str(name) for name in digits.target_names], names, labels, np.asarray(list(map(len, pngs))), image)
 
 
 def keep_classes(source: Source, names: Sequence[str]) -> Source:
@@ -127,44 +235,35 @@ def keep_classes(source: Source, names: Sequence[str]) -> Source:
     if unknown:
         raise DataError(f"no class {', '.join(unknown)}; the classes are {', '.join(source.class_names)}")
     kept = [name for name in source.class_names if name in names]
-    labels = {source.class_names.index(name): label for label, name in enumerate(kept)}
-    images = [
-        SourceImage(image.key, labels[image.label], image.extension, image.origin, image.read)
-        for image in source.images
-        if image.label in labels
-    ]
-    return Source(kept, images, source.remarks, source.faults)
+    new_labels = np.full(len(source.class_names), NO_LABEL)
+    for label, name in enumerate(kept):
+        new_labels[source.class_names.index(name)] = label
+    taken = source.take(np.flatnonzero(new_labels[source.labels] != NO_LABEL))
+    labels = new_labels[taken.labels]
+    return replace(
+        taken, class_names=kept, labels=labels, image=lambda i: replace(taken.image(i), label=int(labels[i]))
+    )
 
 
 @dataclass(frozen=True)
-class _Reencode:
-    """Reads a file that training does not, as a PNG."""
+class _Ready:
+    """An image that is in memory already."""
 
-    path: Path
+    data: bytes
 
-    def __call__(self) -> bytes:
-        with Image.open(self.path) as image:
-            return _png(image)
-
-
-@dataclass(frozen=True)
-class _DigitPng:
-    """A digit, 8 x 8 values of 0 to 16, as a PNG."""
-
-    pixels: "np.ndarray[tuple[int, int], np.dtype[np.float64]]"
-
-    def __call__(self) -> bytes:
-        image = Image.fromarray(np.round(self.pixels * (255 / 16)).astype(np.uint8))
-        return _png(image.resize((32, 32), Image.Resampling.BICUBIC))
+    def __call__(self) -> Content:
+        return Content(self.data, {}, {})
 
 
-def _png(image: Image.Image) -> bytes:
+def _digit_png(pixels: npt.NDArray[np.float64]) -> bytes:
+    """Return a digit, 8 x 8 values of 0 to 16, as a PNG."""
+    image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
+    image.resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _counted(names: list[str], one: str, many: str) -> list[str]:
+def counted(names: list[str], one: str, many: str) -> list[str]:
     """Return one line that counts and names, or none."""
     if not names:
         return []

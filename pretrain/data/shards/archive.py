@@ -6,23 +6,29 @@ must be tar's own end mark.
 
 import hashlib
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from pretrain.data.index import DataError
 
+BLOCK = tarfile.BLOCKSIZE
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a tar: its name, whether it is a plain file, where its data begins, and the data of a file."""
+    """A member of a tar: its name, whether it is a plain file, where it stands, and the data of a file that is read.
+
+    In bytes of the tar: `begin` is where its header begins, `offset` where its data does, `size` how long that is.
+    """
 
     name: str
     is_file: bool
     is_folder: bool
+    begin: int
     offset: int
+    size: int
     data: bytes
 
 
@@ -32,10 +38,13 @@ class Archive:
     Args:
         place: what error messages call it.
         stream: read forwards only.
+        wanted: says by its name whether a file's data is read. What is not is passed over, where the stream can seek,
+            and `sha256` means nothing then.
     """
 
-    def __init__(self, place: str, stream: BinaryIO) -> None:
+    def __init__(self, place: str, stream: BinaryIO, wanted: Callable[[str], bool] = lambda _: True) -> None:
         self.place = place
+        self.wanted = wanted
         self._file = _Forward(stream)
 
     @property
@@ -57,10 +66,14 @@ class Archive:
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as archive:  # type: ignore[call-overload]
                 while (info := archive.next()) is not None:
-                    data = self._file.read(info.size) if info.isfile() else b""
-                    if info.isfile() and len(data) < info.size:
+                    is_read = info.isfile() and self.wanted(info.name)
+                    data = self._file.read(info.size) if is_read else b""
+                    if is_read and len(data) < info.size:
                         raise DataError(f"{self.place}: truncated at byte {self.num_bytes}, within {info.name}")
-                    yield Member(info.name, info.isfile(), info.isdir(), info.offset_data, data)
+                    size = info.size if info.isfile() else 0
+                    yield Member(info.name, info.isfile(), info.isdir(), info.offset, info.offset_data, size, data)
+                    if info.isfile() and not is_read:
+                        self._file.skip(info.offset_data + size)
                 end = archive.offset
         except tarfile.TarError as error:
             raise DataError(f"{self.place}: not a readable tar ({error})") from None
@@ -69,7 +82,7 @@ class Archive:
     def _prove_end(self, end: int) -> None:
         """Make sure that where tarfile stopped, and from there on, all is zero."""
         block = self._file.last
-        if len(block) < tarfile.BLOCKSIZE:
+        if len(block) < BLOCK:
             raise DataError(f"{self.place}: truncated at byte {self.num_bytes}: tar's end mark is missing")
         while block:
             if block.strip(b"\0"):
@@ -103,3 +116,10 @@ class _Forward:
     def seek(self, position: int) -> None:
         while self.position < position and self.read(min(CHUNK_BYTES, position - self.position)):
             pass
+
+    def skip(self, position: int) -> None:
+        """Move on to a position without reading, all but the byte before it, which must be there."""
+        if self.stream.seekable() and self.position < position:
+            self.stream.seek(position - 1)
+            self.position = position - 1
+        self.seek(position)

@@ -63,8 +63,9 @@ def index_shards(
         progress(1)
     if not any(len(index) for index in indexes):
         raise DataError(f"{out}: the tars hold no samples")
-    names = _class_names(indexes, class_names, found.names) if label_key else []
-    counts = count_classes((label for index in indexes for label in index.label), len(names))
+    labels = [label for index in indexes for label in index.label]
+    names = name_classes(labels, class_names, found.names) if label_key else []
+    counts = count_classes(labels, len(names))
     info = DatasetInfo(names, counts, [index.save(out) for index in indexes])
     info.save(out)
     remarks = [f"{count} {what}, left as they are" for what, count in found.left_out.items()]
@@ -73,8 +74,13 @@ def index_shards(
     return Scanned(info, remarks)
 
 
-def _class_names(indexes: Sequence[ShardIndex], class_names: Sequence[str] | None, found: dict[int, str]) -> list[str]:
-    highest = max(label for index in indexes for label in index.label)
+def name_classes(labels: Sequence[int], class_names: Sequence[str] | None, found: dict[int, str]) -> list[str]:
+    """Return the classes' names: those given, else those found beside samples, else the labels' numbers.
+
+    Raises:
+        DataError: a label is out of range.
+    """
+    highest = max(labels, default=-1)
     if class_names is None:
         return [found.get(label, str(label)) for label in range(highest + 1)]
     if highest >= len(class_names):
@@ -85,14 +91,14 @@ def _class_names(indexes: Sequence[ShardIndex], class_names: Sequence[str] | Non
 def _index_tar(name: str, stream: BinaryIO, label_key: str | None, found: _Findings) -> ShardIndex:
     """Read a tar from front to back; collect class names and members that we do not use."""
     index, archive = ShardIndex(name), Archive(name, stream)
-    for key, members in _samples(archive, found.left_out):
+    for key, members in samples_of(archive, found.left_out):
         if key in found.seen:
             raise DataError(f"{name}: the key {key} is also in {found.seen[key]}; keys must be unique over a split")
         found.seen[key] = name
-        extension, image = _image(name, key, members)
+        extension, image = image_of(name, key, members)
         height, width = _size(name, key, image.data)
-        metadata = _json(name, key, members.get("json"))
-        label = _label(name, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
+        metadata = metadata_of(name, key, members.get("json"))
+        label = label_of(name, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
         if isinstance(metadata.get("class"), str):
             found.names[label] = metadata["class"]
         row = (key, extension, image.offset, len(image.data), crc32(image.data), label, width, height)
@@ -103,8 +109,12 @@ def _index_tar(name: str, stream: BinaryIO, label_key: str | None, found: _Findi
     return index
 
 
-def _samples(archive: Archive, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yield each key with its members by extension."""
+def samples_of(archive: Archive, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Yield each key with its members by extension; count what belongs to no sample.
+
+    Raises:
+        DataError: the tar is damaged, or a sample has two members of one extension.
+    """
     key: str | None = None
     members: dict[str, Member] = {}
     for member in archive.members():
@@ -126,7 +136,7 @@ def _samples(archive: Archive, left_out: Counter[str]) -> Iterator[tuple[str, di
         yield key, members
 
 
-def _image(tar: str, key: str, members: dict[str, Member]) -> tuple[str, Member]:
+def image_of(tar: str, key: str, members: dict[str, Member]) -> tuple[str, Member]:
     """Return the sample's one image and its extension."""
     images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
     if len(images) != 1:
@@ -143,7 +153,8 @@ def _size(tar: str, key: str, data: bytes) -> tuple[int, int]:
     return height, width
 
 
-def _label(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], label_key: str) -> int:
+def label_of(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], label_key: str) -> int:
+    """Return a sample's label, from its cls or its JSON."""
     value = cls.data.decode(errors="replace") if cls else metadata.get(label_key)
     try:
         label = int(value)  # type: ignore[arg-type]
@@ -157,7 +168,8 @@ def _label(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], lab
     return label
 
 
-def _json(tar: str, key: str, member: Member | None) -> dict[str, Any]:
+def metadata_of(tar: str, key: str, member: Member | None) -> dict[str, Any]:
+    """Return what a sample's JSON says."""
     if member is None:
         return {}
     try:

@@ -12,7 +12,8 @@ from pretrain.data.augment import TrainView
 from pretrain.data.loader import Fault, training_batches
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.make import make_shards
-from pretrain.data.sources import keep_classes, list_source
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
 
 VIEW = TrainView(AugmentConfig(), 8)
 BATCH = 8
@@ -23,9 +24,9 @@ FAULTS = 1000
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty digits in five or more shards."""
     out = tmp_path_factory.mktemp("small") / "set"
-    source = keep_classes(list_source("digits"), ["0", "1"])
-    source.images = source.images[::9]
-    make_shards(source, out, validation=0.0, shard_bytes=3_000, seed=0, skip_bad=False)
+    source = keep_classes(list_digits(), ["0", "1"])
+    source = source.take(range(0, len(source), 9))
+    make_shards(source, out, Recipe(validation=0.0, shard_bytes=3_000, seed=0))
     return out / "train"
 
 

@@ -15,7 +15,8 @@ from pretrain.data.loader import training_batches
 from pretrain.data.samples import Samples
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.make import make_shards
-from pretrain.data.sources import keep_classes, list_source
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
 
 VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, erasing=0.3), 16)
 GLOBAL_BATCH, STEPS = 26, 40  # 13 pairs of neighbours: no number of ranks below divides them
@@ -26,9 +27,9 @@ Seen = dict[int, tuple[str, str]]
 def mix(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     """Three sets of the same classes, of different sizes, drawn 3 : 2 : 1; one has fewer shards than any world."""
     folder = tmp_path_factory.mktemp("mix")
-    source = keep_classes(list_source("digits"), ["0", "1", "2"])
+    source = keep_classes(list_digits(), ["0", "1", "2"])
     for i, shard_bytes in enumerate([20_000, 60_000, 10**9]):
-        make_shards(source, folder / str(i), validation=0.2 * i, shard_bytes=shard_bytes, seed=i, skip_bad=False)
+        make_shards(source, folder / str(i), Recipe(validation=0.2 * i, shard_bytes=shard_bytes, seed=i))
     return open_samples([folder / str(i) / "train" for i in range(3)], [3.0, 2.0, 1.0])
 
 

@@ -15,7 +15,8 @@ from pretrain.data.index import DatasetInfo, ShardIndex
 from pretrain.data.remote import FetchPolicy
 from pretrain.data.shards.check import Finding, check_set
 from pretrain.data.shards.make import make_shards
-from pretrain.data.sources import keep_classes, list_source
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
 from tests.pretrain.data.test_faults import DAMAGES
 from tests.servers import Hostile, serve
 
@@ -79,9 +80,9 @@ def test_a_damaged_header_does_not_hide_what_lies_behind_it(folder: Path) -> Non
 
 
 def test_every_fault_is_found(tmp_path: Path) -> None:
-    source = keep_classes(list_source("digits"), ["0", "1"])
-    source.images = source.images[::30]
-    made = make_shards(source, tmp_path / "made", validation=0.0, shard_bytes=3_000, seed=0, skip_bad=False)
+    source = keep_classes(list_digits(), ["0", "1"])
+    source = source.take(range(0, len(source), 30))
+    made = make_shards(source, tmp_path / "made", Recipe(validation=0.0, shard_bytes=3_000, seed=0))
     whole = tmp_path / "made" / "train"
     files = sorted(whole.iterdir())
     chance, silent, tried = random.Random(0), 0, 0

@@ -1,11 +1,17 @@
 """Shards: plain tars that webdataset reads, the same bytes each time, and no data lost in silence."""
 
 import errno
+import fcntl
 import io
 import json
 import os
+import tarfile
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -15,13 +21,18 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from pretrain.data.index import DataError, DatasetInfo, ShardIndex
 from pretrain.data.sets import open_samples
-from pretrain.data.shards.make import Made, make_shards, split
-from pretrain.data.sources import Source, keep_classes, list_source
+from pretrain.data.shards.encoding import Encoding
+from pretrain.data.shards.make import Made, Record, Unit, make_shards
+from pretrain.data.shards.plan import Recipe, split
+from pretrain.data.shards.units import run_units, run_units_on_ray
+from pretrain.data.sources import Source, keep_classes, list_digits, list_folder
 
 
-def make(source: Source, out: Path, **options: object) -> Made:
-    settings: dict[str, object] = {"validation": 0.2, "shard_bytes": 20_000, "seed": 0, "skip_bad": False}
-    return make_shards(source, out, **(settings | options))  # type: ignore[arg-type]
+def make(source: Source, out: Path, **options: Any) -> Made:
+    """Make shards by a recipe of the tests; options are its parts, or make_shards' own."""
+    recipe = Recipe(validation=0.2, shard_bytes=20_000, seed=0)
+    parts = {name: options.pop(name) for name in list(options) if hasattr(recipe, name)}
+    return make_shards(source, out, replace(recipe, **parts), **options)
 
 
 @pytest.fixture
@@ -40,7 +51,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_digits_are_all_there_and_split_by_class(tmp_path: Path) -> None:
-    made = make(list_source("digits"), tmp_path / "out")
+    made = make(list_digits(), tmp_path / "out")
     target = load_digits().target
     counts = np.bincount(target)
     train, validation = made.splits["train"], made.splits["validation"]
@@ -54,7 +65,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path, photos: Path, extension:
     for path in photos.rglob("*.*"):
         if path.suffix != ".jpg":
             path.unlink()
-    source = keep_classes(list_source("digits"), ["3", "8"]) if extension == "png" else list_source(str(photos))
+    source = keep_classes(list_digits(), ["3", "8"]) if extension == "png" else list_folder(photos)
     make(source, tmp_path / "out")
     folder = tmp_path / "out" / "train"
     theirs = {
@@ -70,18 +81,18 @@ def test_webdataset_reads_what_we_write(tmp_path: Path, photos: Path, extension:
 
 def test_the_same_source_gives_the_same_bytes(tmp_path: Path, photos: Path) -> None:
     for name in ("a", "b"):
-        make(list_source(str(photos)), tmp_path / name)
+        make(list_folder(photos), tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert len(files) > 4
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    other = make(list_source(str(photos)), tmp_path / "c", seed=1)
+    other = make(list_folder(photos), tmp_path / "c", seed=1)
     assert other.splits["train"].digest != DatasetInfo.load(tmp_path / "a" / "train").digest
 
 
 def test_a_folder_keeps_its_bytes_and_names(tmp_path: Path, photos: Path) -> None:
     (photos / "notes.txt").write_text("not an image")
-    source = list_source(str(photos))
+    source = list_folder(photos)
     assert source.remarks == ["1 not an image, left out: notes.txt"]
     make(source, tmp_path / "out", validation=0)
     assert not (tmp_path / "out" / "validation").exists()
@@ -102,7 +113,7 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
     folder = tmp_path / "in" / "鳥類"
     folder.mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(folder / f"{'長' * 60}.png")
-    make(list_source(str(folder.parent)), tmp_path / "out", validation=0)
+    make(list_folder(folder.parent), tmp_path / "out", validation=0)
     samples = open_samples(tmp_path / "out" / "train")
     assert samples.read(0, 0).key == f"鳥類/{'長' * 60}"
     tar = tmp_path / "out" / "train" / "shard-000000.tar"
@@ -125,7 +136,7 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
 def test_what_would_be_lost_is_an_error_unless_left_out(
     tmp_path: Path, photos: Path, fault: str, expected: str
 ) -> None:
-    whole = len(list_source(str(photos)).images)
+    whole = len(list_folder(photos))
     image = Image.new("RGB", (8, 8))
     if fault == "empty":
         (photos / "bird").mkdir()
@@ -143,11 +154,11 @@ def test_what_would_be_lost_is_an_error_unless_left_out(
         data = (photos / "china" / "crop.1.jpg").read_bytes()
         (photos / "china" / "cut.jpg").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError) as caught:
-        make(list_source(str(photos)), tmp_path / "out")
+        make(list_folder(photos), tmp_path / "out")
     assert expected in str(caught.value)
     assert "--skip-bad" in str(caught.value)
     assert not (tmp_path / "out").exists()
-    made = make(list_source(str(photos)), tmp_path / "out", skip_bad=True)
+    made = make(list_folder(photos), tmp_path / "out", skip_bad=True)
     assert sum(info.num_samples for info in made.splits.values()) == whole
 
 
@@ -155,11 +166,11 @@ def test_every_unreadable_file_counts_in_both_splits(tmp_path: Path, photos: Pat
     for path in (photos / "china").rglob("*.*"):
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="8 unreadable files") as caught:
-        make(list_source(str(photos)), tmp_path / "out", validation=0.5)
+        make(list_folder(photos), tmp_path / "out", validation=0.5)
     named = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
     assert len(named) == 6  # the first five, and that there are more
     assert named[-1] == "  ..."
-    made = make(list_source(str(photos)), tmp_path / "out", validation=0.5, skip_bad=True)
+    made = make(list_folder(photos), tmp_path / "out", validation=0.5, skip_bad=True)
     assert len(made.left_out) == 8
     assert sorted(made.splits) == ["train", "validation"]
 
@@ -167,11 +178,11 @@ def test_every_unreadable_file_counts_in_both_splits(tmp_path: Path, photos: Pat
 def test_folders_that_would_be_passed_over_or_seen_twice(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = len(list_source(str(photos)).images)
+    whole = len(list_folder(photos))
     (photos / "china" / "loop").symlink_to(photos / "china")
     (photos / ".cache").mkdir()
-    source = list_source(str(photos))
-    assert len(source.images) == whole
+    source = list_folder(photos)
+    assert len(source) == whole
     assert source.remarks == ["1 hidden folder, left out: .cache"]
     [fault] = source.faults
     assert "1 folder that cannot be listed" in fault
@@ -179,12 +190,12 @@ def test_folders_that_would_be_passed_over_or_seen_twice(
     (photos / "china" / "loop").unlink()
 
     (photos / "china" / "far").symlink_to(photos / "flower")  # a link elsewhere is followed
-    assert len(list_source(str(photos)).images) == whole + len(list(photos.glob("flower/**/*.*")))
+    assert len(list_folder(photos)) == whole + len(list(photos.glob("flower/**/*.*")))
     (photos / "china" / "far").unlink()
 
-    iterdir = Path.iterdir
-    monkeypatch.setattr(Path, "iterdir", lambda path: _refuse() if path.name == "deep" else iterdir(path))
-    [fault] = list_source(str(photos)).faults
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: _refuse() if str(path).endswith("deep") else scandir(path))
+    [fault] = list_folder(photos).faults
     assert "2 folders that cannot be listed" in fault
     assert "deep (Permission denied)" in fault
 
@@ -194,30 +205,29 @@ def _refuse() -> NoReturn:
 
 
 def test_shards_have_the_asked_size_and_the_seed_draws_the_split(tmp_path: Path) -> None:
-    source = list_source("digits")
+    source = list_digits()
     make(source, tmp_path / "out", shard_bytes=100_000)
     for name in ("train", "validation"):
-        *full, last = DatasetInfo.load(tmp_path / "out" / name).shards
-        assert len(full) > 1
-        assert all(100_000 <= shard.num_bytes < 110_000 for shard in full)
-        assert last.num_bytes < 110_000
-    draws = [{image.key for image in split(source, 0.2, seed)[1]} for seed in (0, 0, 1)]
+        shards = DatasetInfo.load(tmp_path / "out" / name).shards
+        assert len(shards) > 2
+        assert all(85_000 < shard.num_bytes < 105_000 for shard in shards)
+    draws = [{*split(source, 0.2, seed)[1]} for seed in (0, 0, 1)]
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
 
 
 def test_mistakes_of_the_whole_folder(tmp_path: Path, photos: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        list_source(str(tmp_path / "nowhere"))
+        list_folder(tmp_path / "nowhere")
     with pytest.raises(DataError, match="has no subfolders; expected one for each class"):
-        list_source(str(photos / "china" / "deep"))
+        list_folder(photos / "china" / "deep")
     with pytest.raises(DataError, match="no class bird; the classes are china, flower"):
-        keep_classes(list_source(str(photos)), ["bird"])
+        keep_classes(list_folder(photos), ["bird"])
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="is there already"):
-        make(list_source(str(photos)), tmp_path / "out")
+        make(list_folder(photos), tmp_path / "out")
     with pytest.raises(DataError, match="no images"):
-        make(Source(["a"], []), tmp_path / "none")
+        make(list_digits().take([]), tmp_path / "none")
 
 
 def test_a_stopped_command_leaves_no_shards_and_can_run_again(tmp_path: Path, photos: Path) -> None:
@@ -228,22 +238,22 @@ def test_a_stopped_command_leaves_no_shards_and_can_run_again(tmp_path: Path, ph
         raise StopError
 
     with pytest.raises(StopError):
-        make(list_source(str(photos)), tmp_path / "out", progress=stop)
+        make(list_folder(photos), tmp_path / "out", progress=stop)
     assert not (tmp_path / "out").exists()
-    assert make(list_source(str(photos)), tmp_path / "out").splits
+    assert make(list_folder(photos), tmp_path / "out").splits
 
 
 def test_split_holds_out_at_least_one_of_each_class() -> None:
-    source = list_source("digits")
+    source = list_digits()
     train, held_out = split(source, 0.001, seed=0)
-    assert sorted({image.label for image in held_out}) == list(range(10))
+    assert sorted(source.labels[held_out]) == list(range(10))
     assert len(held_out) == 10
-    assert len(train) + len(held_out) == len(source.images)
-    assert not {image.key for image in train} & {image.key for image in held_out}
+    assert len(train) + len(held_out) == len(source)
+    assert not {*train} & {*held_out}
 
 
 def test_a_dataset_edited_by_hand_is_noticed(tmp_path: Path) -> None:
-    make(keep_classes(list_source("digits"), ["3"]), tmp_path / "out")
+    make(keep_classes(list_digits(), ["3"]), tmp_path / "out")
     path = tmp_path / "out" / "train" / "dataset.json"
     content = json.loads(path.read_text())
     content["class_names"] = ["three"]
@@ -259,7 +269,154 @@ def test_a_dataset_edited_by_hand_is_noticed(tmp_path: Path) -> None:
 
 
 def test_pngs_of_digits_are_the_digits() -> None:
-    source = list_source("digits")
-    digit = Image.open(io.BytesIO(source.images[7].read()))
+    source = list_digits()
+    digit = Image.open(io.BytesIO(source.image(7).read().image))
     small = np.asarray(digit.resize((8, 8), Image.Resampling.BOX), dtype=float) / 255 * 16
     assert np.corrcoef(small.ravel(), load_digits().images[7].ravel())[0, 1] > 0.98
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.3])
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, photos: Path, validation: float) -> None:
+    recipe = Recipe(validation=validation, shard_bytes=20_000, encoding=Encoding(shorter_side=40))
+    outs = [tmp_path / name for name in ("one", "two", "five")]
+    for out, num_workers in zip(outs, (1, 2, 5), strict=True):
+        done: list[int] = []
+        engine = partial(run_units, num_workers=num_workers)
+        make_shards(list_folder(photos), out, recipe, engine=engine, progress=done.append)
+        assert sum(done) == len(list_folder(photos))
+        assert not out.with_name(out.name + ".partial").exists()
+    one, *others = map(files, outs)
+    assert len(one) > 6
+    assert all(other == one for other in others)
+
+
+def test_a_command_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    """Cut off at every unit, half-written files left behind, it ends with the same bytes and does no unit twice."""
+    source, recipe = list_digits(), Recipe(shard_bytes=500_000)
+    make_shards(source, tmp_path / "whole", recipe)
+    whole = files(tmp_path / "whole")
+    written: list[str] = []
+
+    def engine(work: Callable[[Unit], Record], units: Iterable[Unit]) -> Generator[Record, None, None]:
+        for number, unit in enumerate(units):
+            if number == 1:
+                unit.tar.with_name(unit.tar.name + ".partial").write_bytes(b"half")
+                raise KeyboardInterrupt
+            written.append(unit.tar.name)
+            yield work(unit)
+
+    for _ in range(100):
+        done: list[int] = []
+        try:
+            make_shards(source, tmp_path / "out", recipe, engine=engine, progress=done.append)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "out").exists()
+    assert len(written) == len([name for name in whole if name.endswith(".tar")])
+    assert sum(done) == len(source)
+    assert files(tmp_path / "out") == whole
+
+
+def test_what_a_power_cut_took_is_written_again(tmp_path: Path) -> None:
+    source, recipe = list_digits(), Recipe(validation=0.0, shard_bytes=1_000_000)
+
+    def stop_late(work: Callable[[Unit], Record], units: Iterable[Unit]) -> Generator[Record, None, None]:
+        yield from islice(map(work, units), 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(source, tmp_path / "out", recipe, engine=stop_late)
+    begun = tmp_path / "out.partial"
+    (begun / "out" / "train" / "shard-000000.tar").write_bytes(b"")
+    (begun / "done" / "train-000001.json").write_bytes(b"")
+    make_shards(source, tmp_path / "out", recipe)
+    make_shards(source, tmp_path / "whole", recipe)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_mended_source_goes_on(tmp_path: Path, photos: Path) -> None:
+    path = photos / "china" / "crop.1.jpg"
+    good = path.read_bytes()
+    path.write_bytes(b"x" * len(good))
+    recipe = Recipe(shard_bytes=20_000)
+    with pytest.raises(DataError, match="1 unreadable file"):
+        make_shards(list_folder(photos), tmp_path / "out", recipe)
+    path.write_bytes(good)
+    made = make_shards(list_folder(photos), tmp_path / "out", recipe)
+    assert sum(info.num_samples for info in made.splits.values()) == len(list_folder(photos))
+
+
+def test_what_is_left_out_is_named_in_a_file(tmp_path: Path, photos: Path) -> None:
+    for path in photos.glob("china/*.jpg"):
+        path.write_bytes(b"no image")
+    make_shards(list_folder(photos), tmp_path / "out", Recipe(), skip_bad=True)
+    lines = (tmp_path / "out" / "left_out.txt").read_text().splitlines()
+    assert sorted(lines) == [f"china/crop.{i}.jpg: not an image of a known format" for i in range(6)]
+
+
+def test_a_folder_that_is_someone_elses(tmp_path: Path, photos: Path) -> None:
+    begun = tmp_path / "out.partial"
+
+    def stop(work: Callable[[Unit], Record], units: Iterable[Unit]) -> Generator[Record, None, None]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(list_folder(photos), tmp_path / "out", Recipe(), engine=stop)
+    with pytest.raises(DataError, match="was begun with other images or another recipe; remove it to begin anew"):
+        make_shards(list_folder(photos), tmp_path / "out", Recipe(seed=1))
+    (photos / "china" / "crop.1.jpg").unlink()
+    with pytest.raises(DataError, match="was begun with other images"):
+        make_shards(list_folder(photos), tmp_path / "out", Recipe())
+    with (begun / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another command is writing it"):
+            make_shards(list_folder(photos), tmp_path / "out", Recipe())
+    (begun / "thesis.docx").touch()
+    with pytest.raises(DataError, match="holds other things; move them away"):
+        make_shards(list_folder(photos), tmp_path / "out", Recipe())
+    assert (begun / "thesis.docx").exists()
+
+
+def test_shards_of_resized_images_have_the_asked_size_too(tmp_path: Path) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    pixels = load_sample_image("china.jpg")
+    for i in range(60):
+        Image.fromarray(pixels[: 300 + i, : 400 + i]).save(tmp_path / "in" / "a" / f"{i}.png")
+    recipe = Recipe(validation=0.0, shard_bytes=100_000, encoding=Encoding(shorter_side=64, format="jpg"))
+    made = make_shards(list_folder(tmp_path / "in"), tmp_path / "out", recipe)
+    sizes = [shard.num_bytes for shard in made.splits["train"].shards]
+    assert len(sizes) > 2
+    assert all(60_000 < size < 110_000 for size in sizes)
+    sample = open_samples(tmp_path / "out" / "train").fetch(0, 0)
+    assert sample.data.startswith(b"\xff\xd8")
+    assert min(Image.open(io.BytesIO(sample.data)).size) == 64
+
+
+def test_unlabelled_images_at_any_depth(tmp_path: Path, photos: Path) -> None:
+    Image.new("RGB", (8, 8)).save(photos / "stray.png")
+    source = list_folder(photos, labelled=False)
+    assert not source.faults
+    made = make_shards(source, tmp_path / "out", Recipe())
+    assert made.splits["train"].class_names == []
+    assert made.splits["validation"].num_samples == round(0.1 * len(source))
+    extensions = set()
+    for tar in (tmp_path / "out").rglob("*.tar"):
+        with tarfile.open(tar) as archive:
+            extensions |= {name.partition(".")[2] for name in archive.getnames()}
+    assert extensions == {"jpg", "png", "json"}
+
+
+def test_ray_writes_the_same_bytes(tmp_path: Path, photos: Path) -> None:
+    recipe = Recipe(shard_bytes=20_000)
+    make_shards(list_folder(photos), tmp_path / "local", recipe)
+    make_shards(list_folder(photos), tmp_path / "ray", recipe, engine=run_units_on_ray)
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    source = list_folder(photos)
+    (photos / "china" / "crop.1.jpg").unlink()
+    with pytest.raises(DataError, match="1 unreadable file"):
+        make_shards(source, tmp_path / "gone", recipe, engine=run_units_on_ray)

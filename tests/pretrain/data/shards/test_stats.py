@@ -15,8 +15,9 @@ from sklearn.datasets import load_sample_image
 from pretrain.data.index import DataError
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
 from pretrain.data.shards.stats import draw, read_stats, summary
-from pretrain.data.sources import list_source
+from pretrain.data.sources import list_folder
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             left, top = chance.integers(0, 120, 2).tolist()
             photo.crop((left, top, left + width, top + height)).save(folder / "in" / name / f"{i}.jpg")
     shutil.copy(folder / "in" / "china" / "3.jpg", folder / "in" / "flower" / "copy.jpg")
-    make_shards(
-        list_source(str(folder / "in")), folder / "out", validation=0, shard_bytes=10**5, seed=0, skip_bad=False
-    )
+    make_shards(list_folder(folder / "in"), folder / "out", Recipe(validation=0, shard_bytes=10**5, seed=0))
     return folder
 
 

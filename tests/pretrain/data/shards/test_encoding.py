@@ -1,0 +1,68 @@
+"""What is stored of an image: its bytes where they will do; else what Pillow would make of it."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from pretrain.data.decode import DecodeError, decode
+from pretrain.data.shards.encoding import Encoding
+
+PHOTO = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_what_training_reads_keeps_its_bytes(kind: str, extension: str) -> None:
+    data = encoded(PHOTO, kind)
+    assert Encoding()(data) == (data, extension, 640, 427)
+    assert Encoding(shorter_side=427)(data).data == data  # nothing to shrink
+    assert Encoding(format=extension)(data).data == data  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF"])
+def test_other_formats_become_png_with_the_same_pixels(kind: str) -> None:
+    data = encoded(PHOTO, kind)
+    stored = Encoding()(data)
+    assert stored.extension == "png"
+    assert np.array_equal(decode(stored.data), decode(data))
+
+
+def test_shrinking_is_pillows_bicubic() -> None:
+    stored = Encoding(shorter_side=200, format="png")(encoded(PHOTO, "PNG"))
+    assert (stored.width, stored.height) == (300, 200)
+    assert np.array_equal(decode(stored.data), np.asarray(PHOTO.resize((300, 200), Image.Resampling.BICUBIC)))
+
+
+def test_a_jpeg_shrinks_to_a_jpeg_that_stands_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    stored = Encoding(shorter_side=200, quality=95)(encoded(PHOTO, "JPEG", exif=exif))
+    assert (stored.extension, stored.width, stored.height) == ("jpg", 200, 300)
+    expected = PHOTO.transpose(Image.Transpose.ROTATE_270).resize((200, 300), Image.Resampling.BICUBIC)
+    assert np.abs(decode(stored.data).astype(int) - np.asarray(expected)).mean() < 4  # of 255; two lossy encodings
+
+
+def test_quality_and_format_are_obeyed() -> None:
+    data = encoded(PHOTO, "PNG")
+    sizes = [len(Encoding(format="jpg", quality=quality)(data).data) for quality in (50, 90)]
+    assert sizes[0] < sizes[1] < len(data)
+    webp = Encoding(format="webp")(data)
+    assert (webp.extension, Image.open(io.BytesIO(webp.data)).format) == ("webp", "WEBP")
+
+
+def test_an_extreme_shape_keeps_at_least_the_shorter_side() -> None:
+    stored = Encoding(shorter_side=7, format="png")(encoded(Image.new("RGB", (8, 4000)), "PNG"))
+    assert (stored.width, stored.height) == (7, 3500)
+
+
+def test_what_is_no_image_is_refused() -> None:
+    with pytest.raises(DecodeError, match="not an image"):
+        Encoding(shorter_side=64)(b"no image at all")

@@ -1,0 +1,97 @@
+"""Units of work on several processes: results in order, failures as they are, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pretrain.data.shards.units import run_units, run_units_on_ray
+
+
+def late_square(number: int) -> int:
+    time.sleep(0.05 * (number % 3))
+    return number * number
+
+
+def fail_at_3(number: int) -> int:
+    if number == 3:
+        raise ValueError("three")
+    return number
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def note_and_sleep(folder: Path, number: int) -> int:
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
+    return number
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_results_come_in_order(num_workers: int) -> None:
+    assert list(run_units(late_square, iter(range(20)), num_workers)) == [i * i for i in range(20)]
+
+
+def test_a_failure_reaches_the_caller_and_ends_the_workers() -> None:
+    results = run_units(fail_at_3, range(1000), 2)
+    with pytest.raises(ValueError, match="three"):
+        list(results)
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_killed_worker_is_a_sentence() -> None:
+    with pytest.raises(ChildProcessError, match="a worker process died, perhaps for want of memory"):
+        list(run_units(die, range(3), 2))
+
+
+def test_a_caller_that_wants_no_more_does_not_wait(tmp_path: Path) -> None:
+    results = run_units(partial(note_and_sleep, tmp_path), range(-1, 5), 2)
+    started = time.monotonic()
+    results.close()  # before anything was asked for, nothing is begun
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
+    code = f"""
+if __name__ == "__main__":
+    from functools import partial
+    from pathlib import Path
+    from pretrain.data.shards.units import run_units
+    from tests.pretrain.data.shards.test_units import note_and_sleep
+    list(run_units(partial(note_and_sleep, Path({str(tmp_path)!r})), range(9), 2))
+"""
+    script = tmp_path.parent / f"{tmp_path.name}.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        _wait(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+        workers = [int(path.name) for path in tmp_path.iterdir()]
+        parent.send_signal(how)
+        parent.wait(10)
+        _wait(lambda: not any(psutil.pid_exists(worker) for worker in workers), 10)
+    finally:
+        parent.kill()
+
+
+def _wait(is_true: object, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_true():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ray_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(Exception, match=r"--engine ray needs Ray: pip install 'tessera-vit\[ray\]'"):
+        list(run_units_on_ray(late_square, range(3)))
