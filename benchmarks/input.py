@@ -36,7 +36,6 @@ from pretrain.data.decode import decode
 from pretrain.data.index import DatasetInfo
 from pretrain.data.loader import training_batches
 from pretrain.data.order import Order, Part, micro_batches
-from pretrain.data.remote import FetchPolicy
 from pretrain.data.samples import BadSampleError, Samples
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.check import check_set
@@ -291,7 +290,7 @@ def losing(work: Path) -> Table:
         reader = webdataset.WebDataset(str(folder / tar.name), shardshuffle=False, handler=webdataset.reraise_exception)
         seen = sum(1 for _ in reader)
         unusable = _count_unusable(open_samples(folder), 0)
-        findings = list(check_set(folder, 0, FetchPolicy()))
+        findings = list(check_set(folder))
         ours = f"{unusable} of {len(members)} replaced and named; `shards check` lists {len(findings)}"
         rows.append((f"a flipped byte in a tar's {what}", ours, f"webdataset: {len(members) - seen} lost, no error"))
     return rows

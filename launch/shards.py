@@ -102,7 +102,6 @@ def make(
         recipe = plan.Recipe(
             validation, shard_bytes, seed, encoding.Encoding(resize, image_format and image_format.value, quality)
         )
-        local = partial(units.run_units, num_workers=workers)
         try:
             with progress_bar("writing shards", len(listed), "images") as advance:
                 made = making.make_shards(
@@ -110,7 +109,7 @@ def make(
                     out,
                     recipe,
                     skip_bad=skip_bad,
-                    engine=local if engine is EngineName.LOCAL else units.run_units_on_ray,
+                    engine=local_engine(workers) if engine is EngineName.LOCAL else units.run_units_on_ray,
                     progress=advance,
                 )
         except KeyboardInterrupt:
@@ -138,6 +137,7 @@ def index(
     unlabelled: Annotated[
         bool, typer.Option("--unlabelled", help="Images without classes, with captions or nothing beside them.")
     ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; as many as there are cores.")] = CORES,
     allow_pipe: Annotated[
         bool, typer.Option("--allow-pipe", help="Let a source be a command, as in pipe:COMMAND.")
     ] = False,
@@ -150,7 +150,6 @@ def index(
     """
     remote, scan = stage("pretrain.data.remote"), stage("pretrain.data.shards.scan")
     with mistakes():
-        policy = remote.FetchPolicy(allow_pipe=allow_pipe)
         if remote.is_remote(source):
             if out is None:
                 raise UserError(f"{source}: the indexes need a folder of their own; name one with --out")
@@ -163,9 +162,10 @@ def index(
             scanned = scan.index_shards(
                 tars,
                 folder,
-                lambda name: remote.open_stream(name, policy) if remote.is_remote(name) else (folder / name).open("rb"),
                 names,
                 None if unlabelled else label_key,
+                remote.FetchPolicy(allow_pipe=allow_pipe),
+                local_engine(workers),
                 advance,
             )
     for remark in scanned.remarks:
@@ -187,18 +187,18 @@ def check(
     check, remote = stage("pretrain.data.shards.check"), stage("pretrain.data.remote")
     found = 0
     with mistakes():
-        info = stage("pretrain.data.index").DatasetInfo.load(folder)
-        for name in check.stray_files(folder):
-            print(f"{folder / name}: belongs to no shard", file=sys.stderr)
         policy = remote.FetchPolicy(allow_pipe=allow_pipe)
-        with progress_bar("checking", len(info.shards), "shards") as advance:
-            for finding in check.check_set(folder, workers, policy, advance):
+        with progress_bar("checking", None, "shards") as advance:
+            for finding in check.check_set(folder, policy, local_engine(workers), advance):
                 found += 1
                 print(json.dumps(finding._asdict()) if as_json else "  ".join(filter(None, finding)))
+        for name in check.stray_files(folder):
+            print(f"{folder / name}: belongs to no shard", file=sys.stderr)
     if found:
-        print(f"{folder}: {found} faults", file=sys.stderr)
+        print(f"{folder}: {found} {'fault' if found == 1 else 'faults'}", file=sys.stderr)
         raise typer.Exit(1)
     if not as_json:
+        info = stage("pretrain.data.index").DatasetInfo.load(folder)
         print(f"{folder}: {describe(info)}, every byte as it should be")
 
 
@@ -282,6 +282,11 @@ def simulate(
     }
     for name, value in lines.items():
         print(f"{name:<24}{value}")
+
+
+def local_engine(workers: int) -> Any:
+    """Return what runs units of work on so many processes."""
+    return partial(stage("pretrain.data.shards.units").run_units, num_workers=workers)
 
 
 def find_tars(folder: Path, out: Path | None) -> tuple[Path, list[str]]:

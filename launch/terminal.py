@@ -10,6 +10,7 @@ import typer
 
 from pretrain import EXIT_MISTAKE, UserError
 
+EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -26,6 +27,9 @@ def mistakes() -> Iterator[None]:
     except UserError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(EXIT_MISTAKE) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), file=sys.stderr)
         raise typer.Exit(1) from None
@@ -39,7 +43,11 @@ def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Any]:
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), speed, rich.TimeRemainingColumn())
     with rich.Progress(*columns, console=stage("rich.console").Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda amount: bar.advance(task, amount)
+
+        def advance(amount: int, total: int | None = total) -> None:
+            bar.update(task, advance=amount, total=total)
+
+        yield advance
 
 
 def parse_size(text: str, option: str) -> int:

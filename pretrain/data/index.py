@@ -5,15 +5,13 @@ Both are JSON that a stranger can open. With them a sample is read by offset, in
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain import UserError
 
-VERSION = 2
+VERSION = 3
 DATASET_FILE = "dataset.json"
 NO_LABEL = -1
 SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_bytes", "index_sha256")
@@ -119,11 +117,12 @@ class DatasetInfo:
         sums = {"num_samples": self.num_samples, "num_bytes": self.num_bytes, "digest": self.digest}
         shards = {name: [getattr(shard, name) for shard in self.shards] for name in SHARD_COLUMNS}
         classes = {"class_names": self.class_names, "class_counts": self.class_counts}
-        write_json(folder / DATASET_FILE, {"version": VERSION, **sums, **classes, "shards": shards})
+        content = {"version": VERSION, **sums, **classes, "shards": shards}
+        write_json(folder / DATASET_FILE, {**content, "sha256": _sha256_of(content)})
 
     @classmethod
     def load(cls, folder: Path) -> "DatasetInfo":
-        """Read `dataset.json` and hold its digest against its content."""
+        """Read `dataset.json`, which must have the checksum that it promises of itself."""
         path = folder / DATASET_FILE
         try:
             data = path.read_bytes()
@@ -140,21 +139,19 @@ class DatasetInfo:
         """
         content = _parse(data, place)
         try:
-            digest = content.pop("digest")
+            promised, found = content.pop("sha256"), _sha256_of({"version": VERSION, **content})
             columns = content.pop("shards")
             shards = [ShardEntry(*entry) for entry in zip(*(columns[name] for name in SHARD_COLUMNS), strict=True)]
             info = cls(content.pop("class_names"), content.pop("class_counts"), shards)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{place}: damaged ({error!r}); write it again with `tessera shards index`") from None
-        if info.digest != digest:
-            raise DataError(f"{place}: edited by hand, its digest is off; run `tessera shards index`")
+        if promised != found:
+            raise DataError(f"{place}: damaged or edited by hand, its checksum is off; run `tessera shards index`")
         return info
 
 
-def count_classes(labels: Iterable[int], num_classes: int) -> list[int]:
-    """Return how many samples each class has."""
-    counts = Counter(labels)
-    return [counts[label] for label in range(num_classes)]
+def _sha256_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def index_name(tar: str) -> str:

@@ -8,9 +8,11 @@ import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.data.index import DataError
+from pretrain.data.remote import FetchPolicy, is_remote, open_stream
 
 BLOCK = tarfile.BLOCKSIZE
 CHUNK_BYTES = 1 << 20
@@ -88,6 +90,18 @@ class Archive:
             if block.strip(b"\0"):
                 raise DataError(f"{self.place}: damaged header at byte {end}; what follows cannot be read")
             block = self._file.read(CHUNK_BYTES)
+
+
+def open_tar(place: str, policy: FetchPolicy) -> BinaryIO:
+    """Open a tar to be read once, from front to back, wherever it stands.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    try:
+        return open_stream(place, policy) if is_remote(place) else Path(place).open("rb")
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read: {error.strerror}") from None
 
 
 class _Forward:

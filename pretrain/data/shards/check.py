@@ -1,10 +1,8 @@
 """Find everything that is wrong with a shard set: every byte of every tar is held against what was promised."""
 
-import os
-import signal
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,71 +12,92 @@ from zlib_ng.zlib_ng import crc32
 from pretrain.data.decode import DecodeError, decode
 from pretrain.data.fetch import read_range
 from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardEntry, ShardIndex, index_name
-from pretrain.data.remote import FetchPolicy, is_remote, open_stream
-from pretrain.data.shards.archive import Archive
+from pretrain.data.remote import FetchPolicy, is_remote
+from pretrain.data.shards.archive import Archive, Member, open_tar
+from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
+from pretrain.data.shards.scan import IMAGE_EXTENSIONS
+from pretrain.data.shards.units import run_units
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong: with a sample, or with a whole shard where there is no key."""
+    """One thing that is wrong: with a sample, or with a whole file where there is no key."""
 
-    shard: str
+    file: str
     key: str | None
     reason: str
 
 
 class _Checked(NamedTuple):
     findings: list[Finding]
-    keys: list[str]
+    keys: Digests
+    class_counts: list[int]
+
+
+Engine = Callable[[Callable[[ShardEntry], _Checked], Iterable[ShardEntry]], Generator[_Checked, None, None]]
 
 
 def check_set(
-    folder: Path, num_workers: int, policy: FetchPolicy, progress: Callable[[int], None] = lambda _: None
+    folder: Path,
+    policy: FetchPolicy | None = None,
+    engine: Engine = run_units,
+    progress: Callable[[int, int], None] = lambda _, __: None,
 ) -> Iterator[Finding]:
-    """Yield what is wrong with a set, shard by shard; keys are held against those of all other shards.
+    """Yield what is wrong with a set, shard by shard; then what is wrong between them.
 
     Args:
         folder: where `dataset.json` and the indexes stand; the tars may be remote.
-        num_workers: processes; with 0 this one does the work.
         policy: how patient to be with remote tars.
-        progress: called with 1 after each shard.
+        engine: runs the units of work, a shard each.
+        progress: called after each shard, with 1 and the number of all.
+
+    Raises:
+        DataError: the folder holds no set at all.
     """
     try:
         info = DatasetInfo.load(folder)
     except (DataError, OSError) as error:
-        yield Finding(DATASET_FILE, None, str(error))
-        return
-    seen: dict[str, str] = {}
-    work = partial(_check_shard, folder, len(info.class_names), policy)
-    with closing(_in_order(work, info.shards, num_workers)) as results:
-        for entry, checked in zip(info.shards, results, strict=True):
+        entries = _entries_by_indexes(folder)
+        if not entries:
+            raise DataError(str(error)) from None
+        yield Finding(DATASET_FILE, None, str(error).removeprefix(f"{folder / DATASET_FILE}: "))
+        info = DatasetInfo([], [], entries)
+    keys, counts = [], [0] * len(info.class_names)
+    work = partial(_check_shard, folder, len(info.class_names), policy or FetchPolicy())
+    with closing(engine(work, info.shards)) as results:
+        for checked in results:
             yield from checked.findings
-            for key in checked.keys:
-                if key in seen:
-                    yield Finding(entry.name, key, f"the same key is in {seen[key]}")
-                seen[key] = entry.name
-            progress(1)
+            keys.append(checked.keys)
+            counts = [a + b for a, b in zip(counts, checked.class_counts, strict=True)]
+            progress(1, len(info.shards))
+    for (shard, row), (first, _) in find_repeated(keys):
+        index = _load_index(folder, info.shards[shard], [])
+        yield Finding(
+            info.shards[shard].name, index.key[row] if index else None, f"the same key is in {info.shards[first].name}"
+        )
+    if counts != info.class_counts and all(map(len, keys)):
+        yield Finding(DATASET_FILE, None, f"counts {info.class_counts} samples of each class, there are {counts}")
 
 
 def stray_files(folder: Path) -> list[str]:
     """Return the names of files in a set's folder that belong to nothing."""
-    known = {DATASET_FILE}
-    for shard in DatasetInfo.load(folder).shards:
-        known |= {shard.name, index_name(shard.name)}
+    try:
+        shards = DatasetInfo.load(folder).shards
+    except DataError:
+        shards = _entries_by_indexes(folder)
+    known = {DATASET_FILE, *(shard.name for shard in shards), *(index_name(shard.name) for shard in shards)}
     return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 
-def _in_order(
-    work: Callable[[ShardEntry], _Checked], entries: list[ShardEntry], num_workers: int
-) -> Generator[_Checked, None, None]:
-    """Yield each shard's result; what has not begun is given up when nobody wants more."""
-    if not num_workers:
-        yield from map(work, entries)
-        return
-    with ProcessPoolExecutor(num_workers, initializer=_start_worker) as pool:
-        try:
-            yield from pool.map(work, entries)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+def _entries_by_indexes(folder: Path) -> list[ShardEntry]:
+    """Return the shards that there are by their indexes alone, where `dataset.json` cannot be read."""
+    entries = []
+    for path in sorted(folder.glob("*.index.json")):
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        with suppress(DataError, TypeError):
+            index = ShardIndex.parse(data, path, digest)
+            entries.append(ShardEntry(index.name, len(index), index.num_bytes, index.sha256, len(data), digest))
+    return entries
 
 
 def _check_shard(folder: Path, num_classes: int, policy: FetchPolicy, entry: ShardEntry) -> _Checked:
@@ -86,25 +105,30 @@ def _check_shard(folder: Path, num_classes: int, policy: FetchPolicy, entry: Sha
     findings: list[Finding] = []
     index = _load_index(folder, entry, findings)
     rows = {offset: row for row, offset in enumerate(index.offset)} if index else {}
-    tar = folder / entry.name
+    tar = entry.name if is_remote(entry.name) else str(folder / entry.name)
     try:
-        with open_stream(entry.name, policy) if is_remote(entry.name) else tar.open("rb") as stream:
+        with open_tar(tar, policy) as stream:
             archive = Archive(entry.name, stream)
             for member in archive.members():
-                if index and (row := rows.pop(member.offset, None)) is not None:
+                row = rows.pop(member.offset, None)
+                if index and row is not None:
                     findings += _check_sample(index, row, member.data, num_classes)
-            if index and rows:
+                elif member.is_file and member.name.lower().endswith(IMAGE_EXTENSIONS):
+                    findings += _check_unknown(entry.name, member, index is not None)
+            if index:
                 findings += [Finding(entry.name, index.key[i], "the tar has no member there") for i in rows.values()]
             if (archive.num_bytes, archive.sha256) != (entry.num_bytes, entry.sha256):
                 findings.append(Finding(entry.name, None, f"its sha256 is not the one in {DATASET_FILE}"))
     except DataError as error:
-        findings.append(Finding(entry.name, None, str(error).removeprefix(f"{entry.name}: ")))
-        if index and not is_remote(entry.name):  # what lies behind the damage can still be read by the index
+        findings.append(Finding(entry.name, None, str(error).removeprefix(f"{tar}: ").removeprefix(f"{entry.name}: ")))
+        if index and Path(tar).is_file():  # what lies behind the damage can still be read by the index
             for offset, row in rows.items():
-                findings += _check_sample(index, row, read_range(tar, offset, index.size[row]), num_classes)
+                findings += _check_sample(index, row, read_range(Path(tar), offset, index.size[row]), num_classes)
     except OSError as error:
         findings.append(Finding(entry.name, None, f"cannot be read: {error.strerror}"))
-    return _Checked(findings, index.key if index else [])
+    if index is None:
+        return _Checked(findings, digest_keys([]), [0] * num_classes)
+    return _Checked(findings, digest_keys(index.key), [index.label.count(label) for label in range(num_classes)])
 
 
 def _load_index(folder: Path, entry: ShardEntry, findings: list[Finding]) -> ShardIndex | None:
@@ -120,6 +144,18 @@ def _load_index(folder: Path, entry: ShardEntry, findings: list[Finding]) -> Sha
             return index
         findings.append(Finding(name, None, f"has {len(index)} samples, {DATASET_FILE} promises {entry.num_samples}"))
     return None
+
+
+def _check_unknown(tar: str, member: Member, is_indexed: bool) -> Iterator[Finding]:
+    """Yield what is wrong with an image that no index knows."""
+    key = member.name.rpartition(".")[0]
+    if is_indexed:
+        yield Finding(tar, key, "is in the tar, but not in the index")
+        return
+    try:
+        decode(member.data)
+    except DecodeError as error:
+        yield Finding(tar, key, f"no usable image: {error}")
 
 
 def _check_sample(index: ShardIndex, row: int, data: bytes, num_classes: int) -> Iterator[Finding]:
@@ -140,9 +176,3 @@ def _check_sample(index: ShardIndex, row: int, data: bytes, num_classes: int) ->
                 yield Finding(index.name, key, f"is {width} x {height} pixels, the index promises {promised}")
     if num_classes and not 0 <= index.label[row] < num_classes:
         yield Finding(index.name, key, f"label {index.label[row]} is out of range: there are {num_classes} classes")
-
-
-def _start_worker() -> None:
-    """Leave Ctrl-C to the process that was typed at; end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = "1"

@@ -2,16 +2,21 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.decode import DecodeError, decode
-from pretrain.data.index import NO_LABEL, DataError, DatasetInfo, ShardIndex, count_classes
-from pretrain.data.shards.archive import Archive, Member
+from pretrain.data.index import NO_LABEL, DataError, DatasetInfo, ShardEntry, ShardIndex, index_name
+from pretrain.data.remote import FetchPolicy, is_remote
+from pretrain.data.shards.archive import Archive, Member, open_tar
+from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
+from pretrain.data.shards.units import run_units
 from pretrain.data.sources import NAMES_SHOWN
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -26,61 +31,82 @@ class Scanned:
 
 
 @dataclass
-class _Findings:
-    """What all tars of a split have in common."""
+class _Indexed:
+    """What one tar has to say beyond its index: digests of its keys, its classes, members that we do not use."""
 
-    names: dict[int, str] = field(default_factory=dict)
-    left_out: Counter[str] = field(default_factory=Counter)
-    seen: dict[str, str] = field(default_factory=dict)
+    entry: ShardEntry
+    keys: Digests
+    class_counts: Counter[int]
+    class_names: dict[int, str]
+    left_out: Counter[str]
+
+
+Engine = Callable[[Callable[[str], _Indexed], Iterable[str]], Generator[_Indexed, None, None]]
 
 
 def index_shards(
-    tars: Sequence[str | Path],
+    tars: Sequence[str],
     out: Path,
-    open_tar: Callable[[str], BinaryIO],
     class_names: Sequence[str] | None = None,
     label_key: str | None = "label",
+    policy: FetchPolicy | None = None,
+    engine: Engine = run_units,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Scanned:
     """Write an index of each tar and `dataset.json` into a folder.
 
     Args:
-        tars: shards of one split, as `dataset.json` will name them: beside it, or anywhere by their URL.
+        tars: shards of one split, as `dataset.json` will name them: by their names in the folder, or by their URLs.
         out: the folder.
-        open_tar: opens a tar by its name, to be read once.
         class_names: in the order of the labels; else taken from the samples' JSON ("class"), else the labels' numbers.
         label_key: the JSON key of the label where a sample has no `cls`; None when the samples have no labels.
+        policy: how patient to be with remote tars.
+        engine: runs the units of work, a tar each.
         progress: called with 1 after each tar.
 
     Raises:
         DataError: a damaged tar, an unreadable image, a duplicate key, no image or label, a label out of range.
     """
-    found = _Findings()
-    indexes = []
-    for tar in map(str, tars):
-        with open_tar(tar) as stream:
-            indexes.append(_index_tar(tar, stream, label_key, found))
-        progress(1)
-    if not any(len(index) for index in indexes):
+    entries: list[ShardEntry] = []
+    keys: list[Digests] = []
+    counts: Counter[int] = Counter()
+    found: dict[int, str] = {}
+    left_out: Counter[str] = Counter()
+    with closing(engine(partial(_index_tar, out, label_key, policy or FetchPolicy()), tars)) as results:
+        for indexed in results:
+            entries.append(indexed.entry)
+            keys.append(indexed.keys)
+            counts.update(indexed.class_counts)
+            found |= indexed.class_names
+            left_out.update(indexed.left_out)
+            progress(1)
+    if not counts:
         raise DataError(f"{out}: the tars hold no samples")
-    labels = [label for index in indexes for label in index.label]
-    names = name_classes(labels, class_names, found.names) if label_key else []
-    counts = count_classes(labels, len(names))
-    info = DatasetInfo(names, counts, [index.save(out) for index in indexes])
+    _refuse_repeated(out, entries, keys)
+    names = name_classes(max(counts), class_names, found) if label_key else []
+    info = DatasetInfo(names, [counts[label] for label in range(len(names))], entries)
     info.save(out)
-    remarks = [f"{count} {what}, left as they are" for what, count in found.left_out.items()]
+    remarks = [f"{count} {what}, left as they are" for what, count in left_out.items()]
     if empty := [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]:
         remarks.append(f"{len(empty)} classes without samples: {', '.join(empty[:NAMES_SHOWN])}")
     return Scanned(info, remarks)
 
 
-def name_classes(labels: Sequence[int], class_names: Sequence[str] | None, found: dict[int, str]) -> list[str]:
+def _refuse_repeated(out: Path, entries: Sequence[ShardEntry], keys: Sequence[Digests]) -> None:
+    for (shard, row), (first, _) in find_repeated(keys):
+        path = out / index_name(entries[shard].name)
+        key = ShardIndex.parse(path.read_bytes(), path, entries[shard].index_sha256).key[row]
+        raise DataError(
+            f"{entries[shard].name}: the key {key} is also in {entries[first].name}; keys must be unique over a split"
+        )
+
+
+def name_classes(highest: int, class_names: Sequence[str] | None, found: dict[int, str]) -> list[str]:
     """Return the classes' names: those given, else those found beside samples, else the labels' numbers.
 
     Raises:
-        DataError: a label is out of range.
+        DataError: the highest label is out of range.
     """
-    highest = max(labels, default=-1)
     if class_names is None:
         return [found.get(label, str(label)) for label in range(highest + 1)]
     if highest >= len(class_names):
@@ -88,25 +114,22 @@ def name_classes(labels: Sequence[int], class_names: Sequence[str] | None, found
     return list(class_names)
 
 
-def _index_tar(name: str, stream: BinaryIO, label_key: str | None, found: _Findings) -> ShardIndex:
-    """Read a tar from front to back; collect class names and members that we do not use."""
-    index, archive = ShardIndex(name), Archive(name, stream)
-    for key, members in samples_of(archive, found.left_out):
-        if key in found.seen:
-            raise DataError(f"{name}: the key {key} is also in {found.seen[key]}; keys must be unique over a split")
-        found.seen[key] = name
-        extension, image = image_of(name, key, members)
-        height, width = _size(name, key, image.data)
-        metadata = metadata_of(name, key, members.get("json"))
-        label = label_of(name, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
-        if isinstance(metadata.get("class"), str):
-            found.names[label] = metadata["class"]
-        row = (key, extension, image.offset, len(image.data), crc32(image.data), label, width, height)
-        index.append(*row)
-        for other in members.keys() - {extension, "cls", "json"}:
-            found.left_out[f"members .{other}"] += 1
+def _index_tar(out: Path, label_key: str | None, policy: FetchPolicy, name: str) -> _Indexed:
+    """Read a tar from front to back and write its index."""
+    index, left_out, found = ShardIndex(name), Counter[str](), dict[int, str]()
+    with open_tar(name if is_remote(name) else str(out / name), policy) as stream:
+        archive = Archive(name, stream)
+        for key, members in samples_of(archive, left_out):
+            extension, image = image_of(name, key, members)
+            height, width = _size(name, key, image.data)
+            metadata = metadata_of(name, key, members.get("json"))
+            label = label_of(name, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
+            if isinstance(metadata.get("class"), str):
+                found[label] = metadata["class"]
+            index.append(key, extension, image.offset, image.size, crc32(image.data), label, width, height)
+            left_out.update(f"members .{other}" for other in members.keys() - {extension, "cls", "json"})
     index.num_bytes, index.sha256 = archive.num_bytes, archive.sha256
-    return index
+    return _Indexed(index.save(out), digest_keys(index.key), Counter(index.label), found, left_out)
 
 
 def samples_of(archive: Archive, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:

@@ -5,14 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from pretrain.data.fetch import read_range
-from pretrain.data.index import NO_LABEL, DataError
-from pretrain.data.remote import FetchPolicy, fetch_range, is_remote, open_stream
-from pretrain.data.shards.archive import BLOCK, Archive
+from pretrain.data.index import NO_LABEL
+from pretrain.data.remote import FetchPolicy, fetch_range, is_remote
+from pretrain.data.shards.archive import BLOCK, Archive, open_tar
 from pretrain.data.shards.scan import image_of, label_of, metadata_of, name_classes, samples_of
 from pretrain.data.sources import Content, Source, SourceImage, counted
 
@@ -64,7 +63,7 @@ def list_tars(
     seen: dict[str, str] = {}
     twice: list[str] = []
     for number, tar in enumerate(tars):
-        with _open(tar, policy) as stream:
+        with open_tar(tar, policy) as stream:
             for key, members in samples_of(Archive(tar, stream, _is_small), left_out):
                 listed(1)
                 image_of(tar, key, members)
@@ -81,7 +80,7 @@ def list_tars(
                 keys.append(key)
                 places.append((label, number, begin, end - begin + -(end - begin) % BLOCK))
     columns = np.asarray(places, np.int64).reshape(-1, 4)
-    names = name_classes(columns[:, 0].tolist(), class_names, found) if label_key else []
+    names = name_classes(int(columns[:, 0].max(initial=-1)), class_names, found) if label_key else []
 
     def image(i: int) -> SourceImage:
         label, number, offset, size = columns[i].tolist()
@@ -96,13 +95,6 @@ def list_tars(
         [f"{count} {what}, left out" for what, count in left_out.items()],
         counted(twice, "sample with a key already taken", "samples with keys already taken"),
     )
-
-
-def _open(tar: str, policy: FetchPolicy) -> BinaryIO:
-    try:
-        return open_stream(tar, policy) if is_remote(tar) else Path(tar).open("rb")
-    except OSError as error:
-        raise DataError(f"{tar}: cannot be read: {error.strerror}") from None
 
 
 def _is_small(name: str) -> bool:

@@ -6,16 +6,17 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import webdataset
 
-from pretrain.data.index import DatasetInfo, ShardIndex
-from pretrain.data.remote import FetchPolicy
+from pretrain.data.index import DataError, DatasetInfo, ShardIndex
 from pretrain.data.shards.check import Finding, check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.units import run_units
 from pretrain.data.sources import keep_classes, list_digits
 from tests.pretrain.data.test_faults import DAMAGES
 from tests.servers import Hostile, serve
@@ -29,8 +30,8 @@ def folder(digits: Path, tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def check(folder: Path, num_workers: int = 0) -> list[Finding]:
-    return list(check_set(folder, num_workers, FetchPolicy()))
+def check(folder: Path, num_workers: int = 1) -> list[Finding]:
+    return list(check_set(folder, engine=partial(run_units, num_workers=num_workers)))
 
 
 def edit_index(folder: Path, change: Callable[[ShardIndex], None]) -> None:
@@ -60,10 +61,9 @@ def test_a_sound_set_has_no_findings(folder: Path) -> None:
 )
 def test_an_index_that_says_something_else(folder: Path, change: Callable[[ShardIndex], None], expected: str) -> None:
     edit_index(folder, change)
-    [finding] = check(folder)
-    assert finding.shard == "shard-000000.tar"
+    [finding] = [finding for finding in check(folder) if expected in finding.reason]
+    assert finding.file == "shard-000000.tar"
     assert finding.key is not None
-    assert expected in finding.reason
 
 
 def test_a_damaged_header_does_not_hide_what_lies_behind_it(folder: Path) -> None:
@@ -113,6 +113,52 @@ def _webdataset_says_nothing(folder: Path, num_samples: int) -> bool:
     return bool(read) and len(read) <= num_samples
 
 
+def test_every_flipped_bit_of_the_dataset_is_found(folder: Path) -> None:
+    """Or changes nothing that is said, as in the case of a letter that JSON escapes."""
+    path = folder / "dataset.json"
+    whole, info = path.read_bytes(), DatasetInfo.load(folder)
+    for bit in range(8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        try:
+            read = DatasetInfo.parse(bytes(data), path)
+        except DataError:
+            continue
+        assert read == info, bit
+
+
+def test_what_no_digest_can_tell(folder: Path) -> None:
+    """Tar, index and dataset all fit, yet an image is in none of them, or the classes are counted wrong."""
+    edit_index(folder, lambda index: [column.pop(3) for column in vars(index).values() if isinstance(column, list)])
+    info = DatasetInfo.load(folder)
+    findings = check(folder)
+    assert findings[0].reason == "is in the tar, but not in the index"
+    assert findings[1].reason.startswith(f"counts {info.class_counts} samples of each class, there are ")
+
+
+def test_a_damaged_index_does_not_hide_a_broken_image(folder: Path) -> None:
+    index = folder / "shard-000000.index.json"
+    content = json.loads(index.read_text())
+    tar = folder / "shard-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[content["offset"][3] : content["offset"][3] + 8] = b"no image"
+    tar.write_bytes(data)
+    index.write_text("{")
+    reasons = {finding.key: finding.reason for finding in check(folder)}
+    assert reasons[content["key"][3]].startswith("no usable image")
+    assert len(reasons) == 2
+
+
+def test_a_torn_dataset_hides_no_missing_shard(digits: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(digits / "train", folder)
+    (folder / "dataset.json").write_bytes((folder / "dataset.json").read_bytes()[:100])
+    (folder / "shard-000002.tar").unlink()
+    first, second = check(folder)
+    assert (first.file, second.file) == ("dataset.json", "shard-000002.tar")
+    assert second.reason == "cannot be read: No such file or directory"
+
+
 def test_remote_tars_are_checked_too(digits: Path, tmp_path: Path) -> None:
     with serve(Hostile(digits / "validation")) as server:
         info = DatasetInfo.load(digits / "validation")
@@ -120,7 +166,8 @@ def test_remote_tars_are_checked_too(digits: Path, tmp_path: Path) -> None:
             (digits / "validation" / "shard-000000.index.json").read_bytes(), "", info.shards[0].index_sha256
         )
         index.name = f"{server.url}/shard-000000.tar"
-        DatasetInfo(info.class_names, info.class_counts, [index.save(tmp_path)]).save(tmp_path)
+        counts = [index.label.count(label) for label in range(3)]
+        DatasetInfo(info.class_names, counts, [index.save(tmp_path)]).save(tmp_path)
         assert check(tmp_path) == []
         edit = DatasetInfo.load(tmp_path).shards[0]
         assert edit.sha256 == hashlib.sha256((digits / "validation" / "shard-000000.tar").read_bytes()).hexdigest()
@@ -141,7 +188,16 @@ def test_the_command_lists_and_exits_with_1(folder: Path, tool: Callable[[str], 
     (folder / "notes.txt").write_text("stray")
     broken = run("--json")
     assert broken.returncode == 1
-    assert json.loads(broken.stdout.splitlines()[0])["shard"] == "shard-000000.tar"
+    assert json.loads(broken.stdout.splitlines()[0])["file"] == "shard-000000.tar"
     assert "notes.txt: belongs to no shard" in broken.stderr
+    assert f"{folder}: {len(broken.stdout.splitlines())} faults" in broken.stderr
     (folder / "dataset.json").write_text("{")
-    assert run().returncode == 2
+    torn = run()
+    assert torn.returncode == 1
+    assert "dataset.json  damaged" in torn.stdout
+    assert "shard-000000.tar  truncated" in torn.stdout
+    shutil.rmtree(folder)
+    folder.mkdir()
+    nothing = run()
+    assert nothing.returncode == 2
+    assert "dataset.json: not there; `tessera shards make` writes it" in nothing.stderr

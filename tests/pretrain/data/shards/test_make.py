@@ -264,7 +264,7 @@ def test_a_dataset_edited_by_hand_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="damaged"):
         open_samples(path.parent)
     path.write_text('{"version": 99}')
-    with pytest.raises(DataError, match="version 99, this Tessera reads 2"):
+    with pytest.raises(DataError, match="version 99, this Tessera reads 3"):
         open_samples(path.parent)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,13 @@ from PIL import Image
 from pretrain.data.index import DataError
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.scan import Scanned
-from pretrain.data.shards.scan import index_shards as index_streams
+from pretrain.data.shards.scan import index_shards as index_tars
+from pretrain.data.shards.units import run_units
+from tests.servers import Hostile, serve
 
 
 def index_shards(tars: list[Path], class_names: list[str] | None = None, label_key: str | None = "label") -> Scanned:
-    folder = tars[0].parent
-    names = [tar.name for tar in tars]
-    return index_streams(names, folder, lambda name: (folder / name).open("rb"), class_names, label_key)
+    return index_tars([tar.name for tar in tars], tars[0].parent, class_names, label_key)
 
 
 def png(level: int) -> bytes:
@@ -159,20 +160,28 @@ def test_images_without_labels_are_data_too(tmp_path: Path) -> None:
 
 
 def test_a_tar_is_read_once_and_forwards_only(tmp_path: Path) -> None:
-    """What a network gives: a stream that cannot seek, in pieces of any size."""
-
-    class Stream(io.RawIOBase):
-        def __init__(self, data: bytes) -> None:
-            self.data, self.position = data, 0
-
-        def read(self, size: int = -1) -> bytes:
-            piece = self.data[self.position : self.position + min(size, 1 + self.position % 1000)]
-            self.position += len(piece)
-            return piece
-
-    data = write_tar(tmp_path / "a.tar", [m for i in range(9) for m in sample(f"{'long' * 40}{i}", i)]).read_bytes()
-    scanned = index_streams(["s3://bucket/a.tar"], tmp_path, lambda _: Stream(data))  # type: ignore[arg-type, return-value]
+    members = [m for i in range(9) for m in sample(f"{'long' * 40}{i}", i)]
+    data = write_tar(tmp_path / "a.tar", members).read_bytes()
+    (tmp_path / "out").mkdir()
+    with serve(Hostile(tmp_path, ranges=False)) as server:
+        scanned = index_tars([f"{server.url}/a.tar"], tmp_path / "out")
+        assert server.requests == {"a.tar": 1}
     [entry] = scanned.info.shards
-    assert (entry.name, entry.num_bytes) == ("s3://bucket/a.tar", len(data))
+    assert (entry.name, entry.num_bytes) == (f"{server.url}/a.tar", len(data))
     assert entry.sha256 == hashlib.sha256(data).hexdigest()
-    assert (tmp_path / "a.index.json").exists()
+    assert (tmp_path / "out" / "a.index.json").exists()
+
+
+def test_any_number_of_workers_finds_the_same(digits: Path, tmp_path: Path) -> None:
+    tars = sorted((digits / "train").glob("*.tar"))
+    for tar in tars:
+        (tmp_path / tar.name).hardlink_to(tar)
+    done: list[int] = []
+    engine = partial(run_units, num_workers=3)
+    index_tars([tar.name for tar in tars], tmp_path, engine=engine, progress=done.append)
+    assert sum(done) == len(tars)
+    for path in (digits / "train").glob("*.json"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    (tmp_path / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match=r"shard-000001.tar: cannot be read: No such file"):
+        index_tars([tar.name for tar in tars], tmp_path, engine=engine)
