@@ -9,19 +9,23 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+KEPT_HEADERS = {"accept-ranges", "content-range", "content-type", "etag", "last-modified"}
 
 
 @dataclass
 class Hostile:
-    """An HTTP server over a folder: what it does wrong, and what it has counted."""
+    """An HTTP server over a folder, or before another server: what it does wrong, and what it has counted."""
 
     folder: Path
     unavailable: float = 0.0  # share of requests answered by 503
     reset: float = 0.0  # share broken off in the middle of the body
     slow: float = 0.0  # share answered late
     ranges: bool = True
+    upstream: str = ""  # "host:port" of the server it stands before
     stalled: set[str] = field(default_factory=set)  # names that are never answered
     sent: int = 0
     requests: Counter[str] = field(default_factory=Counter)
@@ -54,37 +58,49 @@ def serve(server: Hostile) -> Iterator[Hostile]:
 
         def answer(self, body: bool) -> None:
             name = self.path.lstrip("/")
-            path = server.folder / name
             if name in server.stalled:
                 time.sleep(60)
                 return
-            if not path.is_file():
-                self.reply(404, b"", 0, body)
-                return
             fault = server.next_fault()
-            data, status, total = path.read_bytes(), 200, path.stat().st_size
-            if server.ranges and (asked := self.headers.get("Range")):
-                first, _, last = asked.removeprefix("bytes=").partition("-")
-                begin = int(first) if first else total - int(last)
-                data, status = data[begin : int(last) + 1 if first and last else None], 206
-                self.content_range = f"bytes {begin}-{begin + len(data) - 1}/{total}"
+            status, data, headers = self.forwarded() if server.upstream else self.served(server.folder / name)
             if fault == "unavailable":
-                self.reply(503, b"", 0, body)
+                self.reply(503, b"", {}, 0, body)
                 return
             if fault == "slow":
                 time.sleep(0.2)
             if body:
                 with server.lock:
                     server.requests[name] += 1
-            self.reply(status, data, len(data) // 2 if fault == "reset" and body else None, body)
+            self.reply(status, data, headers, len(data) // 2 if fault == "reset" and body else None, body)
 
-        def reply(self, status: int, data: bytes, cut: int | None, body: bool) -> None:
+        def served(self, path: Path) -> tuple[int, bytes, dict[str, str]]:
+            if not path.is_file():
+                return 404, b"", {}
+            data, total = path.read_bytes(), path.stat().st_size
+            if not server.ranges:
+                return 200, data, {}
+            if not (asked := self.headers.get("Range")):
+                return 200, data, {"Accept-Ranges": "bytes"}
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            begin = int(first) if first else total - int(last)
+            data = data[begin : int(last) + 1 if first and last else None]
+            sent = f"bytes {begin}-{begin + len(data) - 1}/{total}"
+            return 206, data, {"Accept-Ranges": "bytes", "Content-Range": sent}
+
+        def forwarded(self) -> tuple[int, bytes, dict[str, str]]:
+            connection = HTTPConnection(server.upstream, timeout=30)
+            connection.request(self.command, self.path, headers=dict(self.headers))
+            answer = connection.getresponse()
+            data = answer.read()
+            headers = {name: value for name, value in answer.getheaders() if name.lower() in KEPT_HEADERS}
+            if self.command == "HEAD":
+                headers["Content-Length"] = answer.getheader("Content-Length") or "0"
+            return answer.status, data, headers
+
+        def reply(self, status: int, data: bytes, headers: dict[str, str], cut: int | None, body: bool) -> None:
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            if server.ranges:
-                self.send_header("Accept-Ranges", "bytes")
-            if status == 206:
-                self.send_header("Content-Range", self.content_range)
+            for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                self.send_header(name, value)
             self.end_headers()
             if body:
                 self.wfile.write(data[:cut])
@@ -100,6 +116,7 @@ def serve(server: Hostile) -> Iterator[Hostile]:
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 128
 
         def handle_error(self, *_: object) -> None:
             """Clients that hang up are what this server is for."""
@@ -116,8 +133,11 @@ def serve(server: Hostile) -> Iterator[Hostile]:
 
 
 @contextmanager
-def serve_s3(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
-    """Run moto's S3 with a folder's files in a bucket; yield the environment that leads s3fs there."""
+def serve_s3(folder: Path, bucket: str, before: Hostile) -> Iterator[dict[str, str]]:
+    """Run moto's S3 with a folder's files in a bucket, and a server before it that misbehaves.
+
+    Yields the environment that leads s3fs there.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -141,6 +161,8 @@ def serve_s3(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
         client.create_bucket(Bucket=bucket)
         for path in folder.iterdir():
             client.upload_file(str(path), bucket, path.name)
-        yield access
+        before.upstream = f"{host}:{port}"
+        with serve(before):
+            yield {**access, "AWS_ENDPOINT_URL": before.url}
     finally:
         server.stop()

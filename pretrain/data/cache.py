@@ -4,6 +4,9 @@ A file's name is its sha256, so that a name is a promise. A download goes into N
 is checked, synced and renamed. Readers hold a shared lock on what they have open, and what is locked is not evicted;
 the kernel drops the locks of whoever dies. Room is made under one short lock of the whole cache, a partial counted at
 its full size, so that the limit always holds.
+
+A run knows its own future and evicts by it; of another run's it sees the time that each file was last wanted, which
+every run keeps fresh for what it reads soon, and sets back for what it has done with.
 """
 
 import fcntl
@@ -23,6 +26,7 @@ from pretrain.data.remote import FetchPolicy, MissingObjectError, read_pieces
 
 POLL_SECONDS = 0.02
 PREFETCH_PAUSE_SECONDS = 0.2
+LEASE_SECONDS = 5.0
 
 
 class RemoteObject(NamedTuple):
@@ -95,6 +99,7 @@ class Cache:
         if self._prefetching is None:
             self._prefetching = threading.Thread(target=self._prefetch, args=(upcoming,), daemon=True)
             self._prefetching.start()
+            threading.Thread(target=self._keep_wanted, args=(upcoming,), daemon=True).start()
 
     def _mind_a_fork(self) -> None:
         """Begin anew in a forked process: threads did not come along, and the parent's locks are the parent's."""
@@ -106,9 +111,22 @@ class Cache:
     def _prefetch(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
         while True:
             for wanted in upcoming():
+                if self._path(wanted).exists() or wanted not in upcoming():  # reading has gone on in the meantime
+                    continue
                 with suppress(DataError, OSError):  # whoever reads it meets the same and says so
-                    if not self._path(wanted).exists() and (descriptor := self._download(wanted)) is not None:
+                    if (descriptor := self._download(wanted)) is not None:
                         os.close(descriptor)
+            time.sleep(PREFETCH_PAUSE_SECONDS)
+
+    def _keep_wanted(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
+        """Say to other runs, by the files' times, what is read soon and what is done with."""
+        before: set[Path] = set()
+        while True:
+            wanted = {self._path(one) for one in upcoming()}
+            for path in wanted | before:
+                with suppress(FileNotFoundError):
+                    os.utime(path, None if path in wanted else (0, 0))
+            before = wanted
             time.sleep(PREFETCH_PAUSE_SECONDS)
 
     def _acquire(self, wanted: RemoteObject) -> int:
@@ -212,7 +230,10 @@ class Cache:
             return descriptor if is_ours else None
 
     def _make_room(self, wanted: RemoteObject) -> bool:
-        """Evict what is needed last, but nothing that is needed sooner than this, until it fits."""
+        """Evict what is needed last, but nothing that is needed sooner than this, until it fits.
+
+        What another run wanted a moment ago goes last, and only for what is needed now.
+        """
         own = self._partial(wanted)
         sizes = {path: path.stat().st_size for path in self.folder.iterdir() if path != own and path.name != "lock"}
         for partial in [path for path in sizes if path.suffix == ".partial"]:
@@ -220,11 +241,17 @@ class Cache:
                 del sizes[partial]
         free = self.limit_bytes - sum(sizes.values())
         ahead = self.distance(wanted.sha256)
-        candidates = [(self.distance(path.name), -path.stat().st_mtime, path) for path in sizes if not path.suffix]
-        for distance, _, path in sorted(candidates, reverse=True):
+        is_urgent = ahead <= 0 or ahead == inf
+        candidates = []
+        for path in [path for path in sizes if not path.suffix]:
+            distance, age = self.distance(path.name), time.time() - path.stat().st_mtime
+            is_leased = distance == inf and age < LEASE_SECONDS
+            if (distance > ahead or distance == inf) and (is_urgent or not is_leased):
+                candidates.append((is_leased, -distance, -age, path))
+        for *_, path in sorted(candidates):
             if free >= wanted.num_bytes:
                 break
-            if (distance > ahead or distance == inf) and _remove_if_unused(path):
+            if _remove_if_unused(path):
                 free += sizes[path]
         if free < wanted.num_bytes:
             own.unlink()

@@ -26,6 +26,11 @@ FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.1, 5.0
 LASTING = {400, 401, 403, 404, 405, 410}  # HTTP's answers that the next try will not change
 
 
+# fsspec forgets its file systems in a forked process. Collected there, aiohttp's connections would take themselves off
+# the epoll that the parent still waits on, and the parent's next request would hang: so they are kept.
+_file_systems: dict[int, Any] = {}
+
+
 @dataclass(frozen=True)
 class FetchPolicy:
     """How patient to be: with one request, and with a host that sends nothing."""
@@ -133,6 +138,7 @@ def _file_system(url: str) -> tuple[Any, str]:
         extra = EXTRAS.get(url.partition("://")[0])
         cure = f"pip install 'tessera-vit[{extra}]'" if extra else "check its beginning"
         raise DataError(f"{url}: cannot be opened ({error}); {cure}") from None
+    _file_systems[id(files)] = files
     return files, path
 
 

@@ -1,5 +1,6 @@
 """Bytes from servers that misbehave: all of them, or an error that names who and where."""
 
+import gc
 import io
 import multiprocessing
 import time
@@ -49,6 +50,24 @@ def test_servers_without_ranges_and_unknown_sizes(server: Hostile, ranges: bool)
     server.ranges = ranges
     for name in ("0.bin", "empty.bin"):
         assert fetch_bytes(f"{server.url}/{name}", PATIENT) == (server.folder / name).read_bytes()
+
+
+def fetch_and_collect(url: str) -> None:
+    fetch_bytes(url, PATIENT)
+    gc.collect()
+
+
+def test_a_forked_process_leaves_its_parents_connections_alone(server: Hostile) -> None:
+    hasty = FetchPolicy(request_seconds=3, stall_seconds=20)
+    for i in range(3):
+        retries: list[int] = []
+        pieces = read_pieces(f"{server.url}/{i}.bin", hasty, on_retry=lambda: retries.append(1))  # noqa: B023
+        assert b"".join(pieces) == (server.folder / f"{i}.bin").read_bytes()
+        assert not retries
+        child = multiprocessing.get_context("fork").Process(target=fetch_and_collect, args=(f"{server.url}/7.bin",))
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
 
 
 def test_a_stream_is_read_as_a_file(server: Hostile) -> None:

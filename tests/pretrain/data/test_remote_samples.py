@@ -1,7 +1,13 @@
 """A set that stands on a server trains as if it stood on the disk."""
 
+import hashlib
+import multiprocessing
+import shutil
 import subprocess
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +19,10 @@ from pretrain.data.loader import evaluation_batches, training_batches
 from pretrain.data.remote import StalledFetchError
 from pretrain.data.samples import Samples
 from pretrain.data.sets import open_cache, open_samples
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
+from tests.pretrain.data.test_cache import folder_size
 from tests.servers import Hostile, serve, serve_s3
 
 
@@ -41,6 +51,81 @@ def epochs(samples: Samples, num_workers: int = 2) -> dict[int, bytes]:
         for i, position in enumerate(loaded.tensors["position"].tolist()):
             seen[position] = loaded.tensors["image"][i].numpy().tobytes()
     return seen
+
+
+@contextmanager
+def watched(folder: Path, limit_bytes: int) -> Iterator[None]:
+    """Watch a cache while the block runs: never over its limit, and what has a final name is whole."""
+    done = threading.Event()
+    wrong: list[str] = []
+
+    def watch() -> None:
+        seen: set[str] = set()
+        while not done.wait(0.01):
+            if folder.exists() and folder_size(folder) > limit_bytes:
+                wrong.append(f"{folder_size(folder)} bytes")
+            for path in folder.iterdir() if folder.exists() else []:
+                if not path.suffix and path.name not in {"lock", *seen}:
+                    with suppress(FileNotFoundError):
+                        if hashlib.sha256(path.read_bytes()).hexdigest() != path.name:
+                            wrong.append(path.name)
+                    seen.add(path.name)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong
+
+
+def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
+    """A quick and a slow one, each with its own set and future, in a cache that holds two windows of both."""
+    served, window = tmp_path / "served", 3
+    shutil.copytree(digits / "train", served / "a")
+    source = keep_classes(list_digits(), ["3", "4", "5"])
+    make_shards(source, tmp_path / "made", Recipe(validation=0.0, shard_bytes=50_000))
+    (tmp_path / "made" / "train").rename(served / "b")
+    totals = {name: DatasetInfo.load(served / name) for name in ("a", "b")}
+    limit = sum(
+        sum(sorted(shard.num_bytes + shard.index_bytes for shard in info.shards)[-2 * window :])
+        for info in totals.values()
+    )
+    everything = sum(shard.num_bytes + shard.index_bytes for info in totals.values() for shard in info.shards)
+    with serve(Hostile(served)) as server, watched(tmp_path / "cache", limit):
+        context = multiprocessing.get_context("fork")
+        runs = [
+            context.Process(
+                target=read_some, args=(f"{server.url}/{name}", tmp_path / "cache", limit, window, samples, seconds)
+            )
+            for name, samples, seconds in (("a", 400, 0.005), ("b", 100, 0.02))
+        ]
+        for run in runs:
+            run.start()
+        try:
+            for run in runs:
+                run.join(60)
+            assert [run.exitcode for run in runs] == [0, 0]
+        finally:
+            for run in runs:
+                run.kill()
+        sent = {name: count for name, count in server.requests.items() if name.endswith((".tar", ".index.json"))}
+        assert set(sent.values()) == {1}
+        assert server.sent <= 1.05 * everything
+
+
+def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count: int, seconds: float) -> None:
+    """Read some samples, each in so many seconds; fewer than an epoch, whose end would ask for the next one."""
+    samples = opened(place, cache_dir, cache_bytes=cache_bytes)
+    order = samples.order(seed=0, window=window)
+    position = 0
+    samples.expect(lambda shard: order.distance(shard, position), lambda: order.upcoming(position))
+    for position in range(count):
+        _, shard, row = order.locate(position)
+        samples.fetch(shard, row)
+        time.sleep(seconds)
 
 
 def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
@@ -78,12 +163,19 @@ def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path)
             samples.fetch(1, 0)
 
 
-def test_s3(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serve_s3(digits / "validation", "bucket") as access:
+def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sum(path.stat().st_size for path in (digits / "train").iterdir())
+    per_shard = max(shard.num_bytes + shard.index_bytes for shard in DatasetInfo.load(digits / "train").shards)
+    server = Hostile(tmp_path, unavailable=0.05, reset=0.02, slow=0.1)
+    with serve_s3(digits / "train", "bucket", server) as access:
         for name, value in access.items():
             monkeypatch.setenv(name, value)
-        samples = opened("s3://bucket", tmp_path / "cache")
-        assert epochs(samples, 1) == epochs(open_samples(digits / "validation"), 0)
+        samples = opened("s3://bucket", tmp_path / "cache", cache_bytes=total + per_shard)
+        with watched(tmp_path / "cache", total + per_shard):
+            assert epochs(samples) == epochs(open_samples(digits / "train"), 0)
+        assert server.sent <= 1.05 * total
 
 
 @pytest.fixture
