@@ -15,6 +15,7 @@ from pretrain import EXIT_RESUMABLE, UserError
 
 CORES = os.cpu_count() or 1
 SHOWN = 5
+COLUMN = 30  # where values begin
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
@@ -224,11 +225,13 @@ def stats(
         return
     for name, value in statistics.summary(stats).items():
         shown = "  ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else value
-        print(f"{name:<24}{shown}")
+        print(f"{name:<{COLUMN}}{shown}")
     for group in stats.duplicates[: statistics.SHOWN]:
-        print(f"the same bytes          {'  '.join(group)}")
+        print(f"{'the same bytes':<{COLUMN}}{'  '.join(group)}")
+    for group in stats.conflicts[: statistics.SHOWN]:
+        print(f"{'in several classes':<{COLUMN}}{'  '.join(group)}")
     if picture is not None:
-        print(f"picture                 {picture}")
+        print(f"{'picture':<{COLUMN}}{picture}")
 
 
 @app.command("simulate")
@@ -276,12 +279,33 @@ def simulate(
         f"were shuffled at once), of {len(opened.class_names)}",
         "cache needed": f"{result.bytes_of_two_windows / 1e9:.2f} GB a machine, for two windows of {shuffle_window}",
         "download, where remote": f"{result.first_epoch_bytes_per_node / 1e9:.2f} GB a machine in the first epoch, "
-        f"{result.later_epoch_bytes_per_node / 1e9:.2f} GB in each later one; {nodes} machines",
+        f"{result.later_epoch_bytes_per_node / 1e9:.2f} GB in each later one; "
+        f"over all machines {result.first_epoch_bytes_per_node * nodes / 1e9:.2f} and "
+        f"{result.later_epoch_bytes_per_node * nodes / 1e9:.2f} GB",
         "images a second": f"{result.images_per_second_per_worker:.0f} a worker on this machine's cores, "
         f"{result.images_per_second_per_worker * max(workers, 1) * ranks:.0f} with {workers} workers on {ranks} ranks",
     }
+    if not opened.class_names:
+        del lines["classes in a batch"]
     for name, value in lines.items():
-        print(f"{name:<24}{value}")
+        print(f"{name:<{COLUMN}}{value}")
+
+
+@app.command("bench")
+def bench(
+    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json, its tars beside it.")],
+    samples: Annotated[int, typer.Option(min=64, help="Read at most so many.")] = 2000,
+    workers: Annotated[int, typer.Option(min=1, help="Of the whole loaders.")] = CORES,
+    rounds: Annotated[int, typer.Option(min=1, help="In which all take turns; the medians count.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
+) -> None:
+    """Measure the input stage on your shards, beside webdataset, Pillow and torch's DataLoader over a folder.
+
+    Example: tessera shards bench shards/photos/train
+    """
+    with mistakes():
+        for row in stage("pretrain.data.shards.bench").compare(folder, samples, workers, rounds):
+            print(json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.ours:<28}{row.beside}", flush=True)
 
 
 def local_engine(workers: int) -> Any:

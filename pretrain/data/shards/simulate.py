@@ -1,12 +1,14 @@
 """What a run over a shard set would be like, before any GPU is rented: computed from the order itself."""
 
 import heapq
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from pretrain.data.order import Order, Part, permutation
 from pretrain.data.samples import Encoded, Samples
@@ -56,7 +58,10 @@ def simulate(
     order = samples.order(0, window)
     labels = lru_cache(maxsize=2 * window)(samples.labels)
     total = sum(samples.shard_sizes)
-    downloads = [downloaded_bytes(part, sizes, cache_bytes) for part, sizes in _by_part(samples, shard_bytes)]
+    downloads = [
+        downloaded_bytes(part, sizes, cache_bytes * sum(sizes) // max(sum(shard_bytes), 1))
+        for part, sizes in _by_part(samples, shard_bytes)
+    ]
     return Simulation(
         samples=total,
         steps_per_epoch=total / global_batch_size,
@@ -92,7 +97,7 @@ def classes_in_a_batch(
 def downloaded_bytes(part: Part, shard_bytes: Sequence[int], cache_bytes: int) -> tuple[int, int]:
     """Return what a node downloads in the first epoch and in a later one, where every node reads every shard.
 
-    The cache gives up what is needed last, as `Cache` does; several sets of a mix share it by their sizes.
+    The cache gives up what is needed last, as `Cache` does.
     """
     count = len(part.shard_sizes)
     epochs = [permutation(count, part.digest, 0, epoch, "shards").tolist() for epoch in range(4)]
@@ -123,11 +128,32 @@ def _by_part(samples: Samples, shard_bytes: Sequence[int]) -> list[tuple[Part, S
 
 
 def _expected_classes(samples: Samples, global_batch_size: int) -> float:
-    """Return how many classes a batch would have if all samples were shuffled at once."""
-    counts = np.zeros(len(samples.class_names))
+    """Return how many classes a batch would have if all samples were shuffled at once, none drawn twice."""
+    if not samples.class_names:
+        return 1.0
+    counts = np.zeros(len(samples.class_names), np.int64)
     for shard in range(len(samples.shard_sizes)):
         counts += np.bincount(samples.labels(shard), minlength=len(counts))
-    return float((1 - (1 - counts / counts.sum()) ** global_batch_size).sum())
+    return expected_classes(counts, global_batch_size)
+
+
+def expected_classes(counts: npt.NDArray[np.int64], drawn: int) -> float:
+    """Return the mean number of classes in so many samples drawn without replacement.
+
+    A class of n among N samples is missing with the chance C(N - n, drawn) / C(N, drawn).
+    """
+    total = int(counts.sum())
+    if drawn >= total:
+        return float((counts > 0).sum())
+    missing = [
+        math.exp(_log_choose(total - n, drawn) - _log_choose(total, drawn)) if total - n >= drawn else 0.0
+        for n in counts.tolist()
+    ]
+    return len(counts) - sum(missing)
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def _measure(

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from pretrain.data.index import DataError
 from pretrain.data.order import permutation
-from pretrain.data.samples import Samples
+from pretrain.data.samples import Encoded, Samples
 from pretrain.data.shard_set import ShardSet
 
 SHOWN = 5
@@ -23,7 +23,10 @@ INK, ACCENT = "#22303c", "#2a7f9e"
 
 @dataclass(frozen=True)
 class Stats:
-    """The columns of all indexes, and the groups of samples whose bytes are the same."""
+    """The columns of all indexes; the groups of samples whose bytes are the same, by their keys.
+
+    `conflicts` are those of the groups whose samples are not all of one class.
+    """
 
     class_names: list[str]
     labels: npt.NDArray[np.int64]
@@ -32,6 +35,7 @@ class Stats:
     sizes: npt.NDArray[np.int64]
     extensions: dict[str, int]
     duplicates: list[list[str]]
+    conflicts: list[list[str]]
 
 
 def read_stats(samples: Samples, progress: Callable[[int], None] = lambda _: None) -> Stats:
@@ -54,7 +58,8 @@ def read_stats(samples: Samples, progress: Callable[[int], None] = lambda _: Non
             places[index.crc32[row], index.size[row]].append((shard, row))
         progress(1)
     alike = [group for group in places.values() if len(group) > 1]
-    duplicates = [keys for group in alike for keys in _same_bytes(samples, group)]
+    same = [encoded for group in alike for encoded in _same_bytes(samples, group)]
+    conflicts = [group for group in same if len({encoded.label for encoded in group}) > 1]
     arrays = {name: np.asarray(values, dtype=np.int64) for name, values in columns.items()}
     return Stats(
         samples.class_names,
@@ -63,17 +68,22 @@ def read_stats(samples: Samples, progress: Callable[[int], None] = lambda _: Non
         arrays["height"],
         arrays["size"],
         dict(sorted(extensions.items())),
-        duplicates,
+        [_keys(group) for group in same],
+        [_keys(group) for group in conflicts],
     )
 
 
-def _same_bytes(samples: Samples, places: list[tuple[int, int]]) -> list[list[str]]:
-    """Return the keys of those whose bytes are truly the same."""
-    groups: dict[bytes, list[str]] = defaultdict(list)
+def _same_bytes(samples: Samples, places: list[tuple[int, int]]) -> list[list[Encoded]]:
+    """Return those whose bytes are truly the same, not their checksums alone."""
+    groups: dict[bytes, list[Encoded]] = defaultdict(list)
     for shard, row in places:
         encoded = samples.fetch(shard, row)
-        groups[encoded.data].append(encoded.key)
-    return [sorted(keys) for keys in groups.values() if len(keys) > 1]
+        groups[encoded.data].append(encoded)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _keys(group: list[Encoded]) -> list[str]:
+    return sorted(encoded.key for encoded in group)
 
 
 def summary(stats: Stats) -> dict[str, Any]:
@@ -85,17 +95,26 @@ def summary(stats: Stats) -> dict[str, Any]:
         classes |= {
             "smallest": f"{stats.class_names[smallest]} ({counts[smallest]})",
             "largest": f"{stats.class_names[largest]} ({counts[largest]})",
+            "imbalance": round(float(counts[largest] / max(counts[smallest], 1)), 1),
+            "holding half of the samples": _classes_with_half(counts),
         }
     return {
         "samples": len(stats.sizes),
         "classes": classes,
         "width": _percentiles(stats.widths),
         "height": _percentiles(stats.heights),
+        "shorter side": _percentiles(np.minimum(stats.widths, stats.heights)),
         "aspect": _percentiles(np.round(stats.widths / stats.heights, 2)),
         "bytes": _percentiles(stats.sizes),
         "formats": stats.extensions,
         "duplicates": sum(len(group) - 1 for group in stats.duplicates),
+        "duplicates of another class": len(stats.conflicts),
     }
+
+
+def _classes_with_half(counts: npt.NDArray[np.int64]) -> int:
+    """Return how few classes together have half of the samples."""
+    return int(np.searchsorted(np.cumsum(np.sort(counts)[::-1]), counts.sum() / 2)) + 1
 
 
 def _percentiles(values: npt.NDArray[Any]) -> dict[str, Any]:
@@ -139,7 +158,7 @@ def _draw_classes(axes: Any, stats: Stats) -> None:
     axes.bar(np.arange(len(counts)), counts[order], width=1.0 if len(counts) > 60 else 0.8, color=ACCENT)
     axes.set(title="images a class, largest first", ylabel="images", xlabel="classes")
     if len(counts) <= 30:
-        names = [stats.class_names[label] if stats.class_names else "" for label in order]
+        names = [stats.class_names[label].replace("$", r"\$") if stats.class_names else "" for label in order]
         longest = max(map(len, names))
         axes.set_xticks(
             np.arange(len(counts)), names, rotation=0 if longest < 4 else 60, ha="center" if longest < 4 else "right"

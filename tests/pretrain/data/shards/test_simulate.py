@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.order import Order, Part
 from pretrain.data.sets import open_samples
-from pretrain.data.shards.simulate import classes_in_a_batch, downloaded_bytes
+from pretrain.data.shards.simulate import classes_in_a_batch, downloaded_bytes, expected_classes
 
 
 def test_class_sorted_shards_are_mixed_as_predicted() -> None:
@@ -26,6 +27,13 @@ def test_class_sorted_shards_are_mixed_as_predicted() -> None:
         counts.append(len({labels[shard][row] for _, shard, row in places}))
     assert np.mean(counts) >= 80
     assert predicted == pytest.approx(np.mean(counts), rel=0.05)
+
+
+@pytest.mark.parametrize(("counts", "drawn"), [([5, 3, 1], 4), ([1, 1, 1, 1], 2), ([10, 0, 2], 11), ([7], 1)])
+def test_a_full_shuffle_draws_no_sample_twice(counts: list[int], drawn: int) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    every = [len({labels[i] for i in chosen}) for chosen in combinations(range(len(labels)), drawn)]
+    assert expected_classes(np.asarray(counts), drawn) == pytest.approx(np.mean(every))
 
 
 @settings(max_examples=100, deadline=None)
