@@ -30,16 +30,17 @@ from sklearn.datasets import load_sample_image
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import TrainView
 from pretrain.data.index import DatasetInfo
-from pretrain.data.loader import Loaded, training_batches, work_of_a_worker
+from pretrain.data.loader import training_batches
 from pretrain.data.order import Order, Part, micro_batches
 from pretrain.data.samples import BadSampleError, Samples
 from pretrain.data.sets import open_samples
-from pretrain.data.shards.bench import SIZE, Row, compare
+from pretrain.data.shards.bench import SIZE, Row, compare, loader_rate
 from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.shards.simulate import simulate
 from pretrain.data.sources import list_folder
+
+SECONDS_TIMED = 5.0
 
 
 def make_photos(folder: Path, count: int) -> None:
@@ -57,47 +58,15 @@ def make_photos(folder: Path, count: int) -> None:
 
 
 def scaling(samples: Samples, workers: int) -> list[Row]:
-    """The whole loader with one worker and with all, what it costs the training process, and what was predicted."""
-    total = sum(samples.shard_sizes) // 64 * 64
-    rates = {}
-    for num_workers in sorted({1, workers}):
-        started, started_cpu = time.perf_counter(), time.process_time()
-        for _ in batches(samples, 0, total, num_workers):
-            pass
-        rates[num_workers] = total / (time.perf_counter() - started)
-        own = (time.process_time() - started_cpu) / total
-    one, all_of_them = rates[1], rates[workers]
-    predicted = simulate(
-        samples,
-        [1] * len(samples.shard_sizes),
-        global_batch_size=64,
-        ranks=1,
-        window=64,
-        cache_bytes=1,
-        make_view=work_of_a_worker(SIZE),
-    ).images_per_second_per_worker
+    """The loader with one worker and with all, once they run; what the training process has to do with it."""
+    one, all_of_them = (loader_rate(samples, SIZE, count, SECONDS_TIMED) for count in (1, workers))
+    started = time.process_time()
+    loader_rate(samples, SIZE, workers, SECONDS_TIMED)
+    own = (time.process_time() - started) / (all_of_them * SECONDS_TIMED)
     return [
-        Row(f"whole loader, 1 and {workers} workers", f"{one:.0f} and {all_of_them:.0f} images/s", ""),
-        Row("  of it in the training process", f"{own * 1e6:.0f} us an image", ""),
-        Row("  predicted by `shards simulate`", f"{predicted * workers:.0f} images/s", f"{workers} workers"),
+        Row(f"whole loader, 1 and {workers} workers", f"{one:.0f} and {all_of_them:.0f} images/s", "start-up left out"),
+        Row("  of it in the training process", f"{own * 1e6:.0f} us an image", f"{own * all_of_them:.0%} of a core"),
     ]
-
-
-def batches(samples: Samples, start: int, stop: int, num_workers: int) -> Iterator[Loaded]:
-    """Batches of 64 as a training process gets them."""
-    return training_batches(
-        samples,
-        TrainView(AugmentConfig(), SIZE),
-        seed=0,
-        window=64,
-        start=start,
-        stop=stop,
-        global_batch_size=64,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
-    )
 
 
 def seeking() -> list[Row]:
@@ -129,7 +98,19 @@ def starting(work: Path) -> list[Row]:
         (folder / path.name).hardlink_to(path)
     started = time.perf_counter()
     samples = open_samples(folder)
-    loading = batches(samples, 64 * 1000, 64 * 2000, 1)
+    loading = training_batches(
+        samples,
+        TrainView(AugmentConfig(), SIZE),
+        seed=0,
+        window=64,
+        start=64 * 1000,
+        stop=64 * 2000,
+        global_batch_size=64,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        num_workers=1,
+    )
     next(loading)
     took = time.perf_counter() - started
     loading.close()

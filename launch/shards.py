@@ -15,6 +15,7 @@ from pretrain import EXIT_RESUMABLE, UserError
 
 CORES = os.cpu_count() or 1
 SHOWN = 5
+SECONDS_TIMED = 3.0
 COLUMN = 30  # where values begin
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -255,8 +256,7 @@ def simulate(
     with mistakes():
         opened = sets.open_samples(folder)
         shard_bytes = [shard.num_bytes for shard in stage("pretrain.data.index").DatasetInfo.load(folder).shards]
-        timed = simulation.BATCHES_DRAWN + simulation.SAMPLES_TIMED
-        with progress_bar("simulating", timed, "steps") as advance:
+        with progress_bar("simulating", simulation.BATCHES_DRAWN, "steps") as advance:
             result = simulation.simulate(
                 opened,
                 shard_bytes,
@@ -264,11 +264,11 @@ def simulate(
                 ranks=ranks,
                 window=shuffle_window,
                 cache_bytes=cache_bytes,
-                make_view=stage("pretrain.data.loader").work_of_a_worker(image_size),
                 progress=advance,
             )
+        rate = stage("pretrain.data.shards.bench").loader_rate(opened, image_size, CORES, SECONDS_TIMED) / CORES
     if as_json:
-        print(json.dumps(vars(result)))
+        print(json.dumps({**vars(result), "images_per_second_per_worker": rate}))
         return
     least, most = result.samples_per_rank
     share = str(least) if least == most else f"{least} or {most}"
@@ -282,8 +282,8 @@ def simulate(
         f"{result.later_epoch_bytes_per_node / 1e9:.2f} GB in each later one; "
         f"over all machines {result.first_epoch_bytes_per_node * nodes / 1e9:.2f} and "
         f"{result.later_epoch_bytes_per_node * nodes / 1e9:.2f} GB",
-        "images a second": f"{result.images_per_second_per_worker:.0f} a worker on this machine's cores, "
-        f"{result.images_per_second_per_worker * max(workers, 1) * ranks:.0f} with {workers} workers on {ranks} ranks",
+        "images a second": f"{rate:.0f} a worker where all {CORES} cores of this machine work, "
+        f"{rate * max(workers, 1) * ranks:.0f} with {workers} workers on each of {ranks} ranks",
     }
     if not opened.class_names:
         del lines["classes in a batch"]

@@ -6,7 +6,7 @@ fault travels with its batch, and so does the time that each stage took.
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from itertools import chain, islice, tee
 from typing import Any, NamedTuple
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pretrain.config import AugmentConfig
-from pretrain.data.augment import TrainView, View
+from pretrain.data.augment import View
 from pretrain.data.index import DataError
 from pretrain.data.order import Order, micro_batches, random_bits
 from pretrain.data.samples import BadSampleError, Encoded, Record, Samples, decoded
@@ -144,13 +143,6 @@ def _timed_read(samples: Samples, shard: int, row: int) -> tuple[Record, Work]:
     record = decoded(encoded)
     seconds = {"fetch": fetched - started, "decode": time.perf_counter() - fetched}
     return record, Work(**seconds, bytes=len(encoded.data), **samples.take_counts())
-
-
-def work_of_a_worker(image_size: int) -> Callable[[Encoded], object]:
-    """Return what a worker does with a sample's bytes, on one thread, with the default crop: something to time."""
-    torch.set_num_threads(1)
-    view, random = TrainView(AugmentConfig(), image_size), np.random.default_rng(0)
-    return lambda encoded: view(decoded(encoded).image, random)
 
 
 def training_batches(

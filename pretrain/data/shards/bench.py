@@ -13,7 +13,9 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ from pretrain.config import AugmentConfig
 from pretrain.data.augment import TrainView, crop_box, resize
 from pretrain.data.decode import Pixels, decode, to_rgb
 from pretrain.data.index import DataError
-from pretrain.data.loader import training_batches
+from pretrain.data.loader import Loaded, training_batches
 from pretrain.data.samples import Encoded, Samples
 from pretrain.data.sets import open_samples
 from pretrain.data.shard_set import ShardSet
@@ -38,6 +40,7 @@ from pretrain.data.shards.writer import ShardWriter
 
 SIZE, BATCH = 224, 64
 IMAGES_DECODED = 300
+WARM_UP, FOREVER = 4, 10**6  # batches
 TUNED_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "268435456",
     "MALLOC_MMAP_THRESHOLD_": "67108864",
@@ -164,19 +167,7 @@ def whole_loaders(
     count = min(num_samples, sum(samples.shard_sizes))
 
     def ours() -> int:
-        loading = training_batches(
-            samples,
-            TrainView(AugmentConfig(), SIZE),
-            seed=0,
-            window=64,
-            start=0,
-            stop=count // BATCH * BATCH or count,
-            global_batch_size=min(BATCH, count),
-            accumulation_steps=1,
-            rank=0,
-            world_size=1,
-            num_workers=num_workers,
-        )
+        loading = _batches(samples, SIZE, min(BATCH, count), count // BATCH * BATCH or count, num_workers)
         return sum(len(loaded.tensors["label"]) for loaded in loading)
 
     some_tars, held = [], 0
@@ -203,6 +194,37 @@ def whole_loaders(
     yield Row(f"whole loader, {num_workers} workers", speeds["ours"], "")
     for other in list(methods)[1:]:
         yield Row(f"  {other}", speeds[other], f"ours {_ratio(took, other):.2f}x as fast")
+
+
+def loader_rate(samples: Samples, image_size: int, num_workers: int, seconds: float) -> float:
+    """Return the images a second that a loader makes once its workers run, with the default crop."""
+    batch = min(BATCH, sum(samples.shard_sizes))
+    loading = _batches(samples, image_size, batch, FOREVER * batch, num_workers)
+    with closing(loading):
+        for _ in islice(loading, WARM_UP * num_workers):
+            pass
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            count += len(next(loading).tensors["label"])
+        return count / (time.perf_counter() - started)
+
+
+def _batches(
+    samples: Samples, image_size: int, batch: int, stop: int, num_workers: int
+) -> Generator[Loaded, None, None]:
+    return training_batches(
+        samples,
+        TrainView(AugmentConfig(), image_size),
+        seed=0,
+        window=64,
+        start=0,
+        stop=stop,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        num_workers=num_workers,
+    )
 
 
 def in_turn(

@@ -2,7 +2,6 @@
 
 import heapq
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.order import Order, Part, permutation
-from pretrain.data.samples import Encoded, Samples
+from pretrain.data.samples import Samples
 
 BATCHES_DRAWN = 50
-SAMPLES_TIMED = 256
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Simulation:
     bytes_of_two_windows: int
     first_epoch_bytes_per_node: int
     later_epoch_bytes_per_node: int
-    images_per_second_per_worker: float
 
 
 def simulate(
@@ -40,10 +37,9 @@ def simulate(
     ranks: int,
     window: int,
     cache_bytes: int,
-    make_view: Callable[[Encoded], object],
     progress: Callable[[int], None] = lambda _: None,
 ) -> Simulation:
-    """Simulate an epoch and measure this machine.
+    """Simulate an epoch.
 
     Args:
         samples: the set or the mix.
@@ -52,8 +48,7 @@ def simulate(
         ranks: processes that train.
         window: shards that are shuffled together.
         cache_bytes: of the cache of each node.
-        make_view: decodes and crops a sample as a loader's worker does; it is timed on one core.
-        progress: called with 1 after each batch and each timed sample.
+        progress: called with 1 after each batch that is drawn.
     """
     order = samples.order(0, window)
     labels = lru_cache(maxsize=2 * window)(samples.labels)
@@ -71,7 +66,6 @@ def simulate(
         bytes_of_two_windows=sum(sorted(shard_bytes)[-2 * window :]),
         first_epoch_bytes_per_node=sum(first for first, _ in downloads),
         later_epoch_bytes_per_node=sum(later for _, later in downloads),
-        images_per_second_per_worker=_measure(samples, order, make_view, progress),
     )
 
 
@@ -154,16 +148,3 @@ def expected_classes(counts: npt.NDArray[np.int64], drawn: int) -> float:
 
 def _log_choose(n: int, k: int) -> float:
     return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-
-
-def _measure(
-    samples: Samples, order: Order, make_view: Callable[[Encoded], object], progress: Callable[[int], None]
-) -> float:
-    """Return how many samples a second one core reads, decodes and crops here."""
-    count = min(SAMPLES_TIMED, sum(samples.shard_sizes))
-    started = time.process_time()
-    for position in range(count):
-        _, shard, row = order.locate(position)
-        make_view(samples.fetch(shard, row))
-        progress(1)
-    return count / (time.process_time() - started)
