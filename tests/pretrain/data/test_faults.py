@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import webdataset
 
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import TrainView
@@ -78,7 +79,9 @@ def test_every_fault_is_named_and_nothing_else_changes(small: Path, tmp_path: Pa
     assert not none
     files = sorted(path for path in small.iterdir() if path.name != "dataset.json")
     chance = random.Random(0)
-    harmless = 0
+    images = webdataset_images(small)
+    assert images is not None
+    harmless, tried, silent = 0, 0, 0
     for number in range(FAULTS):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -102,7 +105,26 @@ def test_every_fault_is_named_and_nothing_else_changes(small: Path, tmp_path: Pa
             harmless += 1
         if number % 10 == 0:
             assert epoch(folder) == (seen, faults)  # a second run meets the same
+        if changed and victim.suffix == ".tar" and faults:
+            tried += 1
+            silent += webdataset_is_silent(folder, images)
     assert harmless < FAULTS / 2
+    print(f"{tried} damaged tars, all named by us; webdataset lost or changed samples of {silent} without a word")
+    assert silent > tried / 4
+
+
+def webdataset_is_silent(folder: Path, images: list[bytes]) -> bool:
+    """Say whether webdataset reads a folder's tars to the end without an error, but not these images."""
+    return webdataset_images(folder) not in (None, images)
+
+
+def webdataset_images(folder: Path) -> list[bytes] | None:
+    """Return the images of a folder's tars as webdataset reads them; None where it raises."""
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    try:
+        return [sample["png"] for sample in webdataset.WebDataset(tars, shardshuffle=False) if "png" in sample]
+    except Exception:
+        return None
 
 
 def _images_are_whole(damaged: Path, whole: Path) -> bool:

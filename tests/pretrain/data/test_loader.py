@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -47,6 +48,18 @@ def by_position(batches: Iterable[Loaded]) -> dict[int, tuple[int, bytes]]:
             content = b"".join(batch[name][i].numpy().tobytes() for name in sorted(batch) if name != "position")
             seen[position] = (int(batch["label"][i]), content)
     return seen
+
+
+def test_memory_stays_flat_over_epochs(digits: Path) -> None:
+    """The process that trains and its worker: a leak of 200 bytes a sample would be seen."""
+    samples = open_samples(digits / "train")
+    steps, main, marks = sum(samples.shard_sizes) // GLOBAL_BATCH, psutil.Process(), []
+    settings = {"stop": 16 * steps * GLOBAL_BATCH, "accumulation_steps": 1, "num_workers": 1}
+    for step, _ in enumerate(batches(samples, **settings)):
+        if step % (4 * steps) == 3 * steps:
+            marks.append(sum(process.memory_info().rss for process in (main, *main.children())))
+    assert len(marks) == 4
+    assert marks[-1] - marks[0] < 1_000_000
 
 
 @pytest.mark.parametrize("mixed", [False, True])

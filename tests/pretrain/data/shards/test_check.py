@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import webdataset
 
 from pretrain.data.index import DataError, DatasetInfo, ShardIndex
 from pretrain.data.shards.check import Finding, check_set
@@ -18,7 +17,7 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.shards.units import run_units
 from pretrain.data.sources import keep_classes, list_digits
-from tests.pretrain.data.test_faults import DAMAGES
+from tests.pretrain.data.test_faults import DAMAGES, webdataset_images, webdataset_is_silent
 from tests.servers import Hostile, serve
 
 FAULTS = 300
@@ -82,9 +81,10 @@ def test_a_damaged_header_does_not_hide_what_lies_behind_it(folder: Path) -> Non
 def test_every_fault_is_found(tmp_path: Path) -> None:
     source = keep_classes(list_digits(), ["0", "1"])
     source = source.take(range(0, len(source), 30))
-    made = make_shards(source, tmp_path / "made", Recipe(validation=0.0, shard_bytes=3_000, seed=0))
+    make_shards(source, tmp_path / "made", Recipe(validation=0.0, shard_bytes=3_000, seed=0))
     whole = tmp_path / "made" / "train"
-    files = sorted(whole.iterdir())
+    files, images = sorted(whole.iterdir()), webdataset_images(whole)
+    assert images
     chance, silent, tried = random.Random(0), 0, 0
     for number in range(FAULTS):
         folder = tmp_path / str(number)
@@ -100,17 +100,9 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
         assert bool(check(folder)) == (after != before), victim
         if victim.suffix == ".tar" and after != before:
             tried += 1
-            silent += _webdataset_says_nothing(folder, made.splits["train"].num_samples)
+            silent += webdataset_is_silent(folder, images)
     print(f"webdataset passed over {silent} of {tried} damaged tars in silence")
     assert silent > 0
-
-
-def _webdataset_says_nothing(folder: Path, num_samples: int) -> bool:
-    try:
-        read = list(webdataset.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False))
-    except Exception:
-        return False
-    return bool(read) and len(read) <= num_samples
 
 
 def test_every_flipped_bit_of_the_dataset_is_found(folder: Path) -> None:
