@@ -32,7 +32,7 @@ from pretrain.data.augment import TrainView
 from pretrain.data.index import DatasetInfo
 from pretrain.data.loader import training_batches
 from pretrain.data.order import Order, Part, micro_batches
-from pretrain.data.samples import BadSampleError, Samples
+from pretrain.data.samples import BadSampleError, Encoded, Samples
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.bench import SIZE, Row, compare, loader_rate
 from pretrain.data.shards.check import check_set
@@ -67,6 +67,20 @@ def scaling(samples: Samples, workers: int) -> list[Row]:
         Row(f"whole loader, 1 and {workers} workers", f"{one:.0f} and {all_of_them:.0f} images/s", "start-up left out"),
         Row("  of it in the training process", f"{own * 1e6:.0f} us an image", f"{own * all_of_them:.0%} of a core"),
     ]
+
+
+def slow_disk(folder: Path) -> list[Row]:
+    """One worker where every read takes 10 ms, as over a network, with one thread and with sixteen."""
+    slow = open_samples(folder)
+    fetch = slow.fetch
+
+    def late(shard: int, row: int) -> Encoded:
+        time.sleep(0.010)
+        return fetch(shard, row)
+
+    slow.fetch = late  # type: ignore[method-assign]
+    rates = [loader_rate(slow, SIZE, 1, SECONDS_TIMED, num_threads) for num_threads in (1, 16)]
+    return [Row("reads of 10 ms: 1 and 16 threads", f"{rates[0]:.0f} and {rates[1]:.0f} images/s", "one worker")]
 
 
 def seeking() -> list[Row]:
@@ -207,6 +221,7 @@ def main() -> None:
         rows = [
             *compare(made, arguments.images, arguments.workers, arguments.rounds),
             *scaling(open_samples(made), arguments.workers),
+            *slow_disk(made),
             *seeking(),
             *starting(work),
             *losing(work),

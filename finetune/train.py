@@ -303,6 +303,7 @@ def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Loaded], float]]
         rank=distributed.rank(),
         world_size=world_size,
         num_workers=config.data.num_workers,
+        num_threads=config.data.num_threads,
         together=2 if config.augment.mixes else 1,
     )
     while True:

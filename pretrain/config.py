@@ -63,7 +63,8 @@ class SourceConfig(FaultBudget):
     """Where data comes from: paths, or URLs (http, s3, gs, hf) whose shards are kept on each machine's disk."""
 
     train: Location | list[Location]
-    num_workers: CountOrZero = 4
+    num_workers: CountOrZero = Field(4, description="processes of each rank that read, decode and crop")
+    num_threads: Count = Field(1, description="of each worker; more help where a disk answers slowly")
     cache_dir: UserPath = Field(Path("~/.cache/tessera").expanduser(), description="on each machine's own disk")
     cache_bytes: Count = Field(100_000_000_000, description="limit of the cache, over all runs that share it")
     stall_seconds: Positive = Field(60.0, description="a host that sends nothing for so long ends the run")
@@ -77,6 +78,9 @@ class DataConfig(SourceConfig):
         None, description="how often each of several sets is drawn; without it they are one set"
     )
     validation: Location | None = None
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu", description="where training's JPEGs are decoded; gpu needs the extra [gpu-decode]"
+    )
     shuffle_window: Count = Field(64, description="shards whose samples are shuffled together")
 
     def problems(self) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.save import save
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
+from pretrain.data.device_decode import build_decoder, unpack
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, Fault, Loaded, evaluation_batches, training_batches
 from pretrain.data.meters import Meter, metrics, verdict
@@ -245,6 +246,8 @@ class Batches:
         engine = run.config.engine
         self.device = run.engine.device
         self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window)
+        self.decoder = build_decoder(self.device) if run.config.data.decode == "gpu" else None
+        self.image_size = run.config.model.image_size
         self.meter = Meter()
         self.faults: list[Fault] = []
         self.per_step = engine.accumulation_steps(distributed.world_size())
@@ -260,6 +263,8 @@ class Batches:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=run.config.data.num_workers,
+            num_threads=run.config.data.num_threads,
+            decode_here=self.decoder is None,
             together=run.objective.together,
         )
 
@@ -270,7 +275,12 @@ class Batches:
             loaded: Loaded = next(self.loading)
             self.meter.note(loaded, asked_at, time.monotonic())
             self.faults += loaded.faults
-            yield to_device(loaded.tensors, self.device), loaded.weight
+            yield self._on_device(loaded.tensors), loaded.weight
+
+    def _on_device(self, batch: Batch) -> Batch:
+        if self.decoder is not None:
+            batch = unpack(batch, self.image_size, self.device, self.decoder)
+        return to_device(batch, self.device)
 
     def epochs(self, position: int) -> dict[str, float]:
         """Return how often each set has been gone through before a position of the run."""
@@ -318,7 +328,7 @@ class Interval:
             "data/samples": run.manifest.samples,
             "data/bad_samples": len(run.quarantine),
             **batches.epochs(run.manifest.samples),
-            **metrics(work, seconds, world_size, config.data.num_workers),
+            **metrics(work, seconds, world_size, max(config.data.num_workers, 1) * config.data.num_threads),
         }
         return row, stops > 0
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pretrain.config import AugmentConfig
 from pretrain.data.colour import Channels, grey, jitter, normalize, shift_hue, solarize
-from pretrain.data.decode import Pixels
+from pretrain.data.decode import Jpeg, Pixels
 from pretrain.data.geometry import blur, box_mask, draw_affine, draw_blur, draw_erased, warp
 from pretrain.data.mixing import draw_mix
 
-View = Callable[[Pixels, np.random.Generator], dict[str, Any]]
+View = Callable[[Any, np.random.Generator], dict[str, Any]]  # of Pixels, and training's of a Jpeg too
 
 CROP_TRIES = 10
 
@@ -32,9 +32,12 @@ class TrainView:
     config: AugmentConfig
     image_size: int
 
-    def __call__(self, image: Pixels, random: np.random.Generator) -> dict[str, Any]:
-        height, width = image.shape[:2]
-        top, left, bottom, right = crop_box(height, width, self.config.crop_scale, self.config.crop_aspect, random)
+    def __call__(self, image: Pixels | Jpeg, random: np.random.Generator) -> dict[str, Any]:
+        height, width = (image.height, image.width) if isinstance(image, Jpeg) else image.shape[:2]
+        box = crop_box(height, width, self.config.crop_scale, self.config.crop_aspect, random)
+        if isinstance(image, Jpeg):
+            return {"jpeg": image.data, "crop_box": np.asarray(box), **self.draw(random)}
+        top, left, bottom, right = box
         return {"image": resize(image[top:bottom, left:right], self.image_size), **self.draw(random)}
 
     def draw(self, random: np.random.Generator) -> dict[str, Any]:

@@ -6,16 +6,25 @@ put on white (as transformers 5 does), 16-bit grey is scaled to 8 bits, other mo
 
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]
 
 # A 164 kB PNG was seen to decode to 507 MB; Pillow itself only warns.
 MAX_PIXELS = 64_000_000
+
+
+class Jpeg(NamedTuple):
+    """A JPEG left for the device to decode, and the size it will have, in pixels."""
+
+    data: bytes
+    height: int
+    width: int
 
 
 class DecodeError(Exception):
@@ -32,7 +41,7 @@ def decode(data: bytes) -> Pixels:
         DecodeError: broken, truncated, of an unknown format, or of more than MAX_PIXELS.
     """
     try:
-        if _is_plain_jpeg(data):
+        if _plain_jpeg(data):
             return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -47,6 +56,20 @@ def decode(data: bytes) -> Pixels:
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
+def decode_unless_jpeg(data: bytes) -> Pixels | Jpeg:
+    """Leave a JPEG to the device if that decodes it as `decode` would; decode everything else.
+
+    Raises:
+        DecodeError: as `decode` does; a JPEG's header must be whole.
+    """
+    try:
+        return _plain_jpeg(data) or decode(data)
+    except DecodeError:
+        raise
+    except Exception as error:
+        raise DecodeError(str(error) or type(error).__name__) from None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn any Pillow image into RGB as a person sees it."""
     image = ImageOps.exif_transpose(image)
@@ -58,13 +81,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Say whether simplejpeg decodes this as Pillow would: no CMYK, no EXIF that may turn the image."""
-    if data[:2] != b"\xff\xd8" or b"Exif\x00\x00" in data[:4096]:
-        return False
+def _plain_jpeg(data: bytes) -> Jpeg | None:
+    """Return a JPEG that simplejpeg decodes as Pillow would: no CMYK, no EXIF that turns the image."""
+    if data[:2] != b"\xff\xd8" or (b"Exif\x00\x00" in data[:4096] and _is_turned(data)):
+        return None
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
-    return colorspace in ("YCbCr", "Gray", "RGB")
+    return Jpeg(data, height, width) if colorspace in ("YCbCr", "Gray", "RGB") else None
+
+
+def _is_turned(data: bytes) -> bool:
+    """Say whether EXIF wants the image turned or mirrored; nothing is decoded for that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) != 1)
 
 
 def _check_size(width: int, height: int) -> None:

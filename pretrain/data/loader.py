@@ -6,16 +6,20 @@ fault travels with its batch, and so does the time that each stage took.
 
 import signal
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import chain, islice, tee
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.augment import View
+from pretrain.data.decode import Jpeg, Pixels, decode, decode_unless_jpeg
+from pretrain.data.device_decode import collate
 from pretrain.data.index import DataError
 from pretrain.data.order import Order, micro_batches, random_bits
 from pretrain.data.samples import BadSampleError, Encoded, Record, Samples, decoded
@@ -74,23 +78,41 @@ class _Item(NamedTuple):
 class _Positions(Dataset[_Item]):
     """The sample at a position of the run, as the objective sees it."""
 
-    def __init__(self, samples: Samples, view: View, seed: int, window: int) -> None:
+    def __init__(
+        self, samples: Samples, view: View, seed: int, window: int, num_threads: int, decode_here: bool
+    ) -> None:
         self.samples = samples
         self.view = view
         self.seed = seed
         self.window = window
+        self.num_threads = num_threads
+        self.decoder = decode if decode_here else decode_unless_jpeg
+        self.pool: ThreadPoolExecutor | None = None
         self.order: Order | None = None
         self.position = 0  # the last that was asked for
 
-    def __getitem__(self, position: int) -> _Item:
-        if self.order is None:  # built where it is used, so that nothing but this object travels to a worker
+    def __getitems__(self, positions: Sequence[int]) -> list[_Item]:
+        """Return a whole batch: torch's loader asks so where it can."""
+        order = self._order()
+        self.position = positions[0]
+        if self.num_threads == 1:
+            return [self._item(order, position) for position in positions]
+        if self.pool is None:
+            self.pool = ThreadPoolExecutor(self.num_threads)
+        return list(self.pool.map(partial(self._item, order), positions))
+
+    def _order(self) -> Order:
+        """Return the order, built where it is used, so that nothing but this object travels to a worker."""
+        if self.order is None:
             self.order = order = self.samples.order(self.seed, self.window)
             self.samples.expect(
                 lambda shard: order.distance(shard, self.position), lambda: order.upcoming(self.position)
             )
-        self.position = position
-        place = self.order.locate(position)
-        record, faults, work = self._read(self.order, position)
+        return self.order
+
+    def _item(self, order: Order, position: int) -> _Item:
+        place = order.locate(position)
+        record, faults, work = self._read(order, position)
         started = time.perf_counter()
         random = np.random.Generator(random_bits(self.samples.digest, self.seed, *place))
         fields = {**self.view(record.image, random), "label": record.label, "position": position}
@@ -102,7 +124,7 @@ class _Positions(Dataset[_Item]):
         places = chain([order.locate(position)], order.substitutes(position))
         for _, shard, row in islice(places, 1 + SUBSTITUTES_TRIED):
             try:
-                record, work = _timed_read(self.samples, shard, row)
+                record, work = _timed_read(self.samples, shard, row, self.decoder)
             except BadSampleError as bad:
                 faults.append(Fault(position, bad.shard, bad.key, bad.reason))
             else:
@@ -135,12 +157,14 @@ class _Rows(Dataset[_Item]):
         return _timed_read(self.samples, shard, i - int(self.ends[shard]) + self.sizes[shard])
 
 
-def _timed_read(samples: Samples, shard: int, row: int) -> tuple[Record, Work]:
+def _timed_read(
+    samples: Samples, shard: int, row: int, decoder: Callable[[bytes], Pixels | Jpeg] = decode
+) -> tuple[Record, Work]:
     """Fetch and decode a sample; say how long each took."""
     started = time.perf_counter()
     encoded: Encoded = samples.fetch(shard, row)
     fetched = time.perf_counter()
-    record = decoded(encoded)
+    record = decoded(encoded, decoder)
     seconds = {"fetch": fetched - started, "decode": time.perf_counter() - fetched}
     return record, Work(**seconds, bytes=len(encoded.data), **samples.take_counts())
 
@@ -158,11 +182,14 @@ def training_batches(
     rank: int,
     world_size: int,
     num_workers: int,
+    num_threads: int = 1,
+    decode_here: bool = True,
     together: int = 1,
 ) -> Generator[Loaded, None, None]:
     """Yield this rank's micro-batches of the positions from `start` to before `stop`.
 
     The tensors are what `view` returns, "label" [B] and "position" [B]; see `micro_batches` for B and the weight.
+    Without `decode_here` JPEGs come as they are, for `device_decode.unpack`.
     """
     ahead, behind = tee(
         micro_batches(
@@ -176,7 +203,9 @@ def training_batches(
         )
     )
     positions = (batch.positions for batch in ahead)
-    with closing(_load(_Positions(samples, view, seed, window), positions, num_workers)) as loading:
+    with closing(
+        _load(_Positions(samples, view, seed, window, num_threads, decode_here), positions, num_workers)
+    ) as loading:
         for batch, loaded in zip(behind, loading, strict=True):
             yield loaded._replace(weight=batch.weight)
 
@@ -222,7 +251,7 @@ def _collate(items: list[_Item]) -> Loaded:
     """Make a batch of samples."""
     faults = [fault for item in items for fault in item.faults]
     work = sum((item.work for item in items), Work())
-    return Loaded(default_collate([item.fields for item in items]), 1.0, faults, work, time.monotonic())
+    return Loaded(collate([item.fields for item in items]), 1.0, faults, work, time.monotonic())
 
 
 def _start_worker(_: int) -> None:

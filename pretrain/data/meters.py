@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pretrain.data.loader import Loaded, Work
 
 STAGES = {
-    "fetch": "put the shards on faster storage or give data.cache_bytes room for more of them",
+    "fetch": "put the shards on faster storage, raise data.num_threads, or give data.cache_bytes room for more of them",
     "decode": "add workers (data.num_workers), or make smaller images with `tessera shards make --resize`",
     "augment": "add workers (data.num_workers)",
 }
@@ -40,18 +40,18 @@ class Meter:
         return [float(value) for value in values]
 
 
-def metrics(totals: Sequence[float], seconds: float, world_size: int, num_workers: int) -> dict[str, float]:
+def metrics(totals: Sequence[float], seconds: float, world_size: int, num_loading: int) -> dict[str, float]:
     """Turn the sums over all ranks into metrics.
 
     Args:
         totals: the sum over ranks of `Meter.take`.
         seconds: that all ranks took.
         world_size: how many they are.
-        num_workers: of each rank.
+        num_loading: workers of each rank, times the threads of each.
     """
     batches, ready, waited = totals[:3]
     work = Work(*totals[3:])
-    worker_seconds = seconds * world_size * max(num_workers, 1)
+    worker_seconds = seconds * world_size * num_loading
     busy = {f"data/{stage}_busy": getattr(work, stage) / worker_seconds for stage in STAGES}
     row = {
         "data/wait_fraction": waited / world_size / seconds,

@@ -196,10 +196,10 @@ def whole_loaders(
         yield Row(f"  {other}", speeds[other], f"ours {_ratio(took, other):.2f}x as fast")
 
 
-def loader_rate(samples: Samples, image_size: int, num_workers: int, seconds: float) -> float:
+def loader_rate(samples: Samples, image_size: int, num_workers: int, seconds: float, num_threads: int = 1) -> float:
     """Return the images a second that a loader makes once its workers run, with the default crop."""
     batch = min(BATCH, sum(samples.shard_sizes))
-    loading = _batches(samples, image_size, batch, FOREVER * batch, num_workers)
+    loading = _batches(samples, image_size, batch, FOREVER * batch, num_workers, num_threads)
     with closing(loading):
         for _ in islice(loading, WARM_UP * num_workers):
             pass
@@ -210,7 +210,7 @@ def loader_rate(samples: Samples, image_size: int, num_workers: int, seconds: fl
 
 
 def _batches(
-    samples: Samples, image_size: int, batch: int, stop: int, num_workers: int
+    samples: Samples, image_size: int, batch: int, stop: int, num_workers: int, num_threads: int = 1
 ) -> Generator[Loaded, None, None]:
     return training_batches(
         samples,
@@ -224,6 +224,7 @@ def _batches(
         rank=0,
         world_size=1,
         num_workers=num_workers,
+        num_threads=num_threads,
     )
 
 

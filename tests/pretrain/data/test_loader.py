@@ -63,9 +63,11 @@ def test_memory_stays_flat_over_epochs(digits: Path) -> None:
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize(("world_size", "num_workers", "accumulation"), [(2, 0, 2), (3, 2, 2), (5, 1, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "num_workers", "num_threads", "accumulation"), [(2, 0, 1, 2), (3, 2, 3, 2), (5, 1, 1, 1)]
+)
 def test_pixels_are_the_same_on_any_topology(
-    digits: Path, world_size: int, num_workers: int, accumulation: int, mixed: bool
+    digits: Path, world_size: int, num_workers: int, num_threads: int, accumulation: int, mixed: bool
 ) -> None:
     sets = [digits / "train", digits / "validation"]
     samples = open_samples(sets, [3.0, 1.0]) if mixed else open_samples(sets[0])
@@ -78,6 +80,7 @@ def test_pixels_are_the_same_on_any_topology(
                 rank=rank,
                 world_size=world_size,
                 num_workers=num_workers,
+                num_threads=num_threads,
                 accumulation_steps=accumulation,
             )
         )
