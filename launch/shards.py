@@ -15,7 +15,7 @@ from pretrain import EXIT_RESUMABLE, UserError
 
 CORES = os.cpu_count() or 1
 SHOWN = 5
-SECONDS_TIMED = 3.0
+SECONDS_TIMED = 2.0
 COLUMN = 30  # where values begin
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -304,8 +304,11 @@ def bench(
     Example: tessera shards bench shards/photos/train
     """
     with mistakes():
-        for row in stage("pretrain.data.shards.bench").compare(folder, samples, workers, rounds):
-            print(json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.ours:<28}{row.beside}", flush=True)
+        comparing = stage("pretrain.data.shards.bench")
+        with progress_bar("measuring", comparing.ROWS, "figures") as advance:
+            for row in comparing.compare(folder, samples, workers, rounds):
+                advance(1)
+                print(json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.ours:<28}{row.beside}", flush=True)
 
 
 def local_engine(workers: int) -> Any:

@@ -89,17 +89,21 @@ class _Positions(Dataset[_Item]):
         self.decoder = decode if decode_here else decode_unless_jpeg
         self.pool: ThreadPoolExecutor | None = None
         self.order: Order | None = None
-        self.position = 0  # the last that was asked for
+        self.position = 0  # the first that is still needed
 
     def __getitems__(self, positions: Sequence[int]) -> list[_Item]:
         """Return a whole batch: torch's loader asks so where it can."""
         order = self._order()
-        self.position = positions[0]
         if self.num_threads == 1:
-            return [self._item(order, position) for position in positions]
+            return [self._next_item(order, position) for position in positions]
+        self.position = positions[0]  # until the whole batch is done: it may stand in two windows
         if self.pool is None:
             self.pool = ThreadPoolExecutor(self.num_threads)
         return list(self.pool.map(partial(self._item, order), positions))
+
+    def _next_item(self, order: Order, position: int) -> _Item:
+        self.position = position
+        return self._item(order, position)
 
     def _order(self) -> Order:
         """Return the order, built where it is used, so that nothing but this object travels to a worker."""

@@ -40,6 +40,7 @@ from pretrain.data.shards.writer import ShardWriter
 
 SIZE, BATCH = 224, 64
 IMAGES_DECODED = 300
+ROWS = 11
 WARM_UP, FOREVER = 4, 10**6  # batches
 TUNED_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "268435456",

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from pretrain.data.index import NO_LABEL, DataError, DatasetInfo, ShardEntry, index_name, write_json
 from pretrain.data.shards.encoding import Encoding, Stored
-from pretrain.data.shards.plan import PLAN_FILE, UNUSABLE, Recipe, plan_shards
+from pretrain.data.shards.plan import PLAN_FILE, READERS, UNUSABLE, Recipe, plan_shards
 from pretrain.data.shards.units import run_units
 from pretrain.data.shards.writer import ShardWriter
 from pretrain.data.sources import NAMES_SHOWN, Content, Integers, Source, SourceImage
 
-READERS = 8
 READ_AHEAD = 32
 LEFT_OUT_FILE = "left_out.txt"
 
@@ -94,7 +93,7 @@ def make_shards(
         shards = plan_shards(source, recipe, partial_folder)
         records = _write(source, recipe.encoding, shards, partial_folder, skip_bad, engine, progress)
         made = _describe(source.class_names, records)
-        _report(made, skip_bad, partial_folder)
+        _report(made, skip_bad)
         for name, info in made.splits.items():
             info.save(partial_folder / "out" / name)
         if made.left_out:
@@ -224,7 +223,7 @@ def _describe(class_names: list[str], records: dict[str, list[Record]]) -> Made:
     return Made(splits, [line for shards in records.values() for record in shards for line in record.left_out])
 
 
-def _report(made: Made, skip_bad: bool, folder: Path) -> None:
+def _report(made: Made, skip_bad: bool) -> None:
     """Refuse what would lose data."""
     left_out = made.left_out
     if left_out and not skip_bad:

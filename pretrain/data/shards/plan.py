@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from pretrain.data.index import NO_LABEL, DataError, write_json
 from pretrain.data.order import permutation
 from pretrain.data.shards.archive import BLOCK
 from pretrain.data.shards.encoding import Encoding
-from pretrain.data.sources import Integers, Source
+from pretrain.data.sources import Integers, Source, SourceImage
 
 SPLITS = ("train", "validation")
 PLAN_FILE = "plan.json"
 HEADERS_BYTES = 6 * BLOCK  # of a sample: three headers, two small files, and what fills the blocks
 IMAGES_TRIED = 64
+READERS = 8
 UNUSABLE = (DataError, DecodeError, OSError, ValueError)  # what reading and encoding an image may end with
 
 
@@ -102,13 +104,27 @@ def _digest(source: Source, recipe: Recipe) -> str:
 
 
 def _sizes_of_stored(source: Source, recipe: Recipe) -> dict[str, float]:
-    """Return what an image of unknown size is expected to have, and what becomes of a byte; from a few, if need be."""
+    """Return what an image of unknown size is expected to have, and what becomes of a byte; from a few, if need be.
+
+    Raises:
+        DataError: not one of them can be used.
+    """
     if recipe.encoding.keeps_bytes and source.sizes.all():
         return {"factor": 1.0, "unknown_bytes": 0}
-    tried = []
-    for row in permutation(len(source), recipe.seed, "tried")[:IMAGES_TRIED]:
-        with suppress(*UNUSABLE):
-            image = source.image(int(row)).read().image
-            tried.append((len(image), len(recipe.encoding(image).data)))
-    read, stored = (sum(column) for column in zip(*tried, strict=True)) if tried else (1, 1)
-    return {"factor": stored / read, "unknown_bytes": read / max(len(tried), 1)}
+    images = [source.image(int(row)) for row in permutation(len(source), recipe.seed, "tried")[:IMAGES_TRIED]]
+    with ThreadPoolExecutor(READERS) as pool:
+        tried = list(pool.map(partial(_size_of_stored, recipe.encoding), images))
+    sizes = [size for size in tried if not isinstance(size, str)]
+    if not sizes:
+        raise DataError(f"none of {len(tried)} images that were tried can be used; the first: {tried[0]}")
+    read, stored = (sum(column) for column in zip(*sizes, strict=True))
+    return {"factor": stored / read, "unknown_bytes": read / len(sizes)}
+
+
+def _size_of_stored(encoding: Encoding, image: SourceImage) -> tuple[int, int] | str:
+    """Return an image's bytes as it is and as it is stored, or why it cannot be used."""
+    try:
+        data = image.read().image
+        return len(data), len(encoding(data).data)
+    except UNUSABLE as error:
+        return f"{image.origin}: {error}"

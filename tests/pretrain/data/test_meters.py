@@ -1,6 +1,7 @@
 """What the input stage says of itself: each stage by its name, nothing when nothing is amiss."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ class SlowView(TrainView):
         return super().__call__(image, random)
 
 
-def slow_decoded(encoded: Encoded) -> Record:
+def slow_decoded(encoded: Encoded, decoder: Callable[[bytes], Any]) -> Record:
     time.sleep(SLOW_SECONDS)
-    return decoded(encoded)
+    return decoded(encoded, decoder)
 
 
 decoded = loader.decoded

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.data.index import DataError
 from pretrain.data.sets import open_samples
-from pretrain.data.shards.bench import by_pillow, by_us, compare
+from pretrain.data.shards.bench import ROWS, by_pillow, by_us, compare
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import list_digits, list_folder
@@ -50,4 +50,4 @@ def test_a_folder_is_no_shard_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a plain folder; make shards of it first"):
         list(compare(tmp_path / "in", 64, 1, 1))
     make_shards(list_folder(tmp_path / "in", labelled=False), tmp_path / "out", Recipe(validation=0.0))
-    assert len(list(compare(tmp_path / "out" / "train", 64, 1, 1))) == 11  # one sample, unlabelled
+    assert len(list(compare(tmp_path / "out" / "train", 64, 1, 1))) == ROWS  # one sample, unlabelled

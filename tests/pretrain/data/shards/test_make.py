@@ -397,6 +397,13 @@ def test_shards_of_resized_images_have_the_asked_size_too(tmp_path: Path) -> Non
     assert min(Image.open(io.BytesIO(sample.data)).size) == 64
 
 
+def test_sizes_are_not_guessed_from_nothing(tmp_path: Path, photos: Path) -> None:
+    for path in photos.rglob("*.*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"none of 16 images that were tried can be used; the first: .*not an image"):
+        make(list_folder(photos), tmp_path / "out", encoding=Encoding(shorter_side=40), skip_bad=True)
+
+
 def test_unlabelled_images_at_any_depth(tmp_path: Path, photos: Path) -> None:
     Image.new("RGB", (8, 8)).save(photos / "stray.png")
     source = list_folder(photos, labelled=False)
