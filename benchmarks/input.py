@@ -1,6 +1,6 @@
 """The input stage beside webdataset, Pillow and torch's DataLoader over a folder, all measured in one run.
 
-    python benchmarks/input.py                    # made from scikit-learn's photos, about three minutes
+    python benchmarks/input.py                    # made from scikit-learn's photos, about two minutes
 
 Times are CPU seconds of the process that works, methods in turn, the median of the rounds; ratios are of one run.
 """

@@ -118,7 +118,7 @@ def decoding(folder: Path, encoded: list[bytes], rounds: int) -> Iterator[Row]:
 
     tunings = {"Pillow": {}, "Pillow, malloc tuned": TUNED_MALLOC}
     took: dict[str, list[float]] = {name: [] for name in ("ours", *tunings)}
-    for _ in range(rounds):
+    for _ in range(2 * rounds):
         took["ours"] += in_turn({"ours": lambda: len(by_us(encoded))}, 1)["ours"]
         for name, tuning in tunings.items():
             took[name] += pillow(tuning)
