@@ -94,6 +94,7 @@ def make(
             class_names=read_class_names(class_names) if class_names else None,
             columns=stage("pretrain.data.shards.tables").Columns(image_column, label_column),
         )
+        making.refuse_used(out)
         with progress_bar("listing", None, "images") as advance:
             listed = listing.list_source(source, how, advance)
         if classes is not None:
@@ -256,7 +257,8 @@ def simulate(
     with mistakes():
         opened = sets.open_samples(folder)
         shard_bytes = [shard.num_bytes for shard in stage("pretrain.data.index").DatasetInfo.load(folder).shards]
-        with progress_bar("simulating", simulation.BATCHES_DRAWN, "steps") as advance:
+        batches = min(simulation.BATCHES_DRAWN, max(sum(opened.shard_sizes) // global_batch_size, 1))
+        with progress_bar("simulating", batches, "steps") as advance:
             result = simulation.simulate(
                 opened,
                 shard_bytes,

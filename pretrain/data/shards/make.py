@@ -81,8 +81,7 @@ def make_shards(
     Raises:
         DataError: an image is unreadable or a class is empty, and `skip_bad` is not set; or `out` is in use.
     """
-    if out.exists():
-        raise DataError(f"{out}: is there already; choose another folder or remove it")
+    refuse_used(out)
     if source.faults and not skip_bad:
         faults = "\n".join(f"  {fault}" for fault in source.faults)
         raise DataError(f"going on would lose data:\n{faults}\nmend this, or leave it all out with --skip-bad")
@@ -101,6 +100,16 @@ def make_shards(
         (partial_folder / "out").rename(out)
         shutil.rmtree(partial_folder)
     return made
+
+
+def refuse_used(out: Path) -> None:
+    """Make sure that nothing is where shards shall be.
+
+    Raises:
+        DataError: something is.
+    """
+    if out.exists():
+        raise DataError(f"{out}: is there already; choose another folder or remove it")
 
 
 def write_unit(unit: Unit) -> Record:

@@ -63,6 +63,8 @@ def list_table(
         DataError: not readable, a column is missing, or labels are neither words nor whole numbers from 0.
     """
     table = _read(path)
+    if not table.num_rows:
+        raise DataError(f"{path}: has no rows")
     image_column = _column(path, table, columns.image, IMAGE_COLUMNS, "--image-column")
     label_column = _column(path, table, columns.label, LABEL_COLUMNS, "--label-column") if labelled else None
     places = table.column(image_column)

@@ -105,6 +105,9 @@ def test_tables_that_cannot_be_used(tmp_path: Path, columns: dict[str, list[obje
 def test_files_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t.csv: no such file"):
         listed(tmp_path / "t.csv")
+    (tmp_path / "empty.csv").write_text("path,label\n")
+    with pytest.raises(DataError, match=r"empty.csv: has no rows"):
+        listed(tmp_path / "empty.csv")
     (tmp_path / "t.parquet").write_bytes(b"no table")
     with pytest.raises(DataError, match="not a readable table"):
         listed(tmp_path / "t.parquet")
