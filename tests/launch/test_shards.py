@@ -45,7 +45,7 @@ def test_a_table_resized_then_cut_anew(tmp_path: Path, shell: Shell, tool: Calla
     assert checked.code == 0, checked.err
 
 
-@pytest.mark.parametrize(("how", "times"), [(signal.SIGKILL, 3), (signal.SIGINT, 1)])
+@pytest.mark.parametrize(("how", "times"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
 def test_a_stopped_command_goes_on(
     tmp_path: Path, shell: Shell, tool: Callable[[str], str], how: signal.Signals, times: int
 ) -> None:

@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,21 +107,14 @@ def decoding(folder: Path, encoded: list[bytes], rounds: int) -> Iterator[Row]:
         float(np.abs(theirs.astype(int).transpose(2, 0, 1) - ours.numpy().astype(int)).mean())
         for theirs, ours in zip(by_pillow(encoded), by_us(encoded), strict=True)
     ]
-    command = [sys.executable, "-m", "pretrain.data.shards.bench", str(folder), str(len(encoded))]
-
-    def pillow(tuning: dict[str, str]) -> list[float]:
-        root = str(Path(__file__).parents[3])
-        answer = subprocess.run(
-            command, cwd=root, env={**os.environ, **tuning}, capture_output=True, text=True, check=True
-        )
-        return [float(answer.stdout)]
-
     tunings = {"Pillow": {}, "Pillow, malloc tuned": TUNED_MALLOC}
     took: dict[str, list[float]] = {name: [] for name in ("ours", *tunings)}
-    for _ in range(2 * rounds):
-        took["ours"] += in_turn({"ours": lambda: len(by_us(encoded))}, 1)["ours"]
-        for name, tuning in tunings.items():
-            took[name] += pillow(tuning)
+    with ExitStack() as stack:
+        pillows = {name: stack.enter_context(_pillow(folder, len(encoded), tuning)) for name, tuning in tunings.items()}
+        for _ in range(2 * rounds):
+            took["ours"] += in_turn({"ours": lambda: len(by_us(encoded))}, 1)["ours"]
+            for name, pillow in pillows.items():
+                took[name].append(pillow())
     speeds = {name: f"{1 / statistics.median(seconds):.0f} images/s a core" for name, seconds in took.items()}
     yield Row(f"decode and crop to {SIZE}", speeds["ours"], f"error {statistics.mean(errors):.3f} of 255")
     for name in tunings:
@@ -309,12 +302,34 @@ class _Folder(Dataset[npt.NDArray[np.uint8]]):
         return _crop(to_rgb(Image.open(self.paths[i])), np.random.default_rng(i)).transpose(2, 0, 1).copy()
 
 
-def _time_pillow(folder: Path, count: int) -> float:
-    """Return Pillow's seconds an image; in a process of its own, so that malloc can be tuned."""
+@contextmanager
+def _pillow(folder: Path, count: int, tuning: dict[str, str]) -> Iterator[Callable[[], float]]:
+    """Start a process in which malloc can be tuned; what is yielded asks it for Pillow's seconds an image."""
+    command = [sys.executable, "-m", "pretrain.data.shards.bench", str(folder.resolve()), str(count)]
+    root, pipe = str(Path(__file__).parents[3]), subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=root, env={**os.environ, **tuning}, stdin=pipe, stdout=pipe, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask() -> float:
+            print(file=process.stdin, flush=True)
+            return float(process.stdout.readline())  # type: ignore[union-attr]
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+
+
+def _answer(folder: Path, count: int) -> None:
+    """Time Pillow each time that a line is read."""
     samples = open_samples(folder)
     encoded = [samples.fetch(shard, row).data for _, shard, row in _places(samples, count)]
-    return in_turn({"pillow": lambda: len(by_pillow(encoded))}, 1)["pillow"][0]
+    for _ in sys.stdin:
+        print(in_turn({"pillow": lambda: len(by_pillow(encoded))}, 1)["pillow"][0], flush=True)
 
 
 if __name__ == "__main__":
-    print(_time_pillow(Path(sys.argv[1]), int(sys.argv[2])))
+    _answer(Path(sys.argv[1]), int(sys.argv[2]))

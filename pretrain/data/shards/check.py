@@ -1,6 +1,7 @@
 """Find everything that is wrong with a shard set: every byte of every tar is held against what was promised."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from functools import partial
@@ -128,7 +129,8 @@ def _check_shard(folder: Path, num_classes: int, policy: FetchPolicy, entry: Sha
         findings.append(Finding(entry.name, None, f"cannot be read: {error.strerror}"))
     if index is None:
         return _Checked(findings, digest_keys([]), [0] * num_classes)
-    return _Checked(findings, digest_keys(index.key), [index.label.count(label) for label in range(num_classes)])
+    counts = Counter(index.label)
+    return _Checked(findings, digest_keys(index.key), [counts[label] for label in range(num_classes)])
 
 
 def _load_index(folder: Path, entry: ShardEntry, findings: list[Finding]) -> ShardIndex | None:
