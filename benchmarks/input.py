@@ -149,7 +149,7 @@ def losing(work: Path) -> list[Row]:
         reader = webdataset.WebDataset(str(folder / tar.name), shardshuffle=False, handler=webdataset.reraise_exception)
         seen = sum(1 for _ in reader)
         unusable = _count_unusable(open_samples(folder), 0)
-        findings = list(check_set(folder))
+        findings = list(check_set(str(folder)))
         ours = f"{unusable} of {len(members)} replaced and named; `shards check` lists {len(findings)}"
         rows.append(Row(f"a flipped byte in a tar's {what}", ours, f"webdataset: {len(members) - seen} lost, no error"))
     return rows

@@ -178,7 +178,7 @@ def index(
 
 @app.command("check")
 def check(
-    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json.")],
+    place: Annotated[str, typer.Argument(help="A split: a folder, or a URL, with a dataset.json.")],
     workers: Annotated[int, typer.Option(min=1, help="Processes; as many as there are cores.")] = CORES,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
     allow_pipe: Annotated[bool, typer.Option("--allow-pipe", help="Let a shard be a command.")] = False,
@@ -192,22 +192,22 @@ def check(
     with mistakes():
         policy = remote.FetchPolicy(allow_pipe=allow_pipe)
         with progress_bar("checking", None, "shards") as advance:
-            for finding in check.check_set(folder, policy, local_engine(workers), advance):
+            for finding in check.check_set(place, policy, local_engine(workers), advance):
                 found += 1
                 print(json.dumps(finding._asdict()) if as_json else "  ".join(filter(None, finding)))
-        for name in check.stray_files(folder):
-            print(f"{folder / name}: belongs to no shard", file=sys.stderr)
+        for name in [] if remote.is_remote(place) else check.stray_files(Path(place)):
+            print(f"{place}/{name}: belongs to no shard", file=sys.stderr)
     if found:
-        print(f"{folder}: {found} {'fault' if found == 1 else 'faults'}", file=sys.stderr)
+        print(f"{place}: {found} {'fault' if found == 1 else 'faults'}", file=sys.stderr)
         raise typer.Exit(1)
     if not as_json:
-        info = stage("pretrain.data.index").DatasetInfo.load(folder)
-        print(f"{folder}: {describe(info)}, every byte as it should be")
+        info = check.load_info(place, policy)
+        print(f"{place}: {describe(info)}, every byte as it should be")
 
 
 @app.command("stats")
 def stats(
-    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json.")],
+    place: Annotated[str, typer.Argument(help="A split: a folder, or a URL, with a dataset.json.")],
     picture: Annotated[Path | None, typer.Option(help="Also draw it: a PNG with samples and histograms.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
@@ -217,7 +217,7 @@ def stats(
     """
     statistics, sets = stage("pretrain.data.shards.stats"), stage("pretrain.data.sets")
     with mistakes():
-        opened = sets.open_samples(folder)
+        opened = sets.open_samples(place, cache=sets.default_cache())
         with progress_bar("reading indexes", len(opened.shard_sizes), "shards") as advance:
             stats = statistics.read_stats(opened, advance)
         if picture is not None:
@@ -238,7 +238,7 @@ def stats(
 
 @app.command("simulate")
 def simulate(
-    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json.")],
+    place: Annotated[str, typer.Argument(help="A split: a folder, or a URL, with a dataset.json.")],
     global_batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 1024,
     ranks: Annotated[int, typer.Option(min=1, help="GPUs, over all machines.")] = 8,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
@@ -255,8 +255,10 @@ def simulate(
     cache_bytes = parse_size(cache_size, "--cache-size")
     simulation, sets = stage("pretrain.data.shards.simulate"), stage("pretrain.data.sets")
     with mistakes():
-        opened = sets.open_samples(folder)
-        shard_bytes = [shard.num_bytes for shard in stage("pretrain.data.index").DatasetInfo.load(folder).shards]
+        opened = sets.open_samples(place, cache=sets.default_cache())
+        if not hasattr(opened, "entries"):
+            raise UserError(f"{place}: a plain folder; make shards of it first, with `tessera shards make`")
+        shard_bytes = [shard.num_bytes for shard in opened.entries]
         batches = min(simulation.BATCHES_DRAWN, max(sum(opened.shard_sizes) // global_batch_size, 1))
         with progress_bar("simulating", batches, "steps") as advance:
             result = simulation.simulate(

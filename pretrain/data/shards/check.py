@@ -13,7 +13,7 @@ from zlib_ng.zlib_ng import crc32
 from pretrain.data.decode import DecodeError, decode
 from pretrain.data.fetch import read_range
 from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardEntry, ShardIndex, index_name
-from pretrain.data.remote import FetchPolicy, is_remote
+from pretrain.data.remote import FetchPolicy, fetch_bytes, is_remote
 from pretrain.data.shards.archive import Archive, Member, open_tar
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
 from pretrain.data.shards.scan import IMAGE_EXTENSIONS
@@ -38,7 +38,7 @@ Engine = Callable[[Callable[[ShardEntry], _Checked], Iterable[ShardEntry]], Gene
 
 
 def check_set(
-    folder: Path,
+    place: str,
     policy: FetchPolicy | None = None,
     engine: Engine = run_units,
     progress: Callable[[int, int], None] = lambda _, __: None,
@@ -46,24 +46,25 @@ def check_set(
     """Yield what is wrong with a set, shard by shard; then what is wrong between them.
 
     Args:
-        folder: where `dataset.json` and the indexes stand; the tars may be remote.
-        policy: how patient to be with remote tars.
+        place: the folder or URL where `dataset.json` and the indexes stand; the tars may stand elsewhere.
+        policy: how patient to be with what is remote.
         engine: runs the units of work, a shard each.
         progress: called after each shard, with 1 and the number of all.
 
     Raises:
-        DataError: the folder holds no set at all.
+        DataError: no set at all is there.
     """
+    policy = policy or FetchPolicy()
     try:
-        info = DatasetInfo.load(folder)
+        info = load_info(place, policy)
     except (DataError, OSError) as error:
-        entries = _entries_by_indexes(folder)
+        entries = [] if is_remote(place) else _entries_by_indexes(Path(place))
         if not entries:
             raise DataError(str(error)) from None
-        yield Finding(DATASET_FILE, None, str(error).removeprefix(f"{folder / DATASET_FILE}: "))
+        yield Finding(DATASET_FILE, None, str(error).removeprefix(f"{place}/{DATASET_FILE}: "))
         info = DatasetInfo([], [], entries)
     keys, counts = [], [0] * len(info.class_names)
-    work = partial(_check_shard, folder, len(info.class_names), policy or FetchPolicy())
+    work = partial(_check_shard, place, len(info.class_names), policy)
     with closing(engine(work, info.shards)) as results:
         for checked in results:
             yield from checked.findings
@@ -71,7 +72,7 @@ def check_set(
             counts = [a + b for a, b in zip(counts, checked.class_counts, strict=True)]
             progress(1, len(info.shards))
     for (shard, row), (first, _) in find_repeated(keys):
-        index = _load_index(folder, info.shards[shard], [])
+        index = _load_index(place, info.shards[shard], policy, [])
         yield Finding(
             info.shards[shard].name, index.key[row] if index else None, f"the same key is in {info.shards[first].name}"
         )
@@ -101,12 +102,12 @@ def _entries_by_indexes(folder: Path) -> list[ShardEntry]:
     return entries
 
 
-def _check_shard(folder: Path, num_classes: int, policy: FetchPolicy, entry: ShardEntry) -> _Checked:
+def _check_shard(place: str, num_classes: int, policy: FetchPolicy, entry: ShardEntry) -> _Checked:
     """Check one shard: its index, its tar's structure and digest, and every sample."""
     findings: list[Finding] = []
-    index = _load_index(folder, entry, findings)
+    index = _load_index(place, entry, policy, findings)
     rows = {offset: row for row, offset in enumerate(index.offset)} if index else {}
-    tar = entry.name if is_remote(entry.name) else str(folder / entry.name)
+    tar = entry.name if is_remote(entry.name) else f"{place}/{entry.name}"
     try:
         with open_tar(tar, policy) as stream:
             archive = Archive(entry.name, stream)
@@ -133,14 +134,28 @@ def _check_shard(folder: Path, num_classes: int, policy: FetchPolicy, entry: Sha
     return _Checked(findings, digest_keys(index.key), [counts[label] for label in range(num_classes)])
 
 
-def _load_index(folder: Path, entry: ShardEntry, findings: list[Finding]) -> ShardIndex | None:
+def load_info(place: str, policy: FetchPolicy) -> DatasetInfo:
+    """Read the `dataset.json` of a set, wherever it stands.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    if not is_remote(place):
+        return DatasetInfo.load(Path(place))
+    url = f"{place}/{DATASET_FILE}"
+    return DatasetInfo.parse(fetch_bytes(url, policy), url)
+
+
+def _load_index(place: str, entry: ShardEntry, policy: FetchPolicy, findings: list[Finding]) -> ShardIndex | None:
     name = index_name(entry.name)
+    path = f"{place}/{name}"
     try:
-        index = ShardIndex.parse((folder / name).read_bytes(), name, entry.index_sha256)
+        data = fetch_bytes(path, policy) if is_remote(place) else Path(path).read_bytes()
+        index = ShardIndex.parse(data, name, entry.index_sha256)
     except OSError as error:
         findings.append(Finding(name, None, f"cannot be read: {error.strerror}"))
     except DataError as error:
-        findings.append(Finding(name, None, str(error).removeprefix(f"{name}: ")))
+        findings.append(Finding(name, None, str(error).removeprefix(f"{path}: ").removeprefix(f"{name}: ")))
     else:
         if len(index) == entry.num_samples:
             return index

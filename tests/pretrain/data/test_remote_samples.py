@@ -1,6 +1,7 @@
 """A set that stands on a server trains as if it stood on the disk."""
 
 import hashlib
+import json
 import multiprocessing
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,6 +204,23 @@ def test_remote_tars_are_indexed_where_they_stand(
         samples = opened(str(tmp_path / "indexed"), tmp_path / "cache")
         assert samples.fetch(1, 2).data == open_samples(digits / "train").fetch(1, 2).data
         assert server.sent <= 2 * ours.shards[1].num_bytes  # the index was at hand
+
+
+def test_a_set_that_is_all_remote_is_examined_where_it_stands(
+    digits: Path, tmp_path: Path, tessera: Callable[..., "subprocess.CompletedProcess[str]"], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the cache goes
+    shutil.copytree(digits / "validation", tmp_path / "served")
+    with serve(Hostile(tmp_path / "served", unavailable=0.05)) as server:
+        sound = tessera("shards", "check", server.url)
+        assert sound.returncode == 0, sound.stderr
+        assert "every byte as it should be" in sound.stdout
+        counted = tessera("shards", "stats", server.url, "--json")
+        assert json.loads(counted.stdout)["samples"] == DatasetInfo.load(digits / "validation").num_samples
+        assert "steps an epoch" in tessera("shards", "simulate", server.url, "--global-batch-size", "8").stdout
+        (tmp_path / "served" / "shard-000001.tar").unlink()
+        broken = tessera("shards", "check", server.url)
+        assert (broken.returncode, broken.stdout) == (1, "shard-000001.tar  not there\n")
 
 
 def test_a_command_as_a_shard(

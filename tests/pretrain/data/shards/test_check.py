@@ -30,7 +30,7 @@ def folder(digits: Path, tmp_path: Path) -> Path:
 
 
 def check(folder: Path, num_workers: int = 1) -> list[Finding]:
-    return list(check_set(folder, engine=partial(run_units, num_workers=num_workers)))
+    return list(check_set(str(folder), engine=partial(run_units, num_workers=num_workers)))
 
 
 def edit_index(folder: Path, change: Callable[[ShardIndex], None]) -> None:
