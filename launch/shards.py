@@ -201,7 +201,7 @@ def check(
         print(f"{place}: {found} {'fault' if found == 1 else 'faults'}", file=sys.stderr)
         raise typer.Exit(1)
     if not as_json:
-        info = check.load_info(place, policy)
+        info = stage("pretrain.data.shard_set").load_info(place, policy)
         print(f"{place}: {describe(info)}, every byte as it should be")
 
 
@@ -215,9 +215,9 @@ def stats(
 
     Example: tessera shards stats shards/photos/train --picture photos.png
     """
-    statistics, sets = stage("pretrain.data.shards.stats"), stage("pretrain.data.sets")
+    statistics = stage("pretrain.data.shards.stats")
     with mistakes():
-        opened = sets.open_samples(place, cache=sets.default_cache())
+        opened = open_set(place)
         with progress_bar("reading indexes", len(opened.shard_sizes), "shards") as advance:
             stats = statistics.read_stats(opened, advance)
         if picture is not None:
@@ -253,17 +253,13 @@ def simulate(
     Example: tessera shards simulate shards/photos/train --ranks 64 --nodes 8
     """
     cache_bytes = parse_size(cache_size, "--cache-size")
-    simulation, sets = stage("pretrain.data.shards.simulate"), stage("pretrain.data.sets")
+    simulation = stage("pretrain.data.shards.simulate")
     with mistakes():
-        opened = sets.open_samples(place, cache=sets.default_cache())
-        if not hasattr(opened, "entries"):
-            raise UserError(f"{place}: a plain folder; make shards of it first, with `tessera shards make`")
-        shard_bytes = [shard.num_bytes for shard in opened.entries]
+        opened = open_set(place)
         batches = min(simulation.BATCHES_DRAWN, max(sum(opened.shard_sizes) // global_batch_size, 1))
         with progress_bar("simulating", batches, "steps") as advance:
             result = simulation.simulate(
                 opened,
-                shard_bytes,
                 global_batch_size=global_batch_size,
                 ranks=ranks,
                 window=shuffle_window,
@@ -313,6 +309,12 @@ def bench(
             for row in comparing.compare(folder, samples, workers, rounds):
                 advance(1)
                 print(json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.ours:<28}{row.beside}", flush=True)
+
+
+def open_set(place: str) -> Any:
+    """Open data where it stands, with the cache that a run has by default."""
+    sets = stage("pretrain.data.sets")
+    return sets.open_samples(place, cache=sets.open_cache(stage("pretrain.config").SourceConfig(train=place)))
 
 
 def local_engine(workers: int) -> Any:

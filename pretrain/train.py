@@ -20,7 +20,7 @@ from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.save import save
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
-from pretrain.data.device_decode import build_decoder, unpack
+from pretrain.data.device_decode import Decoder, build_decoder, unpack
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, Fault, Loaded, evaluation_batches, training_batches
 from pretrain.data.meters import Meter, metrics, verdict
@@ -59,6 +59,7 @@ class Run:
     data: Data
     manifest: Manifest
     quarantine: Quarantine
+    decoder: Decoder | None
 
     def advance(self) -> None:
         """Count one optimizer step."""
@@ -146,7 +147,8 @@ def build_run(config: PretrainConfig, data: Data) -> Run:
         manifest = replace(manifest, step=saved.step, samples=saved.samples)
     ledger = config.run_dir / QUARANTINE_FILE
     quarantine = Quarantine(ledger, config.data, manifest.samples, writes=distributed.is_main())
-    return Run(config, objective, engine, data, manifest, quarantine)
+    decoder = build_decoder(engine.device) if config.data.decode == "gpu" else None
+    return Run(config, objective, engine, data, manifest, quarantine, decoder)
 
 
 def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
@@ -246,7 +248,7 @@ class Batches:
         engine = run.config.engine
         self.device = run.engine.device
         self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window)
-        self.decoder = build_decoder(self.device) if run.config.data.decode == "gpu" else None
+        self.decoder = run.decoder
         self.image_size = run.config.model.image_size
         self.meter = Meter()
         self.faults: list[Fault] = []

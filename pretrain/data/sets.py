@@ -63,12 +63,6 @@ def _open_folder(folder: Path) -> "FolderSet":
     return FolderSet(folder)
 
 
-def default_cache() -> Cache:
-    """Return the cache that a run has whose config says nothing of it."""
-    fields = SourceConfig.model_fields
-    return Cache(fields["cache_dir"].default, fields["cache_bytes"].default, FetchPolicy())
-
-
 class FolderSet(Samples):
     """A folder with a subfolder for each class, read as one shard."""
 

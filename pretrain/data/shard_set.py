@@ -12,10 +12,22 @@ from pretrain.data.cache import Cache, RemoteObject
 from pretrain.data.fetch import read_range
 from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardIndex, index_name
 from pretrain.data.order import Part
-from pretrain.data.remote import MissingObjectError, StalledFetchError, fetch_bytes, is_remote
+from pretrain.data.remote import FetchPolicy, MissingObjectError, StalledFetchError, fetch_bytes, is_remote
 from pretrain.data.samples import BadSampleError, Encoded, Samples
 
 INDEXES_IN_MEMORY = 256
+
+
+def load_info(place: str, policy: FetchPolicy | None = None) -> DatasetInfo:
+    """Read the `dataset.json` of a set, wherever it stands.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    if not is_remote(place):
+        return DatasetInfo.load(Path(place))
+    url = f"{place}/{DATASET_FILE}"
+    return DatasetInfo.parse(fetch_bytes(url, policy or FetchPolicy()), url)
 
 
 class ShardSet(Samples):
@@ -25,7 +37,7 @@ class ShardSet(Samples):
         self, places: Sequence[str], weights: Sequence[float] | None = None, cache: Cache | None = None
     ) -> None:
         self.cache = cache
-        infos = [self._load_info(place) for place in places]
+        infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in places]
         self.class_names = infos[0].class_names
         for place, info in zip(places, infos, strict=True):
             if info.class_names != self.class_names:
@@ -118,12 +130,6 @@ class ShardSet(Samples):
             raise BadSampleError(tar.url, key, f"cannot be read: {error.strerror}") from None
         except MissingObjectError as error:
             raise BadSampleError(tar.url, key, str(error)) from None
-
-    def _load_info(self, place: str) -> DatasetInfo:
-        if not is_remote(place):
-            return DatasetInfo.load(Path(place))
-        url = f"{place}/{DATASET_FILE}"
-        return DatasetInfo.parse(fetch_bytes(url, self._cached(url).policy), url)
 
     def _load_index(self, shard: int) -> ShardIndex:
         wanted = self._index_file(shard)

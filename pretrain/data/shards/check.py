@@ -14,6 +14,7 @@ from pretrain.data.decode import DecodeError, decode
 from pretrain.data.fetch import read_range
 from pretrain.data.index import DATASET_FILE, DataError, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.remote import FetchPolicy, fetch_bytes, is_remote
+from pretrain.data.shard_set import load_info
 from pretrain.data.shards.archive import Archive, Member, open_tar
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
 from pretrain.data.shards.scan import IMAGE_EXTENSIONS
@@ -132,18 +133,6 @@ def _check_shard(place: str, num_classes: int, policy: FetchPolicy, entry: Shard
         return _Checked(findings, digest_keys([]), [0] * num_classes)
     counts = Counter(index.label)
     return _Checked(findings, digest_keys(index.key), [counts[label] for label in range(num_classes)])
-
-
-def load_info(place: str, policy: FetchPolicy) -> DatasetInfo:
-    """Read the `dataset.json` of a set, wherever it stands.
-
-    Raises:
-        DataError: it is not there, or damaged.
-    """
-    if not is_remote(place):
-        return DatasetInfo.load(Path(place))
-    url = f"{place}/{DATASET_FILE}"
-    return DatasetInfo.parse(fetch_bytes(url, policy), url)
 
 
 def _load_index(place: str, entry: ShardEntry, policy: FetchPolicy, findings: list[Finding]) -> ShardIndex | None:

@@ -9,8 +9,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.data.index import DataError
 from pretrain.data.order import Order, Part, permutation
 from pretrain.data.samples import Samples
+from pretrain.data.shard_set import ShardSet
 
 BATCHES_DRAWN = 50
 
@@ -31,7 +33,6 @@ class Simulation:
 
 def simulate(
     samples: Samples,
-    shard_bytes: Sequence[int],
     *,
     global_batch_size: int,
     ranks: int,
@@ -43,13 +44,18 @@ def simulate(
 
     Args:
         samples: the set or the mix.
-        shard_bytes: of every shard, over all sets.
         global_batch_size: samples of a step.
         ranks: processes that train.
         window: shards that are shuffled together.
         cache_bytes: of the cache of each node.
         progress: called with 1 after each batch that is drawn.
+
+    Raises:
+        DataError: it is no shard set.
     """
+    if not isinstance(samples, ShardSet):
+        raise DataError("a plain folder has no shards; make them first, with `tessera shards make`")
+    shard_bytes = [entry.num_bytes for entry in samples.entries]
     order = samples.order(0, window)
     labels = lru_cache(maxsize=2 * window)(samples.labels)
     total = sum(samples.shard_sizes)
