@@ -8,6 +8,7 @@ Times are CPU seconds of the process that works, methods in turn, the median of 
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import sys
@@ -29,9 +30,11 @@ from sklearn.datasets import load_sample_image
 
 from pretrain.config import AugmentConfig
 from pretrain.data.augment import TrainView
+from pretrain.data.cache import Cache
 from pretrain.data.index import DatasetInfo
 from pretrain.data.loader import training_batches
 from pretrain.data.order import Order, Part, micro_batches
+from pretrain.data.remote import FetchPolicy
 from pretrain.data.samples import BadSampleError, Encoded, Samples
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.bench import SIZE, Row, compare, loader_rate
@@ -39,8 +42,11 @@ from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import list_folder
+from tests.faults import epoch, make_small_set, trials, webdataset_images
+from tests.servers import Hostile, serve
 
 SECONDS_TIMED = 5.0
+FAULTS = 1000
 
 
 def make_photos(folder: Path, count: int) -> None:
@@ -155,6 +161,47 @@ def losing(work: Path) -> list[Row]:
     return rows
 
 
+def damaging(work: Path, count: int) -> list[Row]:
+    """The faults of the tests: flipped bits, cuts, zeros, shifts, missing files, in tars and in indexes."""
+    small = make_small_set(work / "small")
+    (whole, _), images = epoch(small), webdataset_images(small)
+    (work / "damaged").mkdir()
+    harmed = unnamed = short = tars = silent = 0
+    for trial in trials(small, work / "damaged", count):
+        changed = {position for position in whole if trial.seen.get(position) != whole[position]}
+        harmed += bool(trial.faults)
+        short += trial.seen.keys() != whole.keys()
+        unnamed += not changed <= {fault.position for fault in trial.faults}
+        if trial.changed and trial.victim.suffix == ".tar" and trial.faults:
+            tars += 1
+            silent += webdataset_images(trial.victim.parent) not in (None, images)
+        shutil.rmtree(trial.victim.parent)
+    ours = f"{harmed} touch samples: {unnamed} unnamed, {short} epochs short"
+    return [Row(f"{count:,} faults in tars and indexes", ours, f"webdataset: silent on {silent} of {tars} tars")]
+
+
+def misbehaving(work: Path) -> list[Row]:
+    """One epoch from a server of 5 % 503, 2 % resets and 10 % slow replies, against the bytes that the set has."""
+    whole = work / "shards" / "train"
+    server = Hostile(whole, unavailable=0.05, reset=0.02, slow=0.10)
+    with serve(server):
+        cache = Cache(work / "cache", 10**10, FetchPolicy(piece_bytes=1 << 20))
+        samples = open_samples(server.url, cache=cache)
+        num_bytes = sum(shard.num_bytes + shard.index_bytes for shard in DatasetInfo.load(whole).shards)
+        read = sum(
+            1 for shard, size in enumerate(samples.shard_sizes) for row in range(size) if samples.read(shard, row)
+        )
+        ours = f"{read} of {sum(samples.shard_sizes)} samples, {server.sent / num_bytes:.3f} of the bytes"
+        server.sent, server.chance = 0, random.Random(0)
+        urls = [f"{server.url}/{path.name}" for path in sorted(whole.glob("*.tar"))]
+        seen, error = 0, "no error"
+        try:
+            seen = sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
+        except Exception as raised:
+            error = type(raised).__name__
+    return [Row("a server that fails as networks do", ours, f"webdataset: {seen} samples, {error}")]
+
+
 def _count_unusable(samples: Samples, shard: int) -> int:
     count = 0
     for row in range(samples.shard_sizes[shard]):
@@ -225,6 +272,8 @@ def main() -> None:
             *seeking(),
             *starting(work),
             *losing(work),
+            *damaging(work, FAULTS),
+            *misbehaving(work),
             *even_steps(work),
             *shuffling(),
         ]

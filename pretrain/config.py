@@ -64,7 +64,7 @@ class SourceConfig(FaultBudget):
 
     train: Location | list[Location]
     num_workers: CountOrZero = Field(4, description="processes of each rank that read, decode and crop")
-    num_threads: Count = Field(1, description="of each worker; more help where a disk answers slowly")
+    num_threads: Count = Field(1, description="of each worker, in training; more help where a disk answers slowly")
     cache_dir: UserPath = Field(Path("~/.cache/tessera").expanduser(), description="on each machine's own disk")
     cache_bytes: Count = Field(100_000_000_000, description="limit of the cache, over all runs that share it")
     stall_seconds: Positive = Field(60.0, description="a host that sends nothing for so long ends the run")

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import multiprocessing
+import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +27,7 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import keep_classes, list_digits
 from tests.pretrain.data.test_cache import folder_size
-from tests.servers import Hostile, serve, serve_s3
+from tests.servers import Hostile, serve, serve_gs, serve_hub, serve_s3
 
 
 def opened(place: str, cache_dir: Path, **settings: object) -> Samples:
@@ -178,6 +180,27 @@ def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
         with watched(tmp_path / "cache", total + per_shard):
             assert epochs(samples) == epochs(open_samples(digits / "train"), 0)
         assert server.sent <= 1.05 * total
+
+
+def test_google_storage_sends_the_same_samples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_gs(digits / "train", "bucket") as access:
+        for name, value in access.items():
+            monkeypatch.setenv(name, value)
+        assert epochs(opened("gs://bucket", tmp_path / "cache")) == epochs(open_samples(digits / "train"), 0)
+
+
+def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
+    with serve_hub(digits / "train") as url:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}  # read when the package is imported
+        program = (
+            "import sys; from pathlib import Path\n"
+            "from tests.pretrain.data.test_remote_samples import epochs, opened\n"
+            "from pretrain.data.sets import open_samples\n"
+            "seen = epochs(opened('hf://datasets/user/set', Path(sys.argv[2])))\n"
+            "assert seen == epochs(open_samples(Path(sys.argv[1])), 0)"
+        )
+        command = [sys.executable, "-c", program, str(digits / "train"), str(tmp_path / "cache")]
+        subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], check=True, timeout=60)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What kinds of images reach the exported processor as they reach training, loaded as transformers loads a file."""
+"""What kinds of images reach the exported processor as they reach training."""
 
 import io
 from pathlib import Path
@@ -9,7 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from transformers.image_utils import load_image
 
+from pretrain.config import DataConfig, PretrainConfig, ScheduleConfig
 from pretrain.data.decode import decode
+from pretrain.export.folder import build_processor
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[:120, :180])
 TURNED = Image.Exif()
@@ -34,3 +36,16 @@ def test_transformers_sees_what_training_sees(
     image.save(buffer, kind, **options)
     (tmp_path / "image").write_bytes(buffer.getvalue())
     assert np.array_equal(np.asarray(load_image(str(tmp_path / "image"))), decode(buffer.getvalue()))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_the_processor_puts_transparency_on_white_as_training_does(mode: str) -> None:
+    image = PHOTO.convert("L" if mode == "LA" else "RGB").convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    buffer = io.BytesIO()
+    (image.quantize(64) if mode == "PA" else image.convert(mode)).save(buffer, "PNG")
+    config = PretrainConfig(run_dir=Path("run"), data=DataConfig(train="set"), schedule=ScheduleConfig(total_steps=1))
+    processor = build_processor(config)
+    seen = processor(images=Image.open(buffer), return_tensors="np")["pixel_values"]
+    trained = processor(images=Image.fromarray(decode(buffer.getvalue())), return_tensors="np")["pixel_values"]
+    assert np.array_equal(seen, trained)
