@@ -33,7 +33,7 @@ def export(
     Example: tessera export runs/quickstart runs/quickstart/export
     """
     with mistakes():
-        checkpoint = stage("pretrain.checkpoint.manifest").find_checkpoint(run)
+        checkpoint = stage("pretrain.checkpoint.history").find_checkpoint(run)
         proof = stage("pretrain.export.folder").export(checkpoint, out, overwrite)
     stage("pretrain.tracking.tracker").tag_run(checkpoint.parents[1], exported_folder=str(out.resolve()))
     print(f"{out}: loads strictly with transformers; logits differ by at most {proof.logits:.1e}")

@@ -284,6 +284,7 @@ class CheckpointConfig(Section):
 
     every_steps: Count = 1000
     keep_last: Count = 2
+    keep_every: CountOrZero = Field(0, description="checkpoints at multiples of this many steps stay for good, 0: none")
 
 
 class TrackingConfig(Section):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import sys
 import time
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, UserError, distributed
-from pretrain.checkpoint.manifest import CheckpointError, Manifest, list_checkpoints
-from pretrain.checkpoint.restore import restore
-from pretrain.checkpoint.save import save
+from pretrain.checkpoint.history import list_remains
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.restore import newest_whole, restore
+from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.device_decode import Decoder, build_decoder, unpack
@@ -46,7 +48,6 @@ class Data:
 
     training: Samples
     validation: Samples | None
-    checkpoint: Path | None
 
 
 @dataclass
@@ -73,9 +74,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     config = command.config
     start_distributed()
     try:
-        on_all_ranks(lambda: make_run_dir(config.run_dir))
-        data = on_all_ranks(lambda: open_data(config, insist_on_resume=command.resume))
-        run = on_all_ranks(lambda: build_run(config, data))
+        run = prepare(config, insist_on_resume=command.resume)
     except UserError as error:
         exit_with_mistake(str(error))
     stop = StopSignal()
@@ -93,18 +92,37 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     return EXIT_DONE if finished else EXIT_RESUMABLE
 
 
+def prepare(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
+    """Open the data, build the model under its engine, and continue from the newest checkpoint that is whole.
+
+    Raises:
+        UserError: on every rank, whatever was wrong on any.
+    """
+    on_all_ranks(lambda: make_run_dir(config.run_dir))
+    data = on_all_ranks(lambda: open_data(config))
+    checkpoint, faults = newest_whole(config.run_dir)
+    if distributed.is_main():
+        for fault in faults:
+            print(f"{fault}; set aside, an older checkpoint is taken", file=sys.stderr, flush=True)
+    if insist_on_resume and not checkpoint:
+        raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
+    return on_all_ranks(lambda: build_run(config, data, checkpoint))
+
+
 def make_run_dir(run_dir: Path) -> None:
-    """Make the run's folder, on the main rank."""
+    """Make the run's folder, on the main rank, and clear what saves that never ended have left."""
     if distributed.is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
+        for remains in list_remains(run_dir):
+            shutil.rmtree(remains, ignore_errors=True)
 
 
-def open_data(config: PretrainConfig, *, insist_on_resume: bool = False) -> Data:
-    """Open the shard sets and find the checkpoint to continue from.
+def open_data(config: PretrainConfig) -> Data:
+    """Open the shard sets.
 
     Raises:
         DataError: a set cannot be used, or the two sets' classes differ.
-        CheckpointError: this rank does not see the run folder, or there is nothing to resume.
+        CheckpointError: this rank does not see the run folder.
     """
     if not config.run_dir.exists():
         raise CheckpointError(
@@ -119,13 +137,10 @@ def open_data(config: PretrainConfig, *, insist_on_resume: bool = False) -> Data
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
     if config.objective.needs_labels and not training.class_names:
         raise DataError(f"{config.data.train}: has no labels, objective.name={config.objective.name} needs them")
-    checkpoints = list_checkpoints(config.run_dir)
-    if insist_on_resume and not checkpoints:
-        raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
-    return Data(training, validation, checkpoints[-1] if checkpoints else None)
+    return Data(training, validation)
 
 
-def build_run(config: PretrainConfig, data: Data) -> Run:
+def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Run:
     """Build the model under its engine, and continue from the checkpoint if there is one."""
     torch.manual_seed(config.seed)
     encoder = ViT(config.model, config.engine.activation_checkpointing)
@@ -142,8 +157,8 @@ def build_run(config: PretrainConfig, data: Data) -> Run:
         git_commit=git_commit(),
     )
     engine = build_engine(objective, config.engine, config.optimizer)
-    if data.checkpoint:
-        saved = restore(engine, data.checkpoint, manifest)
+    if checkpoint:
+        saved = restore(engine, checkpoint, manifest)
         manifest = replace(manifest, step=saved.step, samples=saved.samples)
     ledger = config.run_dir / QUARANTINE_FILE
     quarantine = Quarantine(ledger, config.data, manifest.samples, writes=distributed.is_main())
@@ -157,6 +172,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
     progress = ProgressLine(total_steps, run.manifest.step, enabled=distributed.is_main())
     progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
     batches = Batches(run)
+    saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.say)
     interval = Interval(engine.device)
     said = None
     engine.train()
@@ -200,8 +216,9 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
             if due_evaluation:
                 evaluate(run, tracker, progress)
             if due_save or stopping:
-                folder = save(engine, run.manifest, config.run_dir, config.checkpoint.keep_last)
-                progress.note(f"saved {folder}")
+                saver.begin(engine, replace(run.manifest, mlflow_run_id=tracker.mlflow_run_id()))
+            if (stopping or last) and not saver.finish():
+                raise CheckpointError(f"{config.run_dir}: the last checkpoint could not be written; see above")
             if stopping and not last:
                 progress.note("stopped as asked; the same command continues from here")
                 return False

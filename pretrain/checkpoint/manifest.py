@@ -1,24 +1,20 @@
-"""What a checkpoint says of itself, and where checkpoints stand.
+"""What a checkpoint says of itself: where the run stands, and where every piece of every tensor lies.
 
-A checkpoint is a folder with a manifest. It gets its name last, by a rename, so a name is a promise: all is there.
+The run's randomness is keyed by `config.seed`, the step and the sample, and its schedule is a function of the step, so
+the resolved config and two numbers are the whole state beside the tensors.
 """
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
 from pretrain import UserError
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
-ENGINE = "engine"
-PARTIAL = ".partial"
 
 
 class CheckpointError(UserError):
@@ -26,8 +22,26 @@ class CheckpointError(UserError):
 
 
 @dataclass(frozen=True)
+class SavedFile:
+    """One rank's file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor's shape, what is saved of it, and its pieces: (number of the file, start, stop) of the flat tensor."""
+
+    shape: list[int]
+    kinds: list[str]
+    pieces: list[list[int]]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Where a run stands, and what it is."""
+    """Where a run stands, what it is, and, once it is saved, where its tensors lie."""
 
     step: int
     samples: int
@@ -36,54 +50,42 @@ class Manifest:
     class_names: list[str]
     config: dict[str, Any]
     git_commit: str | None
+    mlflow_run_id: str | None = None
+    optimizer_steps: float = 0.0
+    files: list[SavedFile] = field(default_factory=list)
+    tensors: dict[str, SavedTensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the manifest and make sure that it is on the disk."""
+        content = {"version": VERSION, **asdict(self)}
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({"version": VERSION, **asdict(self)}, file, indent=2)
+            json.dump({**content, "sha256": _digest(content)}, file)
             file.flush()
             os.fsync(file.fileno())
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """Read the manifest of a checkpoint."""
+        """Read the manifest of a checkpoint.
+
+        Raises:
+            CheckpointError: there is none, it is damaged, or another version wrote it.
+        """
         try:
             content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: is no checkpoint, it has no {MANIFEST}") from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / MANIFEST}: damaged ({error})") from None
-        if content.pop("version") != VERSION:
+        sha256 = content.pop("sha256", None) if isinstance(content, dict) else None
+        if isinstance(content, dict) and content.get("version") != VERSION:
             raise CheckpointError(f"{folder}: written by another version of Tessera")
+        if sha256 is None or sha256 != _digest(content):
+            raise CheckpointError(f"{folder / MANIFEST}: damaged (its checksum differs)")
+        del content["version"]
+        content["files"] = [SavedFile(**file) for file in content["files"]]
+        content["tensors"] = {name: SavedTensor(**tensor) for name, tensor in content["tensors"].items()}
         return cls(**content)
 
 
-def checkpoints_folder(run_dir: Path) -> Path:
-    """Return where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
-
-
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return a run's whole checkpoints, oldest first."""
-    folders = checkpoints_folder(run_dir).glob("step-*")
-    return sorted(folder for folder in folders if folder.suffix != PARTIAL and (folder / MANIFEST).exists())
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, else the newest checkpoint of the run `path`.
-
-    Raises:
-        CheckpointError: neither.
-    """
-    path = path.resolve()
-    if (path / MANIFEST).exists():
-        return path
-    found = list_checkpoints(path)
-    if not found:
-        raise CheckpointError(f"{path}: no checkpoint here; expected a run folder or one of its checkpoints/step-*")
-    return found[-1]
-
-
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the fp32 weights of a checkpoint by their names in the objective."""
-    return load_file(folder / WEIGHTS)
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

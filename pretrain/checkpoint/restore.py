@@ -1,23 +1,43 @@
-"""Put a saved run back under an engine, exactly: the same weights, moments and place in the data."""
+"""Put a saved run back under an engine, on any number of ranks and at any ZeRO stage, or refuse with a sentence."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.manifest import ENGINE, CheckpointError, Manifest
+from pretrain.checkpoint.history import DAMAGED, list_checkpoints
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.partitions import held, make_moments, refresh, shapes
+from pretrain.checkpoint.pieces import WEIGHT, Reader, find_faults
+from pretrain.distributed import gather, is_main, rank, wait_for_all, world_size
 from pretrain.engine import Engine
 
 # What makes a run that run: changing one of these in mid-run would make its curve a lie.
 IDENTITY = ("seed", "model", "objective", "preprocessing", "data.shuffle_window", "engine.global_batch_size")
-# Until checkpoints can be resharded, the engine's files fit one topology.
-TOPOLOGY = ("engine.zero_stage", "engine.precision", "engine.offload_optimizer")
+
+
+def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint that proves itself; every rank calls this and reads its share of the files.
+
+    Returns:
+        The checkpoint, and what was wrong with newer ones, which are set aside under another name.
+    """
+    found: list[str] = []
+    for folder in reversed(gather(list_checkpoints(run_dir))[0]):
+        faults = sorted(set().union(*gather(list(find_faults(folder, slice(rank(), None, world_size()))))))
+        if not faults:
+            return folder, found
+        found += faults
+        if is_main():
+            folder.rename(folder.with_name(folder.name + DAMAGED))
+        wait_for_all()
+    return None, found
 
 
 def restore(engine: Engine, folder: Path, expected: Manifest) -> Manifest:
-    """Load a checkpoint into the engine; every rank calls this.
+    """Load a checkpoint into the engine; every rank calls this, and reads what it is to hold.
 
     Args:
-        engine: built from the same config.
+        engine: built from the same config, at any world size, ZeRO stage and precision.
         folder: of the checkpoint.
         expected: this run's manifest; what differs from the saved one is refused where it would change the run.
 
@@ -25,26 +45,40 @@ def restore(engine: Engine, folder: Path, expected: Manifest) -> Manifest:
         The saved manifest.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another run, data set or topology.
+        CheckpointError: the checkpoint belongs to another run or data set.
     """
     saved = Manifest.load(folder)
     differences = list(_differences(saved, expected))
     if differences:
         lines = "\n".join(f"  {line}" for line in differences)
         raise CheckpointError(f"{folder}: saved by a different run:\n{lines}\nrestore these, or choose another run_dir")
-    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
-    if path is None:
-        raise CheckpointError(f"{folder}: the engine's files are missing")
+    if wrong := list(_misfits(saved, shapes(engine))):
+        raise CheckpointError(f"{folder}: does not fit the model:\n  " + "\n  ".join(wrong))
+    reader = Reader(folder, saved)
+    fragments = held(engine)
+    make_moments(fragments, {kind for tensor in saved.tensors.values() for kind in tensor.kinds}, saved.optimizer_steps)
+    for fragment in fragments:
+        for kind in saved.tensors[fragment.name].kinds:
+            if kind == WEIGHT or fragment.moments is not None:
+                reader.copy(kind, fragment.name, fragment.start, fragment.view(kind))
+    refresh(engine)
     return saved
+
+
+def _misfits(saved: Manifest, expected: dict[str, list[int]]) -> Iterator[str]:
+    """Yield a sentence for each tensor that one side lacks, or has in another shape."""
+    for name in sorted(saved.tensors.keys() | expected.keys()):
+        before = saved.tensors[name].shape if name in saved.tensors else "not saved"
+        now = expected.get(name, "not in the model")
+        if before != now:
+            yield f"{name}: saved {before}, expected {now}"
 
 
 def _differences(saved: Manifest, expected: Manifest) -> Iterator[str]:
     """Yield a sentence for each difference that matters."""
     for key, before, now in _changes(saved.config, expected.config):
-        if key.startswith(IDENTITY + TOPOLOGY):
+        if key.startswith(IDENTITY):
             yield f"{key} was {before}, is {now}"
-    if saved.world_size != expected.world_size:
-        yield f"it ran on {saved.world_size} ranks, this run has {expected.world_size}"
     if saved.data_digest != expected.data_digest:
         yield "the training data changed (its digest differs)"
 

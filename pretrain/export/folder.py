@@ -8,7 +8,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from pretrain.checkpoint.manifest import CheckpointError, Manifest, find_checkpoint, load_weights
+from pretrain.checkpoint.history import find_checkpoint
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.pieces import find_faults, load_weights
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.export.card import model_card
 from pretrain.export.proof import NativeClassifier, Proof, prove
@@ -31,6 +33,8 @@ def export(source: Path, out: Path, overwrite: bool = False) -> Proof:
         raise CheckpointError(f"{out}: is there already; choose another folder or add --overwrite")
     if out.exists() and not (out / "config.json").exists():
         raise CheckpointError(f"{out}: is no Hugging Face folder, so it is not overwritten")
+    if faults := list(find_faults(checkpoint)):
+        raise CheckpointError("\n".join(faults))
     manifest = Manifest.load(checkpoint)
     config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
     weights = load_weights(checkpoint)

@@ -33,6 +33,13 @@ class ProgressLine:
         if self.enabled:
             self._write(text, end="\n")
 
+    def say(self, text: str) -> None:
+        """Write a line that matters on whatever rank it comes from."""
+        if self.enabled:
+            self.note(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
     def _write(self, line: str, end: str) -> None:
         print(f"\r\x1b[K{line}" if self.live else line, end=end, flush=True)
 

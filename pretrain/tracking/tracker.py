@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import Self
 
@@ -54,6 +55,7 @@ class Tracker:
         self.status = "FAILED"  # until the run says otherwise
         if not enabled:
             return
+        self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(config_text, encoding="utf-8")
         path = run_dir / METRICS_FILE
@@ -80,6 +82,10 @@ class Tracker:
         """Tell MLflow something about the run as a whole."""
         if self.enabled:
             self._tell("tags", tags)
+
+    def mlflow_run_id(self) -> str | None:
+        """Return MLflow's name for the run, once it has given one."""
+        return read_state(self.run_dir).get("run_id") if self.enabled else None
 
     def close(self, timeout_seconds: float = 60) -> None:
         """Finish with `status` (FINISHED, KILLED or FAILED), giving MLflow some time to catch up."""
@@ -108,12 +114,17 @@ class Tracker:
 
 def tag_run(run_dir: Path, timeout_seconds: float = 60, **tags: str) -> None:
     """Tell MLflow something about a run that has ended; nothing happens if it was not tracked there."""
-    if (run_dir / STATE_FILE).exists():
-        state = json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
+    if state := read_state(run_dir):
         sink = _start_sink(run_dir, state["uri"], state["experiment"])
         _tell(sink, "tags", tags)
         with contextlib.suppress(subprocess.TimeoutExpired):
             sink.communicate(timeout=timeout_seconds)
+
+
+def read_state(run_dir: Path) -> dict[str, Any]:
+    """Return where a run is tracked: MLflow's "uri", "experiment" and "run_id"; empty if it is not."""
+    path = run_dir / STATE_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _tell(sink: "subprocess.Popen[str]", what: str, content: str | dict[str, str]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed import DeepSpeedEngine
 
 from pretrain import distributed
-from pretrain.checkpoint.manifest import load_weights
+from pretrain.checkpoint.manifest import SavedFile
+from pretrain.checkpoint.pieces import load_weights, write_file
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.loader import Batch, training_batches
@@ -25,7 +25,7 @@ from pretrain.objectives import build_objective
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.tracker import read_rows
-from pretrain.train import StopSignal, build_run, make_run_dir, open_data, open_tracker, to_device, train
+from pretrain.train import StopSignal, open_tracker, prepare, to_device, train
 
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
@@ -44,6 +44,17 @@ OTHERS = {
     "uneven3": ["engine.global_batch_size=10", "engine.micro_batch_size=2", "engine.zero_stage=3"],
     "unclipped": ["engine.gradient_clipping=0", "engine.zero_stage=0"],
 }
+RESHARDED = {  # what was saved -> how it is continued
+    "stage0": ("stage3", STAGES["stage3"]),
+    "stage1": ("stage0", STAGES["stage0"]),
+    "stage2": ("stage1", STAGES["stage1"]),
+    "stage3": ("stage2", STAGES["stage2"]),
+    "offload": ("stage3", STAGES["stage3"]),
+    "bf16-stage0": ("bf16-stage3", OTHERS["bf16-stage3"]),
+    "bf16-stage1": ("bf16-stage0", OTHERS["bf16-stage0"]),
+    "bf16-stage3": ("stage1", STAGES["stage1"]),
+    "uneven3": ("uneven", OTHERS["uneven"]),
+}
 SPEEDS = {
     "time",
     "speed/images_per_second",
@@ -58,9 +69,7 @@ MIDDLE, LAST = "step-00000004", "step-00000008"
 
 def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
     """Train to the last step; return the step it began at and every position that this rank trained on."""
-    make_run_dir(config.run_dir)
-    distributed.wait_for_all()
-    run = build_run(config, open_data(config))
+    run = prepare(config)
     first, positions = run.manifest.step, []
 
     def note(batch: Batch, device: torch.device) -> Batch:
@@ -108,6 +117,22 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
     }
 
 
+def reshard(recipe: Path, folder: Path, source: Path) -> dict[str, list[dict[str, Any]]]:
+    """Continue what another world size saved at one stage, at another stage and precision; return the rows."""
+    seen = {}
+    for saved, (name, overrides) in RESHARDED.items():
+        run_dir = folder / f"{saved}-to-{name}"
+        if distributed.is_main():
+            shutil.copytree(source / saved / "whole" / "checkpoints" / MIDDLE, run_dir / "checkpoints" / MIDDLE)
+        distributed.wait_for_all()
+        settings = ["tracking.uri=off", "data.num_workers=0", *overrides, f"run_dir={run_dir}"]
+        first, _ = run_to_end(load_config(PretrainConfig, recipe, settings).config)
+        if distributed.is_main():
+            assert first == 4
+            seen[saved] = rows_of(run_dir)
+    return seen
+
+
 def digest(weight: torch.Tensor) -> list[float]:
     """Three numbers that a tensor of other values, or in another order, does not have."""
     flat = weight.double().flatten()
@@ -117,14 +142,13 @@ def digest(weight: torch.Tensor) -> list[float]:
 def die_in_a_save(recipe: Path, folder: Path) -> None:
     """Let the last rank die in the second save, before its part is written; its launcher ends the others."""
     config = load_config(PretrainConfig, recipe, [f"run_dir={folder / 'torn'}", "tracking.uri=off"]).config
-    save_checkpoint = DeepSpeedEngine.save_checkpoint
 
-    def save_or_die(engine: DeepSpeedEngine, place: str, **options: Any) -> None:
-        if LAST in place and distributed.rank() == distributed.world_size() - 1:
+    def write_or_die(path: Path, *arguments: Any) -> SavedFile:
+        if LAST in str(path) and distributed.rank() == distributed.world_size() - 1:
             os._exit(9)
-        save_checkpoint(engine, place, **options)
+        return write_file(path, *arguments)
 
-    with mock.patch.object(DeepSpeedEngine, "save_checkpoint", save_or_die):
+    with mock.patch("pretrain.checkpoint.save.write_file", write_or_die):
         run_to_end(config)
 
 
@@ -170,17 +194,23 @@ def reference(recipe: Path) -> dict[str, Any]:
     return {"losses": losses, "weights": {name: digest(weight) for name, weight in objective.state_dict().items()}}
 
 
-def main(recipe: Path, folder: Path) -> None:
+def main(recipe: Path, folder: Path, source: Path | None) -> None:
+    """Check every setting; then, if there is a source, what another world size left there."""
     start_distributed()
     seen: dict[str, Any] = {}
-    for name, overrides in (STAGES | OTHERS).items():
-        seen[name] = check(recipe, folder, name, overrides)
-    if distributed.world_size() == 1:
-        seen["reference"] = reference(recipe)
+    if folder.name != "resharded":
+        for name, overrides in (STAGES | OTHERS).items():
+            seen[name] = check(recipe, folder, name, overrides)
+        if distributed.world_size() == 1:
+            seen["reference"] = reference(recipe)
+    if source:
+        seen["resharded"] = reshard(recipe, folder, source)
     if distributed.is_main():
         (folder / "seen.json").write_text(json.dumps(seen))
-    die_in_a_save(recipe, folder)
+    if folder.name != "resharded":
+        die_in_a_save(recipe, folder)
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))
+    recipe, folder, *others = (Path(argument) for argument in sys.argv[1:])
+    main(recipe, folder, others[0] if others else None)

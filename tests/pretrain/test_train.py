@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoint.manifest import list_checkpoints
+from pretrain.checkpoint.history import list_checkpoints
 from pretrain.data.index import DatasetInfo
 from tests.launching import ROOT, TINY, Shell, free_port
 
@@ -36,27 +36,31 @@ Seen = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def seen(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Seen]:
-    """What one rank and what two ranks saw."""
-    results = {}
-    for world_size in (1, 2):
-        folder = tmp_path_factory.mktemp(f"world{world_size}")
-        recipe = folder / "tiny.yaml"
-        recipe.write_text(TINY.format(run_dir="unused", shards=digits))
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            free_port(),
-        ]
-        command = [*(launcher if world_size == 2 else [sys.executable]), SCRIPT, recipe, folder]
-        done = Shell(folder)(command, timeout=400, PYTHONPATH=str(ROOT))
-        assert (folder / "seen.json").exists(), done.err[-3000:]
-        assert done.code != 0  # at the very end a rank dies, on purpose
-        results[world_size] = {**json.loads((folder / "seen.json").read_text()), "folder": folder}
+    """What one rank and what two ranks saw; each continues, too, what the other saved."""
+    one, two = (tmp_path_factory.mktemp(f"world{world_size}") for world_size in (1, 2))
+    results = {1: look(digits, one, 1), 2: look(digits, two, 2, source=one)}
+    (one / "resharded").mkdir()
+    results[1]["resharded"] = look(digits, one / "resharded", 1, source=two)["resharded"]
     return results
+
+
+def look(digits: Path, folder: Path, world_size: int, source: Path | None = None) -> Seen:
+    """Run the script on so many ranks; return what it wrote."""
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(TINY.format(run_dir="unused", shards=digits))
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    command = [
+        sys.executable,
+        *(launcher if world_size == 2 else []),
+        SCRIPT,
+        recipe,
+        folder,
+        *([source] * bool(source)),
+    ]
+    done = Shell(folder)(command, timeout=400, PYTHONPATH=str(ROOT))
+    assert (folder / "seen.json").exists(), done.err[-3000:]
+    assert (done.code == 0) == (folder.name == "resharded"), done.err[-3000:]  # else a rank dies at the end, on purpose
+    return {**json.loads((folder / "seen.json").read_text()), "folder": folder}
 
 
 def column(seen: Seen, name: str) -> list[float]:
@@ -113,6 +117,18 @@ def test_a_resumed_run_repeats_every_row_and_weight_exactly(
     assert [row["step"] for row in result["rows"] if "train/loss" in row] == list(range(1, 9))
     assert result["same_weights"]
     assert result["finite"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("saved", [*STAGES, "offload", "uneven3", "bf16-stage0", "bf16-stage1", "bf16-stage3"])
+def test_what_one_topology_saved_another_continues(seen: dict[int, Seen], world_size: int, saved: str) -> None:
+    whole = {row["step"]: row for row in seen[3 - world_size][saved]["rows"] if "train/loss" in row}
+    continued = [row for row in seen[world_size]["resharded"][saved] if "train/loss" in row]
+    assert [row["step"] for row in continued] == [5, 6, 7, 8]
+    for row in continued:
+        near = {"abs": 0.02} if saved.startswith("bf16") else {"rel": 1e-5}
+        assert row["train/loss"] == pytest.approx(whole[row["step"]]["train/loss"], **near)
+        assert row["data/samples"] == whole[row["step"]]["data/samples"]
 
 
 def test_dropout_acts_and_bf16_is_near(seen: dict[int, Seen]) -> None:

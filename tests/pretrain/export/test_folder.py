@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
 from pretrain.export.folder import export
 from pretrain.export.proof import NativeClassifier, ProofError, proof_images, prove
 from pretrain.model.vit import ViT
+from tests.checkpoints import write_checkpoint
 
 NAMES = ["tabby cat", "dog", "鳥"]
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
@@ -34,22 +37,19 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         preprocessing=PreprocessingConfig(resize_ratio=1.25),
         schedule=ScheduleConfig(total_steps=9),
     )
-    checkpoint = folder / "checkpoints" / "step-00000009"
-    checkpoint.mkdir(parents=True)
     torch.manual_seed(1)
     weights = {f"encoder.{name}": weight for name, weight in ViT(model).state_dict().items()}
     weights |= {"classifier.weight": torch.randn(3, 48), "classifier.bias": torch.randn(3)}
     weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    save_file(weights, checkpoint / "model.safetensors")
-    Manifest(9, 99, 1, "digest", NAMES, json.loads(config.model_dump_json()), "commit").save(checkpoint)
+    manifest = Manifest(9, 99, 1, "digest", NAMES, json.loads(config.model_dump_json()), "commit")
+    write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
     return folder
 
 
 def native(run_dir: Path) -> NativeClassifier:
     checkpoint = run_dir / "checkpoints" / "step-00000009"
     config = PretrainConfig.model_validate_json(json.dumps(Manifest.load(checkpoint).config))
-    weights = safetensors.torch.load_file(checkpoint / "model.safetensors")
-    return NativeClassifier(config.model, config.preprocessing, weights)
+    return NativeClassifier(config.model, config.preprocessing, load_weights(checkpoint))
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +156,13 @@ def test_an_export_never_overwrites_by_accident(run_dir: Path, folder: Path) -> 
     with pytest.raises(CheckpointError, match="is there already; choose another folder or add --overwrite"):
         export(run_dir, folder)
     assert export(run_dir / "checkpoints" / "step-00000009", folder, overwrite=True).logits <= 1e-5
+
+
+def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(run_dir / "checkpoints" / "step-00000009", tmp_path / "step-00000009"))
+    data = bytearray((checkpoint / "rank-00001.safetensors").read_bytes())
+    data[-9] ^= 1
+    (checkpoint / "rank-00001.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"rank-00001.safetensors: damaged \(its checksum differs\)"):
+        export(checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,143 @@
+"""Pieces: whatever ranges were written, any other ranges read back, and safetensors itself agrees."""
+
+import json
+import math
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from pretrain.checkpoint.history import list_checkpoints
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.pieces import Layout, NotFiniteError, Piece, Reader, find_faults, load_weights, write_file
+from pretrain.checkpoint.restore import newest_whole
+from tests.checkpoints import write_checkpoint
+from tests.pretrain.checkpoint.test_manifest import MANIFEST
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shapes=st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=5),
+    num_files=st.integers(1, 6),
+    data=st.data(),
+)
+def test_any_range_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[list[int]], num_files: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("pieces") / "step-00000001"
+    weights = {f"tensor {i}": torch.randn(shape) for i, shape in enumerate(shapes)}
+    write_checkpoint(folder, MANIFEST, weights, num_files)
+    assert not list(find_faults(folder))
+    loaded = load_weights(folder)
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+    reader = Reader(folder, Manifest.load(folder))
+    for name, weight in weights.items():
+        start = data.draw(st.integers(0, weight.numel() - 1))
+        out = torch.empty(data.draw(st.integers(1, weight.numel() - start)))
+        reader.copy("weight", name, start, out)
+        assert torch.equal(out, weight.flatten()[start : start + len(out)])
+
+
+def test_safetensors_reads_a_ranks_file(tmp_path: Path) -> None:
+    values = torch.arange(7.0)
+    layout = Layout([Piece("a", 3, 5, ("weight", "exp_avg")), Piece("b", 0, 3, ("weight",))])
+    saved = write_file(tmp_path / "file", layout, values)
+    assert saved.num_bytes == (tmp_path / "file").stat().st_size
+    found = {name: value.tolist() for name, value in load_file(tmp_path / "file").items()}
+    assert found == {"weight:a:3": [0.0, 1.0], "exp_avg:a:3": [2.0, 3.0], "weight:b:0": [4.0, 5.0, 6.0]}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_never_reaches_the_disk(tmp_path: Path, value: float) -> None:
+    layout = Layout([Piece("a", 0, 4, ("weight", "exp_avg"))])
+    values = torch.zeros(8)
+    values[6] = value
+    with pytest.raises(NotFiniteError, match="exp_avg of a is not finite"):
+        write_file(tmp_path / "file", layout, values)
+    assert not (tmp_path / "file").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three checkpoints of two ranks."""
+    run_dir = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    for step in (1, 2, 3):
+        weights = {"layer.weight": torch.randn(7, 11), "layer.bias": torch.randn(11), "head": torch.randn(1)}
+        write_checkpoint(run_dir / "checkpoints" / f"step-{step:08d}", MANIFEST, weights, num_files=2)
+    return run_dir
+
+
+def test_three_hundred_faults_never_load(run: Path, tmp_path: Path) -> None:
+    """Killed in a save, cut, flipped, a piece or the manifest missing: the newest whole checkpoint is always found."""
+    chance = random.Random(0)
+    for number in range(300):
+        copy = tmp_path / str(number)
+        shutil.copytree(run, copy)
+        harmed = {step for step in (3, 2) if step == 3 or chance.random() < 0.3}
+        for step in harmed:
+            damage(copy / "checkpoints" / f"step-{step:08d}", chance)
+        found, faults = newest_whole(copy)
+        assert found is not None
+        assert found.name == f"step-{3 - len(harmed):08d}"
+        weights, whole = load_weights(found), load_weights(run / "checkpoints" / found.name)
+        assert all(torch.equal(weights[name], whole[name]) for name in whole)
+        listed = [path.name for path in list_checkpoints(copy)]
+        assert listed[-1] == found.name  # what is damaged can be neither found nor counted again
+        assert all(str(copy) in fault for fault in faults)
+        shutil.rmtree(copy)
+
+
+def damage(folder: Path, chance: random.Random) -> None:
+    victim = chance.choice(sorted(folder.iterdir()))
+    data = bytearray(victim.read_bytes())
+    kind = chance.choice(["flip", "cut", "missing", "zeros", "swapped", "partial", "pickle"])
+    if kind == "flip":
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        victim.write_bytes(data)
+    elif kind == "cut":
+        victim.write_bytes(data[: chance.randrange(len(data))])
+    elif kind == "missing":
+        victim.unlink()
+    elif kind == "zeros":
+        start = chance.randrange(len(data) - 8)
+        victim.write_bytes(data[:start] + bytes(len(data) - start))
+    elif kind == "swapped":
+        (folder / "rank-00000.safetensors").rename(folder / "aside")
+        (folder / "rank-00001.safetensors").rename(folder / "rank-00000.safetensors")
+        (folder / "aside").rename(folder / "rank-00001.safetensors")
+    elif kind == "partial":
+        folder.rename(folder.with_name(folder.name + ".partial"))
+    else:
+        victim.write_bytes(pickle.dumps(Bomb()))
+
+
+class Bomb:
+    """Ends whoever unpickles it."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (exit, (99,))
+
+
+def test_a_pickle_in_place_of_any_file_is_refused(run: Path, tmp_path: Path) -> None:
+    for name in ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors"):
+        folder = Path(shutil.copytree(run / "checkpoints" / "step-00000003", tmp_path / name / "step-00000003"))
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        assert list(find_faults(folder))
+        with pytest.raises(CheckpointError, match=name if name == "manifest.json" else "cannot be read"):
+            load_weights(folder)
+
+
+def test_a_manifest_whose_pieces_leave_a_gap_is_refused(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "checkpoints" / "step-00000003", tmp_path / "step-00000003"))
+    manifest = Manifest.load(folder)
+    manifest.tensors["layer.weight"].pieces[0][2] -= 1
+    manifest.save(folder)
+    assert list(find_faults(folder)) == [f"{folder}: the pieces of layer.weight do not make up the tensor"]
+    assert json.loads((folder / "manifest.json").read_text())["version"] == 2
