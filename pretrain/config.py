@@ -287,6 +287,16 @@ class CheckpointConfig(Section):
     keep_every: CountOrZero = Field(0, description="checkpoints at multiples of this many steps stay for good, 0: none")
 
 
+class HealthConfig(Section):
+    """Which steps are not taken, and when a run goes back: a bad step moves no weight, its samples are written down."""
+
+    spike_threshold: NonNegative = Field(
+        20.0, description="a loss or gradient norm so many robust deviations above the median is a spike, 0: none is"
+    )
+    max_skipped_in_a_row: Count = Field(5, description="then the run goes back to its last checkpoint, past these")
+    max_rollbacks: CountOrZero = Field(3, description="then the run ends")
+
+
 class TrackingConfig(Section):
     """Where MLflow keeps runs. Without a uri: SQLite beside the run folder, no server needed."""
 
@@ -309,6 +319,7 @@ class PretrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     def problems(self) -> Iterator[Problem]:

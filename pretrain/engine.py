@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -90,7 +91,22 @@ def set_learning_rate(engine: Engine, learning_rate: float) -> None:
 
 def gradient_norm(engine: Engine) -> Tensor:
     """Return the norm of the last step's whole gradient, before clipping."""
-    return torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32, device=engine.device)
+    norm = getattr(engine.optimizer, "_global_grad_norm", None)
+    norm = engine.get_global_grad_norm() if norm is None else norm
+    return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
+
+
+def guard(engine: Engine, judge: Callable[[Tensor], Tensor]) -> None:
+    """Show each step's gradient norm to `judge` before a weight moves; where it returns 1, none does.
+
+    The fused AdamW looks at that number on the device, as it does for a gradient scaler, at every ZeRO stage.
+    """
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+    def before_step(optimizer: Any, args: object, options: object) -> None:
+        optimizer.found_inf = judge(gradient_norm(engine))
+
+    inner.register_step_pre_hook(before_step)
 
 
 def _clip_and_remember(engine: Engine) -> None:

@@ -1,13 +1,14 @@
 """The pretraining loop. Accumulation, every host synchronisation and every save are visible here; ZeRO is not."""
 
+import contextlib
 import json
-import math
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -25,13 +26,15 @@ from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.device_decode import Decoder, build_decoder, unpack
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, Fault, Loaded, evaluation_batches, training_batches
-from pretrain.data.meters import Meter, metrics, verdict
+from pretrain.data.meters import Meter, metrics
+from pretrain.data.meters import verdict as verdict_on_input
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.samples import Samples
+from pretrain.data.samples import BadSampleError, Samples
 from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
-from pretrain.engine import Engine, build_engine, gradient_norm, set_learning_rate, start_distributed
+from pretrain.engine import Engine, build_engine, gradient_norm, guard, set_learning_rate, start_distributed
+from pretrain.health import SKIPPED_FILE, Health, Ledger
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -59,14 +62,37 @@ class Run:
     engine: Engine
     data: Data
     manifest: Manifest
+    health: Health
     quarantine: Quarantine
+    skipped: Ledger
     decoder: Decoder | None
+    rollbacks: int = 0
 
     def advance(self) -> None:
         """Count one optimizer step."""
         manifest = self.manifest
         samples = manifest.samples + self.config.engine.global_batch_size
-        self.manifest = replace(manifest, step=manifest.step + 1, samples=samples)
+        self.manifest = replace(manifest, step=manifest.step + 1, samples=past(samples, manifest.passed))
+
+    def judge(self, grad_norm: Tensor) -> Tensor:
+        """Return 1 where the step at hand must move nothing."""
+        return self.health.judge(grad_norm)
+
+    def moment(self, mlflow_run_id: str | None) -> Manifest:
+        """Return the manifest of a checkpoint that is taken now."""
+        return replace(self.manifest, usual=self.health.state(), mlflow_run_id=mlflow_run_id)
+
+
+class Outcome(Enum):
+    """How a stretch of training ended."""
+
+    DONE = "FINISHED"  # as MLflow calls it
+    STOPPED = "KILLED"
+    DIVERGED = "RUNNING"  # it goes back and tries again
+
+
+class DivergedError(Exception):
+    """A run that cannot go on: its steps are not fit to be taken, and going back did not help."""
 
 
 def main(command: CommandLine[PretrainConfig]) -> int:
@@ -79,17 +105,24 @@ def main(command: CommandLine[PretrainConfig]) -> int:
         exit_with_mistake(str(error))
     stop = StopSignal()
     try:
-        with open_tracker(run, command.text) as tracker:
-            finished = train(run, tracker, stop)
-            tracker.status = "FINISHED" if finished else "KILLED"
+        while (outcome := tracked(run, command.text, stop)) is Outcome.DIVERGED:
+            go_back(run)
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
         print(str(error).rpartition("DataError: ")[2].strip(), file=sys.stderr, flush=True)
         return EXIT_MISTAKE
-    except FloatingPointError as error:
+    except (DivergedError, CheckpointError) as error:
         if distributed.is_main():
             print(error, file=sys.stderr, flush=True)
         return EXIT_FAILED
-    return EXIT_DONE if finished else EXIT_RESUMABLE
+    return EXIT_DONE if outcome is Outcome.DONE else EXIT_RESUMABLE
+
+
+def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
+    """Train, with MLflow told how it ended."""
+    with open_tracker(run, config_text) as tracker:
+        outcome = train(run, tracker, stop)
+        tracker.status = outcome.value
+    return outcome
 
 
 def prepare(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
@@ -159,25 +192,59 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
     engine = build_engine(objective, config.engine, config.optimizer)
     if checkpoint:
         saved = restore(engine, checkpoint, manifest)
-        manifest = replace(manifest, step=saved.step, samples=saved.samples)
-    ledger = config.run_dir / QUARANTINE_FILE
-    quarantine = Quarantine(ledger, config.data, manifest.samples, writes=distributed.is_main())
-    decoder = build_decoder(engine.device) if config.data.decode == "gpu" else None
-    return Run(config, objective, engine, data, manifest, quarantine, decoder)
+        manifest = replace(manifest, step=saved.step, samples=saved.samples, usual=saved.usual, passed=saved.passed)
+    main = distributed.is_main()
+    run = Run(
+        config,
+        objective,
+        engine,
+        data,
+        manifest,
+        health=Health(config.health, engine.device, manifest.usual),
+        quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, manifest.samples, writes=main),
+        skipped=Ledger(config.run_dir / SKIPPED_FILE, manifest.step, writes=main),
+        decoder=build_decoder(engine.device) if config.data.decode == "gpu" else None,
+    )
+    guard(engine, run.judge)
+    return run
 
 
-def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
-    """Train to the last step; return whether it was reached, or a stop was asked for first."""
+def go_back(run: Run) -> None:
+    """Return to the newest checkpoint; the samples of the steps that were skipped in a row will be passed over.
+
+    Raises:
+        DivergedError: there is none, or the run has gone back often enough.
+    """
+    config, bad = run.config, run.skipped.in_a_row
+    said = f"step {bad[-1].step}: {len(bad)} steps in a row could not be taken, {bad[-1].reason}"
+    advice = f"their samples are in {run.skipped.path}; look at them, or lower optimizer.learning_rate"
+    if run.rollbacks >= config.health.max_rollbacks:
+        raise DivergedError(f"{said}, after health.max_rollbacks={run.rollbacks}; {advice}")
+    checkpoint, _ = newest_whole(config.run_dir)
+    if checkpoint is None:
+        raise DivergedError(f"{said}, and there is no checkpoint to go back to; {advice}")
+    saved = restore(run.engine, checkpoint, run.manifest)
+    passed = [bad[0].first_sample, bad[-1].first_sample + config.engine.global_batch_size]
+    run.manifest = replace(run.manifest, step=saved.step, samples=saved.samples, passed=[*run.manifest.passed, passed])
+    run.health = Health(config.health, run.engine.device, saved.usual)
+    run.rollbacks += 1
+    run.skipped.in_a_row.clear()
+    if distributed.is_main():
+        print(f"{said}; back to step {saved.step}, past samples {passed[0]} to {passed[1] - 1}", flush=True)
+
+
+def train(run: Run, tracker: Tracker, stop: "StopSignal") -> Outcome:
+    """Train until the last step, or until someone asks to stop, or too many steps in a row were skipped."""
     config, engine, total_steps = run.config, run.engine, run.config.schedule.total_steps
     progress = ProgressLine(total_steps, run.manifest.step, enabled=distributed.is_main())
     progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
     batches = Batches(run)
     saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.say)
-    interval = Interval(engine.device)
-    said = None
+    interval = Interval(engine.device, batches.per_step)
+    outcome, owed = Outcome.DONE, False
     engine.train()
     while run.manifest.step < total_steps:
-        step = run.manifest.step
+        step, samples = run.manifest.step, run.manifest.samples
         learning_rate = learning_rate_at(
             step,
             peak=config.optimizer.learning_rate,
@@ -185,45 +252,55 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> bool:
             warmup_steps=config.schedule.warmup_steps,
             total_steps=total_steps,
         )
-        set_learning_rate(engine, learning_rate)
-        torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))  # for dropout
-        for batch, weight in batches.next_step():
+        prepare_step(run, learning_rate)
+        for batch, weight, is_last in batches.next_step():
             losses = engine(batch)
             engine.backward(losses["loss"] * weight)
-            engine.step()
             interval.add(losses, weight)
+            if is_last:
+                run.health.meet(interval.step_loss(), samples, stop=stop.asked)
+            engine.step()  # after the last micro-batch: the weights move, unless `health` objects
         run.objective.after_step(step)
+        verdict = run.health.close(gradient_norm(engine), step, samples)
+        interval.end_step(run.health.bad, gradient_norm(engine))
         run.advance()
         step = run.manifest.step
 
         last = step == total_steps
-        due_save = last or step % config.checkpoint.every_steps == 0
+        for judged in filter(None, [verdict, run.health.flush() if last else None]):
+            run.skipped.note(judged, batches.names(judged.first_sample))
+        stopping = verdict is not None and verdict.stop and not last
+        owed = owed or step % config.checkpoint.every_steps == 0
+        due_save = stopping or last or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
         due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
         if due_save or due_evaluation or step % config.logging.every_steps == 0:
-            row, stopping = interval.close(run, batches, stop)  # the only host synchronisation
-            row["optim/learning_rate"] = learning_rate
+            row = interval.close(run, batches) | {"optim/learning_rate": learning_rate}
             tracker.log(row, step)
             progress.show(row, step)
-            if (bound := verdict(row, config.data.num_workers)) != said:
-                said = bound
-                progress.note(said or "no longer input-bound")
+            progress.judge(verdict_on_input(row, config.data.num_workers))
             run.quarantine.check(run.manifest.samples)
-            if not math.isfinite(row["train/loss"] + row["optim/grad_norm"]):
-                raise FloatingPointError(
-                    f"step {step}: the loss is {row['train/loss']}, its gradient's norm {row['optim/grad_norm']}; "
-                    f"stopped without saving, the same command continues from the last checkpoint"
-                )
             if due_evaluation:
                 evaluate(run, tracker, progress)
-            if due_save or stopping:
-                saver.begin(engine, replace(run.manifest, mlflow_run_id=tracker.mlflow_run_id()))
-            if (stopping or last) and not saver.finish():
-                raise CheckpointError(f"{config.run_dir}: the last checkpoint could not be written; see above")
-            if stopping and not last:
-                progress.note("stopped as asked; the same command continues from here")
-                return False
-            interval = Interval(engine.device)
-    return True
+            interval = Interval(engine.device, batches.per_step)
+        diverged = len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row
+        if due_save and not diverged:
+            saver.begin(engine, run.moment(tracker.mlflow_run_id()))
+            owed = False
+        if diverged or stopping:
+            outcome = Outcome.DIVERGED if diverged else Outcome.STOPPED
+            break
+    batches.close()
+    if not saver.finish() and outcome is not Outcome.DIVERGED:
+        raise CheckpointError(f"{config.run_dir}: the last checkpoint could not be written; see above")
+    if outcome is Outcome.STOPPED:
+        progress.note("stopped as asked; the same command continues from here")
+    return outcome
+
+
+def prepare_step(run: Run, learning_rate: float) -> None:
+    """Set the learning rate, and make the step's dropout a function of the step and the rank."""
+    set_learning_rate(run.engine, learning_rate)
+    torch.manual_seed(int(random_bits(run.config.seed, run.manifest.step, distributed.rank()).random_raw() >> 1))
 
 
 def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
@@ -270,13 +347,24 @@ class Batches:
         self.meter = Meter()
         self.faults: list[Fault] = []
         self.per_step = engine.accumulation_steps(distributed.world_size())
-        self.loading = training_batches(
+        self.samples = run.data.training
+        self._stretch: Generator[Loaded, None, None] | None = None
+        self.global_batch_size = engine.global_batch_size
+        left = (run.config.schedule.total_steps - run.manifest.step) * engine.global_batch_size
+        self.loading = chain.from_iterable(
+            self._load(run, start, stop) for start, stop in stretches(run.manifest.samples, left, run.manifest.passed)
+        )
+
+    def _load(self, run: Run, start: int, stop: int) -> Generator[Loaded, None, None]:
+        """Load the positions from `start` to before `stop`."""
+        engine = run.config.engine
+        self._stretch = training_batches(
             run.data.training,
             run.objective.train_view(),
             seed=run.config.seed,
             window=run.config.data.shuffle_window,
-            start=run.manifest.samples,
-            stop=run.config.schedule.total_steps * engine.global_batch_size,
+            start=start,
+            stop=stop,
             global_batch_size=engine.global_batch_size,
             accumulation_steps=self.per_step,
             rank=distributed.rank(),
@@ -286,15 +374,29 @@ class Batches:
             decode_here=self.decoder is None,
             together=run.objective.together,
         )
+        return self._stretch
 
-    def next_step(self) -> Iterator[tuple[Batch, float]]:
-        """Yield the micro-batches of one optimizer step, each with its weight."""
-        for _ in range(self.per_step):
+    def close(self) -> None:
+        """End the workers."""
+        if self._stretch is not None:
+            self._stretch.close()
+
+    def names(self, first: int) -> Iterator[tuple[str, str]]:
+        """Yield the shard and the key of each sample of a step."""
+        for position in range(first, first + self.global_batch_size):
+            _, shard, row = self.order.locate(position)
+            with contextlib.suppress(BadSampleError):
+                encoded = self.samples.fetch(shard, row)
+                yield encoded.shard, encoded.key
+
+    def next_step(self) -> Iterator[tuple[Batch, float, bool]]:
+        """Yield the micro-batches of one optimizer step, each with its weight, and whether it is the last of them."""
+        for number in range(self.per_step):
             asked_at = time.monotonic()
             loaded: Loaded = next(self.loading)
             self.meter.note(loaded, asked_at, time.monotonic())
             self.faults += loaded.faults
-            yield self._on_device(loaded.tensors), loaded.weight
+            yield self._on_device(loaded.tensors), loaded.weight, number == self.per_step - 1
 
     def _on_device(self, batch: Batch) -> Batch:
         if self.decoder is not None:
@@ -314,42 +416,72 @@ class Batches:
 
 @dataclass
 class Interval:
-    """What happened between two rows of metrics; stays on the device until the row is due."""
+    """What happened between two rows of metrics, steps that were skipped left out; it stays on the device till then."""
 
     device: torch.device
+    per_step: int  # micro-batches
     started: float = field(default_factory=time.perf_counter)
     sums: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
+    steps: int = 0
+    _step: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
         """Count one micro-batch."""
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() * weight
-        self.count += 1
+            self._step[name] = self._step.get(name, 0.0) + value.detach().double() * weight / self.per_step
 
-    def close(self, run: Run, batches: Batches, stop: "StopSignal") -> tuple[dict[str, float], bool]:
-        """Meet all ranks: return the row, and whether any rank was asked to stop."""
+    def step_loss(self) -> Tensor:
+        """Return this rank's mean loss of the step so far."""
+        return self._step["loss"]
+
+    def end_step(self, bad: Tensor, grad_norm: Tensor) -> None:
+        """Take the step into account, unless it was bad."""
+        norm = grad_norm.to(self.device).double()
+        for name, value in {**self._step, "grad_norm": norm, "good": torch.ones_like(norm)}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(bad > 0, 0.0, value)
+        self._step = {}
+        self.steps += 1
+
+    def close(self, run: Run, batches: Batches) -> dict[str, float]:
+        """Meet all ranks and return the row."""
         config, world_size = run.config, distributed.world_size()
-        own = [float(stop.asked), float(len(batches.faults)), *batches.meter.take()]
-        norm = gradient_norm(run.engine).double() / world_size
-        sums = torch.stack([*(value / self.count / world_size for value in self.sums.values()), norm])
-        values = torch.cat([sums, torch.tensor(own, dtype=torch.float64, device=self.device)])
-        totals = distributed.sum_over_ranks(values).tolist()
-        means, (norm_mean, stops, faults, *work) = totals[: len(self.sums)], totals[len(self.sums) :]
+        own = torch.tensor([float(len(batches.faults)), *batches.meter.take()], dtype=torch.float64, device=self.device)
+        totals = distributed.sum_over_ranks(torch.cat([torch.stack([*self.sums.values()]), own])).tolist()
+        sums, (faults, *work) = dict(zip(self.sums, totals, strict=False)), totals[len(self.sums) :]
         if faults:
             run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_faults())))
         seconds = time.perf_counter() - self.started
-        steps = self.count // batches.per_step
-        row = {f"train/{name}": mean for name, mean in zip(self.sums, means, strict=True)}
+        good = sums.pop("good")
+        means = {name: total / good for name, total in sums.items()} if good else {}
+        row = {f"train/{name}": mean for name, mean in means.items() if name != "grad_norm"}
+        row |= {"optim/grad_norm": means["grad_norm"]} if good else {}
         row |= {
-            "optim/grad_norm": norm_mean,
-            "speed/images_per_second": steps * config.engine.global_batch_size / seconds,
+            "health/skipped_steps": run.skipped.total,
+            "speed/images_per_second": self.steps * config.engine.global_batch_size / seconds,
             "data/samples": run.manifest.samples,
             "data/bad_samples": len(run.quarantine),
             **batches.epochs(run.manifest.samples),
             **metrics(work, seconds, world_size, max(config.data.num_workers, 1) * config.data.num_threads),
         }
-        return row, stops > 0
+        return row
+
+
+def past(samples: int, passed: list[list[int]]) -> int:
+    """Return the first position from `samples` on that is not passed over."""
+    for start, stop in sorted(passed):
+        if start <= samples < stop:
+            samples = stop
+    return samples
+
+
+def stretches(start: int, count: int, passed: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of what `count` positions from `start` on are made of, without those that are passed over."""
+    while count:
+        start = past(start, passed)
+        stop = min([start + count, *(first for first, _ in passed if first > start)])
+        yield start, stop
+        count -= stop - start
+        start = stop
 
 
 class StopSignal:

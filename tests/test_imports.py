@@ -28,6 +28,7 @@ MAY_IMPORT = {
         "pretrain.data.colour",
         "pretrain.data.mixing",
     },
+    "pretrain.health": {"pretrain.config", "pretrain.distributed"},
     "pretrain.engine": {"pretrain", "pretrain.config", "pretrain.distributed", "pretrain.optimizer"},
     "pretrain.checkpoint": {"pretrain", "pretrain.engine", "pretrain.distributed"},
     "pretrain.export": {
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         "pretrain.configfile",
         "pretrain.engine",
         "pretrain.checkpoint",
+        "pretrain.health",
         "pretrain.objectives",
         "pretrain.model",
         "pretrain.data",

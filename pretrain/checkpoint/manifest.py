@@ -52,6 +52,8 @@ class Manifest:
     git_commit: str | None
     mlflow_run_id: str | None = None
     optimizer_steps: float = 0.0
+    usual: list[list[float]] = field(default_factory=list)  # what a spike is measured by
+    passed: list[list[int]] = field(default_factory=list)  # ranges of samples that are passed over
     files: list[SavedFile] = field(default_factory=list)
     tensors: dict[str, SavedTensor] = field(default_factory=dict)
 

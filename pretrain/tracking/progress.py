@@ -13,6 +13,7 @@ class ProgressLine:
         self.start_step = start_step
         self.started = time.monotonic()
         self.enabled = enabled
+        self.bound: str | None = None
         self.live = sys.stdout.isatty()
 
     def show(self, row: Mapping[str, float], step: int) -> None:
@@ -21,8 +22,9 @@ class ProgressLine:
             return
         done = step - self.start_step
         left = (self.total_steps - step) * (time.monotonic() - self.started) / done if done else 0.0
+        loss = f"loss {row['train/loss']:.4f}" if "train/loss" in row else "no step taken"
         line = (
-            f"step {step}/{self.total_steps}  loss {row['train/loss']:.4f}  "
+            f"step {step}/{self.total_steps}  {loss}  "
             f"{row['speed/images_per_second']:.0f} images/s  waiting for data {row['data/wait_fraction']:.0%}  "
             f"ETA {duration(left)}"
         )
@@ -32,6 +34,12 @@ class ProgressLine:
         """Write a line that stays."""
         if self.enabled:
             self._write(text, end="\n")
+
+    def judge(self, bound: str | None) -> None:
+        """Say what the run waits for, when that has changed."""
+        if bound != self.bound:
+            self.bound = bound
+            self.note(bound or "no longer input-bound")
 
     def say(self, text: str) -> None:
         """Write a line that matters on whatever rank it comes from."""

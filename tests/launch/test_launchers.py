@@ -18,7 +18,7 @@ from mlflow.entities import Run
 
 from finetune.backbone import load_classifier, load_preprocessor
 from finetune.metrics import evaluate
-from pretrain.checkpoint.manifest import list_checkpoints
+from pretrain.checkpoint.history import list_checkpoints
 from pretrain.config import FaultBudget
 from pretrain.data.quarantine import Quarantine
 from pretrain.data.sets import open_samples
@@ -191,8 +191,7 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
     assert losses(tmp_path / "runs" / "stopped") == losses(tmp_path / "whole")
     assert mlflow_runs(tmp_path)["stopped"].info.status == "FINISHED"
     other_topology = shell([sys.executable, PRETRAIN, *settings, f"run_dir={tmp_path}/runs/stopped"])
-    assert other_topology.code == 2
-    assert "it ran on 2 ranks, this run has 1" in other_topology.err
+    assert other_topology.code == 0, other_topology.err[-3000:]  # nothing is left to do, on one rank as on two
 
 
 def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tmp_path: Path) -> None:
@@ -217,7 +216,7 @@ def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tmp_path
     assert "seed was 3, is 4" in refused.err
     diverged = shell([*run, f"run_dir={tmp_path}/nan", "optimizer.learning_rate=1e30", "logging.every_steps=2"])
     assert diverged.code == 1
-    assert "stopped without saving" in diverged.err
+    assert "steps in a row could not be taken, the loss is nan, and there is no checkpoint to go back" in diverged.err
     assert "Traceback" not in diverged.err
 
 

@@ -1,0 +1,100 @@
+"""Run by every rank of `test_health.py`: runs in which some samples poison their step; the main rank writes JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from pretrain import distributed
+from pretrain.checkpoint.history import list_checkpoints
+from pretrain.checkpoint.pieces import load_weights
+from pretrain.config import PretrainConfig
+from pretrain.configfile import load_config
+from pretrain.data.loader import Batch
+from pretrain.engine import start_distributed
+from pretrain.objectives.supervised import SupervisedObjective
+from pretrain.tracking.tracker import read_rows
+from pretrain.train import DivergedError, Outcome, StopSignal, go_back, prepare, to_device, tracked
+
+STEPS, BATCH = 60, 16
+FAULTS = {35 * BATCH + 3: float("nan"), 41 * BATCH + 12: 1e3, 47 * BATCH + 9: float("inf"), 52 * BATCH: 300.0}
+IN_A_ROW = {step * BATCH + 5: float("nan") for step in range(22, 27)}
+SETTINGS = {
+    "stage0": ["engine.zero_stage=0"],
+    "stage1": ["engine.zero_stage=1"],
+    "stage2": ["engine.zero_stage=2"],
+    "stage3": ["engine.zero_stage=3"],
+    "bf16-stage0": ["engine.zero_stage=0", "engine.precision=bf16"],
+    "bf16-stage1": ["engine.zero_stage=1", "engine.precision=bf16"],
+    "bf16-stage3": ["engine.zero_stage=3", "engine.precision=bf16"],
+    "offload": ["engine.zero_stage=2", "engine.offload_optimizer=true"],
+}
+
+
+def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, Any]:
+    """Train to the end, the loss of whatever batch holds a poisoned sample multiplied by its poison."""
+    factor = 1.0
+
+    def look(batch: Batch, device: torch.device) -> Batch:
+        nonlocal factor
+        positions = batch["position"].tolist() if run.objective.training else []
+        factor = next((poison[position] for position in positions if position in poison), 1.0)
+        return to_device(batch, device)
+
+    forward = SupervisedObjective.forward
+
+    def poisoned(objective: SupervisedObjective, batch: Batch) -> dict[str, Tensor]:
+        losses = forward(objective, batch)
+        return {**losses, "loss": losses["loss"] * factor}
+
+    run = prepare(config)
+    outcomes, message = [], ""
+    with mock.patch("pretrain.train.to_device", look), mock.patch.object(SupervisedObjective, "forward", poisoned):
+        while not outcomes or outcomes[-1] is Outcome.DIVERGED:
+            try:
+                if outcomes:
+                    go_back(run)
+                outcomes.append(tracked(run, "", StopSignal()))
+            except DivergedError as error:
+                message = str(error)
+                break
+    rows = read_rows(config.run_dir / "metrics.jsonl")
+    ledger = config.run_dir / "skipped.jsonl"
+    checkpoints = list_checkpoints(config.run_dir)
+    return {
+        "outcomes": [outcome.name for outcome in outcomes],
+        "message": message,
+        "loss": [row["validation/loss"] for row in rows if "validation/loss" in row],
+        "skipped": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
+        "finite": all(bool(w.isfinite().all()) for path in checkpoints for w in load_weights(path).values()),
+        "steps": [row["step"] for row in rows if "optim/learning_rate" in row],
+        "samples": run.manifest.samples,
+        "checkpoints": len(checkpoints),
+    }
+
+
+def main(recipe: Path, folder: Path) -> None:
+    start_distributed()
+    seen: dict[str, Any] = {}
+
+    def look(name: str, poison: dict[int, float], *overrides: str) -> None:
+        settings = ["tracking.uri=off", "data.num_workers=0", f"schedule.total_steps={STEPS}", *overrides]
+        config = load_config(PretrainConfig, recipe, [*settings, f"run_dir={folder / name}"]).config
+        seen[name] = run_poisoned(config, poison)
+
+    look("clean", {}, *SETTINGS["stage1"])
+    for name, overrides in SETTINGS.items():
+        look(name, FAULTS, "checkpoint.every_steps=36", *overrides)
+    look("rolled back", IN_A_ROW, "checkpoint.every_steps=10")
+    always = {position: float("nan") for position in range(20 * BATCH, 200 * BATCH)}
+    look("hopeless", always, "checkpoint.every_steps=10", "health.max_rollbacks=2", "health.max_skipped_in_a_row=3")
+    if distributed.is_main():
+        (folder / "seen.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))
