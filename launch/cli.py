@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from launch import shards
+from launch import checkpoints, shards
 from launch.terminal import mistakes, stage
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(shards.app, name="shards")
+app.add_typer(checkpoints.app, name="checkpoints")
 
 
 @app.command("export")

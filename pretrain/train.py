@@ -26,8 +26,7 @@ from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.device_decode import Decoder, build_decoder, unpack
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, Fault, Loaded, evaluation_batches, training_batches
-from pretrain.data.meters import Meter, metrics
-from pretrain.data.meters import verdict as verdict_on_input
+from pretrain.data.meters import Meter, metrics, verdict
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import BadSampleError, Samples
@@ -261,24 +260,20 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> Outcome:
                 run.health.meet(interval.step_loss(), samples, stop=stop.asked)
             engine.step()  # after the last micro-batch: the weights move, unless `health` objects
         run.objective.after_step(step)
-        verdict = run.health.close(gradient_norm(engine), step, samples)
+        judged = run.health.close(gradient_norm(engine), step, samples)
         interval.end_step(run.health.bad, gradient_norm(engine))
         run.advance()
         step = run.manifest.step
 
         last = step == total_steps
-        for judged in filter(None, [verdict, run.health.flush() if last else None]):
-            run.skipped.note(judged, batches.names(judged.first_sample))
-        stopping = verdict is not None and verdict.stop and not last
+        for one in filter(None, [judged, run.health.flush() if last else None]):
+            run.skipped.note(one, batches.names(one.first_sample))
+        stopping = judged is not None and judged.stop and not last
         owed = owed or step % config.checkpoint.every_steps == 0
         due_save = stopping or last or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
         due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
         if due_save or due_evaluation or step % config.logging.every_steps == 0:
-            row = interval.close(run, batches) | {"optim/learning_rate": learning_rate}
-            tracker.log(row, step)
-            progress.show(row, step)
-            progress.judge(verdict_on_input(row, config.data.num_workers))
-            run.quarantine.check(run.manifest.samples)
+            report(run, interval.close(run, batches) | {"optim/learning_rate": learning_rate}, tracker, progress)
             if due_evaluation:
                 evaluate(run, tracker, progress)
             interval = Interval(engine.device, batches.per_step)
@@ -301,6 +296,14 @@ def prepare_step(run: Run, learning_rate: float) -> None:
     """Set the learning rate, and make the step's dropout a function of the step and the rank."""
     set_learning_rate(run.engine, learning_rate)
     torch.manual_seed(int(random_bits(run.config.seed, run.manifest.step, distributed.rank()).random_raw() >> 1))
+
+
+def report(run: Run, row: dict[str, float], tracker: Tracker, progress: ProgressLine) -> None:
+    """Write a row of metrics, show it, and hold the data to its budget."""
+    tracker.log(row, run.manifest.step)
+    progress.show(row, run.manifest.step)
+    progress.judge(verdict(row, run.config.data.num_workers))
+    run.quarantine.check(run.manifest.samples)
 
 
 def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:

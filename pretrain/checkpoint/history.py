@@ -28,6 +28,11 @@ def list_remains(run_dir: Path) -> list[Path]:
     return sorted(checkpoints_folder(run_dir).glob(f"step-*{PARTIAL}"))
 
 
+def list_damaged(run_dir: Path) -> list[Path]:
+    """Return the checkpoints that were set aside because they did not prove themselves."""
+    return sorted(checkpoints_folder(run_dir).glob(f"step-*{DAMAGED}"))
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return `path` if it is a checkpoint, else the newest checkpoint of the run `path`.
 
