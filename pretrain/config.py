@@ -308,6 +308,7 @@ class PretrainConfig(Section):
     """A pretraining run."""
 
     run_dir: UserPath
+    init_from: UserPath | None = Field(None, description="a run, a checkpoint or a Hugging Face folder to begin with")
     seed: CountOrZero = 0
     data: DataConfig
     preprocessing: PreprocessingConfig = PreprocessingConfig()

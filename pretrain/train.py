@@ -21,6 +21,7 @@ from pretrain.checkpoint.history import list_remains
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.checkpoint.save import Saver
+from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.device_decode import Decoder, build_decoder, unpack
@@ -177,6 +178,10 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
     torch.manual_seed(config.seed)
     encoder = ViT(config.model, config.engine.activation_checkpointing)
     objective = build_objective(config.objective, encoder, len(data.training.class_names), config.preprocessing)
+    if config.init_from and not checkpoint:
+        said = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
+        if distributed.is_main():
+            print(said, flush=True)
     if config.engine.compile:
         compile_blocks(objective)
     manifest = Manifest(

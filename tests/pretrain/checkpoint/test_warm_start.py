@@ -1,0 +1,78 @@
+"""Beginning from weights that are there: transformers' own, or another run's."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from pretrain.checkpoint.manifest import CheckpointError
+from pretrain.checkpoint.warm_start import warm_start
+from pretrain.config import ModelConfig, PreprocessingConfig, SupervisedConfig
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+from pretrain.objectives.objective import Objective
+from tests.checkpoints import write_checkpoint
+from tests.pretrain.checkpoint.test_manifest import MANIFEST
+
+MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
+NAMES = ["cat", "dog"]
+
+
+def objective(classes: int = 2, **changes: int) -> Objective:
+    model = MODEL.model_copy(update=changes)
+    return build_objective(SupervisedConfig(), ViT(model), classes, PreprocessingConfig())
+
+
+@pytest.mark.parametrize("kind", ["classifier", "backbone"])
+def test_transformers_own_folder_gives_the_same_features(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        patch_size=8,
+        image_size=32,
+        layer_norm_eps=1e-6,
+    )
+    theirs = (transformers.ViTForImageClassification if kind == "classifier" else transformers.ViTModel)(config)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.train(False)
+    theirs.save_pretrained(tmp_path)
+    ours = objective().eval()
+    said = warm_start(ours, tmp_path, NAMES, 1e-6)
+    assert said == f"started from {tmp_path}; classifier.bias, classifier.weight anew"
+    images = torch.randn(2, 3, 32, 32)
+    encoder = theirs.vit if kind == "classifier" else theirs
+    with torch.no_grad():
+        assert torch.allclose(ours.encoder(images), encoder(images).last_hidden_state, atol=1e-5)
+
+
+def test_another_run_gives_its_head_where_the_classes_are_the_same(tmp_path: Path) -> None:
+    source = objective()
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    write_checkpoint(folder, replace(MANIFEST, class_names=NAMES), source.state_dict(), num_files=3)
+    taker = objective()
+    assert warm_start(taker, tmp_path / "run", NAMES, 1e-6) == f"started from {tmp_path / 'run'}"
+    assert all(torch.equal(weight, taker.state_dict()[name]) for name, weight in source.state_dict().items())
+    other = objective(classes=5)
+    assert "classifier.bias, classifier.weight anew" in warm_start(other, folder, ["a", "b", "c", "d", "e"], 1e-6)
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    write_checkpoint(folder, MANIFEST, objective(image_size=64).state_dict())
+    with pytest.raises(CheckpointError, match=r"encoder.position_embedding: \[1, 65, 48\] there, \[1, 17, 48\] here"):
+        warm_start(objective(), folder, NAMES, 1e-6)
+    with pytest.raises(CheckpointError, match=r"layers.1.norm_after.bias: nothing there, \[48\] here"):
+        deep = tmp_path / "one" / "checkpoints" / "step-00000004"
+        write_checkpoint(deep, MANIFEST, objective(num_hidden_layers=1).state_dict())
+        warm_start(objective(), deep, NAMES, 1e-6)
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        warm_start(objective(), tmp_path / "nowhere", NAMES, 1e-6)
+    transformers.ViTConfig().save_pretrained(tmp_path / "eps")
+    with pytest.raises(CheckpointError, match=r"layer_norm_eps is 1e-12; set model.layer_norm_eps=1e-12"):
+        warm_start(objective(), tmp_path / "eps", NAMES, 1e-6)
