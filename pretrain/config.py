@@ -288,13 +288,14 @@ class CheckpointConfig(Section):
 
 
 class HealthConfig(Section):
-    """Which steps are not taken, and when a run goes back: a bad step moves no weight, its samples are written down."""
+    """Which steps are not taken, when a run goes back, and when one that hangs is ended."""
 
     spike_threshold: NonNegative = Field(
         20.0, description="a loss or gradient norm so many robust deviations above the median is a spike, 0: none is"
     )
     max_skipped_in_a_row: Count = Field(5, description="then the run goes back to its last checkpoint, past these")
     max_rollbacks: CountOrZero = Field(3, description="then the run ends")
+    hang_seconds: NonNegative = Field(300.0, description="a rank that hangs so long ends the run, 0: never")
 
 
 class TrackingConfig(Section):

@@ -41,6 +41,7 @@ from pretrain.objectives.objective import Objective
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
+from pretrain.watch import Watch, beats_folder
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 
@@ -119,9 +120,11 @@ def main(command: CommandLine[PretrainConfig]) -> int:
 
 def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
     """Train, with MLflow told how it ended."""
-    with open_tracker(run, config_text) as tracker:
-        outcome = train(run, tracker, stop)
+    with open_tracker(run, config_text) as tracker, open_watch(run) as watch:
+        outcome = train(run, tracker, stop, watch)
         tracker.status = outcome.value
+    if outcome is Outcome.STOPPED and distributed.is_main():
+        print("stopped as asked; the same command continues from here", flush=True)
     return outcome
 
 
@@ -143,10 +146,10 @@ def prepare(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Make the run's folder, on the main rank, and clear what saves that never ended have left."""
+    """Make the run's folder, on the main rank, and clear what saves that never ended and earlier ranks have left."""
     if distributed.is_main():
         run_dir.mkdir(parents=True, exist_ok=True)
-        for remains in list_remains(run_dir):
+        for remains in (*list_remains(run_dir), beats_folder(run_dir)):
             shutil.rmtree(remains, ignore_errors=True)
 
 
@@ -237,32 +240,27 @@ def go_back(run: Run) -> None:
         print(f"{said}; back to step {saved.step}, past samples {passed[0]} to {passed[1] - 1}", flush=True)
 
 
-def train(run: Run, tracker: Tracker, stop: "StopSignal") -> Outcome:
+def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outcome:
     """Train until the last step, or until someone asks to stop, or too many steps in a row were skipped."""
     config, engine, total_steps = run.config, run.engine, run.config.schedule.total_steps
     progress = ProgressLine(total_steps, run.manifest.step, enabled=distributed.is_main())
     progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
-    batches = Batches(run)
+    batches = Batches(run, watch)
     saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.say)
     interval = Interval(engine.device, batches.per_step)
     outcome, owed = Outcome.DONE, False
     engine.train()
     while run.manifest.step < total_steps:
         step, samples = run.manifest.step, run.manifest.samples
-        learning_rate = learning_rate_at(
-            step,
-            peak=config.optimizer.learning_rate,
-            final=config.schedule.final_learning_rate,
-            warmup_steps=config.schedule.warmup_steps,
-            total_steps=total_steps,
-        )
-        prepare_step(run, learning_rate)
+        learning_rate = prepare_step(run)
         for batch, weight, is_last in batches.next_step():
             losses = engine(batch)
+            watch.enter("backward")
             engine.backward(losses["loss"] * weight)
             interval.add(losses, weight)
             if is_last:
                 run.health.meet(interval.step_loss(), samples, stop=stop.asked)
+            watch.enter("step")
             engine.step()  # after the last micro-batch: the weights move, unless `health` objects
         run.objective.after_step(step)
         judged = run.health.close(gradient_norm(engine), step, samples)
@@ -278,29 +276,40 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal") -> Outcome:
         due_save = stopping or last or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
         due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
         if due_save or due_evaluation or step % config.logging.every_steps == 0:
+            watch.enter("report")
             report(run, interval.close(run, batches) | {"optim/learning_rate": learning_rate}, tracker, progress)
             if due_evaluation:
+                watch.enter("evaluate")
                 evaluate(run, tracker, progress)
             interval = Interval(engine.device, batches.per_step)
         diverged = len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row
         if due_save and not diverged:
+            watch.enter("save")
             saver.begin(engine, run.moment(tracker.mlflow_run_id()))
             owed = False
         if diverged or stopping:
             outcome = Outcome.DIVERGED if diverged else Outcome.STOPPED
             break
     batches.close()
+    watch.enter("save")
     if not saver.finish() and outcome is not Outcome.DIVERGED:
         raise CheckpointError(f"{config.run_dir}: the last checkpoint could not be written; see above")
-    if outcome is Outcome.STOPPED:
-        progress.note("stopped as asked; the same command continues from here")
     return outcome
 
 
-def prepare_step(run: Run, learning_rate: float) -> None:
-    """Set the learning rate, and make the step's dropout a function of the step and the rank."""
+def prepare_step(run: Run) -> float:
+    """Set and return the learning rate, and make the step's dropout a function of the step and the rank."""
+    config, step = run.config, run.manifest.step
+    learning_rate = learning_rate_at(
+        step,
+        peak=config.optimizer.learning_rate,
+        final=config.schedule.final_learning_rate,
+        warmup_steps=config.schedule.warmup_steps,
+        total_steps=config.schedule.total_steps,
+    )
     set_learning_rate(run.engine, learning_rate)
-    torch.manual_seed(int(random_bits(run.config.seed, run.manifest.step, distributed.rank()).random_raw() >> 1))
+    torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))
+    return learning_rate
 
 
 def report(run: Run, row: dict[str, float], tracker: Tracker, progress: ProgressLine) -> None:
@@ -346,8 +355,10 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
 class Batches:
     """This rank's micro-batches, what was unusable among them, and how long they took."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, watch: Watch) -> None:
         engine = run.config.engine
+        self.run = run
+        self.watch = watch
         self.device = run.engine.device
         self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window)
         self.decoder = run.decoder
@@ -400,11 +411,14 @@ class Batches:
     def next_step(self) -> Iterator[tuple[Batch, float, bool]]:
         """Yield the micro-batches of one optimizer step, each with its weight, and whether it is the last of them."""
         for number in range(self.per_step):
+            self.watch.enter("data", self.run.manifest.step)
             asked_at = time.monotonic()
             loaded: Loaded = next(self.loading)
             self.meter.note(loaded, asked_at, time.monotonic())
             self.faults += loaded.faults
-            yield self._on_device(loaded.tensors), loaded.weight, number == self.per_step - 1
+            batch = self._on_device(loaded.tensors)
+            self.watch.enter("forward")
+            yield batch, loaded.weight, number == self.per_step - 1
 
     def _on_device(self, batch: Batch) -> Batch:
         if self.decoder is not None:
@@ -508,6 +522,17 @@ class StopSignal:
         if self.asked and number == signal.SIGINT and time.monotonic() > self.asked_at + 1:
             raise KeyboardInterrupt
         self.asked, self.asked_at = True, time.monotonic()
+
+
+def open_watch(run: Run) -> Watch:
+    """Start watching, on every rank."""
+    return Watch(
+        run.config.run_dir,
+        distributed.rank(),
+        distributed.world_size(),
+        hang_seconds=run.config.health.hang_seconds,
+        device=run.engine.device,
+    )
 
 
 def open_tracker(run: Run, config_text: str) -> Tracker:

@@ -25,7 +25,7 @@ from pretrain.objectives import build_objective
 from pretrain.optimizer import build_adamw
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.tracker import read_rows
-from pretrain.train import StopSignal, open_tracker, prepare, to_device, train
+from pretrain.train import StopSignal, prepare, to_device, tracked
 
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
@@ -77,9 +77,8 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
             positions.extend(batch["position"].tolist())
         return to_device(batch, device)
 
-    with mock.patch("pretrain.train.to_device", note), open_tracker(run, "") as tracker:
-        train(run, tracker, StopSignal())
-        tracker.status = "FINISHED"
+    with mock.patch("pretrain.train.to_device", note):
+        tracked(run, "", StopSignal())
     return first, positions
 
 

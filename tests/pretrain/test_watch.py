@@ -1,0 +1,141 @@
+"""Whoever hangs, lags or falls silent is named within ten seconds, with its stack; nobody else is."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.watch import SILENT_SECONDS, Beat, Diagnosis, Watch, read_beat
+
+NAMED_WITHIN = 10.0  # seconds
+WORLD_SIZE = 3
+
+
+def work_for_ever(
+    run_dir: Path, rank: int, barrier: Any, said: Any, slow: bool, hang_at: int, hang_seconds: float
+) -> None:
+    """Be a rank: its own work, then waiting for the others, as a collective does."""
+    report = lambda sentence: said.put((rank, sentence))  # noqa: E731
+    with Watch(run_dir, rank, WORLD_SIZE, say=report, hang_seconds=hang_seconds) as watch:
+        for step in range(100_000):
+            watch.enter("data", step)
+            time.sleep(0.005)
+            watch.enter("forward")
+            time.sleep(0.06 if slow else 0.02)
+            if step == hang_at:
+                sleep_in_this_function()
+            watch.enter("backward")
+            barrier.wait()
+
+
+def sleep_in_this_function() -> None:
+    time.sleep(1000)
+
+
+@contextmanager
+def ranks(run_dir: Path, slow: int = -1, hangs: int = -1, hang_seconds: float = 0.0) -> Iterator[tuple[list[Any], Any]]:
+    """Three ranks at work; yields their processes and what they say."""
+    context = multiprocessing.get_context("fork")
+    barrier, said = context.Barrier(WORLD_SIZE), context.Queue()
+    arguments = [
+        (run_dir, rank, barrier, said, rank == slow, 150 if rank == hangs else -1, hang_seconds)
+        for rank in range(WORLD_SIZE)
+    ]
+    processes = [context.Process(target=work_for_ever, args=each, daemon=True) for each in arguments]
+    try:
+        for process in processes:
+            process.start()
+        wait_for(lambda: all((beat := read_beat(run_dir, rank)) and beat.step > 20 for rank in range(WORLD_SIZE)))
+        yield processes, said
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_stopped_rank_is_named_with_its_stack(tmp_path: Path, victim: int) -> None:
+    with ranks(tmp_path) as (processes, said):
+        os.kill(processes[victim].pid, signal.SIGSTOP)
+        rank, sentence = said.get(timeout=NAMED_WITHIN)
+    assert rank == (1 if victim == 0 else 0)  # the lowest that still beats
+    assert sentence.startswith(f"rank {victim} (process {processes[victim].pid} on ")
+    assert "has been silent for" in sentence
+    assert "in work_for_ever" in sentence
+
+
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    with ranks(tmp_path, slow=1) as (_, said):
+        rank, sentence = said.get(timeout=NAMED_WITHIN)
+    assert rank == 0
+    assert sentence.startswith("rank 1 ")
+    assert " lags: 0.0" in sentence
+
+
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
+    with ranks(tmp_path, hangs=2, hang_seconds=3.0) as (processes, said):
+        rank, sentence = said.get(timeout=NAMED_WITHIN + 10)  # it hangs some seconds after the start
+        assert (rank, sentence.split(" (")[0]) == (0, "rank 2")
+        assert "hangs: " in sentence
+        assert "sleep_in_this_function" in sentence
+        processes[0].join(timeout=10)
+        assert processes[0].exitcode == 1
+
+
+def test_healthy_ranks_are_left_in_peace(tmp_path: Path) -> None:
+    with ranks(tmp_path) as (_, said):
+        time.sleep(SILENT_SECONDS + 3)
+        assert said.empty()
+
+
+def beat(rank: int, **changes: Any) -> Beat:
+    values = {"pid": 1, "host": "h", "beats": 1, "turns": 5, "step": 3, "phase": "forward", "since": 0.1, "work": 1.0}
+    return Beat(**{"rank": rank, **values, "seconds": {}, "stack": "  here\n", **changes})
+
+
+def test_each_thing_is_said_once_and_again_after_it_was_gone() -> None:
+    diagnosis = Diagnosis()
+    lagging, fine = [beat(0), beat(1, work=2.5)], [beat(0), beat(1, work=1.5)]
+    assert diagnosis.look(lagging, 0.0) == [
+        "rank 1 (process 1 on h) lags: 2.500 s a step for its data and forward, the others 1.000 s\n  here"
+    ]
+    assert diagnosis.look(lagging, 1.0) == []
+    assert diagnosis.look(fine, 2.0) == []
+    assert len(diagnosis.look(lagging, 3.0)) == 1
+    assert not diagnosis.is_stuck(99.0, 10.0)  # lagging is no reason to end a run
+
+
+def test_all_ranks_in_the_same_long_phase_is_no_hang() -> None:
+    """The first step of a compiled model, or a long evaluation."""
+    diagnosis = Diagnosis()
+    assert not diagnosis.look([beat(rank, since=500.0) for rank in range(4)], 0.0)
+    behind = [beat(0, since=1.0, turns=6), beat(1, since=8.0)]
+    assert "hangs: 8 s in forward of step 3" in diagnosis.look(behind, 1.0)[0]
+    assert diagnosis.is_stuck(12.0, 10.0)
+
+
+def test_who_is_not_in_the_collective_is_who_hangs() -> None:
+    waiting = '  File "site-packages/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
+    beats = [beat(0, since=9.0, stack=waiting), beat(1, since=9.0), beat(2, since=9.0, stack=waiting)]
+    assert [sentence.split(" (")[0] for sentence in Diagnosis().look(beats, 0.0)] == ["rank 1"]
+    early = [beat(0, since=9.0, stack=waiting, work=None), beat(1, since=9.0, work=None)]
+    assert not Diagnosis().look(early, 0.0)  # the other may be compiling still
+
+
+def test_a_rank_that_is_through_is_not_missed() -> None:
+    diagnosis = Diagnosis()
+    beats = [beat(0, phase="end"), beat(1, phase="end")]
+    assert not [diagnosis.look(beats, float(now)) for now in range(20)][-1]
