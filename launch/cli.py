@@ -60,6 +60,29 @@ def predict(
                 print(f"{prediction.path}: " + ", ".join(f"{name} {value:.1%}" for name, value in prediction.classes))
 
 
+@app.command("supervise")
+def supervise(
+    command: Annotated[list[str], typer.Argument(help="What starts the run, after --.")],
+    max_failures: Annotated[int, typer.Option(min=0, help="In a row without a new checkpoint; then it gives up.")] = 5,
+    fewer_after: Annotated[
+        int, typer.Option(min=0, help="Failures in a row after which one rank fewer is started; 0: never.")
+    ] = 2,
+) -> None:
+    """Start a run again after every crash or hang, from its last checkpoint; say at the end where the time went.
+
+    SIGTERM, SIGUSR1 and Ctrl-C let it save and stop with exit code 75; the same command goes on.
+
+    Example: tessera supervise -- deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml
+    """
+    with mistakes():
+        module = stage("launch.supervise")
+        supervisor = module.Supervisor(command, max_failures, fewer_after, module.say)
+    code = supervisor.run()
+    shares = {f"goodput.{name}": f"{seconds:.1f} s" for name, seconds in supervisor.goodput.shares().items()}
+    stage("pretrain.tracking.tracker").tag_run(supervisor.run_dir, **shares)
+    raise typer.Exit(code)
+
+
 def main() -> None:
     """Run the command that the user typed."""
     app()

@@ -23,6 +23,7 @@ from pretrain.config import FaultBudget
 from pretrain.data.quarantine import Quarantine
 from pretrain.data.sets import open_samples
 from pretrain.tracking.tracker import git_commit, read_rows
+from pretrain.watch import read_beat
 from tests.finetune.test_backbone import families, folder_of
 from tests.launching import ROOT, Shell, end, free_port
 
@@ -168,8 +169,8 @@ def check_mlflow(folder: Path) -> None:
 def test_a_stopped_run_continues_as_if_nothing_had_happened(
     shell: Shell, tiny: Path, tool: Tool, tmp_path: Path
 ) -> None:
-    """Ctrl-C in a terminal: it reaches the launcher, both ranks, their loader workers and MLflow's process."""
-    settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=100"]
+    """Ctrl-C in a terminal reaches all processes; then, under a supervisor, a rank is killed."""
+    settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=20"]
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, *settings]
     whole = shell([*deepspeed, f"run_dir={tmp_path}/whole", "tracking.uri=off"])
     assert whole.code == 0, whole.err[-3000:]
@@ -185,18 +186,31 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
     assert 3 <= len(losses(tmp_path / "runs" / "stopped")) < 150
     assert mlflow_runs(tmp_path)["stopped"].info.status == "KILLED"
 
-    done = shell([*deepspeed, f"run_dir={tmp_path}/runs/stopped", "--resume"])
-    assert done.code == 0, done.err[-3000:]
-    assert re.search(r"batch 16, from step [1-9]", done.out)
+    run_dir = tmp_path / "runs" / "stopped"
+    process = shell.start([tool("tessera"), "supervise", "--", *deepspeed, f"run_dir={run_dir}", "--resume"])
+    try:
+        wait_for(lambda: len(losses(run_dir)) >= 50)
+        victim = read_beat(run_dir, 1)
+        assert victim is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        out, err = process.communicate(timeout=120)
+    finally:
+        end(process)
+    assert process.returncode == 0, err[-3000:]
+    assert len(re.findall(r"batch 16, from step [1-9]", out)) == 2
+    assert re.search(r"supervise: exit code -?\d+ at step \d+; again in 1 s from step [2468]0", err), err[-3000:]
+    assert re.search(r"goodput \d+.\d% of \d+ s, 1 restarts: compute \d+ s, ", err)
+    assert mlflow_runs(tmp_path)["stopped"].data.tags["goodput.restart"].endswith(" s")
     assert losses(tmp_path / "runs" / "stopped") == losses(tmp_path / "whole")
     assert mlflow_runs(tmp_path)["stopped"].info.status == "FINISHED"
     other_topology = shell([sys.executable, PRETRAIN, *settings, f"run_dir={tmp_path}/runs/stopped"])
     assert other_topology.code == 0, other_topology.err[-3000:]  # nothing is left to do, on one rank as on two
 
 
-def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tmp_path: Path) -> None:
+def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: Tool, tmp_path: Path) -> None:
     run = [sys.executable, "-u", PRETRAIN, "--config", tiny, "tracking.uri=off", "schedule.total_steps=5000"]
-    process = shell.start([*run, f"run_dir={tmp_path}/stopped"])
+    supervise = [tool("tessera"), "supervise", "--"]
+    process = shell.start([*supervise, *run, f"run_dir={tmp_path}/stopped"])
     try:
         wait_for(lambda: len(losses(tmp_path / "stopped")) >= 2)
         process.send_signal(signal.SIGTERM)

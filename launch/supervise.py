@@ -1,0 +1,246 @@
+"""`tessera supervise`: start a run again after a crash or a hang, and account for where its time went."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, UserError
+from pretrain.checkpoint.history import list_checkpoints, step_of
+from pretrain.config import PretrainConfig
+from pretrain.configfile import load_config
+from pretrain.watch import END, Beat, beats_folder, read_beat
+
+GOODPUT_FILE = "goodput.json"
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 3.0  # for a launcher to end what is left when a rank has died
+LONGEST_PAUSE = 60.0  # seconds
+COMPUTE = ("forward", "backward", "step", "report")
+NUM_RANKS = re.compile(r"(--num_gpus|--nproc[_-]per[_-]node)(=|$)")
+
+
+@dataclass
+class Attempt:
+    """One start of the command, and what became of it."""
+
+    exit_code: int
+    wall: float
+    seconds: dict[str, float]  # of rank 0, by phase
+    first_step: int
+    last_step: int
+    saved_step: int
+
+    @property
+    def lost_seconds(self) -> float:
+        """Work on steps that no checkpoint has kept."""
+        done = self.last_step - self.first_step
+        lost = max(0, self.last_step - max(self.saved_step, self.first_step))
+        return self.compute * lost / done if done else 0.0
+
+    @property
+    def compute(self) -> float:
+        """Seconds in which the model was trained, whether or not it was kept."""
+        return sum(self.seconds.get(phase, 0.0) for phase in COMPUTE)
+
+
+@dataclass
+class Goodput:
+    """Where the time of all attempts went."""
+
+    attempts: list[Attempt] = field(default_factory=list)
+    pauses: float = 0.0
+
+    def shares(self) -> dict[str, float]:
+        """Return seconds by what they were spent on; they add up to the whole."""
+        total = sum(attempt.wall for attempt in self.attempts) + self.pauses
+        phases = {name: sum(a.seconds.get(name, 0.0) for a in self.attempts) for name in ("data", "save", "evaluate")}
+        lost = sum(attempt.lost_seconds for attempt in self.attempts)
+        compute = sum(attempt.compute for attempt in self.attempts) - lost
+        first = self.attempts[0].wall - sum(self.attempts[0].seconds.values()) if self.attempts else 0.0
+        known = {
+            "compute": compute,
+            "data wait": phases["data"],
+            "save stall": phases["save"],
+            "evaluation": phases["evaluate"],
+            "lost work": lost,
+            "first start": max(0.0, first),
+        }
+        return {**known, "restart": total - sum(known.values())}
+
+    def report(self) -> str:
+        """Say it in one line."""
+        shares = self.shares()
+        total = sum(shares.values())
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in shares.items())
+        restarts = len(self.attempts) - 1
+        return f"goodput {shares['compute'] / total:.1%} of {total:.0f} s, {restarts} restarts: {parts}"
+
+    def save(self, run_dir: Path) -> None:
+        """Write it beside the run."""
+        content = {"seconds": self.shares(), "attempts": [asdict(attempt) for attempt in self.attempts]}
+        (run_dir / GOODPUT_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+class Supervisor:
+    """Runs a command until it is done, a person stops it, or starting it again does not help.
+
+    Args:
+        command: starts `launch/pretrain.py` with its config and overrides.
+        max_failures: in a row, without a new checkpoint between them.
+        fewer_after: failures in a row after which one rank fewer is started; 0: never.
+        say: is told what happens.
+    """
+
+    def __init__(
+        self, command: Sequence[str], max_failures: int = 5, fewer_after: int = 2, say: Callable[[str], None] = print
+    ) -> None:
+        self.command = list(command)
+        self.run_dir = find_run_dir(command)
+        self.max_failures = max_failures
+        self.fewer_after = fewer_after
+        self.say = say
+        self.goodput = Goodput()
+        self.asked = 0
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Return the exit code of the last attempt."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._pass_on)
+        failures = 0
+        while True:
+            saved = self._saved_step()
+            attempt = self._attempt(saved)
+            self.goodput.attempts.append(attempt)
+            if attempt.exit_code in (0, EXIT_MISTAKE, EXIT_RESUMABLE) or self.asked:
+                break
+            failures = 1 if attempt.saved_step > saved else failures + 1
+            if failures > self.max_failures:
+                self.say(f"failed {failures} times without a new checkpoint, last with exit code {attempt.exit_code}")
+                break
+            if self.fewer_after and failures and failures % self.fewer_after == 0:
+                self._try_fewer_ranks()
+            pause = min(LONGEST_PAUSE, 2.0 ** (failures - 1))
+            ended = f"exit code {attempt.exit_code} at step {attempt.last_step}"
+            self.say(f"{ended}; again in {pause:.0f} s from step {attempt.saved_step}")
+            paused = time.monotonic()
+            while time.monotonic() < paused + pause and not self.asked:
+                time.sleep(POLL_SECONDS)
+            self.goodput.pauses += time.monotonic() - paused
+            if self.asked:
+                break
+        if self.run_dir.exists():
+            self.goodput.save(self.run_dir)
+        self.say(self.goodput.report())
+        return EXIT_RESUMABLE if self.asked and attempt.exit_code != 0 else attempt.exit_code
+
+    def _attempt(self, first_step: int) -> Attempt:
+        """Start the command once, and see it end."""
+        for path in beats_folder(self.run_dir).glob("rank-*.json"):
+            path.unlink(missing_ok=True)
+        started, died = time.monotonic(), None
+        self.child = subprocess.Popen(self.command, start_new_session=True)
+        try:
+            while self.child.poll() is None:
+                time.sleep(POLL_SECONDS)
+                if died is None and any(not is_alive(beat.pid) for beat in self._beats() if beat.phase != END):
+                    died = time.monotonic()
+                if died is not None and time.monotonic() > died + GRACE_SECONDS and not self.asked:
+                    break
+        finally:
+            self._kill()
+        code = self.child.wait()
+        beat = read_beat(self.run_dir, 0)
+        seconds = dict(beat.seconds) if beat else {}
+        if beat and beat.phase != END:
+            seconds[beat.phase] = seconds.get(beat.phase, 0.0) + beat.since
+        return Attempt(
+            exit_code=code,
+            wall=time.monotonic() - started,
+            seconds=seconds,
+            first_step=first_step,
+            last_step=max(first_step, beat.step + (beat.phase == END) if beat else 0),
+            saved_step=self._saved_step(),
+        )
+
+    def _beats(self) -> list[Beat]:
+        """Return the last beats of the ranks of this machine."""
+        numbers = (int(path.stem.partition("-")[2]) for path in beats_folder(self.run_dir).glob("rank-*.json"))
+        beats = (read_beat(self.run_dir, number) for number in numbers)
+        return [beat for beat in beats if beat and beat.host == socket.gethostname()]
+
+    def _saved_step(self) -> int:
+        found = list_checkpoints(self.run_dir)
+        return step_of(found[-1]) if found else 0
+
+    def _kill(self) -> None:
+        """End what is left of an attempt on this machine; torchrun puts its ranks into sessions of their own."""
+        assert self.child is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+        for beat in self._beats():
+            if beat.phase != END:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(beat.pid, signal.SIGKILL)
+
+    def _try_fewer_ranks(self) -> None:
+        for i, word in enumerate(self.command):
+            if found := NUM_RANKS.match(word):
+                place = i if found[2] else i + 1
+                name, equals, number = self.command[place].rpartition("=")
+                if number.isdigit() and int(number) > 1:
+                    self.command[place] = f"{name}{equals}{int(number) - 1}"
+                    self.say(f"going on with {int(number) - 1} ranks; the global batch stays the same")
+                return
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        """Let the ranks save and stop; when asked again, end them."""
+        self.asked += 1
+        beats = self._beats()
+        if self.asked > 1 or not beats:
+            self._kill()
+        for beat in beats:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(beat.pid, signal.SIGTERM)
+
+
+def find_run_dir(command: Sequence[str]) -> Path:
+    """Return the run folder that a command's config names.
+
+    Raises:
+        UserError: the command does not start `launch/pretrain.py` with a config.
+    """
+    words = list(command)
+    scripts = [i for i, word in enumerate(words) if Path(word).name == "pretrain.py"]
+    after = words[scripts[0] + 1 :] if scripts else []
+    configs = [word.partition("=")[2] for word in after if word.startswith("--config=")]
+    configs += [after[i + 1] for i, word in enumerate(after[:-1]) if word == "--config"]
+    if not configs:
+        raise UserError(
+            f"{' '.join(words) or 'nothing'}: starts no run; after --, give a command such as "
+            "deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml"
+        )
+    overrides = [word for word in after if "=" in word and not word.startswith("-")]
+    return load_config(PretrainConfig, Path(configs[0]), overrides).config.run_dir
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return False
+
+
+def say(sentence: str) -> None:
+    """Tell the person at the terminal."""
+    print(f"supervise: {sentence}", file=sys.stderr, flush=True)
