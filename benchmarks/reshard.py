@@ -1,0 +1,176 @@
+"""Every world size and ZeRO stage loads what every other has saved; DeepSpeed's own loading beside.
+
+    python benchmarks/reshard.py                        # fp32, world sizes 1 to 4 x stages 0 to 3: 256 ways
+    python benchmarks/reshard.py --precision bf16
+
+A tiny ViT on scikit-learn's digits trains 14 steps at each world size and stage, saving at step 4. Then each of them
+continues from each of those checkpoints, and its next 10 losses are compared with those of the run that never stopped.
+One launch trains, and one loads, for each world size; the engines are built one after another inside it.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
+
+WORLD_SIZES, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
+SAVED_AT, STEPS = 4, 14
+LAUNCH_SECONDS = 1500
+CONFIG = """
+run_dir: unused
+seed: 3
+data: {{train: {shards}/train, num_workers: 0, shuffle_window: 4}}
+model: {{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, mlp_ratio: 2, patch_size: 8, image_size: 32}}
+optimizer: {{learning_rate: 1e-3}}
+schedule: {{total_steps: {steps}, warmup_steps: 2}}
+engine: {{global_batch_size: 24, micro_batch_size: 6}}
+logging: {{every_steps: 1}}
+checkpoint: {{every_steps: {saved_at}, keep_last: 9}}
+tracking: {{uri: "off"}}
+"""
+
+
+def name_of(world_size: int, stage: int) -> str:
+    """Name a topology."""
+    return f"{world_size} ranks, stage {stage}"
+
+
+def train_all(work: Path, precision: str) -> None:
+    """On every rank: train at each stage, from the beginning to the end, and save with DeepSpeed too."""
+    from pretrain import distributed
+
+    for stage in STAGES:
+        place = work / name_of(distributed.world_size(), stage)
+        run = _continue(work, place, stage, precision)
+        run.engine.save_checkpoint(str(work / "deepspeed" / place.name), tag="it")
+        distributed.wait_for_all()
+
+
+def load_all(work: Path, precision: str) -> None:
+    """On every rank: continue at each stage from what each topology has saved; try DeepSpeed's loading too."""
+    from pretrain import distributed
+
+    theirs: dict[str, str] = {}
+    for stage in STAGES:
+        here = name_of(distributed.world_size(), stage)
+        for source in (name_of(world_size, other) for world_size in WORLD_SIZES for other in STAGES):
+            place = work / "continued" / f"{source} to {here}"
+            if distributed.is_main():
+                checkpoint = Path("checkpoints") / f"step-{SAVED_AT:08d}"
+                shutil.copytree(work / source / checkpoint, place / checkpoint)
+            distributed.wait_for_all()
+            run = _continue(work, place, stage, precision)
+            theirs[place.name] = _load_with_deepspeed(run.engine, work / "deepspeed" / source)
+    if distributed.is_main():
+        (work / f"deepspeed-{distributed.world_size()}.json").write_text(json.dumps(theirs))
+
+
+def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
+    """Train to the last step from whatever is in a run folder."""
+    from pretrain.config import PretrainConfig
+    from pretrain.configfile import load_config
+    from pretrain.train import StopSignal, prepare, tracked
+
+    overrides = [f"run_dir={run_dir}", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    run = prepare(load_config(PretrainConfig, work / "config.yaml", overrides).config)
+    tracked(run, "", StopSignal())
+    return run
+
+
+def _load_with_deepspeed(engine: Any, folder: Path) -> str:
+    """Return "" if DeepSpeed loads a folder on every rank, else what it says."""
+    from pretrain import distributed
+
+    try:
+        path, _ = engine.load_checkpoint(str(folder), tag="it")
+        problem = "" if path else "nothing loaded"
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+    return next((said for said in distributed.gather(problem) if said), "")
+
+
+def launch(work: Path, world_size: int, task: str, precision: str) -> None:
+    """Run a task on so many ranks; all of them are ended if it takes too long."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
+    command += [__file__, "--task", task, "--work", str(work), "--precision", precision]
+    with (work / f"{task}-{world_size}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(timeout=LAUNCH_SECONDS)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if code:
+        sys.exit(f"{task} on {world_size} ranks failed:\n{(work / f'{task}-{world_size}.log').read_text()[-3000:]}")
+
+
+def losses(run_dir: Path) -> list[float]:
+    """Return the losses of the steps after the one that was saved."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if row["step"] > SAVED_AT and "train/loss" in row]
+
+
+def compare(work: Path, precision: str) -> None:
+    """Print how many of the ways are good, and how far the losses are apart."""
+    names = [name_of(world_size, stage) for world_size in WORLD_SIZES for stage in STAGES]
+    whole = {name: losses(work / name) for name in names}
+    steps = list(zip(*whole.values(), strict=True))
+    spread = max((max(step) - min(step)) / min(step) for step in steps)
+    worst, good, theirs = 0.0, 0, {}
+    for world_size in WORLD_SIZES:
+        theirs |= json.loads((work / f"deepspeed-{world_size}.json").read_text())
+    for source in names:
+        for here in names:
+            found = losses(work / "continued" / f"{source} to {here}")
+            apart = max(abs(a - b) / b for a, b in zip(found, whole[source], strict=True))
+            worst = max(worst, apart)
+            good += apart <= (1e-5 if precision == "fp32" else spread)
+    bar = "1e-5" if precision == "fp32" else f"{spread:.1e}, the spread of the unbroken runs"
+    total = len(names) ** 2
+    print(f"{precision}: {good} of {total} ways continue with the next {STEPS - SAVED_AT} losses within {bar}")
+    print(f"farthest apart: {worst:.1e} relative; unbroken runs of other topologies: {spread:.1e}")
+    loaded = sum(not problem for problem in theirs.values())
+    print(f"DeepSpeed's load_checkpoint: {loaded} of {total} load without an error")
+    for problem in sorted({problem for problem in theirs.values() if problem}):
+        print(f"  {sum(said == problem for said in theirs.values())} x {problem}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--task", choices=["train", "load"], help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task:
+        from pretrain.engine import start_distributed
+
+        start_distributed()
+        {"train": train_all, "load": load_all}[arguments.task](arguments.work, arguments.precision)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        source = keep_classes(list_digits(), ["0", "1", "2"])
+        make_shards(source, work / "shards", Recipe(validation=0.0, shard_bytes=50_000, seed=0))
+        (work / "config.yaml").write_text(CONFIG.format(shards=work / "shards", steps=STEPS, saved_at=SAVED_AT))
+        for task in ("train", "load"):
+            for world_size in WORLD_SIZES:
+                launch(work, world_size, task, arguments.precision)
+        compare(work, arguments.precision)
+
+
+if __name__ == "__main__":
+    main()
