@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,40 @@ def state_of(engine: Any) -> dict[str, Tensor]:
     return state
 
 
+def build(hidden_size: int) -> Any:
+    """Build an engine over a ViT that fits any disk."""
+    model = ModelConfig(
+        hidden_size=hidden_size, num_hidden_layers=12, num_attention_heads=hidden_size // 64, image_size=64
+    )
+    config = EngineConfig(zero_stage=1, precision="fp32", global_batch_size=2, micro_batch_size=2)
+    return build_engine(Objective(model), config, OptimizerConfig())
+
+
+def methods_over(engine: Any, work: Path) -> dict[str, Callable[[int], Callable[[], object]]]:
+    """Return the ways to save: each begins a save under a number and returns what waits for its end."""
+    saver = Saver(work / "ours", keep_last=1)
+    gloo = dist.new_group(backend="gloo")
+
+    def ours(number: int) -> Callable[[], object]:
+        saver.begin(engine, Manifest(number, 0, 1, "", [], {}, None))
+        return saver.finish
+
+    def deepspeed(number: int) -> Callable[[], object]:
+        engine.save_checkpoint(str(work / "deepspeed"), tag=f"step-{number}")
+        return lambda: shutil.rmtree(work / "deepspeed")
+
+    def torch_async(number: int) -> Callable[[], object]:
+        future = dcp.async_save(state_of(engine), checkpoint_id=work / "dcp" / str(number), process_group=gloo)
+
+        def finish() -> None:
+            future.result()  # type: ignore[union-attr]
+            shutil.rmtree(work / "dcp")
+
+        return finish
+
+    return {"ours": ours, "engine.save_checkpoint": deepspeed, "torch dcp.async_save": torch_async}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, default=384)
@@ -65,77 +100,41 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     start_distributed()
-    model = ModelConfig(
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=12,
-        num_attention_heads=arguments.hidden_size // 64,
-        image_size=64,
-    )
-    config = EngineConfig(zero_stage=1, precision="fp32", global_batch_size=2, micro_batch_size=2)
-    engine = build_engine(Objective(model), config, OptimizerConfig())
-    device_images = torch.randn(2, 3, 64, 64, device=engine.device)
+    engine = build(arguments.hidden_size)
+    images = torch.randn(2, 3, 64, 64, device=engine.device)
 
-    def step() -> None:
-        engine.backward(engine(device_images))
-        engine.step()
+    def steps() -> float:
+        started = time.perf_counter()
+        for _ in range(STEPS_BETWEEN):
+            engine.backward(engine(images))
+            engine.step()
+        return time.perf_counter() - started
 
-    step()
+    steps()
     num_bytes = sum(tensor.numel() * 4 for tensor in state_of(engine).values())
+    plain: list[float] = []
+    seen: dict[str, list[tuple[float, float, float]]] = defaultdict(list)  # stall, steps, whole
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        saver = Saver(work / "ours", keep_last=1)
-        manifest = Manifest(0, 0, 1, "", [], {}, None)
-        gloo = dist.new_group(backend="gloo")
-
-        def ours(number: int) -> Callable[[], object]:
-            saver.begin(engine, Manifest(**{**vars(manifest), "step": number}))
-            return saver.finish
-
-        def deepspeed(number: int) -> Callable[[], object]:
-            engine.save_checkpoint(str(work / "deepspeed"), tag=f"step-{number}")
-            return lambda: shutil.rmtree(work / "deepspeed")
-
-        def torch_async(number: int) -> Callable[[], object]:
-            future = dcp.async_save(state_of(engine), checkpoint_id=work / "dcp" / str(number), process_group=gloo)
-
-            def finish() -> None:
-                getattr(future, "result", None) and future.result()
-                shutil.rmtree(work / "dcp")
-
-            return finish
-
-        methods = {"ours": ours, "engine.save_checkpoint": deepspeed, "torch dcp.async_save": torch_async}
-        stalls: dict[str, list[float]] = {name: [] for name in methods}
-        totals: dict[str, list[float]] = {name: [] for name in methods}
-        steps: dict[str, list[float]] = {name: [] for name in [*methods, "no save"]}
-        for number in range(1, arguments.rounds + 2):
-            steps["no save"].append(_timed(lambda: [step() for _ in range(STEPS_BETWEEN)]))
+        methods = methods_over(engine, Path(name))
+        for number in range(arguments.rounds + 1):
+            plain.append(steps())
             for method, save in methods.items():
                 os.sync()
                 started = time.perf_counter()
                 finish = save(number)
                 stall = time.perf_counter() - started
-                steps[method].append(_timed(lambda: [step() for _ in range(STEPS_BETWEEN)]))
+                after = steps()
                 finish()
-                totals[method].append(time.perf_counter() - started)
-                stalls[method].append(stall)
-        saver.finish()
-    print(f"{num_bytes / 1e6:.0f} MB, {arguments.rounds} rounds after one that is not counted")
-    plain = statistics.median(steps["no save"][1:])
-    own = statistics.median(stalls["ours"][1:])
-    print(
-        "| | training stands still | ours is shorter by | the next steps take | on the disk after |\n|---|---|---|---|---|"
-    )
-    for method in methods:
-        stall, total = statistics.median(stalls[method][1:]), statistics.median(totals[method][1:])
-        after = statistics.median(steps[method][1:]) / plain
-        print(f"| {method} | {stall * 1000:.0f} ms | {stall / own:.1f}x | {after:.2f} of usual | {total:.2f} s |")
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+                seen[method].append((stall, after, time.perf_counter() - started))
+    print(f"{num_bytes / 1e6:.0f} MB, {arguments.rounds} rounds after one that is not counted\n")
+    print("| | training stands still | of ours | the next steps take | written after |\n|---|---|---|---|---|")
+    medians = {
+        name: [statistics.median(column) for column in zip(*rows[1:], strict=True)] for name, rows in seen.items()
+    }
+    usual = statistics.median(plain[1:])
+    for method, (stall, after, whole) in medians.items():
+        ratio = stall / medians["ours"][0]
+        print(f"| {method} | {stall * 1000:.0f} ms | {ratio:.1f}x | {after / usual:.2f} of usual | {whole:.2f} s |")
 
 
 if __name__ == "__main__":

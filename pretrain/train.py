@@ -34,7 +34,7 @@ from pretrain.data.samples import BadSampleError, Samples
 from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.engine import Engine, build_engine, gradient_norm, guard, set_learning_rate, start_distributed
-from pretrain.health import SKIPPED_FILE, Health, Ledger
+from pretrain.health import SKIPPED_FILE, Health, Ledger, Verdict
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -269,9 +269,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
         step = run.manifest.step
 
         last = step == total_steps
-        for one in filter(None, [judged, run.health.flush() if last else None]):
-            run.skipped.note(one, batches.names(one.first_sample))
-        stopping = judged is not None and judged.stop and not last
+        stopping = batches.note(judged) and not last
         owed = owed or step % config.checkpoint.every_steps == 0
         due_save = stopping or last or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
         due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
@@ -396,11 +394,20 @@ class Batches:
         return self._stretch
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and hear of the last step, unless what was skipped before it decides what comes next."""
         if self._stretch is not None:
             self._stretch.close()
+        if len(self.run.skipped.in_a_row) < self.run.config.health.max_skipped_in_a_row:
+            self.note(self.run.health.flush())
 
-    def names(self, first: int) -> Iterator[tuple[str, str]]:
+    def note(self, judged: Verdict | None) -> bool:
+        """Write a skipped step into the ledger; return whether some rank was asked to stop."""
+        if judged is None:
+            return False
+        self.run.skipped.note(judged, self._names(judged.first_sample))
+        return judged.stop
+
+    def _names(self, first: int) -> Iterator[tuple[str, str]]:
         """Yield the shard and the key of each sample of a step."""
         for position in range(first, first + self.global_batch_size):
             _, shard, row = self.order.locate(position)

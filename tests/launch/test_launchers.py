@@ -203,8 +203,6 @@ def test_a_stopped_run_continues_as_if_nothing_had_happened(
     assert mlflow_runs(tmp_path)["stopped"].data.tags["goodput.restart"].endswith(" s")
     assert losses(tmp_path / "runs" / "stopped") == losses(tmp_path / "whole")
     assert mlflow_runs(tmp_path)["stopped"].info.status == "FINISHED"
-    other_topology = shell([sys.executable, PRETRAIN, *settings, f"run_dir={tmp_path}/runs/stopped"])
-    assert other_topology.code == 0, other_topology.err[-3000:]  # nothing is left to do, on one rank as on two
 
 
 def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: Tool, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.data.index import DatasetInfo
 from tests.launching import ROOT, TINY, Shell, free_port
+from tests.pretrain.ranks_train import COMPILED_ELSEWHERE
 
 SCRIPT = ROOT / "tests" / "pretrain" / "ranks_train.py"
 STAGES = ["stage0", "stage1", "stage2", "stage3"]
@@ -102,8 +103,10 @@ def test_ranks_that_do_not_divide_the_batch_train_as_one_rank_does(
         assert column(seen[world_size][name], metric) == pytest.approx(column(seen[1]["ten"], metric), abs=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("setting", EVERY)
+@pytest.mark.parametrize(
+    ("world_size", "setting"),
+    [(size, name) for size in (1, 2) for name in EVERY if name != COMPILED_ELSEWHERE[size]],
+)
 def test_a_resumed_run_repeats_every_row_and_weight_exactly(
     seen: dict[int, Seen], world_size: int, setting: str
 ) -> None:
@@ -148,12 +151,12 @@ def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(seen: dict[int,
 
 
 def test_exported_weights_are_the_fp32_masters(seen: dict[int, Seen]) -> None:
-    for setting in EVERY:
+    for setting in {*EVERY} & seen[2].keys():
         assert not seen[2][setting]["rounded"], setting
 
 
 def test_compiled_blocks_learn_the_same(seen: dict[int, Seen]) -> None:
-    for world_size, setting in ((1, "compiled"), (1, "compiled3"), (2, "compiled"), (2, "compiled3")):
+    for world_size, setting in ((1, "compiled"), (2, "compiled3")):
         assert column(seen[world_size][setting], "train/loss") == pytest.approx(
             seen[1]["reference"]["losses"], abs=1e-4
         )

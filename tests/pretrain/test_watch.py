@@ -44,7 +44,7 @@ def ranks(run_dir: Path, slow: int = -1, hangs: int = -1, hang_seconds: float = 
     context = multiprocessing.get_context("fork")
     barrier, said = context.Barrier(WORLD_SIZE), context.Queue()
     arguments = [
-        (run_dir, rank, barrier, said, rank == slow, 150 if rank == hangs else -1, hang_seconds)
+        (run_dir, rank, barrier, said, rank == slow, 60 if rank == hangs else -1, hang_seconds)
         for rank in range(WORLD_SIZE)
     ]
     processes = [context.Process(target=work_for_ever, args=each, daemon=True) for each in arguments]

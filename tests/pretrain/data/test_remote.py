@@ -3,6 +3,7 @@
 import gc
 import io
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,7 +102,8 @@ def test_what_is_not_there_is_not_asked_for_again(server: Hostile) -> None:
     assert not retries
 
 
-def test_a_missing_package_is_named() -> None:
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(DataError, match=r"gs://bucket/x: cannot be opened .*; pip install 'tessera-vit\[gcs\]'"):
         fetch_bytes("gs://bucket/x", PATIENT)
     with pytest.raises(DataError, match=r"nonsense://x: cannot be opened .*; check its beginning"):

@@ -1,0 +1,143 @@
+"""A run whose ranks are killed again and again, under `tessera supervise`: is anything lost, and what does it cost?
+
+    python benchmarks/kills.py --kills 50 --seconds 4          # what is lost: random ranks, at random moments
+    python benchmarks/kills.py --kills 15 --seconds 60         # what it costs: goodput, a failure a minute
+    python benchmarks/kills.py --kills 15 --seconds 60 --plain # the same in a shell's restart loop around `deepspeed`
+
+Two ranks under the `deepspeed` launcher train a small ViT on scikit-learn's digits; a random rank gets SIGKILL about
+every so many seconds of training. A run that nobody disturbs is compared with it: every row of losses, and the weights.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from pretrain.checkpoint.history import list_checkpoints
+from pretrain.checkpoint.pieces import load_weights
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
+from pretrain.watch import read_beat
+
+PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
+CONFIG = """
+run_dir: unused
+data: {{train: {shards}/train, num_workers: 1, shuffle_window: 4}}
+model: {{hidden_size: 96, num_hidden_layers: 4, num_attention_heads: 3, patch_size: 8, image_size: 64}}
+optimizer: {{learning_rate: 3e-4}}
+schedule: {{total_steps: {steps}, warmup_steps: 20}}
+engine: {{zero_stage: 1, precision: fp32, global_batch_size: 64, micro_batch_size: 32}}
+logging: {{every_steps: 1}}
+checkpoint: {{every_steps: {save_every}}}
+tracking: {{uri: "off"}}
+"""
+
+
+def start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """Start a command in a session of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with log.open("ab") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
+
+
+def free_port() -> str:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def disturb(
+    run_dir: Path, process: "subprocess.Popen[bytes]", kills: int, seconds: float, chance: random.Random
+) -> int:
+    """Kill a random rank again and again, each time after some training; return how often."""
+    killed = 0
+    while process.poll() is None and killed < kills:
+        pause = chance.uniform(0.5, 1.5) * seconds
+        trained, last = 0.0, time.monotonic()
+        while process.poll() is None and trained < pause:
+            time.sleep(0.05)
+            beat, now = read_beat(run_dir, 0), time.monotonic()
+            trained += (now - last) if beat and beat.phase not in ("start", "end") and _alive(beat.pid) else 0.0
+            last = now
+        victim = read_beat(run_dir, chance.randrange(2))
+        if victim and process.poll() is None and _alive(victim.pid):
+            os.kill(victim.pid, signal.SIGKILL)
+            killed += 1
+    return killed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def rows(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """Return loss and gradient norm of every step."""
+    lines = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: (row["train/loss"], row["optim/grad_norm"]) for row in lines if "train/loss" in row}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=60, help="of training between two kills, on average")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--save-every", type=int, default=20)
+    parser.add_argument("--plain", action="store_true", help="no supervisor: start the command again when it ends")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        make_shards(keep_classes(list_digits(), ["0", "1", "2"]), work / "shards", Recipe(validation=0.0))
+        config = CONFIG.format(shards=work / "shards", steps=arguments.steps, save_every=arguments.save_every)
+        (work / "config.yaml").write_text(config)
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        command = [launcher, "--num_gpus", "2", "--master_port", free_port(), str(PRETRAIN)]
+        command += ["--config", str(work / "config.yaml")]
+        whole, broken = work / "whole", work / "broken"
+        start([*command, f"run_dir={whole}"], work / "log").wait()
+
+        supervise = [str(Path(sys.executable).parent / "tessera"), "supervise", "--max-failures", "99"]
+        supervise += ["--fewer-after", "0", "--"]
+        loop = ["bash", "-c", 'until "$@"; do sleep 1; done', "loop"]
+        begun = time.monotonic()
+        process = start([*(loop if arguments.plain else supervise), *command, f"run_dir={broken}"], work / "log")
+        try:
+            killed = disturb(broken, process, arguments.kills, arguments.seconds)
+            process.wait()
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        took = time.monotonic() - begun
+        before, after = rows(whole), rows(broken)
+        same = sum(before[step] == after.get(step) for step in before)
+        weights = [load_weights(list_checkpoints(run)[-1]) for run in (whole, broken)]
+        equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        print(
+            f"{killed} kills, exit code {process.returncode}, {took:.0f} s, "
+            f"{'a restart loop' if arguments.plain else 'tessera supervise'}"
+        )
+        print(
+            f"{same} of {len(before)} steps have bitwise the loss and norm of the undisturbed run, "
+            f"the last weights are {'equal' if equal else 'NOT equal'}"
+        )
+        said = [line for line in (work / "log").read_text(errors="replace").splitlines() if "goodput" in line]
+        print("\n".join(said))
+
+
+if __name__ == "__main__":
+    main()
