@@ -1,0 +1,114 @@
+"""`tessera supervise`: when it starts again, with how many ranks, and what it says of the time."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import supervise
+from launch.supervise import Attempt, Goodput, Supervisor, find_run_dir
+from pretrain import UserError
+from tests.launching import TINY
+
+# Stands for a launcher: exits as the next word of a file says, "save" first puts a checkpoint there.
+FAKE = """
+import sys
+from pathlib import Path
+plan = Path({plan!r})
+todo = plan.read_text().split()
+plan.write_text(" ".join(todo[1:]))
+Path({seen!r}).open("a").write(" ".join(sys.argv[1:]) + "\\n")
+if todo[0].startswith("save"):
+    folder = Path({run!r}) / "checkpoints" / f"step-{{int(todo[0][4:]):08d}}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("")
+sys.exit(1 if todo[0].startswith("save") else int(todo[0]))
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(run_dir=tmp_path / "run", shards=tmp_path))
+    return path
+
+
+def supervised(tmp_path: Path, config: Path, plan: str, **options: int) -> tuple[int, list[str], list[str]]:
+    """Run a plan to its end; return the exit code, the commands' words, and what was said."""
+    script = tmp_path / "pretrain.py"
+    (tmp_path / "plan").write_text(plan)
+    names = {"plan": str(tmp_path / "plan"), "seen": str(tmp_path / "seen"), "run": str(tmp_path / "run")}
+    script.write_text(FAKE.format(**names))
+    (tmp_path / "run").mkdir()
+    said: list[str] = []
+    command = [sys.executable, str(script), "--config", str(config), "--num_gpus", "4"]
+    code = Supervisor(command, say=said.append, **options).run()
+    return code, (tmp_path / "seen").read_text().splitlines(), said
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(supervise.signal, "signal", lambda *_: None)
+
+
+@pytest.mark.parametrize("code", [0, 2, 75])
+def test_what_starting_again_would_not_change_ends_it(tmp_path: Path, config: Path, code: int) -> None:
+    ended, seen, _ = supervised(tmp_path, config, f"1 {code}")
+    assert (ended, len(seen)) == (code, 2)
+
+
+def test_it_gives_up_after_some_failures_without_a_checkpoint(tmp_path: Path, config: Path) -> None:
+    ended, seen, said = supervised(tmp_path, config, "1 save5 1 1 save9 1 1 1 1 0", max_failures=3, fewer_after=0)
+    assert (ended, len(seen)) == (1, 8)
+    assert "failed 4 times without a new checkpoint, last with exit code 1" in said
+    assert "again in 0 s from step 5" in said[1]
+    assert json.loads((tmp_path / "run" / "goodput.json").read_text())["attempts"][-1]["saved_step"] == 9
+
+
+def test_after_two_failures_it_goes_on_with_one_rank_fewer(tmp_path: Path, config: Path) -> None:
+    ended, seen, said = supervised(tmp_path, config, "1 1 1 1 0", max_failures=9)
+    assert ended == 0
+    assert [line.split()[-1] for line in seen] == ["4", "4", "3", "3", "2"]
+    assert "going on with 3 ranks; the global batch stays the same" in said
+
+
+def test_the_time_of_all_attempts_is_accounted_for() -> None:
+    first = Attempt(-9, 100.0, {"data": 10.0, "forward": 30.0, "backward": 40.0, "save": 2.0}, 0, 50, 40)
+    second = Attempt(0, 60.0, {"data": 5.0, "forward": 20.0, "step": 25.0, "evaluate": 1.0}, 40, 100, 100)
+    goodput = Goodput([first, second], pauses=4.0)
+    shares = goodput.shares()
+    assert sum(shares.values()) == pytest.approx(164.0)
+    assert shares["lost work"] == pytest.approx(70.0 * 10 / 50)
+    assert shares["compute"] == pytest.approx(115.0 - 14.0)
+    assert (shares["data wait"], shares["save stall"], shares["evaluation"]) == (15.0, 2.0, 1.0)
+    assert shares["first start"] == 18.0
+    assert shares["restart"] == pytest.approx(4.0 + 9.0)
+    assert goodput.report().startswith("goodput 61.6% of 164 s, 1 restarts: compute 101 s, data wait 15 s, ")
+
+
+def test_the_run_folder_is_the_commands(tmp_path: Path, config: Path) -> None:
+    assert find_run_dir(["deepspeed", "launch/pretrain.py", "--config", str(config)]) == tmp_path / "run"
+    elsewhere = f"run_dir={tmp_path}/other"
+    assert find_run_dir(["x", "pretrain.py", f"--config={config}", elsewhere]) == tmp_path / "other"
+    for command in ([], ["ls"], ["deepspeed", "pretrain.py"], ["deepspeed", "other.py", "--config", str(config)]):
+        with pytest.raises(UserError, match="starts no run; after --, give a command such as"):
+            find_run_dir(command)
+    config.write_text("run_dirr: x")
+    with pytest.raises(UserError, match="unknown key; did you mean run_dir"):
+        find_run_dir(["pretrain.py", "--config", str(config)])
+
+
+def test_it_is_soon_clear_whether_a_process_lives() -> None:
+    child = subprocess.Popen(["sleep", "30"])
+    assert supervise.is_alive(child.pid)
+    child.kill()
+    deadline = time.monotonic() + 5
+    while supervise.is_alive(child.pid):
+        assert time.monotonic() < deadline
+    child.wait()
+    assert not supervise.is_alive(child.pid)
