@@ -80,7 +80,8 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
     """Train to the last step from whatever is in a run folder."""
     from pretrain.config import PretrainConfig
     from pretrain.configfile import load_config
-    from pretrain.train import StopSignal, prepare, tracked
+    from pretrain.run import prepare
+    from pretrain.train import StopSignal, tracked
 
     overrides = [f"run_dir={run_dir}", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     run = prepare(load_config(PretrainConfig, work / "config.yaml", overrides).config)
@@ -96,7 +97,7 @@ def _load_with_deepspeed(engine: Any, folder: Path) -> str:
         path, _ = engine.load_checkpoint(str(folder), tag="it")
         problem = "" if path else "nothing loaded"
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        problem = type(error).__name__
     return next((said for said in distributed.gather(problem) if said), "")
 
 
@@ -156,10 +157,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
+        from pretrain.distributed import leave
         from pretrain.engine import start_distributed
 
         start_distributed()
         {"train": train_all, "load": load_all}[arguments.task](arguments.work, arguments.precision)
+        leave()
         return
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

@@ -86,3 +86,9 @@ def wait_for_all() -> None:
     """Return once every rank is here."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def leave() -> None:
+    """Leave the group, when all work is done: a process that just ends may be aborted by gloo's threads."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

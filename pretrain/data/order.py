@@ -234,3 +234,21 @@ def _quotas(weights: Sequence[float], total: int) -> Integers:
     else:
         quotas[np.argmax(quotas)] += missing
     return quotas
+
+
+def past(samples: int, passed: list[list[int]]) -> int:
+    """Return the first position from `samples` on that is not passed over."""
+    for start, stop in sorted(passed):
+        if start <= samples < stop:
+            samples = stop
+    return samples
+
+
+def stretches(start: int, count: int, passed: list[list[int]]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of what `count` positions from `start` on are made of, without those that are passed over."""
+    while count:
+        start = past(start, passed)
+        stop = min([start + count, *(first for first, _ in passed if first > start)])
+        yield start, stop
+        count -= stop - start
+        start = stop

@@ -17,8 +17,10 @@ from pretrain.configfile import load_config
 from pretrain.data.loader import Batch
 from pretrain.engine import start_distributed
 from pretrain.objectives.supervised import SupervisedObjective
+from pretrain.run import DivergedError, go_back, prepare
+from pretrain.steps import to_device
 from pretrain.tracking.tracker import read_rows
-from pretrain.train import DivergedError, Outcome, StopSignal, go_back, prepare, to_device, tracked
+from pretrain.train import Outcome, StopSignal, tracked
 
 STEPS, BATCH = 60, 16
 FAULTS = {35 * BATCH + 3: float("nan"), 41 * BATCH + 12: 1e3, 47 * BATCH + 9: float("inf"), 52 * BATCH: 300.0}
@@ -53,7 +55,7 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
 
     run = prepare(config)
     outcomes, message = [], ""
-    with mock.patch("pretrain.train.to_device", look), mock.patch.object(SupervisedObjective, "forward", poisoned):
+    with mock.patch("pretrain.steps.to_device", look), mock.patch.object(SupervisedObjective, "forward", poisoned):
         while not outcomes or outcomes[-1] is Outcome.DIVERGED:
             try:
                 if outcomes:

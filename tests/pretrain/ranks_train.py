@@ -23,9 +23,11 @@ from pretrain.engine import start_distributed
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.optimizer import build_adamw
+from pretrain.run import prepare
 from pretrain.schedules import learning_rate_at
+from pretrain.steps import to_device
 from pretrain.tracking.tracker import read_rows
-from pretrain.train import StopSignal, prepare, to_device, tracked
+from pretrain.train import StopSignal, tracked
 
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
@@ -78,7 +80,7 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
             positions.extend(batch["position"].tolist())
         return to_device(batch, device)
 
-    with mock.patch("pretrain.train.to_device", note):
+    with mock.patch("pretrain.steps.to_device", note):
         tracked(run, "", StopSignal())
     return first, positions
 

@@ -11,8 +11,8 @@ import torch
 
 from pretrain.config import HealthConfig
 from pretrain.data.index import DatasetInfo
+from pretrain.data.order import past, stretches
 from pretrain.health import FEWEST_STEPS, WINDOW, Health
-from pretrain.train import past, stretches
 from tests.launching import ROOT, TINY, Shell, free_port
 from tests.pretrain.ranks_health import BATCH, FAULTS, IN_A_ROW, SETTINGS, STEPS
 

@@ -1,0 +1,185 @@
+"""A run: what it holds, how it begins or goes on from a checkpoint, and how it goes back to one."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain import distributed
+from pretrain.checkpoint.history import list_remains
+from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.restore import newest_whole, restore
+from pretrain.checkpoint.warm_start import warm_start
+from pretrain.config import PretrainConfig
+from pretrain.data.device_decode import Decoder, build_decoder
+from pretrain.data.index import DataError
+from pretrain.data.order import past
+from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
+from pretrain.data.samples import Samples
+from pretrain.data.sets import open_cache, open_samples
+from pretrain.distributed import on_all_ranks
+from pretrain.engine import Engine, build_engine, guard
+from pretrain.health import SKIPPED_FILE, Health, Ledger
+from pretrain.model.vit import ViT, compile_blocks
+from pretrain.objectives import build_objective
+from pretrain.objectives.objective import Objective
+from pretrain.tracking.tracker import git_commit
+from pretrain.watch import beats_folder
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run starts from."""
+
+    training: Samples
+    validation: Samples | None
+
+
+@dataclass
+class Run:
+    """Everything the loop holds. `manifest` says where it stands: the whole state beside the engine's own."""
+
+    config: PretrainConfig
+    objective: Objective
+    engine: Engine
+    data: Data
+    manifest: Manifest
+    health: Health
+    quarantine: Quarantine
+    skipped: Ledger
+    decoder: Decoder | None
+    rollbacks: int = 0
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        manifest = self.manifest
+        samples = manifest.samples + self.config.engine.global_batch_size
+        self.manifest = replace(manifest, step=manifest.step + 1, samples=past(samples, manifest.passed))
+
+    def judge(self, grad_norm: Tensor) -> Tensor:
+        """Return 1 where the step at hand must move nothing."""
+        return self.health.judge(grad_norm)
+
+    def moment(self, mlflow_run_id: str | None) -> Manifest:
+        """Return the manifest of a checkpoint that is taken now."""
+        return replace(self.manifest, usual=self.health.state(), mlflow_run_id=mlflow_run_id)
+
+
+class DivergedError(Exception):
+    """A run that cannot go on: its steps are not fit to be taken, and going back did not help."""
+
+
+def prepare(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
+    """Open the data, build the model under its engine, and continue from the newest checkpoint that is whole.
+
+    Raises:
+        UserError: on every rank, whatever was wrong on any.
+    """
+    on_all_ranks(lambda: make_run_dir(config.run_dir))
+    data = on_all_ranks(lambda: open_data(config))
+    checkpoint, faults = newest_whole(config.run_dir)
+    if distributed.is_main():
+        for fault in faults:
+            print(f"{fault}; set aside, an older checkpoint is taken", file=sys.stderr, flush=True)
+    if insist_on_resume and not checkpoint:
+        raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
+    return on_all_ranks(lambda: build_run(config, data, checkpoint))
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Make the run's folder, on the main rank, and clear what saves that never ended and earlier ranks have left."""
+    if distributed.is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for remains in (*list_remains(run_dir), beats_folder(run_dir)):
+            shutil.rmtree(remains, ignore_errors=True)
+
+
+def open_data(config: PretrainConfig) -> Data:
+    """Open the shard sets.
+
+    Raises:
+        DataError: a set cannot be used, or the two sets' classes differ.
+        CheckpointError: this rank does not see the run folder.
+    """
+    if not config.run_dir.exists():
+        raise CheckpointError(
+            f"{config.run_dir}: not seen by rank {distributed.rank()}; "
+            "put run_dir on a file system that all machines share"
+        )
+    cache = open_cache(config.data)
+    training = open_samples(config.data.train, config.data.weights, cache)
+    training.check_room(config.data.shuffle_window)
+    validation = open_samples(config.data.validation, cache=cache) if config.data.validation else None
+    if validation and validation.class_names != training.class_names:
+        raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
+    if config.objective.needs_labels and not training.class_names:
+        raise DataError(f"{config.data.train}: has no labels, objective.name={config.objective.name} needs them")
+    return Data(training, validation)
+
+
+def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Run:
+    """Build the model under its engine, and continue from the checkpoint if there is one."""
+    torch.manual_seed(config.seed)
+    encoder = ViT(config.model, config.engine.activation_checkpointing)
+    objective = build_objective(config.objective, encoder, len(data.training.class_names), config.preprocessing)
+    if config.init_from and not checkpoint:
+        said = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
+        if distributed.is_main():
+            print(said, flush=True)
+    if config.engine.compile:
+        compile_blocks(objective)
+    manifest = Manifest(
+        step=0,
+        samples=0,
+        world_size=distributed.world_size(),
+        data_digest=data.training.digest,
+        class_names=data.training.class_names,
+        config=json.loads(config.model_dump_json()),
+        git_commit=git_commit(),
+    )
+    engine = build_engine(objective, config.engine, config.optimizer)
+    if checkpoint:
+        saved = restore(engine, checkpoint, manifest)
+        manifest = replace(manifest, step=saved.step, samples=saved.samples, usual=saved.usual, passed=saved.passed)
+    main = distributed.is_main()
+    run = Run(
+        config,
+        objective,
+        engine,
+        data,
+        manifest,
+        health=Health(config.health, engine.device, manifest.usual),
+        quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, manifest.samples, writes=main),
+        skipped=Ledger(config.run_dir / SKIPPED_FILE, manifest.step, writes=main),
+        decoder=build_decoder(engine.device) if config.data.decode == "gpu" else None,
+    )
+    guard(engine, run.judge)
+    return run
+
+
+def go_back(run: Run) -> None:
+    """Return to the newest checkpoint; the samples of the steps that were skipped in a row will be passed over.
+
+    Raises:
+        DivergedError: there is none, or the run has gone back often enough.
+    """
+    config, bad = run.config, run.skipped.in_a_row
+    said = f"step {bad[-1].step}: {len(bad)} steps in a row could not be taken, {bad[-1].reason}"
+    advice = f"their samples are in {run.skipped.path}; look at them, or lower optimizer.learning_rate"
+    if run.rollbacks >= config.health.max_rollbacks:
+        raise DivergedError(f"{said}, after health.max_rollbacks={run.rollbacks}; {advice}")
+    checkpoint, _ = newest_whole(config.run_dir)
+    if checkpoint is None:
+        raise DivergedError(f"{said}, and there is no checkpoint to go back to; {advice}")
+    saved = restore(run.engine, checkpoint, run.manifest)
+    passed = [bad[0].first_sample, bad[-1].first_sample + config.engine.global_batch_size]
+    run.manifest = replace(run.manifest, step=saved.step, samples=saved.samples, passed=[*run.manifest.passed, passed])
+    run.health = Health(config.health, run.engine.device, saved.usual)
+    run.rollbacks += 1
+    run.skipped.in_a_row.clear()
+    if distributed.is_main():
+        print(f"{said}; back to step {saved.step}, past samples {passed[0]} to {passed[1] - 1}", flush=True)
