@@ -35,10 +35,10 @@ PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
 CONFIG = """
 run_dir: unused
 data: {{train: {shards}/train, num_workers: 1, shuffle_window: 4}}
-model: {{hidden_size: 96, num_hidden_layers: 4, num_attention_heads: 3, patch_size: 8, image_size: 64}}
+model: {{hidden_size: 64, num_hidden_layers: 2, num_attention_heads: 2, patch_size: 8, image_size: 32}}
 optimizer: {{learning_rate: 3e-4}}
 schedule: {{total_steps: {steps}, warmup_steps: 20}}
-engine: {{zero_stage: 1, precision: fp32, global_batch_size: 64, micro_batch_size: 32}}
+engine: {{zero_stage: 1, precision: fp32, global_batch_size: 32, micro_batch_size: 16}}
 logging: {{every_steps: 1}}
 checkpoint: {{every_steps: {save_every}}}
 tracking: {{uri: "off"}}
@@ -59,11 +59,9 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def disturb(
-    run_dir: Path, process: "subprocess.Popen[bytes]", kills: int, seconds: float, chance: random.Random
-) -> int:
+def disturb(run_dir: Path, process: "subprocess.Popen[bytes]", kills: int, seconds: float) -> int:
     """Kill a random rank again and again, each time after some training; return how often."""
-    killed = 0
+    killed, chance = 0, random.Random(0)
     while process.poll() is None and killed < kills:
         pause = chance.uniform(0.5, 1.5) * seconds
         trained, last = 0.0, time.monotonic()

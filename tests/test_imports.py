@@ -89,7 +89,7 @@ MAY_IMPORT = {
     "launch": {"pretrain", "finetune"},
 }
 ONLY_THERE = {
-    "deepspeed": ("pretrain/engine.py", "pretrain/checkpoint/"),
+    "deepspeed": ("pretrain/engine.py",),
     "transformers": ("pretrain/export/", "finetune/"),
     "mlflow": ("pretrain/tracking/",),
     "accelerate": ("finetune/",),
