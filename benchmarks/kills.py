@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,12 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from launch.supervise import is_alive
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import keep_classes, list_digits
 from pretrain.watch import read_beat
+from tests.launching import free_port
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
 CONFIG = """
@@ -52,13 +53,6 @@ def start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
 
 
-def free_port() -> str:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def disturb(run_dir: Path, process: "subprocess.Popen[bytes]", kills: int, seconds: float) -> int:
     """Kill a random rank again and again, each time after some training; return how often."""
     killed, chance = 0, random.Random(0)
@@ -68,20 +62,13 @@ def disturb(run_dir: Path, process: "subprocess.Popen[bytes]", kills: int, secon
         while process.poll() is None and trained < pause:
             time.sleep(0.05)
             beat, now = read_beat(run_dir, 0), time.monotonic()
-            trained += (now - last) if beat and beat.phase not in ("start", "end") and _alive(beat.pid) else 0.0
+            trained += (now - last) if beat and beat.phase not in ("start", "end") and is_alive(beat.pid) else 0.0
             last = now
         victim = read_beat(run_dir, chance.randrange(2))
-        if victim and process.poll() is None and _alive(victim.pid):
+        if victim and process.poll() is None and is_alive(victim.pid):
             os.kill(victim.pid, signal.SIGKILL)
             killed += 1
     return killed
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def rows(run_dir: Path) -> dict[int, tuple[float, float]]:

@@ -19,8 +19,9 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first; that their files are whole is not looked at."""
-    folders = checkpoints_folder(run_dir).glob("step-*")
-    return sorted(folder for folder in folders if not folder.suffix and (folder / MANIFEST).exists())
+    folders = checkpoints_folder(run_dir).glob("step-*")  # a copy that a person has named step-best is theirs
+    named = (folder for folder in folders if folder.name.removeprefix("step-").isdigit())
+    return sorted(folder for folder in named if (folder / MANIFEST).exists())
 
 
 def list_remains(run_dir: Path) -> list[Path]:
@@ -50,7 +51,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint's name tells."""
-    return int(checkpoint.name.removeprefix("step-").partition(".")[0])
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def superfluous(run_dir: Path, keep_last: int, keep_every: int) -> list[Path]:

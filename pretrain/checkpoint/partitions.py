@@ -25,6 +25,7 @@ class Fragment:
         master: the tensor that the optimizer moves; it holds the range from `offset` on.
         offset: in the flat master, and in every moment.
         moments: the optimizer's state of the master; None where it moves nothing.
+        shared: whether every rank holds the same.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Fragment:
     master: Tensor
     offset: int
     moments: dict[str, Any] | None
+    shared: bool
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -56,11 +58,12 @@ def held(engine: Engine) -> list[Fragment]:
         start, numel, master, offset = _place(optimizer, parameter, copies)
         if numel:
             moments = inner.state[master] if parameter.requires_grad else None
-            fragments.append(Fragment(name, start, numel, master, offset, moments))
+            shared = not hasattr(parameter, "ds_tensor") and not hasattr(parameter, "_hp_mapping")
+            fragments.append(Fragment(name, start, numel, master, offset, moments, shared))
     saved = engine.module.state_dict().keys()
     for name, buffer in engine.module.named_buffers():
         if name in saved:
-            fragments.append(Fragment(name, 0, buffer.numel(), buffer, 0, None))
+            fragments.append(Fragment(name, 0, buffer.numel(), buffer, 0, None, shared=True))
     return fragments
 
 
@@ -69,7 +72,7 @@ def owned(engine: Engine) -> list[Fragment]:
     rank, world_size = distributed.rank(), distributed.world_size()
     fragments = []
     for fragment in held(engine):
-        if fragment.moments is not None and engine.zero_optimization_stage() > 0:
+        if not fragment.shared:
             fragments.append(fragment)
             continue
         first, last = fragment.numel * rank // world_size, fragment.numel * (rank + 1) // world_size

@@ -36,6 +36,7 @@ def test_only_whole_checkpoints_are_listed(tmp_path: Path) -> None:
     for step in (20, 4):
         saved(tmp_path, step)
     (tmp_path / "checkpoints" / "step-00000030").mkdir()  # no manifest
+    saved(tmp_path, 50).rename(tmp_path / "checkpoints" / "step-best")  # a person's own copy
     partial = saved(tmp_path, 40)
     partial.rename(partial.with_name(partial.name + ".partial"))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000020"]

@@ -28,9 +28,6 @@ ALONE = replace(MANIFEST, world_size=1)
 class Engine(SimpleNamespace):
     """What DeepSpeed is at stage 0 in fp32: a module and torch's own optimizer."""
 
-    def zero_optimization_stage(self) -> int:
-        return 0
-
 
 @pytest.fixture
 def engine() -> Engine:
