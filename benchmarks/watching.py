@@ -1,0 +1,123 @@
+"""Ranks of a real run that are stopped or slowed down: how soon is each named, and is anybody named wrongly?
+
+    python benchmarks/watching.py --faults 20      # SIGSTOP, and a rank at a third of its speed, in turn
+    python benchmarks/watching.py --quiet 3600     # an hour in which nothing is wrong
+
+A fault is ended as soon as it has been named, or after 30 seconds; the next one comes when both ranks train again.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.two_ranks import prepare, start
+from pretrain.watch import STEPS_TIMED, Beat, read_beat
+
+NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|has been silent)")
+GIVEN_UP = 30.0  # seconds without being named
+SLICE = 0.005  # seconds that a slowed rank runs, between twice as long of standing still
+LARGER = ["model.image_size=64", "model.hidden_size=192", "model.num_hidden_layers=6"]
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Stop a process for a while."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def slowed(pid: int) -> Iterator[None]:
+    """Let a process run a third of the time."""
+    over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not over.is_set():
+            with stopped(pid):
+                time.sleep(2 * SLICE)
+            time.sleep(SLICE)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def wait_for_steps(run_dir: Path, steps: int) -> list[Beat]:
+    """Wait until both ranks have trained so many steps more; return their beats."""
+    first, deadline = -1, time.monotonic() + 300
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        beats = [beat for rank in range(2) if (beat := read_beat(run_dir, rank)) and beat.phase != "start"]
+        if len(beats) == 2 and first < 0:
+            first = beats[0].step
+        if first >= 0 and all(beat.step > first + steps for beat in beats):
+            return beats
+    raise TimeoutError("the ranks do not train")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", type=int, default=20, help="of each kind")
+    parser.add_argument("--quiet", type=float, default=0.0, help="seconds; then there are no faults")
+    arguments = parser.parse_args()
+    kinds: dict[str, Callable[[int], contextlib.AbstractContextManager[None]]] = {"SIGSTOP": stopped, "slow": slowed}
+    took: dict[str, list[float]] = {kind: [] for kind in kinds}
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        work, run_dir, log = Path(name), Path(name) / "run", Path(name) / "log"
+        command = prepare(work, steps=10_000_000, save_every=500)
+        process = start([*command, f"run_dir={run_dir}", *LARGER], log)
+        try:
+            beats = wait_for_steps(run_dir, 2 * STEPS_TIMED)
+            begun, first_step, expected = time.monotonic(), beats[0].step, 0
+            while arguments.quiet and time.monotonic() < begun + arguments.quiet and process.poll() is None:
+                time.sleep(1)
+            for kind in [] if arguments.quiet else list(kinds) * arguments.faults:
+                victim = chance.choice(wait_for_steps(run_dir, 2 * STEPS_TIMED))
+                known = len(NAMED.findall(log.read_text(errors="replace")))
+                since = time.monotonic()
+                with kinds[kind](victim.pid):
+                    while time.monotonic() < since + GIVEN_UP:
+                        time.sleep(0.05)
+                        names = NAMED.findall(log.read_text(errors="replace"))[known:]
+                        if str(victim.rank) in [rank for rank, _ in names]:
+                            took[kind].append(time.monotonic() - since)
+                            expected += 1
+                            break
+            alarms = len(NAMED.findall(log.read_text(errors="replace")))
+            trained = wait_for_steps(run_dir, 1)[0].step - first_step
+        finally:
+            for rank in range(2):
+                if beat := read_beat(run_dir, rank):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(beat.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
+        for kind, seconds in took.items():
+            if not arguments.quiet:
+                soon = sum(one <= 10 for one in seconds)
+                shown = f"median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s" if seconds else ""
+                print(f"{kind}: named within 10 s in {soon} of {arguments.faults}; {shown}")
+        print(f"{alarms - expected} false alarms in {time.monotonic() - begun:.0f} s and {trained} steps")
+
+
+if __name__ == "__main__":
+    main()
