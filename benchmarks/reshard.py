@@ -1,4 +1,4 @@
-"""Every world size and ZeRO stage loads what every other has saved; DeepSpeed's own loading beside.
+"""Every world size and ZeRO stage loads what every other has saved; DeepSpeed's own two ways beside.
 
     python benchmarks/reshard.py                        # fp32, world sizes 1 to 4 x stages 0 to 3: 256 ways
     python benchmarks/reshard.py --precision bf16
@@ -6,6 +6,9 @@
 A tiny ViT on scikit-learn's digits trains 14 steps at each world size and stage, saving at step 4. Then each of them
 continues from each of those checkpoints, and its next 10 losses are compared with those of the run that never stopped.
 One launch trains, and one loads, for each world size; the engines are built one after another inside it.
+
+DeepSpeed's `load_checkpoint` is tried on what DeepSpeed saved, and on what its `ds_to_universal` made of that; a load
+counts as right if this rank then holds, bit for bit, the weights and moments that were saved.
 """
 
 import argparse
@@ -19,6 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
@@ -27,6 +32,8 @@ from pretrain.data.sources import keep_classes, list_digits
 WORLD_SIZES, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
 SAVED_AT, STEPS = 4, 14
 LAUNCH_SECONDS = 1500
+UNIVERSAL = "universal"
+WAYS = {"load_checkpoint": "deepspeed", "ds_to_universal, then load_checkpoint": UNIVERSAL}
 CONFIG = """
 run_dir: unused
 seed: 3
@@ -61,7 +68,7 @@ def load_all(work: Path, precision: str) -> None:
     """On every rank: continue at each stage from what each topology has saved; try DeepSpeed's loading too."""
     from pretrain import distributed
 
-    theirs: dict[str, str] = {}
+    theirs: dict[str, dict[str, str]] = {way: {} for way in WAYS}
     for stage in STAGES:
         here = name_of(distributed.world_size(), stage)
         for source in (name_of(world_size, other) for world_size in WORLD_SIZES for other in STAGES):
@@ -71,9 +78,25 @@ def load_all(work: Path, precision: str) -> None:
                 shutil.copytree(work / source / checkpoint, place / checkpoint)
             distributed.wait_for_all()
             run = _continue(work, place, stage, precision)
-            theirs[place.name] = _load_with_deepspeed(run.engine, work / "deepspeed" / source)
+            for way, folder in WAYS.items():
+                run.engine._config.load_universal_checkpoint = folder == UNIVERSAL
+                saved = work / source / "checkpoints" / f"step-{STEPS:08d}"
+                theirs[way][place.name] = _load_with_deepspeed(run.engine, work / folder / source, saved)
     if distributed.is_main():
         (work / f"deepspeed-{distributed.world_size()}.json").write_text(json.dumps(theirs))
+
+
+def convert_all(work: Path, precision: str) -> None:
+    """Make universal checkpoints of DeepSpeed's, where it can."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    for name in (name_of(world_size, stage) for world_size in WORLD_SIZES for stage in STAGES):
+        there, out = work / "deepspeed" / name / "it", work / UNIVERSAL / name / "it"
+        command = [sys.executable, ds_to_universal.__file__, "--inject_missing_state"]
+        command += ["--input_folder", str(there), "--output_folder", str(out)]
+        ended = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+        if ended.returncode:
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
@@ -89,15 +112,27 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
     return run
 
 
-def _load_with_deepspeed(engine: Any, folder: Path) -> str:
-    """Return "" if DeepSpeed loads a folder on every rank, else what it says."""
+def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
+    """Return "" if DeepSpeed loads, on every rank, what `ours` holds, saved at the same moment; else what is wrong."""
     from pretrain import distributed
+    from pretrain.checkpoint.manifest import Manifest
+    from pretrain.checkpoint.partitions import held
+    from pretrain.checkpoint.pieces import Reader
 
+    if not folder.exists():
+        return "not converted"
     try:
         path, _ = engine.load_checkpoint(str(folder), tag="it")
         problem = "" if path else "nothing loaded"
     except Exception as error:
         problem = type(error).__name__
+    if not any(distributed.gather(problem)):
+        reader = Reader(ours, Manifest.load(ours))
+        for fragment in held(engine):
+            for kind in fragment.kinds:
+                there = torch.empty(fragment.numel)
+                reader.copy(kind, fragment.name, fragment.start, there)
+                problem = problem if torch.equal(there, fragment.view(kind)) else "other values, without a word"
     return next((said for said in distributed.gather(problem) if said), "")
 
 
@@ -131,9 +166,7 @@ def compare(work: Path, precision: str) -> None:
     whole = {name: losses(work / name) for name in names}
     steps = list(zip(*whole.values(), strict=True))
     spread = max((max(step) - min(step)) / min(step) for step in steps)
-    worst, good, theirs = 0.0, 0, {}
-    for world_size in WORLD_SIZES:
-        theirs |= json.loads((work / f"deepspeed-{world_size}.json").read_text())
+    worst, good = 0.0, 0
     for source in names:
         for here in names:
             found = losses(work / "continued" / f"{source} to {here}")
@@ -144,16 +177,18 @@ def compare(work: Path, precision: str) -> None:
     total = len(names) ** 2
     print(f"{precision}: {good} of {total} ways continue with the next {STEPS - SAVED_AT} losses within {bar}")
     print(f"farthest apart: {worst:.1e} relative; unbroken runs of other topologies: {spread:.1e}")
-    loaded = sum(not problem for problem in theirs.values())
-    print(f"DeepSpeed's load_checkpoint: {loaded} of {total} load without an error")
-    for problem in sorted({problem for problem in theirs.values() if problem}):
-        print(f"  {sum(said == problem for said in theirs.values())} x {problem}")
+    theirs = [json.loads((work / f"deepspeed-{world_size}.json").read_text()) for world_size in WORLD_SIZES]
+    for way in WAYS:
+        said = [problem for each in theirs for problem in each[way].values()]
+        print(f"DeepSpeed's {way}: {said.count('')} of {total} are right")
+        for problem in sorted(set(said) - {""}):
+            print(f"  {said.count(problem)} x {problem}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--task", choices=["train", "load"], help=argparse.SUPPRESS)
+    parser.add_argument("--task", choices=["train", "convert", "load"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
@@ -161,7 +196,8 @@ def main() -> None:
         from pretrain.engine import start_distributed
 
         start_distributed()
-        {"train": train_all, "load": load_all}[arguments.task](arguments.work, arguments.precision)
+        task = {"train": train_all, "convert": convert_all, "load": load_all}[arguments.task]
+        task(arguments.work, arguments.precision)
         leave()
         return
     with tempfile.TemporaryDirectory() as name:
@@ -169,8 +205,8 @@ def main() -> None:
         source = keep_classes(list_digits(), ["0", "1", "2"])
         make_shards(source, work / "shards", Recipe(validation=0.0, shard_bytes=50_000, seed=0))
         (work / "config.yaml").write_text(CONFIG.format(shards=work / "shards", steps=STEPS, saved_at=SAVED_AT))
-        for task in ("train", "load"):
-            for world_size in WORLD_SIZES:
+        for task, world_sizes in (("train", WORLD_SIZES), ("convert", (1,)), ("load", WORLD_SIZES)):
+            for world_size in world_sizes:
                 launch(work, world_size, task, arguments.precision)
         compare(work, arguments.precision)
 

@@ -174,7 +174,7 @@ class Watch:
         self.say = say or partial(print, file=sys.stderr, flush=True)
         self.on_gpu = device is not None and device.type == "cuda"
         self._main = threading.get_ident()
-        self._turns = self._step = self._beats = 0
+        self._turns = self._step = self._beats = self._size = 0
         self._phase, self._entered = "start", time.monotonic()
         self._seconds: dict[str, float] = defaultdict(float)
         self._own = 0.0
@@ -261,10 +261,21 @@ class Watch:
             seconds={name: round(seconds, 3) for name, seconds in self._seconds.copy().items()},
             stack=stack,
         )
+        text = json.dumps(asdict(beat)).encode().ljust(self._size)  # never shorter than the one it replaces
+        self._size = len(text)
         try:
-            self._path.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+            _write_over(self._path, text)
         except OSError as error:  # a full disk must not end a run
             self.say(f"rank {self.rank}: its beat cannot be written: {error}")
+
+
+def _write_over(path: Path, text: bytes) -> None:
+    """Replace what a file holds in one write, so that whoever is stopped in between has left the old or the new."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.write(file, text)
+    finally:
+        os.close(file)
 
 
 def _recorded() -> "torch.cuda.Event":

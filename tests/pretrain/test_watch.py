@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,18 @@ def test_healthy_ranks_are_left_in_peace(tmp_path: Path) -> None:
     with ranks(tmp_path) as (_, said):
         time.sleep(SILENT_SECONDS + 3)
         assert said.empty()
+
+
+def test_a_beat_can_be_read_at_any_moment(tmp_path: Path) -> None:
+    """A rank that is stopped while it writes one must still be missed by the others."""
+    with Watch(tmp_path, 0, 1) as watch:
+        reader = threading.Thread(target=lambda: [missed.append(read_beat(tmp_path, 0) is None) for _ in range(1000)])
+        missed: list[bool] = []
+        reader.start()
+        while reader.is_alive():
+            watch.enter("a longer name" if watch._beats % 2 else "data")
+            watch._beat()
+    assert not any(missed)
 
 
 def beat(rank: int, **changes: Any) -> Beat:
