@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,29 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.two_ranks import prepare, start
-from launch.supervise import is_alive
+from benchmarks.digits_run import disturb, prepare, start
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
-from pretrain.watch import read_beat
-
-
-def disturb(run_dir: Path, process: "subprocess.Popen[bytes]", kills: int, seconds: float) -> int:
-    """Kill a random rank again and again, each time after some training; return how often."""
-    killed, chance = 0, random.Random(0)
-    while process.poll() is None and killed < kills:
-        pause = chance.uniform(0.5, 1.5) * seconds
-        trained, last = 0.0, time.monotonic()
-        while process.poll() is None and trained < pause:
-            time.sleep(0.05)
-            beat, now = read_beat(run_dir, 0), time.monotonic()
-            trained += (now - last) if beat and beat.phase not in ("start", "end") and is_alive(beat.pid) else 0.0
-            last = now
-        victim = read_beat(run_dir, chance.randrange(2))
-        if victim and process.poll() is None and is_alive(victim.pid):
-            os.kill(victim.pid, signal.SIGKILL)
-            killed += 1
-    return killed
 
 
 def rows(run_dir: Path) -> dict[int, tuple[float, float]]:
@@ -74,7 +53,7 @@ def main() -> None:
         begun = time.monotonic()
         process = start([*(loop if arguments.plain else supervise), *command, f"run_dir={broken}"], work / "log")
         try:
-            killed = disturb(broken, process, arguments.kills, arguments.seconds)
+            killed = disturb(broken, process, arguments.kills, arguments.seconds, random.Random(0))
             process.wait()
         finally:
             if process.poll() is None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.two_ranks import prepare, start
+from benchmarks.digits_run import prepare, start
 from pretrain.watch import STEPS_TIMED, Beat, read_beat
 
 NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|has been silent)")

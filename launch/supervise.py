@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from launch.remains import adapt
 from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, UserError
 from pretrain.checkpoint.history import list_checkpoints, step_of
 from pretrain.config import PretrainConfig
@@ -116,10 +117,10 @@ class Supervisor:
         """Return the exit code of the last attempt."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
-        failures = 0
+        failures, in_doubt = 0, False
         while True:
             saved = self._saved_step()
-            attempt = self._attempt(saved)
+            attempt = self._attempt(adapt(self.command, self.say) if in_doubt else self.command, saved)
             self.goodput.attempts.append(attempt)
             if attempt.exit_code in (0, EXIT_MISTAKE, EXIT_RESUMABLE) or self.asked:
                 break
@@ -127,7 +128,8 @@ class Supervisor:
             if failures > self.max_failures:
                 self.say(f"failed {failures} times without a new checkpoint, last with exit code {attempt.exit_code}")
                 break
-            if self.fewer_after and failures and failures % self.fewer_after == 0:
+            in_doubt = in_doubt or failures > 1  # whether all GPUs and machines are still there
+            if self.fewer_after and failures % self.fewer_after == 0:
                 self._try_fewer_ranks()
             pause = min(LONGEST_PAUSE, 2.0 ** (failures - 1))
             ended = f"exit code {attempt.exit_code} at step {attempt.last_step}"
@@ -143,12 +145,12 @@ class Supervisor:
         self.say(self.goodput.report())
         return EXIT_RESUMABLE if self.asked and attempt.exit_code != 0 else attempt.exit_code
 
-    def _attempt(self, first_step: int) -> Attempt:
-        """Start the command once, and see it end."""
+    def _attempt(self, command: list[str], first_step: int) -> Attempt:
+        """Start a command once, and see it end."""
         for path in beats_folder(self.run_dir).glob("rank-*.json"):
             path.unlink(missing_ok=True)
         started, died = time.monotonic(), None
-        self.child = subprocess.Popen(self.command, start_new_session=True)
+        self.child = subprocess.Popen(command, start_new_session=True)
         try:
             while self.child.poll() is None:
                 time.sleep(POLL_SECONDS)
@@ -184,9 +186,9 @@ class Supervisor:
 
     def _kill(self) -> None:
         """End what is left of an attempt on this machine; torchrun puts its ranks into sessions of their own."""
-        assert self.child is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.child.pid, signal.SIGKILL)
+        if self.child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
         for beat in self._beats():
             if beat.phase != END:
                 with contextlib.suppress(ProcessLookupError):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import supervise
+from launch import remains, supervise
 from launch.supervise import Attempt, Goodput, Supervisor, find_run_dir
 from pretrain import UserError
 from tests.launching import TINY
@@ -75,6 +75,15 @@ def test_after_two_failures_it_goes_on_with_one_rank_fewer(tmp_path: Path, confi
     assert ended == 0
     assert [line.split()[-1] for line in seen] == ["4", "4", "3", "3", "2"]
     assert "going on with 3 ranks; the global batch stays the same" in said
+
+
+def test_what_fails_twice_is_started_on_what_still_answers(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remains, "list_gpus", lambda: ([0, 2], [1, 3]))
+    _, seen, said = supervised(tmp_path, config, "1 1 save5 1 0", max_failures=9, fewer_after=0)
+    assert [line.split()[-1] for line in seen] == ["4", "4", *["--include=localhost:0,2"] * 3]
+    assert "GPU 1, 3 does not answer; going on without" in said
 
 
 def test_the_time_of_all_attempts_is_accounted_for() -> None:
