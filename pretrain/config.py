@@ -219,6 +219,12 @@ class OptimizerConfig(Section):
     epsilon: Positive = 1e-8
 
 
+class EmaConfig(Section):
+    """An average of the weights over the last steps; where one is kept, it is validated, exported and started from."""
+
+    decay: Rate = Field(0.0, description="0.9999 averages over some 10,000 steps, 0: none is kept")
+
+
 class ScheduleConfig(Section):
     """Linear warm-up, then cosine decay. A step is one optimizer step on a global batch."""
 
@@ -316,6 +322,7 @@ class PretrainConfig(Section):
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = SupervisedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
     schedule: ScheduleConfig
     engine: EngineConfig = EngineConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -22,6 +22,7 @@ from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import Samples
 from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
+from pretrain.ema import Ema
 from pretrain.engine import Engine, build_engine, guard
 from pretrain.health import SKIPPED_FILE, Health, Ledger
 from pretrain.model.vit import ViT, compile_blocks
@@ -49,6 +50,7 @@ class Run:
     data: Data
     manifest: Manifest
     health: Health
+    ema: Ema
     quarantine: Quarantine
     skipped: Ledger
     decoder: Decoder | None
@@ -153,6 +155,7 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
         data,
         manifest,
         health=Health(config.health, engine.device, manifest.usual),
+        ema=Ema(engine, config.ema.decay),
         quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, manifest.samples, writes=main),
         skipped=Ledger(config.run_dir / SKIPPED_FILE, manifest.step, writes=main),
         decoder=build_decoder(engine.device) if config.data.decode == "gpu" else None,

@@ -96,6 +96,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
             engine.step()  # after the last micro-batch: the weights move, unless `health` objects
         run.objective.after_step(step)
         judged = run.health.close(gradient_norm(engine), step, samples)
+        run.ema.update(step, run.health.bad)
         interval.end_step(run.health.bad, gradient_norm(engine))
         run.advance()
         step = run.manifest.step
@@ -165,7 +166,7 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
     )
     sums: dict[str, Tensor] = {}
     faults: list[Fault] = []
-    with torch.no_grad():
+    with torch.no_grad(), run.ema.in_place():
         for loaded in batches:
             faults += loaded.faults
             batch = to_device(loaded.tensors, run.engine.device)

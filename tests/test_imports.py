@@ -40,10 +40,12 @@ MAY_IMPORT = {
         "pretrain.data.augment",
         "pretrain.data.colour",
     },
+    "pretrain.ema": {"pretrain.engine", "pretrain.checkpoint"},
     "pretrain.run": {
         "pretrain",
         "pretrain.config",
         "pretrain.engine",
+        "pretrain.ema",
         "pretrain.checkpoint",
         "pretrain.health",
         "pretrain.watch",

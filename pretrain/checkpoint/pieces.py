@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain.checkpoint.manifest import CheckpointError, Manifest, SavedFile
 
 WEIGHT = "weight"  # beside it stand the optimizer's own kinds, such as exp_avg
+EMA = "ema"  # and the average of the weights, where one is kept
 CHUNK = 8 << 20  # bytes
 
 
@@ -133,11 +134,17 @@ class Reader:
         return self._open[number]
 
 
-def load_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the fp32 weights of a checkpoint by their names in the objective; no moment is read."""
+def load_weights(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
+    """Return the fp32 weights of a checkpoint by their names in the objective; no moment is read.
+
+    Args:
+        folder: of the checkpoint.
+        averaged: take the average of a weight where the run keeps one.
+    """
     manifest = Manifest.load(folder)
     reader = Reader(folder, manifest)
-    return {name: reader.whole(name) for name in manifest.tensors}
+    kinds = {name: EMA if averaged and EMA in tensor.kinds else WEIGHT for name, tensor in manifest.tensors.items()}
+    return {name: reader.whole(name, kind) for name, kind in kinds.items()}
 
 
 def find_faults(

@@ -55,7 +55,7 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
         checkpoint = find_checkpoint(path)
         if faults := list(find_faults(checkpoint)):
             raise CheckpointError("\n".join(faults))
-        found = load_weights(checkpoint)
+        found = load_weights(checkpoint, averaged=True)
         same_classes = Manifest.load(checkpoint).class_names == class_names
         head = {name: found[name] for name in found if not name.startswith("encoder.")} if same_classes else {}
     encoder = {name: weight for name, weight in found.items() if name.startswith("encoder.")}

@@ -37,7 +37,7 @@ def export(source: Path, out: Path, overwrite: bool = False) -> Proof:
         raise CheckpointError("\n".join(faults))
     manifest = Manifest.load(checkpoint)
     config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
-    weights = load_weights(checkpoint)
+    weights = load_weights(checkpoint, averaged=True)
     native = NativeClassifier(config.model, config.preprocessing, weights)
 
     partial = out.with_name(out.name + ".partial")

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 from pretrain import distributed
 from pretrain.checkpoint.manifest import SavedFile
@@ -67,6 +68,7 @@ SPEEDS = {
     *(f"data/{stage}_busy" for stage in STAGES_OF_INPUT),
 }
 HEAD = "classifier.weight"
+EMA_DECAY = 0.3  # more than the first steps' own, less than the last ones'
 MIDDLE, LAST = "step-00000004", "step-00000008"
 
 
@@ -96,7 +98,8 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """Train to the end; then again from the checkpoint in the middle."""
     whole_dir, resumed_dir = folder / name / "whole", folder / name / "resumed"
-    settings = ["tracking.uri=off", *([] if name == "ten" else ["data.num_workers=0"]), *overrides]
+    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", "evaluation.every_steps=3", *overrides]
+    settings += [] if name == "ten" else ["data.num_workers=0"]
     _, positions = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
     if distributed.is_main():
         shutil.copytree(whole_dir / "checkpoints" / MIDDLE, resumed_dir / "checkpoints" / MIDDLE)
@@ -105,7 +108,8 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
     first, repeated = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
     if not distributed.is_main():
         return {}
-    weights = [load_weights(path / "checkpoints" / LAST) for path in (whole_dir, resumed_dir)]
+    last = [path / "checkpoints" / LAST for path in (whole_dir, resumed_dir)]
+    weights, averages = [load_weights(path) for path in last], [load_weights(path, averaged=True) for path in last]
     return {
         "rows": rows_of(whole_dir),
         "resumed": rows_of(resumed_dir),
@@ -113,7 +117,10 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
         "same_samples": bool(repeated) and repeated == positions[len(positions) // 2 :],
         "distinct_samples": len(set(positions)),
         "weights": {name: digest(weight) for name, weight in weights[0].items()},
-        "same_weights": all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0] | weights[1]),
+        "averages": {name: digest(average) for name, average in averages[0].items()},
+        "same_weights": all(
+            torch.equal(first[key], second[key]) for first, second in (weights, averages) for key in first | second
+        ),
         "rounded": torch.equal(weights[0][HEAD], weights[0][HEAD].bfloat16().float()),
         "finite": all(bool(weight.isfinite().all()) for weight in weights[0].values()),
     }
@@ -154,6 +161,11 @@ def die_in_a_save(recipe: Path, folder: Path) -> None:
         run_to_end(config)
 
 
+def average_as_stated(average: torch.Tensor, weight: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
+    decay = min(EMA_DECAY, (1 + int(updates)) / (10 + int(updates)))
+    return decay * average + (1 - decay) * weight
+
+
 def reference(recipe: Path) -> dict[str, Any]:
     """The losses and weights of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
     config = load_config(PretrainConfig, recipe, ["run_dir=unused"]).config
@@ -161,6 +173,7 @@ def reference(recipe: Path) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     encoder = ViT(config.model)
     objective = build_objective(config.objective, encoder, len(training.class_names), config.preprocessing).train()
+    averaged = AveragedModel(objective, avg_fn=average_as_stated)
     optimizer = build_adamw(objective, config.optimizer)
     schedule, batch_size = config.schedule, config.engine.global_batch_size
     losses = []
@@ -193,7 +206,9 @@ def reference(recipe: Path) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(objective.parameters(), config.engine.gradient_clipping or math.inf)
         optimizer.step()
         losses.append(float(loss))
-    return {"losses": losses, "weights": {name: digest(weight) for name, weight in objective.state_dict().items()}}
+        averaged.update_parameters(objective)
+    tensors = {"weights": objective.state_dict(), "averages": averaged.module.state_dict()}
+    return {"losses": losses, **{kind: {name: digest(w) for name, w in each.items()} for kind, each in tensors.items()}}
 
 
 def main(recipe: Path, folder: Path, source: Path | None) -> None:

@@ -76,10 +76,11 @@ def test_losses_equal_a_plain_torch_loop(seen: dict[int, Seen], world_size: int,
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [*STAGES, "offload"])
-def test_the_weights_that_export_reads_are_those_of_a_plain_torch_loop(
-    seen: dict[int, Seen], world_size: int, stage: str
+@pytest.mark.parametrize("kind", ["weights", "averages"])
+def test_what_a_checkpoint_holds_is_what_a_plain_torch_loop_has(
+    seen: dict[int, Seen], world_size: int, stage: str, kind: str
 ) -> None:
-    expected, found = seen[1]["reference"]["weights"], seen[world_size][stage]["weights"]
+    expected, found = seen[1]["reference"][kind], seen[world_size][stage][kind]
     assert found.keys() == expected.keys()
     for name in expected:
         assert found[name] == pytest.approx(expected[name], abs=2e-4), name
