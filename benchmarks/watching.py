@@ -71,7 +71,7 @@ def wait_for_steps(run_dir: Path, steps: int) -> list[Beat]:
             first = beats[0].step
         if first >= 0 and all(beat.step > first + steps for beat in beats):
             return beats
-    raise TimeoutError("the ranks do not train")
+    raise TimeoutError
 
 
 def main() -> None:
@@ -105,6 +105,8 @@ def main() -> None:
                             break
             alarms = len(NAMED.findall(log.read_text(errors="replace")))
             trained = wait_for_steps(run_dir, 1)[0].step - first_step
+        except TimeoutError:
+            sys.exit(f"the ranks do not train:\n{log.read_text(errors='replace')[-3000:]}")
         finally:
             for rank in range(2):
                 if beat := read_beat(run_dir, rank):

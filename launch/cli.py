@@ -5,7 +5,7 @@ Stages are imported when their verb runs, so that `--help` and a user's mistakes
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints/step-*.")],
     out: Annotated[Path, typer.Argument(help="The Hugging Face folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is there.")] = False,
+    model_type: Annotated[
+        Literal["vit", "vit_mae"],
+        typer.Option("--as", help="Its type in transformers: the encoder, or a masked autoencoder with its decoder."),
+    ] = "vit",
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder that is proved to give the same numbers.
 
@@ -35,9 +39,9 @@ def export(
     """
     with mistakes():
         checkpoint = stage("pretrain.checkpoint.history").find_checkpoint(run)
-        proof = stage("pretrain.export.folder").export(checkpoint, out, overwrite)
+        proof = stage("pretrain.export.folder").export(checkpoint, out, overwrite, model_type)
     stage("pretrain.tracking.tracker").tag_run(checkpoint.parents[1], exported_folder=str(out.resolve()))
-    print(f"{out}: loads strictly with transformers; logits differ by at most {proof.logits:.1e}")
+    print(f"{out}: loads strictly with transformers; it differs by at most {proof}")
 
 
 @app.command("predict")

@@ -5,9 +5,18 @@ Sizes carry Hugging Face's names. Each room is given its own section, never the 
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from typing_extensions import Self
 
@@ -201,12 +210,62 @@ class SupervisedConfig(Section):
     """Cross-entropy on the class of the whole image."""
 
     needs_labels: ClassVar[bool] = True
-    name: Literal["supervised"] = "supervised"
+    name: Literal["supervised"] = Field("supervised", description="supervised or mae; each has its own keys")
     label_smoothing: Rate = 0.0
     augment: AugmentConfig = AugmentConfig()
 
 
-ObjectiveConfig: TypeAlias = SupervisedConfig  # the union of all objectives' sections, told apart by their name
+class MAEConfig(Section):
+    """Masked autoencoding (arXiv 2111.06377): rebuild the pixels of the patches that the encoder is not shown."""
+
+    needs_labels: ClassVar[bool] = False
+    name: Literal["mae"] = "mae"
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of the patches that are hidden")
+    normalize_targets: bool = Field(True, description="whether each patch's pixels have mean 0 and deviation 1")
+    decoder_hidden_size: Count = 512
+    decoder_num_hidden_layers: Count = 8
+    decoder_num_attention_heads: Count = 16
+    decoder_intermediate_size: Count = 2048
+    augment: AugmentConfig = AugmentConfig(crop_scale=(0.2, 1.0))
+
+    def decoder(self, encoder: ModelConfig) -> ModelConfig:
+        """Return the decoder as a ViT over the same patches."""
+        return encoder.model_copy(
+            update={
+                "hidden_size": self.decoder_hidden_size,
+                "num_hidden_layers": self.decoder_num_hidden_layers,
+                "num_attention_heads": self.decoder_num_attention_heads,
+                "intermediate_size": self.decoder_intermediate_size,
+                "position_embedding": "sincos",
+            }
+        )
+
+    def num_visible(self, encoder: ModelConfig) -> int:
+        """Return how many patches the encoder is shown."""
+        return int(encoder.num_patches * (1 - self.mask_ratio))
+
+    def problems(self) -> Iterator[Problem]:
+        width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+        if width % heads:
+            yield Problem(
+                ("decoder_num_attention_heads", "decoder_hidden_size"),
+                f"{heads} heads don't divide decoder_hidden_size {width}; {_divisor_near(width, heads)} would",
+            )
+        if width % 4:
+            yield Problem(("decoder_hidden_size",), f"its sincos positions need a multiple of 4, got {width}")
+        if self.augment.mixes:
+            yield Problem(("augment.mixup", "augment.cutmix"), "mixup and cutmix mix labels, and mae has none")
+
+
+def _name_of_objective(section: Any) -> str:
+    """Return the name of an objective's section; without one it is the first."""
+    return str(section.get("name", "supervised") if isinstance(section, dict) else section.name)
+
+
+ObjectiveConfig: TypeAlias = Annotated[
+    Annotated[SupervisedConfig, Tag("supervised")] | Annotated[MAEConfig, Tag("mae")],
+    Discriminator(_name_of_objective),
+]
 
 
 class OptimizerConfig(Section):
@@ -333,6 +392,9 @@ class PretrainConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from self.engine.problems_of_mixing(self.objective.augment)
+        if isinstance(self.objective, MAEConfig) and self.objective.num_visible(self.model) < 1:
+            keys = ("objective.mask_ratio", "model.image_size", "model.patch_size")
+            yield Problem(keys, f"hides all of the {self.model.num_patches} patches; lower it")
 
 
 def _divisor_near(total: int, wanted: int) -> int:

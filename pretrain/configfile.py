@@ -180,6 +180,7 @@ class _Document:
         self.places: dict[Key, str] = {}
         self.mistakes: list[Mistake] = []
         self.values: dict[str, Any] = {}
+        self.undecided: set[Key] = set()  # names that do not say which section of a union is meant
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -261,7 +262,7 @@ class _Document:
         self._explain(config_class, error, found)
         # Pydantic judges combinations only in sections without other errors: look again without what is wrong.
         for key in [key for key in found if key in self.places]:
-            _delete(self.values, key)
+            _delete(self.values, key[:-1] if key in self.undecided else key)
         try:
             config_class.model_validate_json(json.dumps(self.values))
         except ValidationError as second:
@@ -271,6 +272,8 @@ class _Document:
     def _explain(self, config_class: type[Section], error: ValidationError, found: dict[Key, Mistake]) -> None:
         for detail in error.errors(include_url=False):
             key = self._key(detail["loc"], config_class)
+            if detail["type"] == "union_tag_invalid":
+                self.undecided.add(key := (*key, "name"))
             section = key[: len(detail["loc"]) - 1]
             involved = {(*section, *name.split(".")) for name in detail.get("ctx", {}).get("keys", ())}
             if key not in found and not involved & found.keys():
@@ -302,15 +305,15 @@ def _sentence(error: ErrorDetails, key: Key, config_class: type[Section]) -> str
         case "impossible":
             return str(context["sentence"])
         case "extra_forbidden":
-            return f"unknown key{_suggestion(key, config_class)}"
+            return f"unknown key{_suggestion(error['loc'], key, config_class)}"
         case "missing" if isinstance(error["loc"][-1], int):
             return f"expected more values, got {got}"
         case "missing":
             return "missing, and it has no default"
         case "literal_error":
-            choices = re.findall(r"[\w.-]+", context["expected"].replace(" or ", " "))
-            near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.4)
-            return f"expected {context['expected']}, got {got}" + (f"; did you mean {near[0]}?" if near else "")
+            return _expected_one_of(context["expected"], error["input"])
+        case "union_tag_invalid":
+            return _expected_one_of(context["expected_tags"].replace(", ", " or "), context["tag"])
         case "bool_type":
             word = BOOLEAN_WORDS.get(str(error["input"]).lower())
             return f"expected true or false, got {got}" + (f"; write {word}" if word else "")
@@ -332,18 +335,27 @@ def _sentence(error: ErrorDetails, key: Key, config_class: type[Section]) -> str
     return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {got}"
 
 
-def _suggestion(key: Key, config_class: type[Section]) -> str:
+def _expected_one_of(expected: str, value: Any) -> str:
+    choices = re.findall(r"[\w.-]+", expected.replace(" or ", " "))
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    return f"expected {expected}, got {_shown(value)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _suggestion(location: Key, key: Key, config_class: type[Section]) -> str:
     """Return the likely word for an unknown key: a neighbour, or the same name in another section."""
     word = SYNONYMS.get(str(key[-1]), str(key[-1]))
-    section = _section(config_class, key[:-1])
-    neighbours = list(section.model_fields) if section else []
+    sections = _sections(config_class, location[:-1])
+    neighbours = [name for section in sections for name in section.model_fields]
+    others = {name: _name(section) for section in _sections(config_class, key[:-1]) for name in section.model_fields}
     everywhere = {str(leaf[-1]): _dotted(leaf) for leaf, _ in _leaves(config_class)}
     if word in neighbours:
         return f"; did you mean {word}?"
-    if word in everywhere:
+    if word in everywhere and word not in others:
         return f"; did you mean {everywhere[word]}?"
-    if near := difflib.get_close_matches(word, neighbours, n=1):
-        return f"; did you mean {near[0]}?"
+    for known in (neighbours, list(others)):
+        if near := difflib.get_close_matches(word, known, n=1):
+            other = "" if near[0] in neighbours else f", which {_dotted((*key[:-1], 'name'))}={others[near[0]]} has"
+            return f"; did you mean {near[0]}{other}?"
     if near := difflib.get_close_matches(word, list(everywhere), n=1, cutoff=0.75):
         return f"; did you mean {everywhere[near[0]]}?"
     return f"; the keys here are {', '.join(neighbours)}" if neighbours else ""
@@ -358,36 +370,45 @@ def _delete(values: Any, key: Key) -> None:
         values.pop(name, None)
 
 
-def _section(config_class: type[Section], key: Key) -> type[Section] | None:
-    """Return the section class at `key`, if there is one."""
-    section: type[Section] | None = config_class
-    for part in key:
-        field = section.model_fields.get(str(part)) if section else None
-        section = _section_class(field) if field else None
-    return section
+def _sections(config_class: type[Section], location: Key) -> list[type[Section]]:
+    """Return the section classes that may stand at a location; where a union has been decided there is one."""
+    found = [config_class]
+    for part in location:
+        if len(found) > 1 and any(_name(section) == part for section in found):
+            found = [section for section in found if _name(section) == part]
+        else:
+            fields = [section.model_fields[str(part)] for section in found if str(part) in section.model_fields]
+            found = [alternative for field in fields for alternative in _alternatives(field)]
+    return found
 
 
-def _section_class(field: FieldInfo) -> type[Section] | None:
-    """Return the (first) section class that a field holds."""
-    for candidate in (field.annotation, *get_args(field.annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+def _alternatives(field: FieldInfo) -> list[type[Section]]:
+    """Return the section classes that a field may hold."""
+    candidates = [getattr(one, "__origin__", one) for one in (field.annotation, *get_args(field.annotation))]
+    return [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
+
+
+def _name(section: type[Section]) -> str:
+    """Return the name by which a section is told from the others of its union."""
+    return str(section.model_fields["name"].default) if "name" in section.model_fields else ""
 
 
 def _field(config_class: type[Section], key: Key) -> FieldInfo | None:
-    section = _section(config_class, key[:-1]) if key else None
-    return section.model_fields.get(str(key[-1])) if section else None
+    fields = [section.model_fields.get(str(key[-1])) for section in _sections(config_class, key[:-1])] if key else []
+    return next((field for field in fields if field), None)
 
 
 def _leaves(config_class: type[Section], above: Key = ()) -> Iterator[tuple[Key, FieldInfo]]:
-    """Yield every key that holds a value, in the order of the config."""
+    """Yield every key that holds a value, in the order of the config; what several of a union have, once."""
     for name, field in config_class.model_fields.items():
-        section = _section_class(field)
-        if section:
-            yield from _leaves(section, (*above, name))
-        else:
-            yield (*above, name), field
+        here = (*above, name)
+        seen: set[Key] = set()
+        for section in _alternatives(field):
+            leaves = [leaf for leaf in _leaves(section, here) if leaf[0] not in seen]
+            seen |= {key for key, _ in leaves}
+            yield from leaves
+        if not seen:
+            yield here, field
 
 
 def _reference(config_class: type[Section]) -> str:

@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "pretrain.data.augment",
         "pretrain.data.colour",
         "pretrain.data.mixing",
+        "pretrain.data.decode",
     },
     "pretrain.watch": set(),
     "pretrain.health": {"pretrain.config", "pretrain.distributed"},

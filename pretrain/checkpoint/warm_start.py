@@ -81,8 +81,10 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
 def _read_hugging_face(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]:
     """Return the encoder of a Hugging Face folder by our names."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("model_type") != "vit":
-        raise CheckpointError(f"{folder}: holds a {config.get('model_type')}; init_from reads model type vit")
+    if config.get("model_type") not in ("vit", "vit_mae"):
+        raise CheckpointError(
+            f"{folder}: holds a {config.get('model_type')}; init_from reads model type vit or vit_mae"
+        )
     if config.get("layer_norm_eps", 1e-12) != layer_norm_eps:
         theirs = config.get("layer_norm_eps", 1e-12)
         raise CheckpointError(f"{folder}: its layer_norm_eps is {theirs:g}; set model.layer_norm_eps={theirs:g}")
@@ -91,7 +93,7 @@ def _read_hugging_face(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]
         raise CheckpointError(f"{folder}: has no *.safetensors; save it again with save_pretrained")
     found = {}
     for name, weight in {name: weight for file in files for name, weight in load_file(file).items()}.items():
-        if name.startswith(("classifier.", "vit.pooler.", "pooler.")):
+        if name.startswith(("classifier.", "vit.pooler.", "pooler.", "decoder.")):
             continue
         for theirs, ours in NAMES:
             name = name.replace(theirs, ours)  # noqa: PLW2901

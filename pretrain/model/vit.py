@@ -37,9 +37,9 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self._initialize()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, T, D]."""
-        tokens = self.embed(images)
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, T, D]; of the patches `visible` alone, [B, V] -> [B, 1 + V, D], if that is given."""
+        tokens = self.embed(images, visible)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 tokens = checkpoint(layer, tokens, use_reentrant=False)
@@ -48,12 +48,16 @@ class ViT(nn.Module):
         normalized: Tensor = self.norm(tokens)
         return normalized
 
-    def embed(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, T, D]: patches embedded, CLS before them, positions added."""
-        patches: Tensor = self.patch_embedding(patchify(images, self.config.patch_size))
-        cls_token = self.cls_token.expand(len(images), -1, -1)
-        positions = self.position_embedding.to(patches.dtype)  # DeepSpeed leaves buffers in fp32
-        tokens: Tensor = self.dropout(torch.cat([cls_token, patches], dim=1) + positions)
+    def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """[B, C, H, W] -> [B, T, D]: patches embedded, positions added, CLS before them."""
+        patches = patchify(images, self.config.patch_size)
+        positions = self.position_embedding.to(images.dtype)  # DeepSpeed leaves buffers in fp32
+        patch_positions = positions[:, 1:]
+        if visible is not None:
+            patches = take(patches, visible)
+            patch_positions = take(patch_positions.expand(len(images), -1, -1), visible)
+        cls_token = (self.cls_token + positions[:, :1]).expand(len(images), -1, -1)
+        tokens: Tensor = self.dropout(torch.cat([cls_token, self.patch_embedding(patches) + patch_positions], dim=1))
         return tokens
 
     def _initialize(self) -> None:
@@ -155,6 +159,11 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)
+
+
+def take(tokens: Tensor, places: Tensor) -> Tensor:
+    """[B, N, D], [B, V] -> [B, V, D]: each sample's own tokens."""
+    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def sincos_positions(side: int, width: int) -> Tensor:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from pretrain.config import ObjectiveConfig, PreprocessingConfig
 from pretrain.model.vit import ViT
+from pretrain.objectives.mae import MAEObjective
 from pretrain.objectives.objective import Objective
 from pretrain.objectives.supervised import SupervisedObjective
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"supervised": SupervisedObjective}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"supervised": SupervisedObjective, "mae": MAEObjective}
 
 
 def build_objective(

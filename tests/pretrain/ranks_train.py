@@ -32,7 +32,12 @@ from pretrain.train import StopSignal, tracked
 
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
+MAE = (
+    "objective={name: mae, mask_ratio: 0.5, decoder_hidden_size: 16, decoder_num_hidden_layers: 1, "
+    "decoder_num_attention_heads: 2, decoder_intermediate_size: 32}"
+)
 OTHERS = {
+    **{f"mae{stage}": [MAE, f"engine.zero_stage={stage}"] for stage in range(4)},
     "dropout": NOISY,
     "dropout3": [*NOISY, "engine.zero_stage=3", "engine.activation_checkpointing=true"],
     "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],
@@ -67,7 +72,7 @@ SPEEDS = {
     "data/megabytes_per_second",
     *(f"data/{stage}_busy" for stage in STAGES_OF_INPUT),
 }
-HEAD = "classifier.weight"
+WEIGHT = "encoder.patch_embedding.weight"
 EMA_DECAY = 0.3  # more than the first steps' own, less than the last ones'
 MIDDLE, LAST = "step-00000004", "step-00000008"
 
@@ -121,7 +126,7 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
         "same_weights": all(
             torch.equal(first[key], second[key]) for first, second in (weights, averages) for key in first | second
         ),
-        "rounded": torch.equal(weights[0][HEAD], weights[0][HEAD].bfloat16().float()),
+        "rounded": torch.equal(weights[0][WEIGHT], weights[0][WEIGHT].bfloat16().float()),
         "finite": all(bool(weight.isfinite().all()) for weight in weights[0].values()),
     }
 

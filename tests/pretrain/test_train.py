@@ -15,8 +15,10 @@ from tests.pretrain.ranks_train import COMPILED_ELSEWHERE
 
 SCRIPT = ROOT / "tests" / "pretrain" / "ranks_train.py"
 STAGES = ["stage0", "stage1", "stage2", "stage3"]
+MAE = ["mae0", "mae1", "mae2", "mae3"]
 EVERY = [
     *STAGES,
+    *MAE,
     "dropout",
     "dropout3",
     "bf16-stage0",
@@ -92,6 +94,14 @@ def test_whatever_is_measured_is_the_same_on_any_topology(seen: dict[int, Seen],
     assert expected
     for world_size in (1, 2):
         for stage in [*STAGES, "offload"]:
+            assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-4), (world_size, stage)
+
+
+@pytest.mark.parametrize("name", ["train/loss", "optim/grad_norm", "validation/loss"])
+def test_a_masked_autoencoder_learns_the_same_on_any_topology(seen: dict[int, Seen], name: str) -> None:
+    expected = column(seen[1]["mae0"], name)
+    for world_size in (1, 2):
+        for stage in MAE:
             assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-4), (world_size, stage)
 
 

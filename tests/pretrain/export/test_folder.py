@@ -17,7 +17,8 @@ from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
 from pretrain.export.folder import export
-from pretrain.export.proof import NativeClassifier, ProofError, proof_images, prove
+from pretrain.export.proof import ProofError, pixels_in_evaluation, proof_images
+from pretrain.export.vit import Vit
 from pretrain.model.vit import ViT
 from tests.checkpoints import write_checkpoint
 
@@ -46,18 +47,19 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def native(run_dir: Path) -> NativeClassifier:
+def native(run_dir: Path) -> Vit:
     checkpoint = run_dir / "checkpoints" / "step-00000009"
     config = PretrainConfig.model_validate_json(json.dumps(Manifest.load(checkpoint).config))
-    return NativeClassifier(config.model, config.preprocessing, load_weights(checkpoint))
+    return Vit(config, load_weights(checkpoint), NAMES)
 
 
 @pytest.fixture(scope="module")
 def folder(run_dir: Path) -> Path:
     out = run_dir / "export"
     proof = export(run_dir, out)
-    assert proof.logits <= 1e-5
-    assert proof.pixels == 0.0
+    assert proof.differences.keys() == {"logits", "features", "pixels"}
+    assert proof.differences["logits"] <= 1e-5
+    assert proof.differences["pixels"] == 0.0
     return out
 
 
@@ -72,7 +74,7 @@ def test_transformers_loads_it_strictly_with_the_same_logits(run_dir: Path, fold
     reference = native(run_dir)
     for image in [*proof_images(), Image.fromarray(load_sample_image("china.jpg"))]:
         pixels = processor(image, return_tensors="pt")["pixel_values"]
-        assert torch.equal(pixels, reference.pixels(image))
+        assert torch.equal(pixels, pixels_in_evaluation(reference.config, image))
         with torch.no_grad():
             difference = (model(pixels).logits - reference.logits(pixels)).abs().max()
         assert difference <= 1e-5
@@ -103,7 +105,7 @@ def test_the_pipeline_and_the_cards_own_code_work(
         exec(code, space)
     classify = transformers.pipeline("image-classification", model=str(folder))
     scores = {row["label"]: row["score"] for row in classify(image)}
-    expected = native(run_dir).logits(native(run_dir).pixels(image)).softmax(dim=1)[0]
+    expected = native(run_dir).logits(pixels_in_evaluation(native(run_dir).config, image)).softmax(dim=1)[0]
     assert scores == {name: pytest.approx(float(p), abs=1e-5) for name, p in zip(NAMES, expected, strict=True)}
 
 
@@ -149,13 +151,13 @@ def test_the_proof_finds_what_is_wrong(run_dir: Path, folder: Path, tmp_path: Pa
         (tmp_path / "preprocessor_config.json").write_text(text.replace('"resample": 3', '"resample": 2'))
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ProofError):
-        prove(tmp_path, native(run_dir), NAMES)
+        native(run_dir).prove(tmp_path)
 
 
 def test_an_export_never_overwrites_by_accident(run_dir: Path, folder: Path) -> None:
     with pytest.raises(CheckpointError, match="is there already; choose another folder or add --overwrite"):
         export(run_dir, folder)
-    assert export(run_dir / "checkpoints" / "step-00000009", folder, overwrite=True).logits <= 1e-5
+    assert export(run_dir / "checkpoints" / "step-00000009", folder, overwrite=True).differences["logits"] <= 1e-5
 
 
 def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> None:

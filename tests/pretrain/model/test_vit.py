@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig
-from pretrain.export.folder import build_hugging_face, to_hugging_face
+from pretrain.export.vit import encoder_config, to_hugging_face
 from pretrain.model.vit import DropPath, ViT, compile_blocks, patchify, sincos_positions
 
 CONFIG = ModelConfig(
@@ -38,6 +39,13 @@ def perturbed(config: ModelConfig) -> Classifier:
     return model
 
 
+def renamed(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """A classifier's tensors by transformers' names."""
+    encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith("classifier.")}
+    return {f"vit.{name}": tensor for name, tensor in to_hugging_face(encoder, config).items()} | head
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"position_embedding": "sincos"}, {"layer_norm_eps": 1e-3}, {"mlp_ratio": 3.0, "intermediate_size": None}],
@@ -45,8 +53,10 @@ def perturbed(config: ModelConfig) -> Classifier:
 def test_logits_and_gradients_equal_transformers(changes: dict[str, object]) -> None:
     config = CONFIG.model_copy(update=changes)
     ours = perturbed(config)
-    theirs = build_hugging_face(config, list("abcde"))
-    theirs.load_state_dict(to_hugging_face(ours.state_dict(), config), strict=True)
+    theirs = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**encoder_config(config), num_labels=5)
+    ).eval()
+    theirs.load_state_dict(renamed(ours.state_dict(), config), strict=True)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
 
     our_logits, their_logits = ours(images), theirs(images).logits
@@ -55,7 +65,7 @@ def test_logits_and_gradients_equal_transformers(changes: dict[str, object]) -> 
     F.cross_entropy(their_logits, labels).backward()
     our_gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     their_gradients = {name: p.grad for name, p in theirs.named_parameters()}
-    mapped = to_hugging_face(our_gradients, config)
+    mapped = renamed(our_gradients, config)
     assert mapped.keys() == their_gradients.keys() - (
         {"vit.embeddings.position_embeddings"} if config.position_embedding == "sincos" else set()
     )
@@ -67,6 +77,17 @@ def test_every_parameter_has_a_gradient() -> None:
     model = perturbed(CONFIG)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_only_the_visible_patches_are_seen_each_at_its_position() -> None:
+    model, images = perturbed(CONFIG).encoder, torch.randn(3, 3, 32, 32)
+    visible = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
+    whole, some = model.embed(images), model.embed(images, visible)
+    assert torch.equal(some[:, 0], whole[:, 0])
+    for i in range(3):
+        torch.testing.assert_close(some[i, 1:], whole[i, 1:][visible[i]])
+    everything = torch.arange(16).expand(3, -1)
+    torch.testing.assert_close(model(images, everything), model(images))
 
 
 def test_checkpointing_and_compiling_change_nothing() -> None:

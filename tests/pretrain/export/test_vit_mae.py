@@ -1,0 +1,134 @@
+"""A masked autoencoder leaves as `vit_mae` and as `vit`, each proved, under the names that every version reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from finetune.backbone import new_classifier
+from pretrain import UserError
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.pieces import load_weights
+from pretrain.checkpoint.warm_start import warm_start
+from pretrain.config import DataConfig, MAEConfig, ModelConfig, PretrainConfig, ScheduleConfig, SupervisedConfig
+from pretrain.export.folder import export
+from pretrain.export.proof import ProofError
+from pretrain.export.vit_mae import VitMae
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+from tests.checkpoints import write_checkpoint
+
+MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
+OBJECTIVE = MAEConfig(
+    decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64
+)
+
+
+@pytest.fixture(scope="module", params=["learned", "sincos"])
+def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with one checkpoint of random weights."""
+    folder = tmp_path_factory.mktemp("mae")
+    model = MODEL.model_copy(update={"position_embedding": request.param})
+    config = PretrainConfig(
+        run_dir=folder,
+        data=DataConfig(train=str(folder)),
+        model=model,
+        objective=OBJECTIVE,
+        schedule=ScheduleConfig(total_steps=9),
+    )
+    torch.manual_seed(1)
+    weights = build_objective(OBJECTIVE, ViT(model), 0, config.preprocessing).state_dict()
+    weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
+    manifest = Manifest(9, 99, 1, "digest", [], json.loads(config.model_dump_json()), "commit")
+    write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
+    return folder
+
+
+def test_the_autoencoder_rebuilds_what_the_run_rebuilds(run_dir: Path) -> None:
+    proof = export(run_dir, run_dir / "autoencoder", model_type="vit_mae")
+    assert proof.differences.keys() == {"rebuilt patches", "pixels"}
+    assert (proof.differences["rebuilt patches"], proof.differences["pixels"]) <= (1e-5, 0.0)
+    card = (run_dir / "autoencoder" / "README.md").read_text()
+    assert "ViTMAEForPreTraining.from_pretrained" in card
+    assert "in the rebuilt patches and 0.0e+00 in the pixels" in card
+
+
+def test_names_on_disk_are_those_of_the_folders_on_the_hub(run_dir: Path) -> None:
+    """transformers 5.23 would write `decoder.decoder_encoder.layer`, which 4.57 does not find."""
+    names = set(load_file(run_dir / "autoencoder" / "model.safetensors"))
+    assert {name for name in names if name.startswith("decoder.decoder_layers.0.")} == {
+        f"decoder.decoder_layers.0.{name}.{kind}"
+        for name in (
+            "attention.attention.query",
+            "attention.attention.key",
+            "attention.attention.value",
+            "attention.output.dense",
+            "intermediate.dense",
+            "output.dense",
+            "layernorm_before",
+            "layernorm_after",
+        )
+        for kind in ("weight", "bias")
+    }
+    others = {name for name in names if name.startswith("decoder.") and "decoder_layers" not in name}
+    layers = ("decoder_embed", "decoder_norm", "decoder_pred")
+    assert others == {f"decoder.{name}.{kind}" for name in layers for kind in ("weight", "bias")} | {
+        "decoder.mask_token",
+        "decoder.decoder_pos_embed",
+    }
+
+
+def test_the_encoder_alone_is_an_ordinary_vit(run_dir: Path) -> None:
+    proof = export(run_dir, run_dir / "encoder")
+    assert proof.differences.keys() == {"features", "pixels"}
+    _, report = transformers.AutoModel.from_pretrained(
+        run_dir / "encoder", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not any(report.values())
+    model = new_classifier(run_dir / "encoder", ["a", "b"], from_scratch=False, freeze_backbone=False)
+    trained = load_weights(run_dir / "checkpoints" / "step-00000009")["encoder.layers.1.mlp.fc2.weight"]
+    assert torch.equal(model.state_dict()["vit.layers.1.mlp.fc2.weight"], trained)
+
+
+@pytest.mark.parametrize("folder", ["autoencoder", "encoder"])
+def test_another_run_begins_from_either(run_dir: Path, folder: str) -> None:
+    config = PretrainConfig.model_validate_json(
+        json.dumps(Manifest.load(run_dir / "checkpoints" / "step-00000009").config)
+    )
+    objective = build_objective(SupervisedConfig(), ViT(config.model), 2, config.preprocessing)
+    assert "classifier.weight anew" in warm_start(objective, run_dir / folder, ["a", "b"], 1e-6)
+    trained = load_weights(run_dir / "checkpoints" / "step-00000009")
+    assert all(torch.equal(w, trained[f"encoder.{name}"]) for name, w in objective.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["weight", "missing", "mask", "targets"])
+def test_the_proof_finds_what_is_wrong(run_dir: Path, tmp_path: Path, damage: str) -> None:
+    for path in (run_dir / "autoencoder").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "decoder.decoder_layers.0.output.dense.weight"
+    text = (tmp_path / "config.json").read_text()
+    if damage == "weight":
+        weights[name][0, 0] += 0.1
+    elif damage == "missing":
+        del weights[name]
+    elif damage == "mask":
+        (tmp_path / "config.json").write_text(text.replace('"mask_ratio": 0.75', '"mask_ratio": 0.5'))
+    elif damage == "targets":
+        (tmp_path / "config.json").write_text(text.replace('"norm_pix_loss": true', '"norm_pix_loss": false'))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = run_dir / "checkpoints" / "step-00000009"
+    config = PretrainConfig.model_validate_json(json.dumps(Manifest.load(checkpoint).config))
+    with pytest.raises(ProofError):
+        VitMae(config, load_weights(checkpoint), []).prove(tmp_path)
+
+
+def test_a_run_without_a_decoder_is_no_autoencoder(tmp_path: Path) -> None:
+    config = PretrainConfig(
+        run_dir=tmp_path, data=DataConfig(train="x"), model=MODEL, schedule=ScheduleConfig(total_steps=1)
+    )
+    with pytest.raises(UserError, match=r"objective.name=supervised has no decoder; leave out --as"):
+        VitMae(config, {}, [])

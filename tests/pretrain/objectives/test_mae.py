@@ -1,0 +1,117 @@
+"""The masked autoencoder against transformers' own, and by learning something."""
+
+import numpy as np
+import torch
+import transformers
+
+from pretrain.config import MAEConfig, ModelConfig, PreprocessingConfig
+from pretrain.export.vit import to_hugging_face
+from pretrain.export.vit_mae import decoder_to_hugging_face, hugging_face_config
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+from pretrain.objectives.mae import MAEObjective
+
+MODEL = ModelConfig(
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=80,
+    patch_size=8,
+    image_size=32,
+    position_embedding="sincos",
+)
+DECODER = {
+    "decoder_hidden_size": 32,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 64,
+}
+
+
+def build(**changes: object) -> MAEObjective:
+    torch.manual_seed(0)
+    config = MAEConfig.model_validate({**DECODER, **changes})
+    objective = build_objective(config, ViT(MODEL), 0, PreprocessingConfig())
+    assert isinstance(objective, MAEObjective)
+    return objective
+
+
+def batch(size: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {
+        "image": torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8),
+        "patch_order": torch.stack([torch.randperm(16) for _ in range(size)]),
+    }
+
+
+def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    parts = {
+        prefix: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in ("encoder.", "decoder.")
+    }
+    encoder = {f"vit.{name}": tensor for name, tensor in to_hugging_face(parts["encoder."], MODEL).items()}
+    return encoder | decoder_to_hugging_face(parts["decoder."], MODEL)
+
+
+def test_loss_and_gradients_equal_transformers() -> None:
+    for changes in ({}, {"normalize_targets": False}, {"mask_ratio": 0.5}, {"mask_ratio": 0.7}):
+        ours = build(**changes)
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        theirs = transformers.ViTMAEForPreTraining(hugging_face_config(MODEL, ours.config)).train()
+        theirs.load_state_dict(renamed(ours.state_dict()), strict=True)
+        images, patch_order = torch.randn(6, 3, 32, 32), batch(6)["patch_order"]
+
+        our_loss = ours.losses(images, patch_order).mean()
+        their_loss = theirs(images, noise=patch_order.argsort(dim=1).float()).loss
+        torch.testing.assert_close(our_loss, their_loss, rtol=1e-6, atol=1e-6)
+        our_loss.backward()
+        their_loss.backward()
+        mapped = renamed({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+        wanted = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+        assert mapped.keys() == wanted.keys()
+        for name, gradient in mapped.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_first_loss_is_one() -> None:
+    """Each target has mean 0 and deviation 1, and a decoder that begins near zero says nothing."""
+    assert abs(float(build().train()(batch(16))["loss"]) - 1.0) < 0.05
+
+
+def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
+    objective = build().train()
+    rows = torch.linspace(0, 255, 32)
+    smooth = torch.stack([torch.outer(rows.roll(i), rows.flip(0)) / 255 for i in range(8)])[:, None].expand(
+        -1, 3, -1, -1
+    )
+    data = {**batch(8), "image": smooth.to(torch.uint8)}
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3, weight_decay=0.0)
+    for _ in range(250):
+        optimizer.zero_grad()
+        loss = objective(data)["loss"]
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
+    assert all(not torch.equal(before[name], p) for name, p in objective.named_parameters())
+
+
+def test_masks_are_keyed_by_the_sample_and_pixels_stay_what_they_were() -> None:
+    view = build().train_view()
+    image = np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(first["patch_order"], again["patch_order"])
+    assert not np.array_equal(first["patch_order"], other["patch_order"])
+    assert sorted(first["patch_order"]) == list(range(16))
+    plain = view.view(image, np.random.default_rng(1))  # type: ignore[attr-defined]
+    assert all(np.array_equal(first[name], plain[name]) for name in plain)
+
+
+def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
+    objective, data = build().eval(), batch(8)
+    sums = objective({**data, "weight": torch.tensor([1.0] * 5 + [0.0] * 3)})
+    first = objective({name: tensor[:5] for name, tensor in data.items()} | {"weight": torch.ones(5)})
+    torch.testing.assert_close(sums["loss"], first["loss"])
