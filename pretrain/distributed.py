@@ -49,6 +49,11 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def is_true_anywhere(value: bool) -> bool:
+    """Say, on every rank, whether any rank's `value` is true."""
+    return bool(sum_over_ranks(torch.tensor(float(value), device=device())) > 0)
+
+
 def gather(value: Result) -> list[Result]:
     """Return every rank's value, on every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:

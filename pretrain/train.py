@@ -106,18 +106,18 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
         owed = owed or step % config.checkpoint.every_steps == 0
         due_save = stopping or last or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
         due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
+        diverged = len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row
         if due_save or due_evaluation or step % config.logging.every_steps == 0:
             watch.enter("report")
             report(run, interval.close(run, batches) | {"optim/learning_rate": learning_rate}, tracker, progress)
-            if due_evaluation:
+            if due_save and not diverged:
+                watch.enter("save")
+                saver.begin(engine, run.moment(tracker.mlflow_run_id()))
+                owed = False
+            if due_evaluation and not stopping:
                 watch.enter("evaluate")
-                evaluate(run, tracker, progress)
+                evaluate(run, tracker, progress, stop)
             interval = Interval(engine.device, batches.per_step)
-        diverged = len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row
-        if due_save and not diverged:
-            watch.enter("save")
-            saver.begin(engine, run.moment(tracker.mlflow_run_id()))
-            owed = False
         if diverged or stopping:
             outcome = Outcome.DIVERGED if diverged else Outcome.STOPPED
             break
@@ -151,8 +151,8 @@ def report(run: Run, row: dict[str, float], tracker: Tracker, progress: Progress
     run.quarantine.check(run.manifest.samples)
 
 
-def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
-    """Go through the validation set, every sample once over all ranks."""
+def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal") -> None:
+    """Go through the validation set, every sample once over all ranks; a stop waits for the run's last one alone."""
     if run.data.validation is None:
         return
     run.engine.eval()
@@ -166,13 +166,20 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine) -> None:
     )
     sums: dict[str, Tensor] = {}
     faults: list[Fault] = []
+    is_last, stopped = run.manifest.step == run.config.schedule.total_steps, False
     with torch.no_grad(), run.ema.in_place():
         for loaded in batches:
+            stopped = not is_last and distributed.is_true_anywhere(stop.asked)
+            if stopped:
+                break
             faults += loaded.faults
             batch = to_device(loaded.tensors, run.engine.device)
             for name, value in (run.engine(batch) | {"count": batch["weight"].sum()}).items():
                 sums[name] = sums.get(name, 0.0) + value.double()
+    batches.close()
     run.engine.train()
+    if stopped:
+        return
     run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
     totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
     if not totals[-1]:

@@ -26,7 +26,7 @@ SILENT_SECONDS = 5.0  # without a beat
 BEHIND_SECONDS = 7.0  # in a phase that others have left
 FIRST_STEPS_SECONDS = 120.0  # the same for a rank that may still be compiling
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-LAG = 2.0  # times the others' own work
+LAG, LEAST_LAG = 2.0, 0.02  # times the others' own work, and seconds a step beyond it: less is not worth a word
 STEPS_TIMED = 8
 FRAMES = 12  # of a stack, the innermost
 END = "end"  # the phase of a rank that is through
@@ -140,7 +140,7 @@ class Diagnosis:
             others = [work for rank, work in timed.items() if rank != beat.rank]
             if beat.rank not in silent and beat.rank in timed and others:
                 usual = statistics.median(others)
-                if timed[beat.rank] > LAG * usual:
+                if timed[beat.rank] > max(LAG * usual, usual + LEAST_LAG):
                     times = f"{timed[beat.rank]:.3f} s a step for its data and forward, the others {usual:.3f} s"
                     yield beat, "lags", _with_stack(f"{beat} lags: {times}", beat)
 

@@ -153,6 +153,23 @@ def digest(weight: torch.Tensor) -> list[float]:
     return [float(flat.sum()), float(flat.norm()), float(flat @ torch.linspace(-1, 1, len(flat), dtype=torch.float64))]
 
 
+def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Let the last rank be asked to stop in the second batch of the evaluation after step 3."""
+    settings = [f"run_dir={folder / 'stopped'}", "tracking.uri=off", "evaluation.every_steps=3", "data.num_workers=0"]
+    run, stop = prepare(load_config(PretrainConfig, recipe, settings).config), StopSignal()
+    evaluated = 0
+
+    def ask(batch: Batch, device: torch.device) -> Batch:
+        nonlocal evaluated
+        evaluated += 1
+        stop.asked = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
+        return to_device(batch, device)
+
+    with mock.patch("pretrain.train.to_device", ask):
+        outcome = tracked(run, "", stop)
+    return {"outcome": outcome.name, "evaluated": evaluated, "rows": rows_of(folder / "stopped")}
+
+
 def die_in_a_save(recipe: Path, folder: Path) -> None:
     """Let the last rank die in the second save, before its part is written; its launcher ends the others."""
     config = load_config(PretrainConfig, recipe, [f"run_dir={folder / 'torn'}", "tracking.uri=off"]).config
@@ -227,6 +244,7 @@ def main(recipe: Path, folder: Path, source: Path | None) -> None:
             seen[name] = check(recipe, folder, name, overrides)
         if distributed.world_size() == 1:
             seen["reference"] = reference(recipe)
+        seen["stopped"] = stop_in_an_evaluation(recipe, folder)
     if source:
         seen["resharded"] = reshard(recipe, folder, source)
     if distributed.is_main():

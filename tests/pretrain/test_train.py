@@ -154,6 +154,16 @@ def test_dropout_acts_and_bf16_is_near(seen: dict[int, Seen]) -> None:
     assert column(seen[1]["unclipped"], "optim/grad_norm")[0] == column(seen[1]["stage2"], "optim/grad_norm")[0]
 
 
+def test_a_stop_does_not_wait_for_an_evaluation(seen: dict[int, Seen]) -> None:
+    for world_size in (1, 2):
+        stopped = seen[world_size]["stopped"]
+        assert (stopped["outcome"], stopped["evaluated"]) == ("STOPPED", 2)
+        assert [row["step"] for row in stopped["rows"] if "train/loss" in row] == [1, 2, 3, 4, 5]
+        assert not column(stopped, "validation/loss")
+        checkpoints = list_checkpoints(Path(seen[world_size]["folder"]) / "stopped")
+        assert [path.name for path in checkpoints] == ["step-00000004", "step-00000005"]
+
+
 def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(seen: dict[int, Seen]) -> None:
     for world_size in (1, 2):
         checkpoints = Path(seen[world_size]["folder"]) / "torn" / "checkpoints"

@@ -131,6 +131,11 @@ def test_each_thing_is_said_once_and_again_after_it_was_gone() -> None:
     assert not diagnosis.is_stuck(99.0, 10.0)  # lagging is no reason to end a run
 
 
+def test_some_milliseconds_are_no_lag() -> None:
+    assert not Diagnosis().look([beat(0, work=0.004), beat(1, work=0.02)], 0.0)
+    assert Diagnosis().look([beat(0, work=0.004), beat(1, work=0.025)], 0.0)
+
+
 def test_all_ranks_in_the_same_long_phase_is_no_hang() -> None:
     """The first step of a compiled model, or a long evaluation."""
     diagnosis = Diagnosis()
