@@ -333,9 +333,17 @@ class EngineConfig(BatchConfig):
 
 
 class EvaluationConfig(Section):
-    """When the validation set is gone through: every so many steps (0: never) and at the end."""
+    """When the validation set is gone through: every so many steps, and at the end.
 
-    every_steps: CountOrZero = 0
+    A probe freezes the encoder and asks what its features are good for: k-NN and linear top-1 where there are labels,
+    how many directions they use, and a masked autoencoder's pictures.
+    """
+
+    every_steps: CountOrZero = Field(0, description="0: at the end only")
+    probe_every_steps: CountOrZero = Field(0, description="0: no probes, not at the end either")
+    probe_samples: Count = Field(
+        10_000, description="images of the training set, spread over it, that probes learn from"
+    )
 
 
 class LoggingConfig(Section):
@@ -392,6 +400,10 @@ class PretrainConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from self.engine.problems_of_mixing(self.objective.augment)
+        if self.evaluation.probe_every_steps and self.data.validation is None:
+            yield Problem(
+                ("data.validation", "evaluation.probe_every_steps"), "missing, and the probes are tested on it"
+            )
         if isinstance(self.objective, MAEConfig) and self.objective.num_visible(self.model) < 1:
             keys = ("objective.mask_ratio", "model.image_size", "model.patch_size")
             yield Problem(keys, f"hides all of the {self.model.num_patches} patches; lower it")

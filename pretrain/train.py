@@ -4,11 +4,9 @@ import signal
 import sys
 import time
 from enum import Enum
-from itertools import chain
 from types import FrameType
 
 import torch
-from torch import Tensor
 
 from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, UserError, distributed
 from pretrain.checkpoint.manifest import CheckpointError
@@ -16,14 +14,14 @@ from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.index import DataError
-from pretrain.data.loader import Fault, evaluation_batches
 from pretrain.data.meters import verdict
 from pretrain.data.order import random_bits
 from pretrain.engine import gradient_norm, set_learning_rate, start_distributed
+from pretrain.evaluation import evaluate, is_due
 from pretrain.objectives.objective import Objective
 from pretrain.run import DivergedError, Run, go_back, prepare
 from pretrain.schedules import learning_rate_at
-from pretrain.steps import Batches, Interval, to_device
+from pretrain.steps import Batches, Interval
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker
 from pretrain.watch import Watch
@@ -105,7 +103,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
         stopping = batches.note(judged) and not last
         owed = owed or step % config.checkpoint.every_steps == 0
         due_save = stopping or last or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
-        due_evaluation = last or (config.evaluation.every_steps and step % config.evaluation.every_steps == 0)
+        due_evaluation = is_due(run)
         diverged = len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row
         if due_save or due_evaluation or step % config.logging.every_steps == 0:
             watch.enter("report")
@@ -116,7 +114,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
                 owed = False
             if due_evaluation and not stopping:
                 watch.enter("evaluate")
-                evaluate(run, tracker, progress, stop)
+                evaluate(run, tracker, progress, lambda: stop.asked)
             interval = Interval(engine.device, batches.per_step)
         if diverged or stopping:
             outcome = Outcome.DIVERGED if diverged else Outcome.STOPPED
@@ -149,45 +147,6 @@ def report(run: Run, row: dict[str, float], tracker: Tracker, progress: Progress
     progress.show(row, run.manifest.step)
     progress.judge(verdict(row, run.config.data.num_workers))
     run.quarantine.check(run.manifest.samples)
-
-
-def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal") -> None:
-    """Go through the validation set, every sample once over all ranks; a stop waits for the run's last one alone."""
-    if run.data.validation is None:
-        return
-    run.engine.eval()
-    batches = evaluation_batches(
-        run.data.validation,
-        run.objective.evaluation_view(),
-        batch_size=run.config.engine.micro_batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        num_workers=run.config.data.num_workers,
-    )
-    sums: dict[str, Tensor] = {}
-    faults: list[Fault] = []
-    is_last, stopped = run.manifest.step == run.config.schedule.total_steps, False
-    with torch.no_grad(), run.ema.in_place():
-        for loaded in batches:
-            stopped = not is_last and distributed.is_true_anywhere(stop.asked)
-            if stopped:
-                break
-            faults += loaded.faults
-            batch = to_device(loaded.tensors, run.engine.device)
-            for name, value in (run.engine(batch) | {"count": batch["weight"].sum()}).items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-    batches.close()
-    run.engine.train()
-    if stopped:
-        return
-    run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
-    totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
-    if not totals[-1]:
-        raise DataError(f"{run.config.data.validation}: no sample can be used; {run.quarantine.path} says why")
-    means = {name: total / totals[-1] for name, total in zip(sums, totals, strict=True)}
-    row = {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
-    tracker.log(row, run.manifest.step)
-    progress.note(f"step {run.manifest.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
 
 
 class StopSignal:

@@ -59,6 +59,11 @@ def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     return (images - per_channel(mean, images.device)) / per_channel(std, images.device)
 
 
+def denormalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
+    """Undo `normalize`."""
+    return images * per_channel(std, images.device) + per_channel(mean, images.device)
+
+
 @cache
 def per_channel(values: Channels, device: torch.device) -> Tensor:
     """Return one number a channel, [C, 1, 1]; kept, because a copy to the device would make the host wait."""

@@ -215,16 +215,27 @@ def training_batches(
 
 
 def evaluation_batches(
-    samples: Samples, view: View, *, batch_size: int, rank: int, world_size: int, num_workers: int
+    samples: Samples,
+    view: View,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    at_most: int | None = None,
 ) -> Generator[Loaded, None, None]:
     """Yield this rank's share of all samples: each usable sample has "weight" [B] 1 on exactly one rank.
 
-    All ranks get equally many batches (ZeRO-3 needs that), so the last may hold copies; their weight is 0.
+    All ranks get equally many batches (ZeRO-3 needs that), so the last may hold copies; their weight is 0. With
+    `at_most` so many samples are taken, spread evenly over the set.
     """
-    num_samples = sum(samples.shard_sizes)
+    total = sum(samples.shard_sizes)
+    num_samples = min(total, at_most or total)
     stride = batch_size * world_size
     firsts = range(rank * batch_size, num_samples + (-num_samples) % stride, stride)
-    batches = ([min(i, num_samples - 1) for i in range(first, first + batch_size)] for first in firsts)
+    batches = (
+        [min(i, num_samples - 1) * total // num_samples for i in range(first, first + batch_size)] for first in firsts
+    )
     with closing(_load(_Rows(samples, view), batches, num_workers)) as loading:
         for first, loaded in zip(firsts, loading, strict=True):
             loaded.tensors["weight"] *= torch.arange(first, first + batch_size) < num_samples

@@ -6,6 +6,8 @@ the first), D hidden size, h heads, d = D / h.
 q, k and v stand apart and the names follow transformers' `vit`, so that the map to Hugging Face is a renaming.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -159,6 +161,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """[B, N, C * P * P] -> [B, C, H, W] of a square image."""
+    side = math.isqrt(patches.shape[1])
+    grid = patches.reshape(len(patches), side, side, -1, patch_size, patch_size)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, side * patch_size, side * patch_size)
 
 
 def take(tokens: Tensor, places: Tensor) -> Tensor:

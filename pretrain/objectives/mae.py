@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pretrain.config import MAEConfig, PreprocessingConfig
 from pretrain.data.augment import EvalView, TrainView, View, augment
-from pretrain.data.colour import normalize
+from pretrain.data.colour import denormalize
 from pretrain.data.decode import Jpeg, Pixels
 from pretrain.model.mae_decoder import MAEDecoder
-from pretrain.model.vit import ViT, patchify, take
+from pretrain.model.vit import ViT, patchify, take, unpatchify
 from pretrain.objectives.objective import Objective
 
 LEAST_VARIANCE = 1e-6  # of a patch's pixels
@@ -34,6 +35,8 @@ class MAEObjective(Objective):
     Targets are normalised patch by patch, so a decoder that says nothing has a loss near 1.
     """
 
+    draws = True
+
     def __init__(self, config: MAEConfig, encoder: ViT, num_classes: int, preprocessing: PreprocessingConfig) -> None:
         super().__init__()
         self.config = config
@@ -50,12 +53,12 @@ class MAEObjective(Objective):
         view = EvalView(self.encoder.config.image_size, self.preprocessing.resize_ratio)
         return MaskedView(view, self.encoder.config.num_patches)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        mean, std = self.preprocessing.image_mean, self.preprocessing.image_std
-        if self.training:
-            return {"loss": self.losses(augment(batch, mean, std), batch["patch_order"]).mean()}
-        images = normalize(batch["image"].float() / 255, mean, std)
-        return {"loss": (self.losses(images, batch["patch_order"]) * batch["weight"]).sum()}
+    def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
+        return {"loss": self.losses(images, batch["patch_order"]).mean()}
+
+    def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"loss": (self.losses(self.normalized(batch), batch["patch_order"]) * batch["weight"]).sum()}
 
     def losses(self, images: Tensor, patch_order: Tensor) -> Tensor:
         """Return each sample's loss.
@@ -67,12 +70,33 @@ class MAEObjective(Objective):
         Returns:
             float [B].
         """
+        predicted, targets = self.rebuild(images, patch_order)
+        mean, deviation = self.scale(targets)
+        losses: Tensor = (predicted - (targets - mean) / deviation).square().mean(dim=(1, 2))
+        return losses
+
+    def rebuild(self, images: Tensor, patch_order: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the decoder says of the hidden patches, and the patches: both float [B, N - V, C * P * P]."""
         visible, hidden = patch_order[:, : self.num_visible], patch_order[:, self.num_visible :]
         tokens = self.encoder(images.to(self.encoder.cls_token.dtype), visible)
-        predicted = self.decoder(tokens, patch_order)
-        targets = take(patchify(images, self.encoder.config.patch_size), hidden)
-        if self.config.normalize_targets:
-            deviation = (targets.var(-1, keepdim=True) + LEAST_VARIANCE).sqrt()
-            targets = (targets - targets.mean(-1, keepdim=True)) / deviation
-        losses: Tensor = (predicted.float() - targets).square().mean(dim=(1, 2))
-        return losses
+        predicted: Tensor = self.decoder(tokens, patch_order)
+        return predicted.float(), take(patchify(images, self.encoder.config.patch_size), hidden)
+
+    def scale(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each patch's mean and deviation [B, N - V, 1]; 0 and 1 if targets stay as they are."""
+        if not self.config.normalize_targets:
+            return torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
+        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + LEAST_VARIANCE).sqrt()
+
+    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+        """Show each image, what the encoder sees of it, and what was rebuilt, at each patch's own brightness."""
+        images, patch_order = self.normalized(batch), batch["patch_order"]
+        predicted, targets = self.rebuild(images, patch_order)
+        mean, deviation = self.scale(targets)
+        places = patch_order[:, self.num_visible :, None].expand_as(predicted)
+        patches, size = patchify(images, self.encoder.config.patch_size), self.encoder.config.patch_size
+        seen = unpatchify(patches.scatter(1, places, torch.zeros_like(targets)), size)
+        rebuilt = unpatchify(patches.scatter(1, places, predicted * deviation + mean), size)
+        return denormalize(
+            torch.cat([images, seen, rebuilt], dim=3), self.preprocessing.image_mean, self.preprocessing.image_std
+        ).clamp(0, 1)

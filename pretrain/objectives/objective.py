@@ -1,10 +1,13 @@
 """What every objective offers to the loop, which knows none by name."""
 
 from abc import abstractmethod
+from typing import Literal
 
 from torch import Tensor, nn
 
+from pretrain.config import PreprocessingConfig
 from pretrain.data.augment import View
+from pretrain.data.colour import normalize
 from pretrain.model.vit import ViT
 
 
@@ -12,11 +15,15 @@ class Objective(nn.Module):
     """A batch in, a dict of scalars with "loss" out.
 
     In training mode the scalars are means over the batch. In evaluation mode they are sums over its samples, each
-    times its "weight", so that any number of ranks and batches adds up to the same mean.
+    times its "weight", so that any number of ranks and batches adds up to the same mean. `answers` asks for something
+    else for a while: "features" [B, D], CLS of the encoder that would be exported, or "pictures".
     """
 
     encoder: ViT
+    preprocessing: PreprocessingConfig
+    draws: bool = False  # whether `pictures` shows more than the images
     together: int = 1  # samples that must be in one micro-batch
+    answers: Literal["losses", "features", "pictures"] = "losses"
 
     @abstractmethod
     def train_view(self) -> View:
@@ -27,8 +34,30 @@ class Objective(nn.Module):
         """Return what a worker makes of an image for evaluation; it must pickle."""
 
     @abstractmethod
+    def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the loss and what else is worth a curve, as means."""
+
+    @abstractmethod
+    def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the same as sums over the samples that have a weight."""
+
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the loss and what else is worth a curve."""
+        """Answer as the mode asks: an engine, and ZeRO's hooks, know no other entry."""
+        if self.answers == "pictures":
+            return {"pictures": self.pictures(batch)}
+        if self.answers == "features":
+            encoder = self.encoder_for_export()
+            return {"features": encoder(self.normalized(batch).to(encoder.cls_token.dtype))[:, 0].float()}
+        return self.train_losses(batch) if self.training else self.evaluation_sums(batch)
+
+    def normalized(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return images as evaluation and the exported processor have them, [B, C, H, W]."""
+        pixels = batch["image"].float() / 255
+        return normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
+
+    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+        """Show what has been learned of some images, each beside them: [B, C, H, so many widths], from 0 to 1."""
+        return batch["image"].float() / 255
 
     def after_step(self, step: int) -> None:
         """Do what follows an optimizer step, such as moving an average of the weights."""

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SupervisedConfig
 from pretrain.data.augment import EvalView, TrainView, View, augment
-from pretrain.data.colour import normalize
 from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
 from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
@@ -34,16 +33,13 @@ class SupervisedObjective(Objective):
     def evaluation_view(self) -> View:
         return EvalView(self.encoder.config.image_size, self.preprocessing.resize_ratio)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self._train(batch) if self.training else self._evaluate(batch)
-
     def logits(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, classes], from CLS after the last norm."""
         tokens = self.encoder(images.to(self.classifier.weight.dtype))
         logits: Tensor = self.classifier(tokens[:, 0])
         return logits.float()
 
-    def _train(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels, smoothing = batch["label"], self.config.label_smoothing
         images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
         if not self.config.augment.mixes:
@@ -51,11 +47,9 @@ class SupervisedObjective(Objective):
         images, own_share = mix_neighbours(images, batch)
         return {"loss": mixed_cross_entropy(self.logits(images), labels, own_share, smoothing)}
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels, weight = batch["label"], batch["weight"]
-        logits = self.logits(
-            normalize(batch["image"].float() / 255, self.preprocessing.image_mean, self.preprocessing.image_std)
-        )
+        logits = self.logits(self.normalized(batch))
         correct = (logits.argmax(dim=1) == labels).float()
         return {
             "loss": (F.cross_entropy(logits, labels, reduction="none") * weight).sum(),

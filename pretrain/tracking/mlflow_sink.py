@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.tracking.tracker import METRICS_FILE, STATE_FILE
+from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, STATE_FILE
 
 # MLflow's own retries block a call to a dead server for 245.7 s; here the file is the queue, so none is needed.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -40,6 +40,7 @@ class Sink:
         self.client = MlflowClient(uri)
         self.state: dict[str, Any] = {"uri": uri, "experiment": experiment, "run_id": None}
         self.state |= {"last_step": -1, "last_names": []}  # what was sent last: a step may have several rows
+        self.state |= {"last_picture": ""}
         if (run_dir / STATE_FILE).exists():
             self.state |= json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
         self.params: dict[str, str] = {}
@@ -73,6 +74,10 @@ class Sink:
             names = {metric.key for metric in metrics if metric.step == last_step}
             before = self.state["last_names"] if last_step == self.state["last_step"] else []
             self._remember(last_step=last_step, last_names=sorted(names.union(before)))
+        for picture in sorted((self.run_dir / PICTURES_FOLDER).glob("step-*.png")):
+            if picture.name > self.state["last_picture"]:
+                self.client.log_artifact(self.state["run_id"], str(picture), PICTURES_FOLDER)
+                self._remember(last_picture=picture.name)
 
     def _is_unsent(self, step: int, name: str) -> bool:
         last_step: int = self.state["last_step"]

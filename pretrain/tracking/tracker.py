@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
+PICTURES_FOLDER = "pictures"  # step-*.png
 STATE_FILE = "mlflow.json"  # written by the sink: where the run is tracked
 SINK = "pretrain.tracking.mlflow_sink"
 ROOT = Path(__file__).resolve().parents[2]

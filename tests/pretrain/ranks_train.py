@@ -30,14 +30,15 @@ from pretrain.steps import to_device
 from pretrain.tracking.tracker import read_rows
 from pretrain.train import StopSignal, tracked
 
-STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)}
+PROBED = ["evaluation.probe_every_steps=4", "evaluation.probe_samples=50"]
+STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}", *PROBED] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
 MAE = (
     "objective={name: mae, mask_ratio: 0.5, decoder_hidden_size: 16, decoder_num_hidden_layers: 1, "
     "decoder_num_attention_heads: 2, decoder_intermediate_size: 32}"
 )
 OTHERS = {
-    **{f"mae{stage}": [MAE, f"engine.zero_stage={stage}"] for stage in range(4)},
+    **{f"mae{stage}": [MAE, *PROBED, f"engine.zero_stage={stage}"] for stage in range(4)},
     "dropout": NOISY,
     "dropout3": [*NOISY, "engine.zero_stage=3", "engine.activation_checkpointing=true"],
     "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],
@@ -52,6 +53,7 @@ OTHERS = {
     "uneven3": ["engine.global_batch_size=10", "engine.micro_batch_size=2", "engine.zero_stage=3"],
     "unclipped": ["engine.gradient_clipping=0", "engine.zero_stage=0"],
 }
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "pretrain").glob("*.yaml"))
 COMPILED_ELSEWHERE = {1: "compiled3", 2: "compiled"}  # compiling takes long
 RESHARDED = {  # what was saved -> how it is continued
     "stage0": ("stage3", STAGES["stage3"]),
@@ -165,9 +167,34 @@ def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
         stop.asked = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
         return to_device(batch, device)
 
-    with mock.patch("pretrain.train.to_device", ask):
+    with mock.patch("pretrain.evaluation.to_device", ask):
         outcome = tracked(run, "", stop)
     return {"outcome": outcome.name, "evaluated": evaluated, "rows": rows_of(folder / "stopped")}
+
+
+def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
+    """Take three steps by a published recipe at a thousandth of its scale; return the losses."""
+    data = load_config(PretrainConfig, recipe).config.data
+    settings = [
+        f"run_dir={folder / 'recipes' / path.stem}",
+        f"data.train={data.train}",
+        f"data.validation={data.validation}",
+        "data.num_workers=0",
+        "model.hidden_size=24",
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=2",
+        "model.image_size=64",
+        "schedule.total_steps=3",
+        "schedule.warmup_steps=1",
+        "engine.global_batch_size=8",
+        "engine.micro_batch_size=4",
+        "engine.compile=false",
+        "logging.every_steps=1",
+        "tracking.uri=off",
+    ]
+    config = load_config(PretrainConfig, path, settings).config
+    run_to_end(config)
+    return [row["train/loss"] for row in rows_of(config.run_dir) if "train/loss" in row]
 
 
 def die_in_a_save(recipe: Path, folder: Path) -> None:
@@ -244,6 +271,7 @@ def main(recipe: Path, folder: Path, source: Path | None) -> None:
             seen[name] = check(recipe, folder, name, overrides)
         if distributed.world_size() == 1:
             seen["reference"] = reference(recipe)
+            seen["recipes"] = {path.stem: try_recipe(path, folder, recipe) for path in RECIPES}
         seen["stopped"] = stop_in_an_evaluation(recipe, folder)
     if source:
         seen["resharded"] = reshard(recipe, folder, source)

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.data.index import DatasetInfo
@@ -105,6 +107,32 @@ def test_a_masked_autoencoder_learns_the_same_on_any_topology(seen: dict[int, Se
             assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-4), (world_size, stage)
 
 
+@pytest.mark.parametrize("name", ["knn_top1", "linear_top1", "feature_rank", "feature_spread"])
+@pytest.mark.parametrize("settings", [STAGES, MAE], ids=["supervised", "mae"])
+def test_probes_say_the_same_on_any_topology(seen: dict[int, Seen], settings: list[str], name: str) -> None:
+    expected = column(seen[1][settings[0]], f"probe/{name}")
+    assert len(expected) == 2
+    assert all(0 < value < (1.01 if name.endswith("1") else 50) for value in expected)
+    for world_size in (1, 2):
+        for stage in settings:
+            near = {"abs": 0.02} if name.endswith("top1") else {"rel": 1e-2}
+            assert column(seen[world_size][stage], f"probe/{name}") == pytest.approx(expected, **near)
+
+
+def test_a_masked_autoencoder_shows_what_it_rebuilds(seen: dict[int, Seen]) -> None:
+    for stage in MAE:
+        pictures = Path(seen[2]["folder"]) / stage / "whole" / "pictures"
+        assert sorted(path.name for path in pictures.iterdir()) == ["step-00000004.png", "step-00000008.png"]
+        page = np.asarray(Image.open(pictures / "step-00000008.png"))
+        assert page.shape == (8 * 32, 3 * 32, 3)
+        image, seen_patches, rebuilt = (page[:, 32 * i : 32 * (i + 1)].astype(int) for i in range(3))
+        changed, filled = (np.abs(image - other).reshape(32, 8, 4, 8, 3) for other in (seen_patches, rebuilt))
+        hidden = changed.max(axis=(1, 3, 4)) > 1
+        assert hidden.mean() == 0.5
+        assert filled.max(axis=(1, 3, 4))[~hidden].max() <= 1
+    assert not (Path(seen[2]["folder"]) / "stage0" / "whole" / "pictures").exists()
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", TEN)
 def test_ranks_that_do_not_divide_the_batch_train_as_one_rank_does(
@@ -174,6 +202,13 @@ def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(seen: dict[int,
 def test_exported_weights_are_the_fp32_masters(seen: dict[int, Seen]) -> None:
     for setting in {*EVERY} & seen[2].keys():
         assert not seen[2][setting]["rounded"], setting
+
+
+def test_each_published_recipe_takes_its_first_steps(seen: dict[int, Seen]) -> None:
+    assert {"mae_b16", "mae_l16", "vit_b16"} <= seen[1]["recipes"].keys()
+    for name, losses in seen[1]["recipes"].items():
+        assert len(losses) == 3, name
+        assert all(0 < loss < 3 for loss in losses), name
 
 
 def test_compiled_blocks_learn_the_same(seen: dict[int, Seen]) -> None:

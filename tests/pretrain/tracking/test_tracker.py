@@ -57,6 +57,19 @@ def test_a_resumed_run_is_one_run_with_no_step_doubled(tmp_path: Path) -> None:
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in (10, 20, 30, 40)]
 
 
+def test_each_picture_becomes_an_artifact_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "a"
+    for step in (10, 20):
+        picture = run_dir / "pictures" / f"step-{step:08d}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.write_bytes(b"pixels")
+        picture.with_suffix(".partial").write_bytes(b"half")
+        uri = track(run_dir, steps=(step,), resume_step=step - 10)
+    artifacts = MlflowClient(uri).list_artifacts(only_run(uri).info.run_id, "pictures")
+    assert [file.path for file in artifacts] == ["pictures/step-00000010.png", "pictures/step-00000020.png"]
+    assert json.loads((run_dir / "mlflow.json").read_text())["last_picture"] == "step-00000020.png"
+
+
 def test_a_step_may_have_two_rows_that_come_apart(tmp_path: Path) -> None:
     """Training and validation at one step: what was sent in between, or before a crash, costs neither a point."""
     run_dir = tmp_path / "a"

@@ -1,0 +1,168 @@
+"""What the run has learned so far: losses of the validation set, probes of the frozen encoder, and pictures."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pretrain import distributed
+from pretrain.data.index import DataError
+from pretrain.data.loader import Fault, Loaded, evaluation_batches
+from pretrain.data.samples import Samples
+from pretrain.probes import effective_rank, feature_spread, predict_by_linear_probe, predict_by_neighbours
+from pretrain.run import Run
+from pretrain.steps import to_device
+from pretrain.tracking.progress import ProgressLine
+from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker
+
+NUM_PICTURES = 8
+PROBES = {"knn_top1": predict_by_neighbours, "linear_top1": predict_by_linear_probe}
+
+
+class _StoppedError(Exception):
+    """Some rank was asked to stop; raised on all of them."""
+
+
+def is_due(run: Run) -> bool:
+    """Say whether anything is to be evaluated after the step that was just taken."""
+    return _validation_is_due(run) or _probe_is_due(run)
+
+
+def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Callable[[], bool]) -> None:
+    """Evaluate what is due, on all ranks together.
+
+    Args:
+        run: whose average of the weights, if it keeps one, is evaluated in their place.
+        tracker: is given the numbers.
+        progress: shows them.
+        stopping: says whether this rank was asked to stop; only the run's last evaluation is then waited for.
+    """
+    row: dict[str, float] = {}
+    validation = run.data.validation
+    if validation is None:
+        return
+    with _frozen(run):
+        if _validation_is_due(run):
+            row |= _validate(run, validation, stopping)
+        if _probe_is_due(run):
+            row |= _probe(run, validation, stopping)
+            if run.objective.draws:
+                _draw(run, validation)
+    if row:
+        tracker.log(row, run.manifest.step)
+        progress.note(f"step {run.manifest.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
+
+
+def _validation_is_due(run: Run) -> bool:
+    every = run.config.evaluation.every_steps
+    return _is_last(run) or bool(every and run.manifest.step % every == 0)
+
+
+def _probe_is_due(run: Run) -> bool:
+    every = run.config.evaluation.probe_every_steps
+    return bool(every and (_is_last(run) or run.manifest.step % every == 0))
+
+
+def _is_last(run: Run) -> bool:
+    return run.manifest.step == run.config.schedule.total_steps
+
+
+@contextmanager
+def _frozen(run: Run) -> Iterator[None]:
+    """Hold the model still, with the average of its weights in their place, until all is done or a stop is asked."""
+    run.engine.eval()
+    with torch.no_grad(), run.ema.in_place(), suppress(_StoppedError):
+        yield
+    run.objective.answers = "losses"
+    run.engine.train()
+
+
+def _batches(
+    run: Run, samples: Samples, stopping: Callable[[], bool], at_most: int | None = None
+) -> Iterator[tuple[Loaded, dict[str, Tensor]]]:
+    """Yield this rank's batches and what the objective answers."""
+    batches = evaluation_batches(
+        samples,
+        run.objective.evaluation_view(),
+        batch_size=run.config.engine.micro_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=run.config.data.num_workers,
+        at_most=at_most,
+    )
+    faults: list[Fault] = []
+    for loaded in batches:
+        if not _is_last(run) and distributed.is_true_anywhere(stopping()):
+            batches.close()
+            raise _StoppedError
+        faults += loaded.faults
+        yield loaded, run.engine(to_device(loaded.tensors, run.engine.device))
+    run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
+
+
+def _validate(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[str, float]:
+    """Go through the validation set, every sample once over all ranks."""
+    sums: dict[str, Tensor] = {}
+    for loaded, answers in _batches(run, validation, stopping):
+        count = loaded.tensors["weight"].sum().to(run.engine.device)
+        for name, value in (answers | {"count": count}).items():
+            sums[name] = sums.get(name, 0.0) + value.double()
+    totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
+    if not totals[-1]:
+        raise DataError(f"{run.config.data.validation}: no sample can be used; {run.quarantine.path} says why")
+    means = {name: total / totals[-1] for name, total in zip(sums, totals, strict=True)}
+    return {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
+
+
+def _probe(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[str, float]:
+    """Ask what the features are good for; each rank answers for its own part of the validation set."""
+    own = _features(run, run.data.training, stopping, run.config.evaluation.probe_samples)
+    unknown, truth, _ = _features(run, validation, stopping)
+    parts = [torch.cat(part).to(run.engine.device) for part in zip(*distributed.gather(own), strict=True)]
+    order = parts[2].argsort()  # by position, so that nothing depends on the number of ranks
+    known, labels = parts[0][order], parts[1][order]
+    if not known.isfinite().all():
+        return {}
+    row = {"probe/feature_rank": effective_rank(known), "probe/feature_spread": feature_spread(known)}
+    num_classes = len(run.data.training.class_names)
+    if num_classes:
+        right = [(probe(known, labels, unknown, num_classes) == truth).sum() for probe in PROBES.values()]
+        totals = distributed.sum_over_ranks(torch.stack([*right, torch.tensor(len(truth)).to(truth)])).tolist()
+        row |= {f"probe/{name}": total / totals[-1] for name, total in zip(PROBES, totals, strict=False)}
+    return row
+
+
+def _features(
+    run: Run, samples: Samples, stopping: Callable[[], bool], at_most: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features [N, D], labels [N] and positions [N] of this rank's usable samples."""
+    run.objective.answers = "features"
+    features, labels, positions = [], [], []
+    for loaded, answers in _batches(run, samples, stopping, at_most):
+        kept = loaded.tensors["weight"] > 0
+        features.append(answers["features"][kept.to(run.engine.device)])
+        labels.append(loaded.tensors["label"][kept])
+        positions.append(loaded.tensors["position"][kept])
+    return torch.cat(features), torch.cat(labels).to(run.engine.device), torch.cat(positions)
+
+
+def _draw(run: Run, validation: Samples) -> None:
+    """Draw the same images each time, a row each; every rank computes them, since ZeRO 3 needs all of them."""
+    run.objective.answers = "pictures"
+    view, number = run.objective.evaluation_view(), NUM_PICTURES
+    batches = evaluation_batches(
+        validation, view, batch_size=number, rank=0, world_size=1, num_workers=0, at_most=number
+    )
+    for loaded in batches:
+        rows = run.engine(to_device(loaded.tensors, run.engine.device))["pictures"]
+        if distributed.is_main():
+            page = torch.cat([*rows], dim=1).permute(1, 2, 0).mul(255).round().to(torch.uint8).cpu()
+            path = run.config.run_dir / PICTURES_FOLDER / f"step-{run.manifest.step:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_suffix(".partial")
+            Image.fromarray(np.asarray(page)).save(aside, "PNG")
+            aside.rename(path)

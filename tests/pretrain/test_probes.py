@@ -1,0 +1,69 @@
+"""Probes of frozen features against scikit-learn's, on its digits."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pretrain.probes import (
+    NUM_NEIGHBOURS,
+    TEMPERATURE,
+    effective_rank,
+    feature_spread,
+    predict_by_linear_probe,
+    predict_by_neighbours,
+)
+
+DIGITS = load_digits()
+FEATURES = DIGITS.data + np.random.default_rng(0).normal(0, 4, DIGITS.data.shape)  # else everything is too easy
+KNOWN, UNKNOWN = slice(0, 900), slice(900, None)
+
+
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.from_numpy(FEATURES[KNOWN]),
+        torch.from_numpy(DIGITS.target[KNOWN]),
+        torch.from_numpy(FEATURES[UNKNOWN]),
+    )
+
+
+def test_neighbours_vote_as_in_scikit_learn() -> None:
+    theirs = KNeighborsClassifier(
+        NUM_NEIGHBOURS, metric="cosine", weights=lambda distances: np.exp(-distances / TEMPERATURE)
+    ).fit(FEATURES[KNOWN], DIGITS.target[KNOWN])
+    expected = theirs.predict(FEATURES[UNKNOWN])
+    found = predict_by_neighbours(*tensors(), num_classes=10).numpy()
+    assert 0.7 < (expected == DIGITS.target[UNKNOWN]).mean() < 1
+    assert (found == expected).mean() > 0.999
+
+
+def test_the_linear_probe_is_scikit_learns_logistic_regression() -> None:
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, tol=1e-6))
+    expected = theirs.fit(FEATURES[KNOWN], DIGITS.target[KNOWN]).predict(FEATURES[UNKNOWN])
+    assert 0.7 < (expected == DIGITS.target[UNKNOWN]).mean() < 1
+    with torch.no_grad():
+        found = predict_by_linear_probe(*tensors(), num_classes=10).numpy()
+    assert (found == expected).mean() > 0.995
+    single = predict_by_linear_probe(*(t.float() if t.is_floating_point() else t for t in tensors()), num_classes=10)
+    assert (single.numpy() == expected).mean() > 0.99
+
+
+def test_few_known_images_and_constant_features_are_fine() -> None:
+    known, labels, unknown = torch.tensor([[1.0, 5.0], [-1.0, 5.0]]), torch.tensor([1, 0]), torch.tensor([[2.0, 5.0]])
+    assert predict_by_neighbours(known, labels, unknown, 3).tolist() == [1]
+    assert predict_by_linear_probe(known, labels, unknown, 3).tolist() == [1]
+
+
+def test_a_collapse_is_seen() -> None:
+    torch.manual_seed(0)
+    even = torch.randn(2000, 16)
+    line = torch.randn(2000, 1) * torch.ones(1, 16)
+    point = torch.ones(2000, 16) + 1e-4 * even
+    assert effective_rank(even) == pytest.approx(16, rel=0.02)
+    assert effective_rank(line) == pytest.approx(1, rel=1e-6)
+    assert feature_spread(even) == pytest.approx(1, abs=0.02)
+    assert feature_spread(point) < 1e-3
