@@ -19,7 +19,7 @@ from pretrain.steps import to_device
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker
 
-NUM_PICTURES = 8
+NUM_PICTURES, LEAST_PICTURE = 8, 96  # pixels of its height; smaller ones are enlarged
 PROBES = {"knn_top1": predict_by_neighbours, "linear_top1": predict_by_linear_probe}
 
 
@@ -160,9 +160,11 @@ def _draw(run: Run, validation: Samples) -> None:
     for loaded in batches:
         rows = run.engine(to_device(loaded.tensors, run.engine.device))["pictures"]
         if distributed.is_main():
-            page = torch.cat([*rows], dim=1).permute(1, 2, 0).mul(255).round().to(torch.uint8).cpu()
+            times = max(1, LEAST_PICTURE // rows.shape[2])
+            page = torch.cat([*rows], dim=1).repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
             path = run.config.run_dir / PICTURES_FOLDER / f"step-{run.manifest.step:08d}.png"
             path.parent.mkdir(exist_ok=True)
             aside = path.with_suffix(".partial")
-            Image.fromarray(np.asarray(page)).save(aside, "PNG")
+            pixels = page.permute(1, 2, 0).mul(255).round().to(torch.uint8).cpu().contiguous()
+            Image.fromarray(np.asarray(pixels)).save(aside, "PNG")
             aside.rename(path)

@@ -67,8 +67,11 @@ def predict_by_linear_probe(known: Tensor, labels: Tensor, unknown: Tensor, num_
 
 
 def effective_rank(features: Tensor) -> float:
-    """Return how many directions features [N, D] use: exp of their singular values' entropy (arXiv 2210.02885)."""
-    values = torch.linalg.svdvals(features.double())
+    """Return how many directions features [N, D] vary in: exp of their singular values' entropy (arXiv 2210.02885).
+
+    Their mean is taken out before, since it says nothing and would outweigh the rest.
+    """
+    values = torch.linalg.svdvals(features.double() - features.double().mean(dim=0))
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return float(torch.special.entr(shares).sum().exp())
 
