@@ -11,6 +11,7 @@ import argparse
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -31,6 +32,7 @@ from pretrain.steps import to_device
 RECORDS = "RECORDS"  # the variable that tells a rank where to note its samples
 BATCH = 32
 WORLD_SIZES = (2, 1, 3)
+GRACE_SECONDS = 3.0  # after a kill; the launcher would give the ranks that are left 30
 
 Notes = dict[int, list[tuple[int, int]]]  # step -> position and checksum of each sample, of all ranks
 
@@ -61,6 +63,14 @@ def read_notes(folder: Path) -> Notes:
     return {step: sorted(samples) for step, samples in notes.items()}
 
 
+def wait(process: "subprocess.Popen[bytes]", timeout: float) -> int | None:
+    """Return the exit code; None where there is none yet."""
+    try:
+        return process.wait(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def run_to_the_end(command: list[str], run_dir: Path, log: Path, kills: int, seconds: float) -> Iterator[Path]:
     """Start a run until it is through, and disturb it; yields where the ranks of each start have noted samples."""
     chance, killed, attempt = random.Random(0), 0, 0
@@ -69,8 +79,9 @@ def run_to_the_end(command: list[str], run_dir: Path, log: Path, kills: int, sec
         command[command.index("--num_gpus") + 1] = str(world_size)
         process = start([*command, f"run_dir={run_dir}"], log, **{RECORDS: str(records)})
         try:
-            killed += disturb(run_dir, process, min(1, kills - killed), seconds, chance, world_size)
-            code = process.wait(timeout=600)
+            hit = disturb(run_dir, process, min(1, kills - killed), seconds, chance, world_size)
+            killed += hit
+            code = wait(process, GRACE_SECONDS if hit else 600)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
