@@ -1,9 +1,12 @@
-"""Is pretraining worth it? The digits 0 to 4 are learned first, then 5 to 9 from a few labels.
+"""Is pretraining worth it? Digits are learned first, with labels or without, then 5 to 9 from a few labels.
 
-Beside each fine-tuned model stands a twin of the same architecture from scratch: the same labels, augmentations and
-steps, and the better of the same learning rates for each.
+The supervised objective is given 0 to 4 with their labels; the masked autoencoder the same and the training images of
+5 to 9, all without. Beside what is made of them stands a twin of the same architecture from scratch: the same labels,
+augmentations and steps, and the better of the same learning rates for each. Frozen features are probed by k-NN and by
+a linear classifier on the same labels.
 
     python benchmarks/transfer.py --labels 1 2 4 --seeds 0 1 2 --json transfer.json
+    python benchmarks/transfer.py --objectives supervised mae --labels 2 --json objectives.json
 """
 
 import argparse
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,15 +27,19 @@ from accelerate import Accelerator
 
 from finetune.config import FinetuneConfig
 from finetune.train import build_run, open_tracker, train
-from pretrain.configfile import load_config
+from pretrain.configfile import Loaded, load_config
+from pretrain.data.loader import evaluation_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import keep_classes, list_digits
 from pretrain.export.folder import export
+from pretrain.probes import predict_by_linear_probe, predict_by_neighbours
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-TWINS = ("pretrained", "from scratch")
+RECIPES = {"supervised": "pretrain.yaml", "mae": "mae.yaml"}  # of configs/quickstart
+SCRATCH = "from scratch"
+MEASURES = ("fine-tuned", "k-NN", "linear")
 
 
 def make_digits(folder: Path) -> None:
@@ -42,17 +50,19 @@ def make_digits(folder: Path) -> None:
         make_shards(source, folder / name, Recipe(validation=validation, shard_bytes=64_000, seed=0))
 
 
-def pretrain(folder: Path, seed: int, overrides: list[str]) -> Path:
+def pretrain(folder: Path, objective: str, seed: int, overrides: list[str]) -> Path:
     """Pretrain by the quickstart's recipe; return the exported folder."""
-    run_dir = folder / f"pretrain-seed{seed}"
+    run_dir = folder / f"{objective}-seed{seed}"
+    sets = [str(folder / name / "train") for name in ("pretrain", "finetune")]
     command = [
         sys.executable,
         str(ROOT / "launch" / "pretrain.py"),
-        f"--config={ROOT / 'configs' / 'quickstart' / 'pretrain.yaml'}",
+        f"--config={ROOT / 'configs' / 'quickstart' / RECIPES[objective]}",
         f"run_dir={run_dir}",
         f"seed={seed}",
-        f"data.train={folder / 'pretrain' / 'train'}",
+        f"data.train={sets[0] if objective == 'supervised' else json.dumps(sets)}",
         f"data.validation={folder / 'pretrain' / 'validation'}",
+        "tracking.uri=off",
         *overrides,
     ]
     subprocess.run(command, check=True, stdout=sys.stderr)
@@ -60,10 +70,8 @@ def pretrain(folder: Path, seed: int, overrides: list[str]) -> Path:
     return run_dir / "export"
 
 
-def finetune(
-    folder: Path, model: Path, seed: int, labels: int, twin: str, learning_rate: float, more: list[str]
-) -> float:
-    """Fine-tune by the quickstart's recipe, which measures once, after the last epoch; return the top-1."""
+def load(folder: Path, model: Path, seed: int, labels: int, origin: str, more: list[str]) -> Loaded[FinetuneConfig]:
+    """Return the quickstart's recipe of fine-tuning, which measures once, after the last epoch."""
     run_dir = folder / "finetune-run"
     shutil.rmtree(run_dir, ignore_errors=True)
     overrides = [
@@ -74,18 +82,38 @@ def finetune(
         f"data.validation={folder / 'finetune' / 'validation'}",
         f"data.labels_per_class={labels}",
         f"engine.global_batch_size={5 * labels}",
-        f"optimizer.learning_rate={learning_rate}",
-        f"from_scratch={'true' if twin == 'from scratch' else 'false'}",
+        f"from_scratch={'true' if origin == SCRATCH else 'false'}",
         *more,
     ]
-    loaded = load_config(FinetuneConfig, ROOT / "configs" / "quickstart" / "finetune.yaml", overrides)
+    return load_config(FinetuneConfig, ROOT / "configs" / "quickstart" / "finetune.yaml", overrides)
+
+
+def finetune(loaded: Loaded[FinetuneConfig]) -> float:
+    """Fine-tune; return the top-1."""
     run = build_run(loaded.config, Accelerator(cpu=not torch.cuda.is_available()))
     with contextlib.redirect_stdout(sys.stderr):
         return train(run, open_tracker(run, loaded.text, enabled=False)).top1
 
 
+@torch.no_grad()
+def probe(loaded: Loaded[FinetuneConfig]) -> dict[str, float]:
+    """Return what frozen features are good for, by the same few labels."""
+    run = build_run(loaded.config, Accelerator(cpu=not torch.cuda.is_available()))
+    backbone = run.classifier.eval().vit
+    found = []
+    for samples in (run.training, run.validation):
+        batches = evaluation_batches(samples, run.preprocessor, batch_size=64, rank=0, world_size=1, num_workers=0)
+        parts = [(batch.tensors, batch.tensors["weight"] > 0) for batch in batches]
+        features = [backbone(tensors["image"]).last_hidden_state[:, 0][kept] for tensors, kept in parts]
+        found += [torch.cat(features), torch.cat([tensors["label"][kept] for tensors, kept in parts])]
+    known, labels, unknown, truth = found
+    guesses = {"k-NN": predict_by_neighbours, "linear": predict_by_linear_probe}
+    return {name: float((guess(known, labels, unknown, 5) == truth).float().mean()) for name, guess in guesses.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objectives", nargs="+", choices=list(RECIPES), default=["supervised"])
     parser.add_argument("--labels", type=int, nargs="+", default=[2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
@@ -96,31 +124,47 @@ def main() -> None:
 
     results: list[dict[str, object]] = []
     started = time.time()
+
+    def note(**row: object) -> None:
+        results.append(row)
+        print(f"[{time.time() - started:.0f} s] {row}", file=sys.stderr, flush=True)
+
+    origins = [*arguments.objectives, SCRATCH]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_digits(folder)
         for seed in arguments.seeds:
-            model = pretrain(folder, seed, arguments.pretrain)
-            for labels in arguments.labels:
-                for twin in TWINS:
-                    for rate in LEARNING_RATES:
-                        top1 = finetune(folder, model, seed, labels, twin, rate, arguments.finetune)
-                        row = {"seed": seed, "labels": labels, "twin": twin, "learning_rate": rate, "top1": top1}
-                        results.append(row)
-                        print(f"[{time.time() - started:.0f} s] {row}", file=sys.stderr, flush=True)
+            models = {name: pretrain(folder, name, seed, arguments.pretrain) for name in arguments.objectives}
+            for labels, origin in product(arguments.labels, origins):
+                case = {"seed": seed, "labels": labels, "origin": origin}
+                model = models.get(origin, models[arguments.objectives[0]])
+                for measure, top1 in probe(load(folder, model, seed, labels, origin, arguments.finetune)).items():
+                    note(**case, measure=measure, top1=top1)
+                for rate in LEARNING_RATES:
+                    more = [f"optimizer.learning_rate={rate}", *arguments.finetune]
+                    top1 = finetune(load(folder, model, seed, labels, origin, more))
+                    note(**case, measure="fine-tuned", learning_rate=rate, top1=top1)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
-    print("| labels a class | " + " | ".join(TWINS) + " | gain |\n|---|---|---|---|")
-    for labels in arguments.labels:
-        best = {twin: [best_top1(results, seed, labels, twin) for seed in arguments.seeds] for twin in TWINS}
-        gains = [a - b for a, b in zip(*best.values(), strict=True)]
-        print(f"| {labels} | " + " | ".join(spread(values) for values in [*best.values(), gains]) + " |")
+    print("| labels a class | | " + " | ".join(origins) + " | gain |")
+    print("|---" * (len(origins) + 3) + "|")
+    for labels, measure in product(arguments.labels, MEASURES):
+        best = {
+            origin: [best_top1(results, seed, labels, origin, measure) for seed in arguments.seeds]
+            for origin in origins
+        }
+        gains = [
+            spread([a - b for a, b in zip(best[objective], best[SCRATCH], strict=True)])
+            for objective in arguments.objectives
+        ]
+        cells = [str(labels), measure, *(spread(values) for values in best.values()), ", ".join(gains)]
+        print(f"| {' | '.join(cells)} |")
 
 
-def best_top1(results: list[dict[str, object]], seed: int, labels: int, twin: str) -> float:
+def best_top1(results: list[dict[str, object]], seed: int, labels: int, origin: str, measure: str) -> float:
     """Return the better of the sweep's learning rates."""
-    same = [r for r in results if (r["seed"], r["labels"], r["twin"]) == (seed, labels, twin)]
-    return max(float(str(r["top1"])) for r in same)
+    wanted = {"seed": seed, "labels": labels, "origin": origin, "measure": measure}
+    return max(float(str(row["top1"])) for row in results if wanted.items() <= row.items())
 
 
 def spread(values: list[float]) -> str:

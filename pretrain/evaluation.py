@@ -128,9 +128,9 @@ def _probe(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[
     if not known.isfinite().all():
         return {}
     row = {"probe/feature_rank": effective_rank(known), "probe/feature_spread": feature_spread(known)}
-    num_classes = len(run.data.training.class_names)
-    if num_classes:
-        right = [(probe(known, labels, unknown, num_classes) == truth).sum() for probe in PROBES.values()]
+    names = run.data.training.class_names
+    if names and names == validation.class_names:
+        right = [(probe(known, labels, unknown, len(names)) == truth).sum() for probe in PROBES.values()]
         totals = distributed.sum_over_ranks(torch.stack([*right, torch.tensor(len(truth)).to(truth)])).tolist()
         row |= {f"probe/{name}": total / totals[-1] for name, total in zip(PROBES, totals, strict=False)}
     return row

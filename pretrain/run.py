@@ -113,12 +113,13 @@ def open_data(config: PretrainConfig) -> Data:
             "put run_dir on a file system that all machines share"
         )
     cache = open_cache(config.data)
-    training = open_samples(config.data.train, config.data.weights, cache)
+    labelled = config.objective.needs_labels
+    training = open_samples(config.data.train, config.data.weights, cache, labelled)
     training.check_room(config.data.shuffle_window)
     validation = open_samples(config.data.validation, cache=cache) if config.data.validation else None
-    if validation and validation.class_names != training.class_names:
+    if labelled and validation and validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
-    if config.objective.needs_labels and not training.class_names:
+    if labelled and not training.class_names:
         raise DataError(f"{config.data.train}: has no labels, objective.name={config.objective.name} needs them")
     return Data(training, validation)
 

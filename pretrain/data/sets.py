@@ -16,7 +16,10 @@ from pretrain.data.sources import list_folder
 
 
 def open_samples(
-    names: str | Path | Sequence[str | Path], weights: Sequence[float] | None = None, cache: Cache | None = None
+    names: str | Path | Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    cache: Cache | None = None,
+    labelled: bool = True,
 ) -> Samples:
     """Open a shard set or a folder of images; several sets become one, or are mixed by weight.
 
@@ -24,6 +27,7 @@ def open_samples(
         names: paths or URLs; braces are expanded.
         weights: how often each set is drawn; without them several sets are one.
         cache: where remote shards are kept.
+        labelled: whether the labels will be used; if not, sets of different classes become one without any.
 
     Raises:
         DataError: nothing usable at a path, or the sets' classes differ.
@@ -36,7 +40,7 @@ def open_samples(
         raise DataError(f"{len(weights)} weights for {len(places)} sets; expected one for each")
     first = Path(places[0])
     is_plain = len(places) == 1 and not is_remote(places[0]) and not (first / DATASET_FILE).exists()
-    samples = _open_folder(first) if is_plain else ShardSet(places, weights, cache)
+    samples = _open_folder(first) if is_plain else ShardSet(places, weights, cache, labelled)
     for part, place in zip(samples.parts, places, strict=False):
         if not sum(part.shard_sizes):
             raise DataError(f"{place}: holds no samples")

@@ -34,14 +34,20 @@ class ShardSet(Samples):
     """The shards of one or more sets: one after the other as if they were one set, or mixed by weight."""
 
     def __init__(
-        self, places: Sequence[str], weights: Sequence[float] | None = None, cache: Cache | None = None
+        self,
+        places: Sequence[str],
+        weights: Sequence[float] | None = None,
+        cache: Cache | None = None,
+        labelled: bool = True,
     ) -> None:
         self.cache = cache
         infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in places]
         self.class_names = infos[0].class_names
         for place, info in zip(places, infos, strict=True):
-            if info.class_names != self.class_names:
-                raise DataError(f"{place}: its classes differ from those of {places[0]}")
+            if info.class_names != infos[0].class_names:
+                if labelled:
+                    raise DataError(f"{place}: its classes differ from those of {places[0]}")
+                self.class_names = []
         self.entries = [shard for info in infos for shard in info.shards]
         self.places = [place for place, info in zip(places, infos, strict=True) for _ in info.shards]
         self.parts = [Part(info.digest, [shard.num_samples for shard in info.shards]) for info in infos]
