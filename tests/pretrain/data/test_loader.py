@@ -18,6 +18,9 @@ from pretrain.data.loader import Loaded, evaluation_batches, training_batches
 from pretrain.data.samples import FewLabels, Samples
 from pretrain.data.sets import open_samples
 from pretrain.data.shard_set import ShardSet
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import keep_classes, list_digits
 
 VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, cutmix=1.0, erasing=0.3), 16)
 GLOBAL_BATCH = 24
@@ -130,6 +133,17 @@ def test_evaluation_counts_every_sample_once(digits: Path, world_size: int, batc
     assert len(counts) == 1
 
 
+def test_some_samples_are_spread_over_the_set(digits: Path) -> None:
+    samples, positions = open_samples(digits / "train"), []
+    for rank in range(2):
+        for loaded in evaluation_batches(
+            samples, EvalView(16), batch_size=4, rank=rank, world_size=2, num_workers=0, at_most=10
+        ):
+            positions += loaded.tensors["position"][loaded.tensors["weight"] == 1].tolist()
+    total = sum(samples.shard_sizes)
+    assert sorted(positions) == [i * total // 10 for i in range(10)]
+
+
 def test_workers_end_when_nobody_wants_more(digits: Path) -> None:
     loading = batches(open_samples(digits / "train"), num_workers=2)
     next(loading)
@@ -238,6 +252,17 @@ def test_a_folder_of_images_is_data_too(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "stray.png").write_bytes(moved.read_bytes())
     with pytest.raises(DataError, match=r"1 image outside of any class: stray\.png"):
         open_samples(tmp_path)
+
+
+def test_sets_of_different_classes_are_one_where_no_label_is_used(digits: Path, tmp_path: Path) -> None:
+    make_shards(keep_classes(list_digits(), ["4", "5"]), tmp_path / "other", Recipe(validation=0.5))
+    both = [digits / "train", tmp_path / "other" / "train"]
+    with pytest.raises(DataError, match="its classes differ from those of"):
+        open_samples(both)
+    samples = open_samples(both, labelled=False)
+    assert samples.class_names == []
+    assert sum(samples.shard_sizes) == sum(sum(open_samples(one).shard_sizes) for one in both)
+    assert open_samples([both[0], both[0]], labelled=False).class_names == ["0", "1", "2"]
 
 
 def test_several_sets_are_one(digits: Path, tmp_path: Path) -> None:
