@@ -285,18 +285,26 @@ class EmaConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine decay. A step is one optimizer step on a global batch."""
+    """Linear warm-up, then a way down. A step is one optimizer step on a global batch."""
 
+    name: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine", description="wsd holds the peak until its cool-down, so a run can be lengthened before that"
+    )
     total_steps: Count
     warmup_steps: CountOrZero = 0
+    cooldown_steps: CountOrZero = Field(0, description="of wsd: the last steps, in which the rate falls as 1 - sqrt")
     final_learning_rate: NonNegative = 0.0
 
     def problems(self) -> Iterator[Problem]:
-        if self.warmup_steps >= self.total_steps:
+        if self.warmup_steps + self.cooldown_steps >= self.total_steps:
             yield Problem(
                 ("warmup_steps", "total_steps"),
-                f"{self.warmup_steps} steps of warm-up leave none of the {self.total_steps} to decay",
+                f"{self.warmup_steps} steps of warm-up leave none of the {self.total_steps} to decay"
+                if not self.cooldown_steps
+                else f"{self.warmup_steps} steps of warm-up and {self.cooldown_steps} of cool-down leave none between",
             )
+        if (self.name == "wsd") != (self.cooldown_steps > 0):
+            yield Problem(("cooldown_steps", "name"), "wsd needs some, and nothing else has any")
 
 
 class BatchConfig(Section):

@@ -135,6 +135,8 @@ def prepare_step(run: Run) -> float:
         final=config.schedule.final_learning_rate,
         warmup_steps=config.schedule.warmup_steps,
         total_steps=config.schedule.total_steps,
+        name=config.schedule.name,
+        cooldown_steps=config.schedule.cooldown_steps,
     )
     set_learning_rate(run.engine, learning_rate)
     torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))

@@ -54,6 +54,8 @@ MISTAKES = [
     ("objective: {name: mae, augment: {mixup: 0.8}}", [], "mixup and cutmix mix labels, and mae has none"),
     ("objective: {name: mae, mask_ratio: 0.999}", [], "objective.mask_ratio: hides all of the 196 patches; lower it"),
     ("", ["schedule.warmup_steps=100"], "100 steps of warm-up leave none of the 100 to decay"),
+    ("", ["schedule.name=wsd"], "schedule.cooldown_steps: wsd needs some, and nothing else has any"),
+    ("", ["schedule.name=wsd", "schedule.cooldown_steps=99", "schedule.warmup_steps=1"], "leave none between"),
     ("", ["engine.zero_stage=9"], "command line: engine.zero_stage: expected 0, 1, 2 or 3, got 9"),
     ("", ["seed"], "command line: expected key.path=value, got 'seed'"),
     ("", ["seed.x=1", "seed.y.z=1"], "command line: seed: expected a whole number"),

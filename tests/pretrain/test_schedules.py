@@ -1,6 +1,8 @@
-"""The learning rate against torch's own schedulers."""
+"""The learning rate against torch's and transformers' own schedulers."""
 
+import pytest
 import torch
+import transformers
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pretrain.schedules import learning_rate_at
@@ -14,6 +16,37 @@ def test_cosine_equals_torch() -> None:
         assert abs(ours - scheduler.get_last_lr()[0]) < 1e-12
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("name", ["linear", "wsd"])
+def test_the_others_equal_transformers(name: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    if name == "linear":
+        scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 10, 60)
+    else:
+        scheduler = transformers.get_wsd_schedule(
+            optimizer, num_warmup_steps=10, num_decay_steps=20, num_training_steps=60, decay_type="1-sqrt"
+        )
+    for step in range(60):
+        ours = learning_rate_at(
+            step, peak=0.3, final=0.0, warmup_steps=10, total_steps=60, name=name, cooldown_steps=20 * (name == "wsd")
+        )
+        if step >= 10:  # they begin their warm-up at 0, so that the first step does nothing
+            assert abs(ours - scheduler.get_last_lr()[0]) < 1e-12, step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_wsd_run_can_be_lengthened_before_its_cool_down() -> None:
+    short, long = (
+        [
+            learning_rate_at(s, peak=1.0, final=0.0, warmup_steps=5, total_steps=total, name="wsd", cooldown_steps=10)
+            for s in range(total)
+        ]
+        for total in (50, 100)
+    )
+    assert short[:40] == long[:40]
+    assert short[40:] == long[90:]
 
 
 def test_warmup_rises_to_the_peak_and_the_end_is_the_final_rate() -> None:
