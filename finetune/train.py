@@ -22,7 +22,7 @@ from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.augment import TrainView, augment
 from pretrain.data.index import DataError
 from pretrain.data.loader import Batch, Fault, Loaded, training_batches
-from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
+from pretrain.data.mixing import cross_entropy, mix_neighbours, mixed_loss
 from pretrain.data.order import random_bits
 from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import FewLabels, Samples
@@ -284,7 +284,8 @@ def _loss(run: Run, batch: Batch) -> Tensor:
     if not run.config.augment.mixes:
         return F.cross_entropy(run.model(pixel_values=images).logits.float(), labels, label_smoothing=smoothing)
     images, own_share = mix_neighbours(images, batch)
-    return mixed_cross_entropy(run.model(pixel_values=images).logits.float(), labels, own_share, smoothing)
+    logits = run.model(pixel_values=images).logits.float()
+    return mixed_loss(lambda target: cross_entropy(logits, target, smoothing), labels, own_share)
 
 
 def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Loaded], float]]:

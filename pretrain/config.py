@@ -115,6 +115,9 @@ class ModelConfig(Section):
     dropout: Rate = 0.0
     attention_dropout: Rate = 0.0
     drop_path: Rate = Field(0.0, description="rate of the last block; grows linearly from 0 at the first")
+    layer_scale: NonNegative = Field(
+        0.0, description="first value of a factor for each channel of a branch, 0: none (arXiv 2103.17239)"
+    )
     layer_norm_eps: Positive = 1e-6
 
     @property
@@ -176,6 +179,9 @@ class AugmentConfig(Section):
     contrast: NonNegative = 0.0
     saturation: NonNegative = 0.0
     hue: NonNegative = Field(0.0, description="largest shift of the hue, in turns of its circle")
+    three_augment: bool = Field(
+        False, description="one of grey, solarize and blur for each image, and nothing else of them (arXiv 2204.07118)"
+    )
     grey: Fraction = Field(0.0, description="probability of losing the colour")
     solarize: Fraction = Field(0.0, description="probability of inverting the brighter half (arXiv 2006.07733)")
     blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
@@ -198,6 +204,8 @@ class AugmentConfig(Section):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 yield Problem((name,), f"expected [low, high] with 0 < low <= high, got [{low}, {high}]")
+        if self.three_augment and (self.grey or self.solarize or self.blur):
+            yield Problem(("three_augment",), "already takes grey, solarize or blur; leave their own at 0")
         if self.hue > 0.5:
             yield Problem(("hue",), f"expected at most 0.5, half a turn of the circle either way, got {self.hue}")
         if self.rand_augment_magnitude > 10:
@@ -207,12 +215,20 @@ class AugmentConfig(Section):
 
 
 class SupervisedConfig(Section):
-    """Cross-entropy on the class of the whole image."""
+    """The class of the whole image."""
 
     needs_labels: ClassVar[bool] = True
     name: Literal["supervised"] = Field("supervised", description="supervised or mae; each has its own keys")
+    loss: Literal["cross_entropy", "binary_cross_entropy"] = Field(
+        "cross_entropy", description="binary asks of each class by itself (arXiv 2110.00476)"
+    )
     label_smoothing: Rate = 0.0
+    patch_dropout: Rate = Field(0.0, description="share of the patches that training leaves out (arXiv 2208.07220)")
     augment: AugmentConfig = AugmentConfig()
+
+    def num_visible(self, encoder: ModelConfig) -> int:
+        """Return how many patches training is shown."""
+        return encoder.num_patches - int(encoder.num_patches * self.patch_dropout)
 
 
 class MAEConfig(Section):
@@ -237,6 +253,7 @@ class MAEConfig(Section):
                 "num_attention_heads": self.decoder_num_attention_heads,
                 "intermediate_size": self.decoder_intermediate_size,
                 "position_embedding": "sincos",
+                "layer_scale": 0.0,
             }
         )
 

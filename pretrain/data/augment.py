@@ -58,11 +58,25 @@ class TrainView:
                 draws[name] = random.random() < probability
         if config.blur:
             draws["blur_kernel"] = draw_blur(config.blur, config.blur_sigma, self.image_size, random)
+        if config.three_augment:
+            draws["grey"], draws["solarize"], is_blurred = np.eye(3)[random.integers(3)]
+            draws["blur_kernel"] = draw_blur(is_blurred, config.blur_sigma, self.image_size, random)
         if config.erasing:
             draws["erase_box"] = draw_erased(config.erasing, random)
         if config.mixes:
             draws |= draw_mix(config, random)
         return {name: np.asarray(value, dtype=np.float32) for name, value in draws.items()}
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """Another view, and an order of the patches in which the visible ones come first."""
+
+    view: View
+    num_patches: int
+
+    def __call__(self, image: Pixels | Jpeg, random: np.random.Generator) -> dict[str, Any]:
+        return {**self.view(image, random), "patch_order": random.permutation(self.num_patches)}
 
 
 @dataclass(frozen=True)

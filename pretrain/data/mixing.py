@@ -1,6 +1,7 @@
 """Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899) of neighbours in the order, and the loss of mixed labels."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,25 @@ def mix_neighbours(images: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Te
     return mixed, own_share
 
 
-def mixed_cross_entropy(logits: Tensor, labels: Tensor, own_share: Tensor, label_smoothing: float) -> Tensor:
-    """Return the mean of s CE(y) + (1 - s) CE(neighbour's y), s an image's own share [B] of its pixels."""
-    own, other = (
-        F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
-        for target in (labels, neighbours(labels))
-    )
+def mixed_loss(loss: Callable[[Tensor], Tensor], labels: Tensor, own_share: Tensor) -> Tensor:
+    """Return the mean of s loss(y) + (1 - s) loss(neighbour's y), s an image's own share [B] of its pixels.
+
+    That is the loss of the mixed label wherever a loss is linear in it, as both cross-entropies are.
+    """
+    own, other = (loss(target) for target in (labels, neighbours(labels)))
     return torch.lerp(other, own, own_share).mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return each sample's cross-entropy [B]."""
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return each sample's binary cross-entropy [B], the mean over its classes."""
+    targets = torch.full_like(logits, label_smoothing / logits.shape[1])
+    targets.scatter_(1, labels[:, None], 1 - label_smoothing + label_smoothing / logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
 
 
 def neighbours(values: Tensor) -> Tensor:

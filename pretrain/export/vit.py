@@ -73,7 +73,7 @@ class Vit:
     def save(self, folder: Path) -> None:
         """Write the folder's model."""
         hf_config = transformers.ViTConfig(**encoder_config(self.config.model))
-        state = to_hugging_face(self.encoder.state_dict(), self.config.model)
+        state = to_hugging_face(fold_layer_scale(self.encoder.state_dict()), self.config.model)
         if self.head:
             hf_config.id2label = dict(enumerate(self.class_names))
             hf_config.label2id = {name: label for label, name in enumerate(self.class_names)}
@@ -140,6 +140,18 @@ def encoder_config(config: ModelConfig) -> dict[str, Any]:
         "num_channels": config.num_channels,
         "qkv_bias": True,
     }
+
+
+def fold_layer_scale(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply the factors of LayerScale, which `vit` has no place for, into the layers before them."""
+    folded = dict(weights)
+    for name in weights:
+        for scale, layer in ((".attention_scale.weight", ".attention.o_proj"), (".mlp_scale.weight", ".mlp.fc2")):
+            if name.endswith(scale):
+                factor, before = folded.pop(name), name.removesuffix(scale) + layer
+                folded[f"{before}.weight"] = weights[f"{before}.weight"] * factor[:, None]
+                folded[f"{before}.bias"] = weights[f"{before}.bias"] * factor
+    return folded
 
 
 def to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain import UserError
 from pretrain.config import MAEConfig, ModelConfig, PretrainConfig
 from pretrain.export.proof import LOADING, Proof, ProofError, pixels_in_evaluation, proof_images
-from pretrain.export.vit import LAYER_NAMES, encoder_config, native_encoder, to_hugging_face
+from pretrain.export.vit import LAYER_NAMES, encoder_config, fold_layer_scale, native_encoder, to_hugging_face
 from pretrain.model.mae_decoder import MAEDecoder
 
 PREFIX = "decoder."
@@ -68,7 +68,7 @@ autoencoder = ViTMAEForPreTraining.from_pretrained("{folder}")
     def save(self, folder: Path) -> None:
         """Write the folder's model, under the names on disk that every version reads."""
         model = transformers.ViTMAEForPreTraining(hugging_face_config(self.config.model, self.objective))
-        encoder = to_hugging_face(self.encoder.state_dict(), self.config.model)
+        encoder = to_hugging_face(fold_layer_scale(self.encoder.state_dict()), self.config.model)
         state = {f"vit.{name}": weight for name, weight in encoder.items()}
         state |= decoder_to_hugging_face(self.decoder.state_dict(), self.config.model)
         model.load_state_dict(state, strict=True)

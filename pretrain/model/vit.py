@@ -82,11 +82,13 @@ class Block(nn.Module):
         self.norm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
         self.drop_path = DropPath(drop_path)
+        scale = LayerScale if config.layer_scale else nn.Identity
+        self.attention_scale, self.mlp_scale = scale(config), scale(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        tokens = tokens + self.drop_path(self.attention(self.norm_before(tokens)))
-        tokens = tokens + self.drop_path(self.mlp(self.norm_after(tokens)))
+        tokens = tokens + self.drop_path(self.attention_scale(self.attention(self.norm_before(tokens))))
+        tokens = tokens + self.drop_path(self.mlp_scale(self.mlp(self.norm_after(tokens))))
         return tokens
 
 
@@ -136,6 +138,18 @@ class MLP(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         hidden: Tensor = self.dropout(self.fc2(F.gelu(self.fc1(tokens))))
         return hidden
+
+
+class LayerScale(nn.Module):
+    """A factor for each channel of a branch, small at first (arXiv 2103.17239)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale))
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return branch * self.weight
 
 
 class DropPath(nn.Module):

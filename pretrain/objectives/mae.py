@@ -1,32 +1,16 @@
 """Masked autoencoding (arXiv 2111.06377): the encoder sees some patches, a light decoder rebuilds the others."""
 
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.config import MAEConfig, PreprocessingConfig
-from pretrain.data.augment import EvalView, TrainView, View, augment
+from pretrain.data.augment import EvalView, MaskedView, TrainView, View, augment
 from pretrain.data.colour import denormalize
-from pretrain.data.decode import Jpeg, Pixels
 from pretrain.model.mae_decoder import MAEDecoder
 from pretrain.model.vit import ViT, patchify, take, unpatchify
 from pretrain.objectives.objective import Objective
 
 LEAST_VARIANCE = 1e-6  # of a patch's pixels
-
-
-@dataclass(frozen=True)
-class MaskedView:
-    """Another view, and an order of the patches in which the visible ones come first."""
-
-    view: View
-    num_patches: int
-
-    def __call__(self, image: Pixels | Jpeg, random: np.random.Generator) -> dict[str, Any]:
-        return {**self.view(image, random), "patch_order": random.permutation(self.num_patches)}
 
 
 class MAEObjective(Objective):

@@ -1,15 +1,18 @@
-"""Supervised classification: cross-entropy on CLS, with label smoothing, mixup and cutmix."""
+"""Supervised classification of CLS: cross-entropy, plain or binary, with label smoothing, mixup and cutmix."""
 
-import torch.nn.functional as F
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SupervisedConfig
-from pretrain.data.augment import EvalView, TrainView, View, augment
-from pretrain.data.mixing import mix_neighbours, mixed_cross_entropy
+from pretrain.data.augment import EvalView, MaskedView, TrainView, View, augment
+from pretrain.data.mixing import binary_cross_entropy, cross_entropy, mix_neighbours, mixed_loss
 from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
 
 HEAD_STD = 0.01
+LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
 
 
 class SupervisedObjective(Objective):
@@ -22,36 +25,45 @@ class SupervisedObjective(Objective):
         self.config = config
         self.preprocessing = preprocessing
         self.encoder = encoder
+        self.num_visible = config.num_visible(encoder.config)
         self.together = 2 if config.augment.mixes else 1
         self.classifier = nn.Linear(encoder.config.hidden_size, num_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=HEAD_STD)
         nn.init.zeros_(self.classifier.bias)
 
     def train_view(self) -> View:
-        return TrainView(self.config.augment, self.encoder.config.image_size)
+        view = TrainView(self.config.augment, self.encoder.config.image_size)
+        return MaskedView(view, self.encoder.config.num_patches) if self.config.patch_dropout else view
 
     def evaluation_view(self) -> View:
         return EvalView(self.encoder.config.image_size, self.preprocessing.resize_ratio)
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """[B, C, H, W] -> [B, classes], from CLS after the last norm."""
-        tokens = self.encoder(images.to(self.classifier.weight.dtype))
+        tokens = self.encoder(images.to(self.classifier.weight.dtype), visible)
         logits: Tensor = self.classifier(tokens[:, 0])
         return logits.float()
 
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return each sample's loss, [B]."""
+        return LOSSES[self.config.loss](logits, labels, self.config.label_smoothing)
+
     def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        labels, smoothing = batch["label"], self.config.label_smoothing
         images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
-        if not self.config.augment.mixes:
-            return {"loss": F.cross_entropy(self.logits(images), labels, label_smoothing=smoothing)}
-        images, own_share = mix_neighbours(images, batch)
-        return {"loss": mixed_cross_entropy(self.logits(images), labels, own_share, smoothing)}
+        mixes, own_share = self.config.augment.mixes, torch.empty(0)
+        if mixes:
+            images, own_share = mix_neighbours(images, batch)
+        visible = batch["patch_order"][:, : self.num_visible] if self.config.patch_dropout else None
+        logits, labels = self.logits(images, visible), batch["label"]
+        if mixes:
+            return {"loss": mixed_loss(partial(self.losses, logits), labels, own_share)}
+        return {"loss": self.losses(logits, labels).mean()}
 
     def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels, weight = batch["label"], batch["weight"]
         logits = self.logits(self.normalized(batch))
         correct = (logits.argmax(dim=1) == labels).float()
         return {
-            "loss": (F.cross_entropy(logits, labels, reduction="none") * weight).sum(),
+            "loss": (LOSSES[self.config.loss](logits, labels, 0.0) * weight).sum(),
             "top1": (correct * weight).sum(),
         }

@@ -39,6 +39,15 @@ MAE = (
 )
 OTHERS = {
     **{f"mae{stage}": [MAE, *PROBED, f"engine.zero_stage={stage}"] for stage in range(4)},
+    "recipe": [
+        "model.layer_scale=0.1",
+        "objective.loss=binary_cross_entropy",
+        "objective.patch_dropout=0.25",
+        "objective.augment.three_augment=true",
+        "engine.zero_stage=1",
+        "schedule.name=wsd",
+        "schedule.cooldown_steps=3",
+    ],
     "dropout": NOISY,
     "dropout3": [*NOISY, "engine.zero_stage=3", "engine.activation_checkpointing=true"],
     "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],

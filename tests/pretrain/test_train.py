@@ -21,6 +21,7 @@ MAE = ["mae0", "mae1", "mae2", "mae3"]
 EVERY = [
     *STAGES,
     *MAE,
+    "recipe",
     "dropout",
     "dropout3",
     "bf16-stage0",
@@ -105,6 +106,13 @@ def test_a_masked_autoencoder_learns_the_same_on_any_topology(seen: dict[int, Se
     for world_size in (1, 2):
         for stage in MAE:
             assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-4), (world_size, stage)
+
+
+@pytest.mark.parametrize("name", ["train/loss", "optim/grad_norm", "validation/loss", "optim/learning_rate"])
+def test_a_whole_recipe_learns_the_same_on_any_topology(seen: dict[int, Seen], name: str) -> None:
+    expected = column(seen[1]["recipe"], name)
+    assert column(seen[2]["recipe"], name) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(column(seen[1]["stage1"], name), rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["knn_top1", "linear_top1", "feature_rank", "feature_spread"])

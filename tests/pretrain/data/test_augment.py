@@ -99,6 +99,15 @@ def test_draws_have_the_asked_strength_and_probability() -> None:
     assert 0.25 < areas.max() <= 1 / 3 + 1e-6
 
 
+def test_three_augment_takes_one_of_three() -> None:
+    view = TrainView(AugmentConfig(three_augment=True), 16)
+    draws = [view.draw(np.random.default_rng(seed)) for seed in range(900)]
+    still = view.draw(np.random.default_rng(next(i for i, draw in enumerate(draws) if draw["grey"])))["blur_kernel"]
+    taken = np.array([[d["grey"], d["solarize"], not np.array_equal(d["blur_kernel"], still)] for d in draws])
+    assert (taken.sum(axis=1) == 1).all()
+    assert taken.mean(axis=0) == pytest.approx([1 / 3] * 3, abs=0.06)
+
+
 def test_without_draws_an_image_is_only_normalised() -> None:
     view = TrainView(AugmentConfig(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=0.0), 32)
     batch = batch_of(view, 2)

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig
-from pretrain.export.vit import encoder_config, to_hugging_face
+from pretrain.export.vit import encoder_config, fold_layer_scale, to_hugging_face
 from pretrain.model.vit import DropPath, ViT, compile_blocks, patchify, sincos_positions
 
 CONFIG = ModelConfig(
@@ -77,6 +77,17 @@ def test_every_parameter_has_a_gradient() -> None:
     model = perturbed(CONFIG)
     model(torch.randn(2, 3, 32, 32)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_layer_scale_is_a_factor_that_export_folds_away() -> None:
+    config = CONFIG.model_copy(update={"layer_scale": 1e-4})
+    assert (ViT(config).layers[0].mlp_scale.weight == 1e-4).all()  # type: ignore[union-attr]
+    ours = perturbed(config).encoder
+    theirs = transformers.ViTModel(transformers.ViTConfig(**encoder_config(config)), add_pooling_layer=False).eval()
+    theirs.load_state_dict(to_hugging_face(fold_layer_scale(ours.state_dict()), config), strict=True)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_visible_patches_are_seen_each_at_its_position() -> None:

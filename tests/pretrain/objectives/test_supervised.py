@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -64,6 +66,38 @@ def test_cutmix_is_the_cross_entropy_by_the_share_of_pixels() -> None:
     own, other = F.one_hot(data["label"], 10), F.one_hot(neighbours(data["label"]), 10)
     expected = F.cross_entropy(objective.logits(mixed), 0.875 * own + 0.125 * other)  # type: ignore[operator]
     assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
+
+
+def test_binary_cross_entropy_equals_torch_on_mixed_and_smoothed_targets() -> None:
+    torch.manual_seed(0)
+    config = SupervisedConfig(loss="binary_cross_entropy", label_smoothing=0.2, augment=AugmentConfig(mixup=0.8))
+    objective = build_objective(config, ViT(MODEL), 10, PreprocessingConfig()).train()
+    data = batch(8, own_share=0.7)
+    first = float(objective(data)["loss"])
+    assert abs(first - math.log(2)) < 0.02
+    smooth = 0.8 * F.one_hot(data["label"], 10) + 0.02
+    pixels = _normalized(data)
+    logits = objective.logits(0.7 * pixels + 0.3 * neighbours(pixels))  # type: ignore[operator]
+    expected = F.binary_cross_entropy_with_logits(logits, 0.7 * smooth + 0.3 * neighbours(smooth))
+    assert first == pytest.approx(float(expected), abs=1e-6)
+    sums = objective.eval()({**data, "weight": torch.ones(8)})
+    plain = F.binary_cross_entropy_with_logits(_logits(objective, data), F.one_hot(data["label"], 10).float())
+    assert float(sums["loss"]) == pytest.approx(8 * float(plain), rel=1e-5)
+
+
+def test_patch_dropout_leaves_out_patches_in_training_alone() -> None:
+    torch.manual_seed(0)
+    config = SupervisedConfig(patch_dropout=0.3, augment=AugmentConfig(flip=0.0))
+    objective = build_objective(config, ViT(MODEL), 10, PreprocessingConfig())
+    data = {**batch(8), "patch_order": torch.stack([torch.randperm(16) for _ in range(8)])}
+    visible = data["patch_order"][:, :12]  # 30 % of 16 are 4, rounded down
+    tokens = objective.encoder(_normalized(data), visible)
+    expected = F.cross_entropy(objective.classifier(tokens[:, 0]), data["label"])  # type: ignore[operator]
+    assert torch.allclose(objective.train()(data)["loss"], expected, atol=1e-6)
+    whole = F.cross_entropy(_logits(objective, data), data["label"], reduction="sum")
+    assert torch.allclose(objective.eval()({**data, "weight": torch.ones(8)})["loss"], whole, atol=1e-4)
+    drawn = objective.train_view()(np.zeros((40, 40, 3), np.uint8), np.random.default_rng(0))
+    assert sorted(drawn["patch_order"]) == list(range(16))
 
 
 def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
