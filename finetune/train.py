@@ -28,7 +28,7 @@ from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import FewLabels, Samples
 from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
-from pretrain.optimizer import build_adamw
+from pretrain.optimizer import build_optimizer
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
@@ -121,7 +121,7 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)
     preprocessor, classifier = on_all_ranks(lambda: open_model(config, training.class_names))
-    model, optimizer = accelerator.prepare(classifier, build_adamw(classifier, config.optimizer))
+    model, optimizer = accelerator.prepare(classifier, build_optimizer(classifier, config.optimizer))
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
     return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine)
 

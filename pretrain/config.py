@@ -286,9 +286,9 @@ ObjectiveConfig: TypeAlias = Annotated[
 
 
 class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101). Norms, biases, CLS and positions are not decayed."""
+    """AdamW (arXiv 1711.05101) or LAMB (arXiv 1904.00962). Norms, biases, CLS and positions are not decayed."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "lamb"] = Field("adamw", description="adamw or lamb")
     learning_rate: Positive = Field(1e-4, description="at the default global batch of 256; nothing rescales it")
     weight_decay: NonNegative = 0.05
     betas: tuple[Rate, Rate] = (0.9, 0.999)

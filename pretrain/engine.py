@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain import distributed
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.optimizer import build_adamw
+from pretrain.optimizer import build_optimizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns when there is none
@@ -50,7 +50,7 @@ def start_distributed() -> None:
 def build_engine(objective: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
     """Put a model under DeepSpeed, with an optimizer over all that is trained."""
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=build_adamw(objective, optimizer), config=settings)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=build_optimizer(objective, optimizer), config=settings)
     if config.zero_stage == 0 and config.precision == "fp32":
         engine.clip_fp32_gradients = lambda: _clip_and_remember(engine)
     return engine

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from pretrain import distributed
 from pretrain.checkpoint.history import list_remains
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.partitions import held, shapes
 from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import PretrainConfig
@@ -28,6 +30,7 @@ from pretrain.health import SKIPPED_FILE, Health, Ledger
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
+from pretrain.optimizer import LAMB, Range
 from pretrain.tracking.tracker import git_commit
 from pretrain.watch import beats_folder
 
@@ -145,6 +148,7 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
         git_commit=git_commit(),
     )
     engine = build_engine(objective, config.engine, config.optimizer)
+    bind_optimizer(engine)
     if checkpoint:
         saved = restore(engine, checkpoint, manifest)
         manifest = replace(manifest, step=saved.step, samples=saved.samples, usual=saved.usual, passed=saved.passed)
@@ -163,6 +167,23 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
     )
     guard(engine, run.judge)
     return run
+
+
+def bind_optimizer(engine: Engine) -> None:
+    """Tell an optimizer that asks for it which parameters its flat tensors hold."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if isinstance(optimizer, LAMB):
+        numbers = {name: number for number, name in enumerate(shapes(engine))}
+        ranges: dict[Tensor, list[Range]] = defaultdict(list)
+        fragments = [fragment for fragment in held(engine) if fragment.moments is not None]
+        for fragment in fragments:
+            ranges[fragment.master].append(Range(numbers[fragment.name], fragment.offset, fragment.numel))
+        is_cut = not any(fragment.shared for fragment in fragments)
+        optimizer.bind(ranges, len(numbers), _sum_on_device if is_cut else lambda squares: squares)
+
+
+def _sum_on_device(values: Tensor) -> Tensor:
+    return distributed.sum_over_ranks(values.to(distributed.device())).to(values.device)
 
 
 def go_back(run: Run) -> None:

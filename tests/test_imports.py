@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "pretrain.probes": set(),
     "pretrain.health": {"pretrain.config", "pretrain.distributed"},
     "pretrain.engine": {"pretrain", "pretrain.config", "pretrain.distributed", "pretrain.optimizer"},
-    "pretrain.checkpoint": {"pretrain", "pretrain.engine", "pretrain.distributed"},
+    "pretrain.checkpoint": {"pretrain", "pretrain.engine", "pretrain.distributed", "pretrain.model"},
     "pretrain.export": {
         "pretrain",
         "pretrain.config",
@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "pretrain.config",
         "pretrain.engine",
         "pretrain.ema",
+        "pretrain.optimizer",
         "pretrain.checkpoint",
         "pretrain.health",
         "pretrain.watch",

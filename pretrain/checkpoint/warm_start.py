@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.pieces import find_faults, load_weights
+from pretrain.model.vit import resize_positions
 
+POSITIONS = "encoder.position_embedding"
 # Names on the disk in a folder of model type "vit", in either transformers 4 or 5, and ours.
 NAMES = (
     ("vit.", ""),
@@ -33,7 +35,8 @@ NAMES = (
 def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_norm_eps: float) -> str:
     """Give an objective the weights at `path`, before it goes under an engine.
 
-    The encoder must fit whole. What lies around it is taken over from a run with the same classes, else it starts anew.
+    The encoder must fit whole, but for its positions, which are interpolated to this run's number of patches. What lies
+    around it is taken over from a run with the same classes, else it starts anew.
 
     Args:
         objective: has an `encoder`.
@@ -60,7 +63,10 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
         head = {name: found[name] for name in found if not name.startswith("encoder.")} if same_classes else {}
     encoder = {name: weight for name, weight in found.items() if name.startswith("encoder.")}
     wanted = {name for name in own if name.startswith("encoder.")}
-    wrong = []
+    wrong, said = [], f"started from {path}"
+    if (positions := encoder.get(POSITIONS)) is not None and positions.shape[1:2] != own[POSITIONS].shape[1:2]:
+        encoder[POSITIONS] = resize_positions(positions, own[POSITIONS].shape[1] - 1)
+        said += f"; positions interpolated from {positions.shape[1] - 1} patches to {own[POSITIONS].shape[1] - 1}"
     for name in sorted(wanted | encoder.keys()):
         there = list(encoder[name].shape) if name in encoder else "nothing"
         here = list(own[name].shape) if name in wanted else "nothing"
@@ -75,7 +81,7 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
         for name, weight in taken.items():
             own[name].copy_(weight)
     anew = sorted(own.keys() - taken.keys())
-    return f"started from {path}" + (f"; {', '.join(anew)} anew" if anew else "")
+    return said + (f"; {', '.join(anew)} anew" if anew else "")
 
 
 def _read_hugging_face(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]:

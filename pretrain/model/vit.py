@@ -184,6 +184,14 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, side * patch_size, side * patch_size)
 
 
+def resize_positions(positions: Tensor, num_patches: int) -> Tensor:
+    """Interpolate learned positions [1, 1 + N, D] bicubically for another number of patches; CLS keeps its own."""
+    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_patches)
+    grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
+    resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
 def take(tokens: Tensor, places: Tensor) -> Tensor:
     """[B, N, D], [B, V] -> [B, V, D]: each sample's own tokens."""
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))

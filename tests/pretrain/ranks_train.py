@@ -23,7 +23,7 @@ from pretrain.data.sets import open_samples
 from pretrain.engine import start_distributed
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
-from pretrain.optimizer import build_adamw
+from pretrain.optimizer import build_optimizer
 from pretrain.run import prepare
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import to_device
@@ -48,6 +48,10 @@ OTHERS = {
         "schedule.name=wsd",
         "schedule.cooldown_steps=3",
     ],
+    **{
+        f"lamb{stage}": ["optimizer.name=lamb", "optimizer.learning_rate=1e-2", f"engine.zero_stage={stage}"]
+        for stage in range(4)
+    },
     "dropout": NOISY,
     "dropout3": [*NOISY, "engine.zero_stage=3", "engine.activation_checkpointing=true"],
     "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],
@@ -224,15 +228,15 @@ def average_as_stated(average: torch.Tensor, weight: torch.Tensor, updates: torc
     return decay * average + (1 - decay) * weight
 
 
-def reference(recipe: Path) -> dict[str, Any]:
+def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
     """The losses and weights of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
-    config = load_config(PretrainConfig, recipe, ["run_dir=unused"]).config
+    config = load_config(PretrainConfig, recipe, ["run_dir=unused", *overrides]).config
     training = open_samples(config.data.train)
     torch.manual_seed(config.seed)
     encoder = ViT(config.model)
     objective = build_objective(config.objective, encoder, len(training.class_names), config.preprocessing).train()
     averaged = AveragedModel(objective, avg_fn=average_as_stated)
-    optimizer = build_adamw(objective, config.optimizer)
+    optimizer = build_optimizer(objective, config.optimizer)
     schedule, batch_size = config.schedule, config.engine.global_batch_size
     losses = []
     batches = training_batches(
@@ -280,6 +284,7 @@ def main(recipe: Path, folder: Path, source: Path | None) -> None:
             seen[name] = check(recipe, folder, name, overrides)
         if distributed.world_size() == 1:
             seen["reference"] = reference(recipe)
+            seen["lamb-reference"] = reference(recipe, *OTHERS["lamb0"])
             seen["recipes"] = {path.stem: try_recipe(path, folder, recipe) for path in RECIPES}
         seen["stopped"] = stop_in_an_evaluation(recipe, folder)
     if source:

@@ -21,6 +21,8 @@ MAE = ["mae0", "mae1", "mae2", "mae3"]
 EVERY = [
     *STAGES,
     *MAE,
+    "lamb0",
+    "lamb3",
     "recipe",
     "dropout",
     "dropout3",
@@ -36,6 +38,7 @@ EVERY = [
     "uneven3",
     "unclipped",
 ]
+LAMB = ["lamb0", "lamb1", "lamb2", "lamb3"]
 TEN = ["ten", "uneven", "uneven3"]
 Seen = dict[str, Any]
 
@@ -77,6 +80,18 @@ def column(seen: Seen, name: str) -> list[float]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_equal_a_plain_torch_loop(seen: dict[int, Seen], world_size: int, stage: str) -> None:
     assert column(seen[world_size][stage], "train/loss") == pytest.approx(seen[1]["reference"]["losses"], abs=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", LAMB)
+def test_lamb_measures_whole_parameters_wherever_zero_has_cut_them(
+    seen: dict[int, Seen], world_size: int, stage: str
+) -> None:
+    expected, found = seen[1]["lamb-reference"], seen[world_size][stage]
+    assert column(found, "train/loss") == pytest.approx(expected["losses"], abs=1e-5)
+    for name in expected["weights"]:
+        assert found["weights"][name] == pytest.approx(expected["weights"][name], abs=2e-4), name
+    assert expected["losses"][-1] != pytest.approx(seen[1]["reference"]["losses"][-1], abs=1e-3)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

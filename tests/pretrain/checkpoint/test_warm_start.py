@@ -51,6 +51,28 @@ def test_transformers_own_folder_gives_the_same_features(tmp_path: Path, kind: s
         assert torch.allclose(ours.encoder(images), encoder(images).last_hidden_state, atol=1e-5)
 
 
+def test_positions_are_interpolated_as_transformers_does(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=192,
+        patch_size=8,
+        image_size=32,
+        layer_norm_eps=1e-6,
+    )
+    theirs = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    ours = objective(image_size=48).eval()
+    assert "; positions interpolated from 16 patches to 36; " in warm_start(ours, tmp_path, NAMES, 1e-6)
+    images = torch.randn(2, 3, 48, 48)
+    with torch.no_grad():
+        expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(ours.encoder(images), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_another_run_gives_its_head_where_the_classes_are_the_same(tmp_path: Path) -> None:
     source = objective()
     folder = tmp_path / "run" / "checkpoints" / "step-00000004"
@@ -64,8 +86,8 @@ def test_another_run_gives_its_head_where_the_classes_are_the_same(tmp_path: Pat
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000004"
-    write_checkpoint(folder, MANIFEST, objective(image_size=64).state_dict())
-    with pytest.raises(CheckpointError, match=r"encoder.position_embedding: \[1, 65, 48\] there, \[1, 17, 48\] here"):
+    write_checkpoint(folder, MANIFEST, objective(image_size=64, patch_size=16).state_dict())
+    with pytest.raises(CheckpointError, match=r"encoder.patch_embedding.weight: \[48, 768\] there, \[48, 192\] here"):
         warm_start(objective(), folder, NAMES, 1e-6)
     with pytest.raises(CheckpointError, match=r"layers.1.norm_after.bias: nothing there, \[48\] here"):
         deep = tmp_path / "one" / "checkpoints" / "step-00000004"
