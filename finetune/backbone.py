@@ -1,6 +1,7 @@
 """Any Hugging Face image-classification folder becomes a classifier of the user's classes; and is saved as one."""
 
 import copy
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -65,10 +66,18 @@ def load_preprocessor(folder: Path) -> Preprocessor:
 
 
 def load_classifier(folder: Path) -> nn.Module:
-    """Load a fine-tuned folder, head and all."""
+    """Load a fine-tuned folder, head and all.
+
+    Raises:
+        ModelError: no such folder, or it has no trained head.
+    """
     _check_folder(folder)
-    model: nn.Module = _load(folder)[0]
-    return model
+    model, report = _load(folder)
+    if report["missing_keys"]:  # transformers would make up a head, and only warn
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise ModelError(f"{folder}: holds no trained classifier ({missing} missing); fine-tune it first")
+    classifier: nn.Module = model
+    return classifier
 
 
 def new_classifier(folder: Path, class_names: list[str], *, from_scratch: bool, freeze_backbone: bool) -> nn.Module:
@@ -164,6 +173,12 @@ def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: no Hugging Face folder here (config.json is missing); `tessera export` writes one")
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: config.json cannot be read: {_first_line(error)}") from None
+    if model_type == "vit_mae":
+        raise ModelError(f"{folder}: a masked autoencoder, no classifier; export the run again, without --as")
 
 
 def _first_line(error: Exception) -> str:

@@ -33,14 +33,15 @@ def list_lost_hosts(hostfile: Path) -> list[str]:
 
 def adapt(command: Sequence[str], say: Callable[[str], None]) -> list[str]:
     """Return the command for what still answers: the same one when nothing is lost, or nothing can be told."""
-    words = list(command)
-    if any(word.startswith(("--include", "--exclude", "-i", "-e")) for word in words):
-        return words  # the user has chosen
+    words = [part for word in command for part in _apart(word)]
+    if any(word in ("--include", "--exclude", "-i", "-e") for word in words):
+        return list(command)  # the user has chosen
     if "--hostfile" in words[:-1]:
-        lost = list_lost_hosts(Path(words[words.index("--hostfile") + 1]))
+        place = words.index("--hostfile")
+        lost = list_lost_hosts(Path(words[place + 1]))
         if lost:
             say(f"{', '.join(lost)}: not reached by ssh; going on without")
-            words.insert(words.index("--hostfile"), f"--exclude={'@'.join(lost)}")
+            words[place:place] = ["--exclude", "@".join(lost)]
         return words
     if "--num_gpus" in words[:-1]:
         place = words.index("--num_gpus")
@@ -49,8 +50,16 @@ def adapt(command: Sequence[str], say: Callable[[str], None]) -> list[str]:
             say(f"GPU {', '.join(map(str, lost_gpus))} does not answer; going on without")
         if left and (lost_gpus or len(left) < int(words[place + 1])):
             kept = left[: int(words[place + 1])]
-            words[place : place + 2] = [f"--include=localhost:{','.join(map(str, kept))}"]
+            words[place : place + 2] = ["--include", f"localhost:{','.join(map(str, kept))}"]
     return words
+
+
+def _apart(word: str) -> list[str]:
+    """Take an option of the launcher and its value apart, as in --num_gpus=4; and give -H its long name."""
+    option, equals, value = word.partition("=")
+    if equals and option in ("--hostfile", "--num_gpus", "--include", "--exclude"):
+        return [option, value]
+    return ["--hostfile"] if word == "-H" else [word]
 
 
 def _all_answer(commands: list[list[str]]) -> list[bool]:

@@ -82,7 +82,7 @@ def test_what_fails_twice_is_started_on_what_still_answers(
 ) -> None:
     monkeypatch.setattr(remains, "list_gpus", lambda: ([0, 2], [1, 3]))
     _, seen, said = supervised(tmp_path, config, "1 1 save5 1 0", max_failures=9, fewer_after=0)
-    assert [line.split()[-1] for line in seen] == ["4", "4", *["--include=localhost:0,2"] * 3]
+    assert [line.split()[-1] for line in seen] == ["4", "4", *["localhost:0,2"] * 3]
     assert "GPU 1, 3 does not answer; going on without" in said
 
 

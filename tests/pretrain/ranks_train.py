@@ -68,6 +68,7 @@ OTHERS = {
 }
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "pretrain").glob("*.yaml"))
 COMPILED_ELSEWHERE = {1: "compiled3", 2: "compiled"}  # compiling takes long
+NOT_RESUMED = {"mae1", "mae2", "lamb1", "lamb2"}  # the others show that
 RESHARDED = {  # what was saved -> how it is continued
     "stage0": ("stage3", STAGES["stage3"]),
     "stage1": ("stage0", STAGES["stage0"]),
@@ -116,11 +117,20 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Train to the end; then again from the checkpoint in the middle."""
+    """Train to the end; then, but for some, again from the checkpoint in the middle."""
     whole_dir, resumed_dir = folder / name / "whole", folder / name / "resumed"
     settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", "evaluation.every_steps=3", *overrides]
     settings += [] if name == "ten" else ["data.num_workers=0"]
     _, positions = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
+    weights, averages = ({}, {}) if not distributed.is_main() else both_kinds(whole_dir)
+    seen = {
+        "rows": rows_of(whole_dir),
+        "distinct_samples": len(set(positions)),
+        "weights": {name: digest(weight) for name, weight in weights.items()},
+        "averages": {name: digest(average) for name, average in averages.items()},
+    }
+    if name in NOT_RESUMED:
+        return seen
     if distributed.is_main():
         shutil.copytree(whole_dir / "checkpoints" / MIDDLE, resumed_dir / "checkpoints" / MIDDLE)
         shutil.copy(whole_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
@@ -128,22 +138,21 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
     first, repeated = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
     if not distributed.is_main():
         return {}
-    last = [path / "checkpoints" / LAST for path in (whole_dir, resumed_dir)]
-    weights, averages = [load_weights(path) for path in last], [load_weights(path, averaged=True) for path in last]
-    return {
-        "rows": rows_of(whole_dir),
+    pairs = zip((weights, averages), both_kinds(resumed_dir), strict=True)
+    return seen | {
         "resumed": rows_of(resumed_dir),
         "resumed_at": first,
         "same_samples": bool(repeated) and repeated == positions[len(positions) // 2 :],
-        "distinct_samples": len(set(positions)),
-        "weights": {name: digest(weight) for name, weight in weights[0].items()},
-        "averages": {name: digest(average) for name, average in averages[0].items()},
-        "same_weights": all(
-            torch.equal(first[key], second[key]) for first, second in (weights, averages) for key in first | second
-        ),
-        "rounded": torch.equal(weights[0][WEIGHT], weights[0][WEIGHT].bfloat16().float()),
-        "finite": all(bool(weight.isfinite().all()) for weight in weights[0].values()),
+        "same_weights": all(torch.equal(one[key], two[key]) for one, two in pairs for key in one | two),
+        "rounded": torch.equal(weights[WEIGHT], weights[WEIGHT].bfloat16().float()),
+        "finite": all(bool(weight.isfinite().all()) for weight in weights.values()),
     }
+
+
+def both_kinds(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the last checkpoint's weights and averages."""
+    last = run_dir / "checkpoints" / LAST
+    return load_weights(last), load_weights(last, averaged=True)
 
 
 def reshard(recipe: Path, folder: Path, source: Path) -> dict[str, list[dict[str, Any]]]:

@@ -20,7 +20,8 @@ STAGES = ["stage0", "stage1", "stage2", "stage3"]
 MAE = ["mae0", "mae1", "mae2", "mae3"]
 EVERY = [
     *STAGES,
-    *MAE,
+    "mae0",
+    "mae3",
     "lamb0",
     "lamb3",
     "recipe",

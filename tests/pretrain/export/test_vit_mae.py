@@ -1,6 +1,7 @@
 """A masked autoencoder leaves as `vit_mae` and as `vit`, each proved, under the names that every version reads."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from finetune.backbone import new_classifier
+from finetune.backbone import ModelError, load_classifier, new_classifier
 from pretrain import UserError
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_weights
@@ -91,6 +92,14 @@ def test_the_encoder_alone_is_an_ordinary_vit(run_dir: Path) -> None:
     model = new_classifier(run_dir / "encoder", ["a", "b"], from_scratch=False, freeze_backbone=False)
     trained = load_weights(run_dir / "checkpoints" / "step-00000009")["encoder.layers.1.mlp.fc2.weight"]
     assert torch.equal(model.state_dict()["vit.layers.1.mlp.fc2.weight"], trained)
+
+
+def test_neither_is_taken_for_a_classifier(run_dir: Path) -> None:
+    with pytest.raises(ModelError, match=r"holds no trained classifier \(classifier.bias, .*\); fine-tune it first"):
+        load_classifier(run_dir / "encoder")
+    for load in (load_classifier, partial(new_classifier, class_names=[], from_scratch=False, freeze_backbone=False)):
+        with pytest.raises(ModelError, match="a masked autoencoder, no classifier; export the run again, without --as"):
+            load(run_dir / "autoencoder")
 
 
 @pytest.mark.parametrize("folder", ["autoencoder", "encoder"])
