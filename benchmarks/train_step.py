@@ -126,7 +126,7 @@ def build_transformers(config: ModelConfig, *, compiled: bool) -> nn.Module:
 def our_step(config: ModelConfig, micro_batch: int, accumulation: int, *, compiled: bool) -> Step:
     """Our step under DeepSpeed ZeRO-1, as `train.py` runs it."""
     start_distributed()
-    objective = build_objective(SupervisedConfig(), ViT(config), CLASSES, PreprocessingConfig())
+    objective = build_objective(SupervisedConfig(), ViT(config), [1 / CLASSES] * CLASSES, PreprocessingConfig())
     if compiled:
         compile_blocks(objective)
     engine = build_engine(

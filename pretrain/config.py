@@ -223,6 +223,9 @@ class SupervisedConfig(Section):
         "cross_entropy", description="binary asks of each class by itself (arXiv 2110.00476)"
     )
     label_smoothing: Rate = 0.0
+    class_weights: Literal["none", "balanced"] | list[Positive] = Field(
+        "none", description="of the loss: balanced lets rare classes count as much as common ones, or one for each"
+    )
     patch_dropout: Rate = Field(0.0, description="share of the patches that training leaves out (arXiv 2208.07220)")
     augment: AugmentConfig = AugmentConfig()
 

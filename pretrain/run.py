@@ -131,7 +131,7 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
     """Build the model under its engine, and continue from the checkpoint if there is one."""
     torch.manual_seed(config.seed)
     encoder = ViT(config.model, config.engine.activation_checkpointing)
-    objective = build_objective(config.objective, encoder, len(data.training.class_names), config.preprocessing)
+    objective = build_objective(config.objective, encoder, data.training.class_shares, config.preprocessing)
     if config.init_from and not checkpoint:
         said = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
         if distributed.is_main():

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "pretrain.model": {"pretrain.config"},
     "pretrain.tracking": set(),
     "pretrain.objectives": {
+        "pretrain",
         "pretrain.config",
         "pretrain.model",
         "pretrain.data.augment",

@@ -46,6 +46,7 @@ class Samples(ABC):
     """Images in shards; what the order and the loader need to know of any data."""
 
     class_names: list[str]
+    class_shares: list[float]  # of the samples that are drawn, how many are of each class
     parts: list[Part]
     weights: Sequence[float] = (1.0,)
 
@@ -117,6 +118,7 @@ class FewLabels(Samples):
     def __init__(self, samples: Samples, per_class: int, seed: int) -> None:
         self.samples = samples
         self.class_names = samples.class_names
+        self.class_shares = [1 / len(self.class_names)] * len(self.class_names)
         sizes = samples.shard_sizes
         labels = np.asarray(list(chain.from_iterable(samples.labels(shard) for shard in range(len(sizes)))))
         starts = np.cumsum([0, *sizes])

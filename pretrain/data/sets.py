@@ -5,6 +5,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from pretrain.config import SourceConfig
 from pretrain.data.cache import Cache
 from pretrain.data.index import DATASET_FILE, DataError
@@ -77,6 +79,7 @@ class FolderSet(Samples):
         self.folder = folder
         self.source = source
         self.class_names = source.class_names
+        self.class_shares = (np.bincount(source.labels, minlength=len(self.class_names)) / len(source)).tolist()
         content = list(zip(source.names, source.sizes.tolist(), strict=True))
         digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
         self.parts = [Part(digest, [len(source)])]

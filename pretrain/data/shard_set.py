@@ -6,6 +6,7 @@ from itertools import chain
 from math import inf
 from pathlib import Path
 
+import numpy as np
 from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.cache import Cache, RemoteObject
@@ -30,6 +31,15 @@ def load_info(place: str, policy: FetchPolicy | None = None) -> DatasetInfo:
     return DatasetInfo.parse(fetch_bytes(url, policy or FetchPolicy()), url)
 
 
+def _class_shares(infos: Sequence[DatasetInfo], weights: Sequence[float] | None) -> list[float]:
+    """Return the share of each class in what is drawn from some sets."""
+    counts = np.array([info.class_counts for info in infos], dtype=np.float64)
+    totals = counts.sum(axis=1, keepdims=True)
+    often = totals if weights is None else np.array(weights)[:, None]
+    shares: list[float] = (often / (often.sum() or 1.0) * counts / np.maximum(totals, 1)).sum(axis=0).tolist()
+    return shares
+
+
 class ShardSet(Samples):
     """The shards of one or more sets: one after the other as if they were one set, or mixed by weight."""
 
@@ -48,6 +58,7 @@ class ShardSet(Samples):
                 if labelled:
                     raise DataError(f"{place}: its classes differ from those of {places[0]}")
                 self.class_names = []
+        self.class_shares = _class_shares(infos, weights) if self.class_names else []
         self.entries = [shard for info in infos for shard in info.shards]
         self.places = [place for place, info in zip(places, infos, strict=True) for _ in info.shards]
         self.parts = [Part(info.digest, [shard.num_samples for shard in info.shards]) for info in infos]

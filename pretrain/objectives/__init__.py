@@ -1,6 +1,6 @@
 """What a model learns from an image: one file an objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pretrain.config import ObjectiveConfig, PreprocessingConfig
 from pretrain.model.vit import ViT
@@ -12,7 +12,14 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {"supervised": SupervisedObjec
 
 
 def build_objective(
-    config: ObjectiveConfig, encoder: ViT, num_classes: int, preprocessing: PreprocessingConfig
+    config: ObjectiveConfig, encoder: ViT, class_shares: Sequence[float], preprocessing: PreprocessingConfig
 ) -> Objective:
-    """Build the objective that the config names, around an encoder."""
-    return OBJECTIVES[config.name](config, encoder, num_classes, preprocessing)
+    """Build the objective that the config names, around an encoder.
+
+    Args:
+        config: of the objective.
+        encoder: what is trained.
+        class_shares: of the training data; as many as it has classes.
+        preprocessing: of images in evaluation.
+    """
+    return OBJECTIVES[config.name](config, encoder, class_shares, preprocessing)

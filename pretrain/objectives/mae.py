@@ -1,5 +1,7 @@
 """Masked autoencoding (arXiv 2111.06377): the encoder sees some patches, a light decoder rebuilds the others."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,9 @@ class MAEObjective(Objective):
 
     draws = True
 
-    def __init__(self, config: MAEConfig, encoder: ViT, num_classes: int, preprocessing: PreprocessingConfig) -> None:
+    def __init__(
+        self, config: MAEConfig, encoder: ViT, class_shares: Sequence[float], preprocessing: PreprocessingConfig
+    ) -> None:
         super().__init__()
         self.config = config
         self.preprocessing = preprocessing

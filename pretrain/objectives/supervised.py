@@ -1,10 +1,12 @@
 """Supervised classification of CLS: cross-entropy, plain or binary, with label smoothing, mixup and cutmix."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pretrain import UserError
 from pretrain.config import PreprocessingConfig, SupervisedConfig
 from pretrain.data.augment import EvalView, MaskedView, TrainView, View, augment
 from pretrain.data.mixing import binary_cross_entropy, cross_entropy, mix_neighbours, mixed_loss
@@ -19,7 +21,7 @@ class SupervisedObjective(Objective):
     """Classify the whole image. The head starts near zero, so the first loss is close to log(number of classes)."""
 
     def __init__(
-        self, config: SupervisedConfig, encoder: ViT, num_classes: int, preprocessing: PreprocessingConfig
+        self, config: SupervisedConfig, encoder: ViT, class_shares: Sequence[float], preprocessing: PreprocessingConfig
     ) -> None:
         super().__init__()
         self.config = config
@@ -27,7 +29,9 @@ class SupervisedObjective(Objective):
         self.encoder = encoder
         self.num_visible = config.num_visible(encoder.config)
         self.together = 2 if config.augment.mixes else 1
-        self.classifier = nn.Linear(encoder.config.hidden_size, num_classes)
+        self.class_weights: Tensor
+        self.register_buffer("class_weights", weigh(config.class_weights, class_shares), persistent=False)
+        self.classifier = nn.Linear(encoder.config.hidden_size, len(class_shares))
         nn.init.trunc_normal_(self.classifier.weight, std=HEAD_STD)
         nn.init.zeros_(self.classifier.bias)
 
@@ -45,8 +49,9 @@ class SupervisedObjective(Objective):
         return logits.float()
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return each sample's loss, [B]."""
-        return LOSSES[self.config.loss](logits, labels, self.config.label_smoothing)
+        """Return each sample's loss, [B], times the weight of its class."""
+        losses = LOSSES[self.config.loss](logits, labels, self.config.label_smoothing)
+        return losses * self.class_weights[labels] if self.config.class_weights != "none" else losses
 
     def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
@@ -67,3 +72,18 @@ class SupervisedObjective(Objective):
             "loss": (LOSSES[self.config.loss](logits, labels, 0.0) * weight).sum(),
             "top1": (correct * weight).sum(),
         }
+
+
+def weigh(class_weights: str | list[float], class_shares: Sequence[float]) -> Tensor:
+    """Return each class's weight [K]: as given, or so that each counts as much as any other, 1 on average.
+
+    Raises:
+        UserError: not as many weights as classes.
+    """
+    if isinstance(class_weights, list):
+        if len(class_weights) != len(class_shares):
+            given = f"objective.class_weights: {len(class_weights)} weights"
+            raise UserError(f"{given} for {len(class_shares)} classes; expected one for each")
+        return torch.tensor(class_weights)
+    shares = torch.tensor(class_shares).clamp_min(torch.finfo(torch.float32).tiny)
+    return 1 / (len(class_shares) * shares) if class_weights == "balanced" else torch.ones_like(shares)

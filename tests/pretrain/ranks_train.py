@@ -243,7 +243,7 @@ def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
     training = open_samples(config.data.train)
     torch.manual_seed(config.seed)
     encoder = ViT(config.model)
-    objective = build_objective(config.objective, encoder, len(training.class_names), config.preprocessing).train()
+    objective = build_objective(config.objective, encoder, training.class_shares, config.preprocessing).train()
     averaged = AveragedModel(objective, avg_fn=average_as_stated)
     optimizer = build_optimizer(objective, config.optimizer)
     schedule, batch_size = config.schedule, config.engine.global_batch_size

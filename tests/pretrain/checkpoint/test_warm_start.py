@@ -22,7 +22,7 @@ NAMES = ["cat", "dog"]
 
 def objective(classes: int = 2, **changes: int) -> Objective:
     model = MODEL.model_copy(update=changes)
-    return build_objective(SupervisedConfig(), ViT(model), classes, PreprocessingConfig())
+    return build_objective(SupervisedConfig(), ViT(model), [1 / classes] * classes, PreprocessingConfig())
 
 
 @pytest.mark.parametrize("kind", ["classifier", "backbone"])

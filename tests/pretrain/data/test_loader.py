@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
@@ -263,6 +264,16 @@ def test_sets_of_different_classes_are_one_where_no_label_is_used(digits: Path, 
     assert samples.class_names == []
     assert sum(samples.shard_sizes) == sum(sum(open_samples(one).shard_sizes) for one in both)
     assert open_samples([both[0], both[0]], labelled=False).class_names == ["0", "1", "2"]
+
+
+def test_class_shares_are_of_what_is_drawn(digits: Path, tmp_path: Path) -> None:
+    places = [digits / "train", digits / "validation"]
+    infos = [json.loads((place / "dataset.json").read_text()) for place in places]
+    counts = np.array([info["class_counts"] for info in infos], float)
+    assert open_samples(places).class_shares == pytest.approx(counts.sum(axis=0) / counts.sum())
+    mixed = open_samples(places, weights=[3.0, 1.0]).class_shares
+    assert mixed == pytest.approx(np.array([0.75, 0.25]) @ (counts / counts.sum(axis=1, keepdims=True)))
+    assert FewLabels(open_samples(places[0]), 2, 0).class_shares == [1 / 3] * 3
 
 
 def test_several_sets_are_one(digits: Path, tmp_path: Path) -> None:

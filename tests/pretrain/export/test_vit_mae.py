@@ -41,7 +41,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         schedule=ScheduleConfig(total_steps=9),
     )
     torch.manual_seed(1)
-    weights = build_objective(OBJECTIVE, ViT(model), 0, config.preprocessing).state_dict()
+    weights = build_objective(OBJECTIVE, ViT(model), [], config.preprocessing).state_dict()
     weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
     manifest = Manifest(9, 99, 1, "digest", [], json.loads(config.model_dump_json()), "commit")
     write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
@@ -107,7 +107,7 @@ def test_another_run_begins_from_either(run_dir: Path, folder: str) -> None:
     config = PretrainConfig.model_validate_json(
         json.dumps(Manifest.load(run_dir / "checkpoints" / "step-00000009").config)
     )
-    objective = build_objective(SupervisedConfig(), ViT(config.model), 2, config.preprocessing)
+    objective = build_objective(SupervisedConfig(), ViT(config.model), [0.5, 0.5], config.preprocessing)
     assert "classifier.weight anew" in warm_start(objective, run_dir / folder, ["a", "b"], 1e-6)
     trained = load_weights(run_dir / "checkpoints" / "step-00000009")
     assert all(torch.equal(w, trained[f"encoder.{name}"]) for name, w in objective.encoder.state_dict().items())

@@ -31,7 +31,7 @@ DECODER = {
 def build(**changes: object) -> MAEObjective:
     torch.manual_seed(0)
     config = MAEConfig.model_validate({**DECODER, **changes})
-    objective = build_objective(config, ViT(MODEL), 0, PreprocessingConfig())
+    objective = build_objective(config, ViT(MODEL), [], PreprocessingConfig())
     assert isinstance(objective, MAEObjective)
     return objective
 

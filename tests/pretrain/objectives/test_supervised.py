@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
 
+from pretrain import UserError
 from pretrain.config import AugmentConfig, ModelConfig, PreprocessingConfig, SupervisedConfig
 from pretrain.data.mixing import neighbours
 from pretrain.model.vit import ViT
@@ -21,7 +23,7 @@ MODEL = ModelConfig(
 def build(classes: int = 10, smoothing: float = 0.0, **augment: float) -> Objective:
     torch.manual_seed(0)
     config = SupervisedConfig(label_smoothing=smoothing, augment=AugmentConfig(**augment))  # type: ignore[arg-type]
-    return build_objective(config, ViT(MODEL), classes, PreprocessingConfig())
+    return build_objective(config, ViT(MODEL), [1 / classes] * classes, PreprocessingConfig())
 
 
 def batch(size: int, classes: int = 10, own_share: float = 1.0) -> dict[str, torch.Tensor]:
@@ -71,7 +73,7 @@ def test_cutmix_is_the_cross_entropy_by_the_share_of_pixels() -> None:
 def test_binary_cross_entropy_equals_torch_on_mixed_and_smoothed_targets() -> None:
     torch.manual_seed(0)
     config = SupervisedConfig(loss="binary_cross_entropy", label_smoothing=0.2, augment=AugmentConfig(mixup=0.8))
-    objective = build_objective(config, ViT(MODEL), 10, PreprocessingConfig()).train()
+    objective = build_objective(config, ViT(MODEL), [0.1] * 10, PreprocessingConfig()).train()
     data = batch(8, own_share=0.7)
     first = float(objective(data)["loss"])
     assert abs(first - math.log(2)) < 0.02
@@ -85,10 +87,26 @@ def test_binary_cross_entropy_equals_torch_on_mixed_and_smoothed_targets() -> No
     assert float(sums["loss"]) == pytest.approx(8 * float(plain), rel=1e-5)
 
 
+def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    weights = torch.from_numpy(compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())).float()
+    config = SupervisedConfig(class_weights="balanced", augment=AugmentConfig(flip=0.0))
+    objective = build_objective(config, ViT(MODEL), [0.6, 0.3, 0.1], PreprocessingConfig()).train()
+    data = {**batch(10, 3), "label": labels}
+    expected = F.cross_entropy(_logits(objective, data), labels, weight=weights, reduction="sum") / 10
+    assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
+    given = SupervisedConfig(class_weights=weights.tolist(), augment=AugmentConfig(flip=0.0))
+    torch.testing.assert_close(
+        build_objective(given, ViT(MODEL), [0.6, 0.3, 0.1], PreprocessingConfig()).class_weights, weights
+    )
+    with pytest.raises(UserError, match=r"objective\.class_weights: 3 weights for 2 classes; expected one for each"):
+        build_objective(given, ViT(MODEL), [0.5, 0.5], PreprocessingConfig())
+
+
 def test_patch_dropout_leaves_out_patches_in_training_alone() -> None:
     torch.manual_seed(0)
     config = SupervisedConfig(patch_dropout=0.3, augment=AugmentConfig(flip=0.0))
-    objective = build_objective(config, ViT(MODEL), 10, PreprocessingConfig())
+    objective = build_objective(config, ViT(MODEL), [0.1] * 10, PreprocessingConfig())
     data = {**batch(8), "patch_order": torch.stack([torch.randperm(16) for _ in range(8)])}
     visible = data["patch_order"][:, :12]  # 30 % of 16 are 4, rounded down
     tokens = objective.encoder(_normalized(data), visible)
