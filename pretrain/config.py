@@ -3,6 +3,7 @@
 Sizes carry Hugging Face's names. Each room is given its own section, never the whole.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias
@@ -292,10 +293,23 @@ class OptimizerConfig(Section):
     """AdamW (arXiv 1711.05101) or LAMB (arXiv 1904.00962). Norms, biases, CLS and positions are not decayed."""
 
     name: Literal["adamw", "lamb"] = Field("adamw", description="adamw or lamb")
-    learning_rate: Positive = Field(1e-4, description="at the default global batch of 256; nothing rescales it")
+    learning_rate: Positive = Field(1e-4, description="at the default global batch of 256")
+    scaling: Literal["none", "linear", "sqrt"] = Field(
+        "none", description="of the learning rate by global_batch_size / 256, or the root of that (arXiv 1706.02677)"
+    )
     weight_decay: NonNegative = 0.05
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     epsilon: Positive = 1e-8
+
+    def peak(self, global_batch_size: int) -> float:
+        """Return the highest learning rate, scaled to the batch as asked."""
+        times = global_batch_size / 256
+        return self.learning_rate * {"none": 1.0, "linear": times, "sqrt": math.sqrt(times)}[self.scaling]
+
+    def explained(self, global_batch_size: int) -> str:
+        """Say the highest learning rate, and how it came about."""
+        said = f"learning rate {self.peak(global_batch_size):.3g}"
+        return said if self.scaling == "none" else f"{said} ({self.learning_rate:g} scaled, {self.scaling})"
 
 
 class EmaConfig(Section):

@@ -131,7 +131,7 @@ def prepare_step(run: Run) -> float:
     config, step = run.config, run.manifest.step
     learning_rate = learning_rate_at(
         step,
-        peak=config.optimizer.learning_rate,
+        peak=config.optimizer.peak(config.engine.global_batch_size),
         final=config.schedule.final_learning_rate,
         warmup_steps=config.schedule.warmup_steps,
         total_steps=config.schedule.total_steps,
@@ -203,5 +203,6 @@ def _summary(run: Run) -> str:
     return (
         f"{sum(run.data.training.shard_sizes)} images in {len(run.data.training.class_names)} classes, "
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
-        f"{config.precision}, batch {config.global_batch_size}, from step {run.manifest.step}"
+        f"{config.precision}, batch {config.global_batch_size}, "
+        f"{run.config.optimizer.explained(config.global_batch_size)}, from step {run.manifest.step}"
     )

@@ -264,7 +264,7 @@ def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
     for step, loaded in enumerate(batches):
         rate = learning_rate_at(
             step,
-            peak=config.optimizer.learning_rate,
+            peak=config.optimizer.peak(batch_size),
             final=schedule.final_learning_rate,
             warmup_steps=schedule.warmup_steps,
             total_steps=schedule.total_steps,

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from pretrain.config import OptimizerConfig
 from pretrain.schedules import learning_rate_at
 
 
@@ -47,6 +48,14 @@ def test_a_wsd_run_can_be_lengthened_before_its_cool_down() -> None:
     )
     assert short[:40] == long[:40]
     assert short[40:] == long[90:]
+
+
+def test_the_peak_is_scaled_by_the_batch_as_asked_and_said() -> None:
+    for scaling, expected in (("none", 1.5e-4), ("linear", 2.4e-3), ("sqrt", 6e-4)):
+        config = OptimizerConfig.model_validate({"learning_rate": 1.5e-4, "scaling": scaling})
+        assert config.peak(4096) == pytest.approx(expected)
+    assert config.explained(4096) == "learning rate 0.0006 (0.00015 scaled, sqrt)"
+    assert OptimizerConfig().explained(64) == "learning rate 0.0001"
 
 
 def test_warmup_rises_to_the_peak_and_the_end_is_the_final_rate() -> None:
