@@ -152,7 +152,7 @@ class _Rows(Dataset[_Item]):
         except BadSampleError as bad:
             faults.append(Fault(VALIDATION, bad.shard, bad.key, bad.reason))
             record, work = Record(bad.key, np.zeros((8, 8, 3), np.uint8), 0), Work()
-        fields = self.view(record.image, np.random.Generator(np.random.Philox(0)))
+        fields = self.view(record.image, np.random.Generator(np.random.Philox(i)))  # the same at every evaluation
         weight = np.asarray(not faults, dtype=np.float32)
         return _Item({**fields, "label": record.label, "position": i, "weight": weight}, faults, work)
 
