@@ -30,7 +30,7 @@ from pretrain.steps import to_device
 from pretrain.tracking.tracker import read_rows
 from pretrain.train import StopSignal, tracked
 
-PROBED = ["evaluation.probe_every_steps=4", "evaluation.probe_samples=50"]
+PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=8", "evaluation.probe_samples=50"]
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}", *PROBED] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
 MAE = (
@@ -119,7 +119,7 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """Train to the end; then, but for some, again from the checkpoint in the middle."""
     whole_dir, resumed_dir = folder / name / "whole", folder / name / "resumed"
-    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", "evaluation.every_steps=3", *overrides]
+    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *overrides]
     settings += [] if name == "ten" else ["data.num_workers=0"]
     _, positions = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
     weights, averages = ({}, {}) if not distributed.is_main() else both_kinds(whole_dir)

@@ -135,7 +135,7 @@ def test_a_whole_recipe_learns_the_same_on_any_topology(seen: dict[int, Seen], n
 @pytest.mark.parametrize("settings", [STAGES, MAE], ids=["supervised", "mae"])
 def test_probes_say_the_same_on_any_topology(seen: dict[int, Seen], settings: list[str], name: str) -> None:
     expected = column(seen[1][settings[0]], f"probe/{name}")
-    assert len(expected) == 2
+    assert len(expected) == 1
     assert all(0 < value < (1.01 if name.endswith("1") else 50) for value in expected)
     for world_size in (1, 2):
         for stage in settings:
@@ -146,7 +146,7 @@ def test_probes_say_the_same_on_any_topology(seen: dict[int, Seen], settings: li
 def test_a_masked_autoencoder_shows_what_it_rebuilds(seen: dict[int, Seen]) -> None:
     for stage in MAE:
         pictures = Path(seen[2]["folder"]) / stage / "whole" / "pictures"
-        assert sorted(path.name for path in pictures.iterdir()) == ["step-00000004.png", "step-00000008.png"]
+        assert sorted(path.name for path in pictures.iterdir()) == ["step-00000008.png"]
         page = np.asarray(Image.open(pictures / "step-00000008.png"))[::3, ::3]
         assert page.shape == (8 * 32, 3 * 32, 3)
         image, seen_patches, rebuilt = (page[:, 32 * i : 32 * (i + 1)].astype(int) for i in range(3))
