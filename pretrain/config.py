@@ -221,11 +221,11 @@ class SupervisedConfig(Section):
     needs_labels: ClassVar[bool] = True
     name: Literal["supervised"] = Field("supervised", description="supervised or mae; each has its own keys")
     loss: Literal["cross_entropy", "binary_cross_entropy"] = Field(
-        "cross_entropy", description="binary asks of each class by itself (arXiv 2110.00476)"
+        "cross_entropy", description="or binary_cross_entropy: each class by itself (arXiv 2110.00476)"
     )
     label_smoothing: Rate = 0.0
     class_weights: Literal["none", "balanced"] | list[Positive] = Field(
-        "none", description="of the loss: balanced lets rare classes count as much as common ones, or one for each"
+        "none", description="of the loss; balanced: rare classes count as much as common ones; or a list"
     )
     patch_dropout: Rate = Field(0.0, description="share of the patches that training leaves out (arXiv 2208.07220)")
     augment: AugmentConfig = AugmentConfig()
@@ -240,12 +240,14 @@ class MAEConfig(Section):
 
     needs_labels: ClassVar[bool] = False
     name: Literal["mae"] = "mae"
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of the patches that are hidden")
-    normalize_targets: bool = Field(True, description="whether each patch's pixels have mean 0 and deviation 1")
-    decoder_hidden_size: Count = 512
-    decoder_num_hidden_layers: Count = 8
-    decoder_num_attention_heads: Count = 16
-    decoder_intermediate_size: Count = 2048
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.75, description="of mae: share of the patches that are hidden"
+    )
+    normalize_targets: bool = Field(True, description="of mae: whether each patch is rebuilt at its own brightness")
+    decoder_hidden_size: Count = Field(512, description="of mae")
+    decoder_num_hidden_layers: Count = Field(8, description="of mae")
+    decoder_num_attention_heads: Count = Field(16, description="of mae")
+    decoder_intermediate_size: Count = Field(2048, description="of mae")
     augment: AugmentConfig = AugmentConfig(crop_scale=(0.2, 1.0))
 
     def decoder(self, encoder: ModelConfig) -> ModelConfig:
@@ -295,7 +297,8 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "lamb"] = Field("adamw", description="adamw or lamb")
     learning_rate: Positive = Field(1e-4, description="at the default global batch of 256")
     scaling: Literal["none", "linear", "sqrt"] = Field(
-        "none", description="of the learning rate by global_batch_size / 256, or the root of that (arXiv 1706.02677)"
+        "none",
+        description="or linear: the rate times global_batch_size / 256 (arXiv 1706.02677); or sqrt, its root",
     )
     weight_decay: NonNegative = 0.05
     betas: tuple[Rate, Rate] = (0.9, 0.999)
@@ -322,7 +325,8 @@ class ScheduleConfig(Section):
     """Linear warm-up, then a way down. A step is one optimizer step on a global batch."""
 
     name: Literal["cosine", "linear", "wsd"] = Field(
-        "cosine", description="wsd holds the peak until its cool-down, so a run can be lengthened before that"
+        "cosine",
+        description="or linear, or wsd: hold the peak until the cool-down; it can be lengthened before that",
     )
     total_steps: Count
     warmup_steps: CountOrZero = 0
