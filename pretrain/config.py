@@ -382,7 +382,7 @@ class EvaluationConfig(Section):
     """When the validation set is gone through: every so many steps, and at the end.
 
     A probe freezes the encoder and asks what its features are good for: k-NN and linear top-1 where there are labels,
-    how many directions they use, and a masked autoencoder's pictures.
+    how many directions they use; and it draws where CLS looks, and what a masked autoencoder rebuilds.
     """
 
     every_steps: CountOrZero = Field(0, description="0: at the end only")

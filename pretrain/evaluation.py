@@ -50,8 +50,7 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Calla
             row |= _validate(run, validation, stopping)
         if _probe_is_due(run):
             row |= _probe(run, validation, stopping)
-            if run.objective.draws:
-                _draw(run, validation)
+            _draw(run, validation)
     if row:
         tracker.log(row, run.manifest.step)
         progress.note(f"step {run.manifest.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))

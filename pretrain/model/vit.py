@@ -39,10 +39,15 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self._initialize()
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] -> [B, T, D]; of the patches `visible` alone, [B, V] -> [B, 1 + V, D], if that is given."""
+    def forward(self, images: Tensor, visible: Tensor | None = None, *, attends: bool = False) -> Tensor:
+        """[B, C, H, W] -> [B, T, D]; of the patches `visible` alone, [B, V] -> [B, 1 + V, D], if that is given.
+
+        With `attends` the answer is what each head of the last block takes into CLS from each patch, [B, h, N].
+        """
         tokens = self.embed(images, visible)
         for layer in self.layers:
+            if attends and layer is self.layers[-1]:
+                return attention_of_cls(layer, tokens)
             if self.activation_checkpointing and self.training:
                 tokens = checkpoint(layer, tokens, use_reentrant=False)
             else:
@@ -168,6 +173,16 @@ class DropPath(nn.Module):
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) < self.keep
         return branch * (kept.to(branch.dtype) / self.keep)
+
+
+def attention_of_cls(block: nn.Module, tokens: Tensor) -> Tensor:
+    """[B, T, D] -> [B, h, N]: a block's softmax of CLS over the patches, itself left out."""
+    assert isinstance(block, Block)
+    attention, tokens = block.attention, block.norm_before(tokens)
+    q = attention.q_proj(tokens[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, h, 1, d]
+    k = attention.k_proj(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, h, T, d]
+    weights: Tensor = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+    return weights[:, :, 0, 1:]
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -21,8 +21,6 @@ class MAEObjective(Objective):
     Targets are normalised patch by patch, so a decoder that says nothing has a loss near 1.
     """
 
-    draws = True
-
     def __init__(
         self, config: MAEConfig, encoder: ViT, class_shares: Sequence[float], preprocessing: PreprocessingConfig
     ) -> None:
@@ -77,14 +75,15 @@ class MAEObjective(Objective):
         return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + LEAST_VARIANCE).sqrt()
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """Show each image, what the encoder sees of it, and what was rebuilt, at each patch's own brightness."""
+        """Show each image, what the encoder sees of it, what was rebuilt at each patch's own brightness, attention."""
         images, patch_order = self.normalized(batch), batch["patch_order"]
         predicted, targets = self.rebuild(images, patch_order)
-        mean, deviation = self.scale(targets)
+        level, deviation = self.scale(targets)
         places = patch_order[:, self.num_visible :, None].expand_as(predicted)
         patches, size = patchify(images, self.encoder.config.patch_size), self.encoder.config.patch_size
         seen = unpatchify(patches.scatter(1, places, torch.zeros_like(targets)), size)
-        rebuilt = unpatchify(patches.scatter(1, places, predicted * deviation + mean), size)
-        return denormalize(
-            torch.cat([images, seen, rebuilt], dim=3), self.preprocessing.image_mean, self.preprocessing.image_std
-        ).clamp(0, 1)
+        rebuilt = unpatchify(patches.scatter(1, places, predicted * deviation + level), size)
+        mean, std = self.preprocessing.image_mean, self.preprocessing.image_std
+        columns = [denormalize(column, mean, std).clamp(0, 1) for column in (images, seen, rebuilt)]
+        attention = super().pictures(batch)[..., images.shape[-1] :]
+        return torch.cat([*columns, attention], dim=3)

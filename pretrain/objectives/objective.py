@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig
@@ -21,7 +22,6 @@ class Objective(nn.Module):
 
     encoder: ViT
     preprocessing: PreprocessingConfig
-    draws: bool = False  # whether `pictures` shows more than the images
     together: int = 1  # samples that must be in one micro-batch
     answers: Literal["losses", "features", "pictures"] = "losses"
 
@@ -56,8 +56,18 @@ class Objective(nn.Module):
         return normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """Show what has been learned of some images, each beside them: [B, C, H, so many widths], from 0 to 1."""
-        return batch["image"].float() / 255
+        """Show what has been learned of some images, beside them: [B, C, H, so many widths], from 0 to 1.
+
+        Here: what each head of the last block takes into CLS from where, the most as white.
+        """
+        images, encoder = batch["image"].float() / 255, self.encoder_for_export()
+        attention = encoder(self.normalized(batch).to(encoder.cls_token.dtype), attends=True).float()
+        size = encoder.config.patch_size
+        maps = attention / attention.amax(dim=2, keepdim=True)  # [B, h, N]
+        side = images.shape[-1] // size
+        maps = maps.reshape(*maps.shape[:2], side, side).repeat_interleave(size, dim=2).repeat_interleave(size, dim=3)
+        columns = [images, *(one[:, None].expand_as(images) for one in maps.unbind(dim=1))]
+        return torch.cat(columns, dim=3)
 
     def after_step(self, step: int) -> None:
         """Do what follows an optimizer step, such as moving an average of the weights."""

@@ -148,13 +148,15 @@ def test_a_masked_autoencoder_shows_what_it_rebuilds(seen: dict[int, Seen]) -> N
         pictures = Path(seen[2]["folder"]) / stage / "whole" / "pictures"
         assert sorted(path.name for path in pictures.iterdir()) == ["step-00000008.png"]
         page = np.asarray(Image.open(pictures / "step-00000008.png"))[::3, ::3]
-        assert page.shape == (8 * 32, 3 * 32, 3)
+        assert page.shape == (8 * 32, 5 * 32, 3)  # and two heads
         image, seen_patches, rebuilt = (page[:, 32 * i : 32 * (i + 1)].astype(int) for i in range(3))
         changed, filled = (np.abs(image - other).reshape(32, 8, 4, 8, 3) for other in (seen_patches, rebuilt))
         hidden = changed.max(axis=(1, 3, 4)) > 1
         assert hidden.mean() == 0.5
         assert filled.max(axis=(1, 3, 4))[~hidden].max() <= 1
-    assert not (Path(seen[2]["folder"]) / "stage0" / "whole" / "pictures").exists()
+    attention = np.asarray(Image.open(Path(seen[2]["folder"]) / "stage0" / "whole" / "pictures" / "step-00000008.png"))
+    assert attention.shape == (3 * 8 * 32, 3 * 3 * 32, 3)
+    assert attention[:96, 96:192].max() == 255
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -90,6 +90,17 @@ def test_layer_scale_is_a_factor_that_export_folds_away() -> None:
         torch.testing.assert_close(ours(images), theirs(images).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_of_cls_is_transformers_own() -> None:
+    ours = perturbed(CONFIG).encoder
+    hf_config = transformers.ViTConfig(**encoder_config(CONFIG), attn_implementation="eager")
+    theirs = transformers.ViTModel(hf_config, add_pooling_layer=False).eval()
+    theirs.load_state_dict(to_hugging_face(ours.state_dict(), CONFIG), strict=True)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = theirs(images, output_attentions=True).attentions[-1][:, :, 0, 1:]
+        torch.testing.assert_close(ours(images, attends=True), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_only_the_visible_patches_are_seen_each_at_its_position() -> None:
     model, images = perturbed(CONFIG).encoder, torch.randn(3, 3, 32, 32)
     visible = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
