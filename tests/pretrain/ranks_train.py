@@ -58,7 +58,7 @@ OTHERS = {
     "bf16-stage1": ["engine.precision=bf16", "engine.zero_stage=1"],
     "bf16-stage3": ["engine.precision=bf16", "engine.zero_stage=3"],
     "bf16-noisy": [*NOISY, "model.position_embedding=sincos", "engine.precision=bf16"],
-    "offload": ["engine.offload_optimizer=true"],
+    "offload": ["engine.offload_optimizer=true", "evaluation.every_steps=5"],
     "compiled": ["engine.compile=true", "engine.zero_stage=1"],
     "compiled3": ["engine.compile=true", "engine.zero_stage=3"],
     "ten": ["engine.global_batch_size=10", "engine.micro_batch_size=10", "engine.zero_stage=1"],
