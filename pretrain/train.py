@@ -203,6 +203,6 @@ def _summary(run: Run) -> str:
     return (
         f"{sum(run.data.training.shard_sizes)} images in {len(run.data.training.class_names)} classes, "
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
-        f"{config.precision}, batch {config.global_batch_size}, "
-        f"{run.config.optimizer.explained(config.global_batch_size)}, from step {run.manifest.step}"
+        f"{config.precision}, batch {config.global_batch_size}, from step {run.manifest.step}, "
+        f"{run.config.optimizer.explained(config.global_batch_size)}"
     )
