@@ -24,8 +24,12 @@ def list_gpus(python: str = sys.executable) -> tuple[list[int], list[int]]:
 
 
 def list_lost_hosts(hostfile: Path) -> list[str]:
-    """Return the machines of a DeepSpeed hostfile that ssh does not reach."""
-    lines = (line.split() for line in hostfile.read_text(encoding="utf-8").splitlines())
+    """Return the machines of a DeepSpeed hostfile that ssh does not reach; none if the file cannot be read."""
+    try:
+        text = hostfile.read_text(encoding="utf-8")
+    except OSError:
+        return []  # the launcher will say so
+    lines = (line.split() for line in text.splitlines())
     hosts = [words[0] for words in lines if words and not words[0].startswith("#")]
     answers = _all_answer([[*SSH, host, "true"] for host in hosts])
     return [host for host, answered in zip(hosts, answers, strict=True) if not answered]

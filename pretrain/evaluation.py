@@ -121,9 +121,10 @@ def _probe(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[
     """Ask what the features are good for; each rank answers for its own part of the validation set."""
     own = _features(run, run.data.training, stopping, run.config.evaluation.probe_samples)
     unknown, truth, _ = _features(run, validation, stopping)
-    parts = [torch.cat(part).to(run.engine.device) for part in zip(*distributed.gather(own), strict=True)]
-    order = parts[2].argsort()  # by position, so that nothing depends on the number of ranks
-    known, labels = parts[0][order], parts[1][order]
+    everyone = distributed.gather([part.cpu() for part in own])  # a GPU's tensor would arrive on that very GPU
+    known, labels, positions = (torch.cat(part).to(run.engine.device) for part in zip(*everyone, strict=True))
+    order = positions.argsort()  # so that nothing depends on the number of ranks
+    known, labels = known[order], labels[order]
     if not known.isfinite().all():
         return {}
     row = {"probe/feature_rank": effective_rank(known), "probe/feature_spread": feature_spread(known)}

@@ -1,6 +1,7 @@
 """The proof of an exported folder: it loads offline and strictly, and gives the native model's numbers."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,7 +49,7 @@ class Proof:
             raise ProofError(f"{self.folder}: its {name} differ from the trained model's by {difference:.1e}")
         self.differences[name] = max(self.differences.get(name, 0.0), difference)
 
-    def expect_strict(self, report: dict[str, set[str]], unexpected: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    def expect_strict(self, report: dict[str, set[str]], unexpected: Collection[str] = ()) -> None:
         """Hold transformers' report of a loading to nothing missing, and nothing left over but `unexpected`.
 
         Raises:

@@ -35,6 +35,11 @@ def test_machines_that_do_not_answer_are_left_out(fake_ssh: Path) -> None:
     assert dict(parse_resource_filter(pool, exclude_str=command[2])) == {"node-1": [0, 1]}
 
 
+def test_a_hostfile_that_is_missing_is_left_to_the_launcher(tmp_path: Path) -> None:
+    command = ["deepspeed", "--hostfile", str(tmp_path / "missing"), "launch/pretrain.py"]
+    assert adapt(command, print) == command
+
+
 def test_gpus_that_do_not_answer_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *count*) echo 4;; *" 1") exit 1;; esac\n')

@@ -10,6 +10,7 @@ import transformers
 from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import ModelConfig, PreprocessingConfig, SupervisedConfig
+from pretrain.export.vit import encoder_config
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -25,19 +26,14 @@ def objective(classes: int = 2, **changes: int) -> Objective:
     return build_objective(SupervisedConfig(), ViT(model), [1 / classes] * classes, PreprocessingConfig())
 
 
+def hf_config() -> transformers.ViTConfig:
+    return transformers.ViTConfig(**encoder_config(MODEL))
+
+
 @pytest.mark.parametrize("kind", ["classifier", "backbone"])
 def test_transformers_own_folder_gives_the_same_features(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=192,
-        patch_size=8,
-        image_size=32,
-        layer_norm_eps=1e-6,
-    )
-    theirs = (transformers.ViTForImageClassification if kind == "classifier" else transformers.ViTModel)(config)
+    theirs = (transformers.ViTForImageClassification if kind == "classifier" else transformers.ViTModel)(hf_config())
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     theirs.train(False)
@@ -52,16 +48,7 @@ def test_transformers_own_folder_gives_the_same_features(tmp_path: Path, kind: s
 
 
 def test_positions_are_interpolated_as_transformers_does(tmp_path: Path) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=192,
-        patch_size=8,
-        image_size=32,
-        layer_norm_eps=1e-6,
-    )
-    theirs = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    theirs = transformers.ViTModel(hf_config(), add_pooling_layer=False).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)
