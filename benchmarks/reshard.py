@@ -121,6 +121,9 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
 
     if not folder.exists():
         return "not converted"
+    for fragment in held(engine):  # which may hold the very values already
+        for kind in fragment.kinds:
+            fragment.view(kind).zero_()
     try:
         path, _ = engine.load_checkpoint(str(folder), tag="it")
         problem = "" if path else "nothing loaded"
