@@ -22,6 +22,7 @@ import torch
 from typing_extensions import Self
 
 BEAT_SECONDS = 1.0
+READ_TRIES = 10
 SILENT_SECONDS = 5.0  # without a beat
 BEHIND_SECONDS = 7.0  # in a phase that others have left
 FIRST_STEPS_SECONDS = 120.0  # the same for a rank that may still be compiling
@@ -78,12 +79,16 @@ def beats_folder(run_dir: Path) -> Path:
 
 
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
-    """Read a rank's last beat; None where there is none, or it is being written."""
-    try:
-        text = (beats_folder(run_dir) / f"rank-{rank:05d}.json").read_text(encoding="utf-8")
-        return Beat(**json.loads(text))
-    except (OSError, ValueError, TypeError):
-        return None
+    """Read a rank's last beat; None where there is none."""
+    path = beats_folder(run_dir) / f"rank-{rank:05d}.json"
+    for _ in range(READ_TRIES):
+        try:
+            return Beat(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):  # it is just being written
+            continue
+        except OSError:
+            break
+    return None
 
 
 @dataclass
@@ -224,22 +229,20 @@ class Watch:
         while not self._ended.wait(BEAT_SECONDS):
             self._beat()
             now = time.monotonic()
-            beats = self._all_beats(now)
-            if beats is None:
-                continue
+            beats = self._all_beats(now)  # without any, what was told before is over
             for sentence in self._diagnosis.look(beats, now):
                 self.say(sentence)
             if self.hang_seconds and self._diagnosis.is_stuck(now, self.hang_seconds):
                 self.say(f"stuck for {self.hang_seconds:.0f} s; the run is ended, and can be continued")
                 os._exit(1)
 
-    def _all_beats(self, now: float) -> list[Beat] | None:
-        """Read every rank's beat, if it is for this rank to look: no lower one still beats."""
+    def _all_beats(self, now: float) -> list[Beat]:
+        """Read every rank's beat, if it is for this rank to look: no lower one still beats. Else there are none."""
         beats = []
         for rank in range(self.world_size):
             beat = read_beat(self.run_dir, rank)
             if rank < self.rank and (beat is None or self._diagnosis.silence(beat, now) <= SILENT_SECONDS):
-                return None
+                return []
             beats += [beat] if beat else []
         return beats
 
