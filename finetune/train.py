@@ -28,7 +28,7 @@ from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.samples import FewLabels, Samples
 from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
-from pretrain.optimizer import build_optimizer
+from pretrain.optimizers import build_optimizer
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit

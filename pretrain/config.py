@@ -219,7 +219,9 @@ class SupervisedConfig(Section):
     """The class of the whole image."""
 
     needs_labels: ClassVar[bool] = True
-    name: Literal["supervised"] = Field("supervised", description="supervised or mae; each has its own keys")
+    name: Literal["supervised"] = Field(
+        "supervised", description="supervised, mae or self_distillation; each has its own keys"
+    )
     loss: Literal["cross_entropy", "binary_cross_entropy"] = Field(
         "cross_entropy", description="or binary_cross_entropy: each class by itself (arXiv 2110.00476)"
     )
@@ -280,21 +282,72 @@ class MAEConfig(Section):
             yield Problem(("augment.mixup", "augment.cutmix"), "mixup and cutmix mix labels, and mae has none")
 
 
+class SelfDistillationConfig(Section):
+    """Self-distillation (DINO and iBOT; arXiv 2304.07193): a student learns what its own average, the teacher, says.
+
+    The two large crops are augmented alike; DINOv2 blurs one of them nearly always and the other seldom.
+    """
+
+    needs_labels: ClassVar[bool] = False
+    name: Literal["self_distillation"] = "self_distillation"
+    local_crops: Count = Field(8, description="of self_distillation: small crops, which the student alone is shown")
+    local_image_size: Count = Field(96, description="of self_distillation: pixels of a small crop's side")
+    local_crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.05, 0.32), description="of self_distillation: share of the image's area that a small crop keeps"
+    )
+    mask_probability: Fraction = Field(0.5, description="of self_distillation: that patches of a large crop are hidden")
+    mask_ratio: tuple[Fraction, Fraction] = Field(
+        (0.1, 0.5), description="of self_distillation: share of the patches that are hidden then"
+    )
+    prototypes: Count = Field(65536, description="of self_distillation: how many answers a token can give")
+    head_hidden_size: Count = Field(2048, description="of self_distillation")
+    head_bottleneck_size: Count = Field(256, description="of self_distillation")
+    student_temperature: Positive = Field(0.1, description="of self_distillation")
+    teacher_temperature: Positive = Field(0.07, description="of self_distillation")
+    first_teacher_temperature: Positive = Field(0.04, description="of self_distillation: at the run's beginning")
+    temperature_warmup: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.3, description="of self_distillation: share of the run in which the teacher's temperature grows"
+    )
+    teacher_momentum: Rate = Field(
+        0.992, description="of self_distillation: what the teacher keeps of itself in a step; 1 at the run's end"
+    )
+    koleo_weight: NonNegative = Field(0.1, description="of self_distillation: of the loss that spreads features")
+    augment: AugmentConfig = AugmentConfig(
+        crop_scale=(0.32, 1.0), brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2, solarize=0.1, blur=0.55
+    )
+
+    def num_visible(self, encoder: ModelConfig) -> int:
+        """Return how many patches training is shown."""
+        return encoder.num_patches
+
+    def problems(self) -> Iterator[Problem]:
+        for name in ("local_crop_scale", "mask_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                yield Problem((name,), f"expected [low, high] with 0 < low <= high, got [{low}, {high}]")
+        if self.augment.mixes:
+            yield Problem(("augment.mixup", "augment.cutmix"), "mixup and cutmix mix labels, and there are none")
+
+
 def _name_of_objective(section: Any) -> str:
     """Return the name of an objective's section; without one it is the first."""
     return str(section.get("name", "supervised") if isinstance(section, dict) else section.name)
 
 
 ObjectiveConfig: TypeAlias = Annotated[
-    Annotated[SupervisedConfig, Tag("supervised")] | Annotated[MAEConfig, Tag("mae")],
+    Annotated[SupervisedConfig, Tag("supervised")]
+    | Annotated[MAEConfig, Tag("mae")]
+    | Annotated[SelfDistillationConfig, Tag("self_distillation")],
     Discriminator(_name_of_objective),
 ]
 
 
 class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101) or LAMB (arXiv 1904.00962). Norms, biases, CLS and positions are not decayed."""
+    """AdamW (arXiv 1711.05101), LAMB (1904.00962) or Muon (2502.16982). What is no matrix is not decayed."""
 
-    name: Literal["adamw", "lamb"] = Field("adamw", description="adamw or lamb")
+    name: Literal["adamw", "lamb", "muon"] = Field(
+        "adamw", description="adamw, lamb, or muon: of the blocks' matrices, adamw of the rest"
+    )
     learning_rate: Positive = Field(1e-4, description="at the default global batch of 256")
     scaling: Literal["none", "linear", "sqrt"] = Field(
         "none",
@@ -303,6 +356,10 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.05
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     epsilon: Positive = 1e-8
+    momentum: Rate = Field(0.95, description="of muon")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="what the rate is multiplied by from block to block towards the patches (arXiv 2003.10555)"
+    )
 
     def peak(self, global_batch_size: int) -> float:
         """Return the highest learning rate, scaled to the batch as asked."""
@@ -453,6 +510,22 @@ class PretrainConfig(Section):
         if isinstance(self.objective, MAEConfig) and self.objective.num_visible(self.model) < 1:
             keys = ("objective.mask_ratio", "model.image_size", "model.patch_size")
             yield Problem(keys, f"hides all of the {self.model.num_patches} patches; lower it")
+        if isinstance(self.objective, SelfDistillationConfig):
+            yield from self._problems_of_distillation(self.objective)
+
+    def _problems_of_distillation(self, objective: SelfDistillationConfig) -> Iterator[Problem]:
+        if objective.local_image_size % self.model.patch_size:
+            yield Problem(
+                ("objective.local_image_size", "model.patch_size"),
+                f"patches of {self.model.patch_size} pixels don't divide a small crop of {objective.local_image_size}",
+            )
+        if self.engine.zero_stage == 3:
+            sentence = "self_distillation's teacher follows whole weights, which stage 3 cuts up; use 0, 1 or 2"
+            yield Problem(("engine.zero_stage", "objective.name"), sentence)
+        if self.ema.decay:
+            yield Problem(("ema.decay", "objective.name"), "self_distillation's teacher is an average already; use 0")
+        if self.data.decode == "gpu":
+            yield Problem(("data.decode", "objective.name"), "self_distillation crops an image many times; use cpu")
 
 
 def _divisor_near(total: int, wanted: int) -> int:

@@ -5,7 +5,7 @@ Ranks come from the environment, which the deepspeed launcher, torchrun and acce
 
 import os
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,34 @@ def gather(value: Result) -> list[Result]:
         dist.all_gather_object(values, value)
         return values
     return [value]
+
+
+class _GatheredRows(torch.autograd.Function):
+    """Every rank's rows one after the other; what another rank makes of mine comes back as gradient."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, sizes: list[int]) -> Tensor:
+        context.first, context.own = sum(sizes[: rank()]), len(rows)
+        everyone = rows.new_zeros(sum(sizes), *rows.shape[1:])
+        everyone[context.first : context.first + context.own] = rows
+        return sum_over_ranks(everyone)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return sum_over_ranks(gradient)[context.first : context.first + context.own], None
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """Return every rank's rows, one after the other, and where this rank's own begin; gradients flow to all ranks.
+
+    Args:
+        rows: [B, ...]; each rank may have another B.
+    """
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    sizes[rank()] = len(rows)
+    counts = sum_over_ranks(sizes).tolist()
+    everyone: Tensor = _GatheredRows.apply(rows, counts)  # type: ignore[no-untyped-call]
+    return everyone, sum(counts[: rank()])
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain import distributed
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.optimizer import build_optimizer
+from pretrain.optimizers import build_optimizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns when there is none

@@ -16,7 +16,7 @@ from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.partitions import held, shapes
 from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.checkpoint.warm_start import warm_start
-from pretrain.config import PretrainConfig
+from pretrain.config import OptimizerConfig, PretrainConfig
 from pretrain.data.device_decode import Decoder, build_decoder
 from pretrain.data.index import DataError
 from pretrain.data.order import past
@@ -30,7 +30,10 @@ from pretrain.health import SKIPPED_FILE, Health, Ledger
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
-from pretrain.optimizer import LAMB, Range
+from pretrain.optimizers.lamb import LAMB
+from pretrain.optimizers.layer_decay import decay_by_layer
+from pretrain.optimizers.muon import Muon
+from pretrain.optimizers.placement import Placement, Range
 from pretrain.tracking.tracker import git_commit
 from pretrain.watch import beats_folder
 
@@ -134,6 +137,7 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
     objective = build_objective(config.objective, encoder, data.training.class_shares, config.preprocessing)
     if config.init_from and not checkpoint:
         said = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
+        objective.after_warm_start()
         if distributed.is_main():
             print(said, flush=True)
     if config.engine.compile:
@@ -148,7 +152,7 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
         git_commit=git_commit(),
     )
     engine = build_engine(objective, config.engine, config.optimizer)
-    bind_optimizer(engine)
+    bind_optimizer(engine, config.optimizer)
     if checkpoint:
         saved = restore(engine, checkpoint, manifest)
         manifest = replace(manifest, step=saved.step, samples=saved.samples, usual=saved.usual, passed=saved.passed)
@@ -169,17 +173,30 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
     return run
 
 
-def bind_optimizer(engine: Engine) -> None:
+def bind_optimizer(engine: Engine, config: OptimizerConfig) -> None:
     """Tell an optimizer that asks for it which parameters its flat tensors hold."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if isinstance(optimizer, LAMB):
-        numbers = {name: number for number, name in enumerate(shapes(engine))}
-        ranges: dict[Tensor, list[Range]] = defaultdict(list)
-        fragments = [fragment for fragment in held(engine) if fragment.moments is not None]
-        for fragment in fragments:
-            ranges[fragment.master].append(Range(numbers[fragment.name], fragment.offset, fragment.numel))
-        is_cut = not any(fragment.shared for fragment in fragments)
-        optimizer.bind(ranges, len(numbers), _sum_on_device if is_cut else lambda squares: squares)
+    if isinstance(optimizer, LAMB | Muon):
+        optimizer.placement = place(engine)
+    if config.layer_decay < 1:
+        decay_by_layer(optimizer, place(engine), config.layer_decay)
+
+
+def place(engine: Engine) -> Placement:
+    """Say which parameters the tensors of an engine's optimizer hold."""
+    whole = shapes(engine)
+    numbers = {name: number for number, name in enumerate(whole)}
+    ranges: dict[Tensor, list[Range]] = defaultdict(list)
+    is_cut = False
+    for fragment in held(engine):
+        if fragment.moments is not None:
+            number = numbers[fragment.name]
+            ranges[fragment.master].append(Range(number, fragment.start, fragment.offset, fragment.numel))
+            is_cut = is_cut or not fragment.shared
+    placement = Placement([*whole], [*whole.values()], ranges)
+    if not is_cut:
+        return placement
+    return replace(placement, total=_sum_on_device, rank=distributed.rank(), world_size=distributed.world_size())
 
 
 def _sum_on_device(values: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
                 run.health.meet(interval.step_loss(), samples, stop=stop.asked)
             watch.enter("step")
             engine.step()  # after the last micro-batch: the weights move, unless `health` objects
-        run.objective.after_step(step)
         judged = run.health.close(gradient_norm(engine), step, samples)
+        run.objective.after_step(run.health.bad)
         run.ema.update(step, run.health.bad)
         interval.end_step(run.health.bad, gradient_norm(engine))
         run.advance()
@@ -129,6 +129,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
 def prepare_step(run: Run) -> float:
     """Set and return the learning rate, and make the step's dropout a function of the step and the rank."""
     config, step = run.config, run.manifest.step
+    run.objective.before_step(step / config.schedule.total_steps)
     learning_rate = learning_rate_at(
         step,
         peak=config.optimizer.peak(config.engine.global_batch_size),

@@ -3,6 +3,7 @@
 Saving reads these fragments and loading writes them, so whatever one topology saved, any other can load.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.checkpoint.pieces import WEIGHT
+from pretrain.checkpoint.pieces import EMA, WEIGHT
 from pretrain.engine import Engine
 
 
@@ -94,13 +95,14 @@ def optimizer_steps(engine: Engine) -> float:
     return max((float(state["step"]) for state in inner.state.values() if "step" in state), default=0.0)
 
 
-def make_moments(fragments: list[Fragment], kinds: set[str], steps: float) -> None:
-    """Give the optimizer its moments, which it has only after its first step, and its count of steps."""
+def make_moments(fragments: list[Fragment], kinds: Mapping[str, Iterable[str]], steps: float) -> None:
+    """Give the optimizer the moments of each parameter, which it has only after its first step, and its steps."""
     for fragment in fragments:
-        if fragment.moments is not None:
-            for kind in kinds - {WEIGHT} - fragment.moments.keys():
+        moments = {*kinds[fragment.name]} - {WEIGHT}
+        if fragment.moments is not None and moments:
+            for kind in moments - fragment.moments.keys():
                 fragment.moments[kind] = torch.zeros_like(fragment.master, requires_grad=False)
-            if kinds - {WEIGHT}:
+            if moments - {EMA}:
                 fragment.moments["step"] = torch.tensor(steps, dtype=torch.float32, device=fragment.master.device)
 
 

@@ -56,7 +56,7 @@ def restore(engine: Engine, folder: Path, expected: Manifest) -> Manifest:
         raise CheckpointError(f"{folder}: does not fit the model:\n  " + "\n  ".join(wrong))
     reader = Reader(folder, saved)
     fragments = held(engine)
-    make_moments(fragments, {kind for tensor in saved.tensors.values() for kind in tensor.kinds}, saved.optimizer_steps)
+    make_moments(fragments, {name: tensor.kinds for name, tensor in saved.tensors.items()}, saved.optimizer_steps)
     for fragment in fragments:
         for kind in saved.tensors[fragment.name].kinds:
             if kind == WEIGHT or fragment.moments is not None:

@@ -39,12 +39,23 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self._initialize()
 
-    def forward(self, images: Tensor, visible: Tensor | None = None, *, attends: bool = False) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        *,
+        instead: tuple[Tensor, Tensor] | None = None,
+        attends: bool = False,
+    ) -> Tensor:
         """[B, C, H, W] -> [B, T, D]; of the patches `visible` alone, [B, V] -> [B, 1 + V, D], if that is given.
 
-        With `attends` the answer is what each head of the last block takes into CLS from each patch, [B, h, N].
+        Args:
+            images: normalised; at another size than the config's, positions are interpolated.
+            visible: the patches that are taken in, [B, V]; all without it.
+            instead: the patches, bool [B, N], in whose place a token [1, 1, D] stands.
+            attends: answer what each head of the last block takes into CLS from each patch, [B, h, N].
         """
-        tokens = self.embed(images, visible)
+        tokens = self.embed(images, visible, instead)
         for layer in self.layers:
             if attends and layer is self.layers[-1]:
                 return attention_of_cls(layer, tokens)
@@ -55,16 +66,23 @@ class ViT(nn.Module):
         normalized: Tensor = self.norm(tokens)
         return normalized
 
-    def embed(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def embed(
+        self, images: Tensor, visible: Tensor | None = None, instead: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """[B, C, H, W] -> [B, T, D]: patches embedded, positions added, CLS before them."""
-        patches = patchify(images, self.config.patch_size)
-        positions = self.position_embedding.to(images.dtype)  # DeepSpeed leaves buffers in fp32
+        patches, positions = patchify(images, self.config.patch_size), self.position_embedding
+        if patches.shape[1] != self.config.num_patches:
+            positions = resize_positions(positions.float(), patches.shape[1])
+        positions = positions.to(images.dtype)  # DeepSpeed leaves buffers in fp32
         patch_positions = positions[:, 1:]
         if visible is not None:
             patches = take(patches, visible)
             patch_positions = take(patch_positions.expand(len(images), -1, -1), visible)
+        embedded = self.patch_embedding(patches)
+        if instead is not None:
+            embedded = torch.where(instead[0][..., None], instead[1].to(embedded.dtype), embedded)
         cls_token = (self.cls_token + positions[:, :1]).expand(len(images), -1, -1)
-        tokens: Tensor = self.dropout(torch.cat([cls_token, self.patch_embedding(patches) + patch_positions], dim=1))
+        tokens: Tensor = self.dropout(torch.cat([cls_token, embedded + patch_positions], dim=1))
         return tokens
 
     def _initialize(self) -> None:

@@ -6,9 +6,14 @@ from pretrain.config import ObjectiveConfig, PreprocessingConfig
 from pretrain.model.vit import ViT
 from pretrain.objectives.mae import MAEObjective
 from pretrain.objectives.objective import Objective
+from pretrain.objectives.self_distillation import SelfDistillationObjective
 from pretrain.objectives.supervised import SupervisedObjective
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"supervised": SupervisedObjective, "mae": MAEObjective}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "supervised": SupervisedObjective,
+    "mae": MAEObjective,
+    "self_distillation": SelfDistillationObjective,
+}
 
 
 def build_objective(

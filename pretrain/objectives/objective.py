@@ -17,12 +17,18 @@ class Objective(nn.Module):
 
     In training mode the scalars are means over the batch. In evaluation mode they are sums over its samples, each
     times its "weight", so that any number of ranks and batches adds up to the same mean. `answers` asks for something
-    else for a while: "features" [B, D], CLS of the encoder that would be exported, or "pictures".
+    else for a while: "features" [B, D], CLS of the encoder, or "pictures".
+
+    Attributes:
+        encoder: whose weights leave the run.
+        preprocessing: of images in evaluation.
+        together: samples that must be in one micro-batch.
+        answers: what is asked for.
     """
 
     encoder: ViT
     preprocessing: PreprocessingConfig
-    together: int = 1  # samples that must be in one micro-batch
+    together: int = 1
     answers: Literal["losses", "features", "pictures"] = "losses"
 
     @abstractmethod
@@ -46,7 +52,7 @@ class Objective(nn.Module):
         if self.answers == "pictures":
             return {"pictures": self.pictures(batch)}
         if self.answers == "features":
-            encoder = self.encoder_for_export()
+            encoder = self.encoder
             return {"features": encoder(self.normalized(batch).to(encoder.cls_token.dtype))[:, 0].float()}
         return self.train_losses(batch) if self.training else self.evaluation_sums(batch)
 
@@ -60,7 +66,7 @@ class Objective(nn.Module):
 
         Here: what each head of the last block takes into CLS from where, the most as white.
         """
-        images, encoder = batch["image"].float() / 255, self.encoder_for_export()
+        images, encoder = batch["image"].float() / 255, self.encoder
         attention = encoder(self.normalized(batch).to(encoder.cls_token.dtype), attends=True).float()
         size = encoder.config.patch_size
         maps = attention / attention.amax(dim=2, keepdim=True)  # [B, h, N]
@@ -69,9 +75,15 @@ class Objective(nn.Module):
         columns = [images, *(one[:, None].expand_as(images) for one in maps.unbind(dim=1))]
         return torch.cat(columns, dim=3)
 
-    def after_step(self, step: int) -> None:
-        """Do what follows an optimizer step, such as moving an average of the weights."""
+    def after_warm_start(self) -> None:
+        """Hear that `encoder` has been given the weights that the run starts from."""
 
-    def encoder_for_export(self) -> ViT:
-        """Return the encoder whose weights leave the run."""
-        return self.encoder
+    def before_step(self, progress: float) -> None:
+        """Hear how much of the run is over, from 0 to 1, before each step."""
+
+    def after_step(self, bad: Tensor) -> None:
+        """Do what follows an optimizer step, such as moving an average of the weights.
+
+        Args:
+            bad: 1 where the step was skipped, else 0; a scalar on the device.
+        """

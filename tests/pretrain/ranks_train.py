@@ -23,7 +23,7 @@ from pretrain.data.sets import open_samples
 from pretrain.engine import start_distributed
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
-from pretrain.optimizer import build_optimizer
+from pretrain.optimizers import build_optimizer
 from pretrain.run import prepare
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import to_device
@@ -37,7 +37,18 @@ MAE = (
     "objective={name: mae, mask_ratio: 0.5, decoder_hidden_size: 16, decoder_num_hidden_layers: 1, "
     "decoder_num_attention_heads: 2, decoder_intermediate_size: 32}"
 )
+DISTIL = [
+    "objective={name: self_distillation, local_crops: 2, local_image_size: 16, prototypes: 32, "
+    "head_hidden_size: 32, head_bottleneck_size: 16, augment: {crop_scale: [0.5, 1.0], blur: 0.5, solarize: 0.2}}",
+    "ema.decay=0",
+    "engine.micro_batch_size=16",  # what is balanced together is a micro-step of all ranks
+    "evaluation.probe_every_steps=8",
+    "evaluation.probe_samples=50",
+]
+DECAYED = "optimizer.layer_decay=0.7"
 OTHERS = {
+    **{f"distil{stage}": [*DISTIL, f"engine.zero_stage={stage}"] for stage in range(3)},
+    "distil-bf16": [*DISTIL, "engine.precision=bf16"],
     **{f"mae{stage}": [MAE, *PROBED, f"engine.zero_stage={stage}"] for stage in range(4)},
     "recipe": [
         "model.layer_scale=0.1",
@@ -50,6 +61,10 @@ OTHERS = {
     ],
     **{
         f"lamb{stage}": ["optimizer.name=lamb", "optimizer.learning_rate=1e-2", f"engine.zero_stage={stage}"]
+        for stage in range(4)
+    },
+    **{
+        f"muon{stage}": ["optimizer.name=muon", "optimizer.learning_rate=1e-2", DECAYED, f"engine.zero_stage={stage}"]
         for stage in range(4)
     },
     "dropout": NOISY,
@@ -68,7 +83,7 @@ OTHERS = {
 }
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "pretrain").glob("*.yaml"))
 COMPILED_ELSEWHERE = {1: "compiled3", 2: "compiled"}  # compiling takes long
-NOT_RESUMED = {"mae1", "mae2", "lamb1", "lamb2"}  # the others show that
+NOT_RESUMED = {"mae1", "mae2", "lamb1", "lamb2", "muon1", "muon2"}  # the others show that
 RESHARDED = {  # what was saved -> how it is continued
     "stage0": ("stage3", STAGES["stage3"]),
     "stage1": ("stage0", STAGES["stage0"]),
@@ -214,6 +229,8 @@ def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
         "logging.every_steps=1",
         "tracking.uri=off",
     ]
+    if path.stem.startswith("dinov2"):
+        settings += ["objective.prototypes=64", "objective.local_image_size=32"]
     config = load_config(PretrainConfig, path, settings).config
     run_to_end(config)
     return [row["train/loss"] for row in rows_of(config.run_dir) if "train/loss" in row]
@@ -237,6 +254,19 @@ def average_as_stated(average: torch.Tensor, weight: torch.Tensor, updates: torc
     return decay * average + (1 - decay) * weight
 
 
+def split_by_layer(
+    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], decay: float, depth: int
+) -> None:
+    """Give each parameter a group, and a share of the learning rate by its layer."""
+    groups = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            section, place, number = (names[parameter] + "...").split(".")[:3]
+            above = depth - int(number) if place == "layers" else 0 if place == "norm" else depth + 1
+            groups.append({**group, "params": [parameter], "share": decay**above if section == "encoder" else 1.0})
+    optimizer.param_groups[:] = groups
+
+
 def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
     """The losses and weights of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
     config = load_config(PretrainConfig, recipe, ["run_dir=unused", *overrides]).config
@@ -246,6 +276,9 @@ def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
     objective = build_objective(config.objective, encoder, training.class_shares, config.preprocessing).train()
     averaged = AveragedModel(objective, avg_fn=average_as_stated)
     optimizer = build_optimizer(objective, config.optimizer)
+    if config.optimizer.layer_decay < 1:
+        names = {parameter: name for name, parameter in objective.named_parameters()}
+        split_by_layer(optimizer, names, config.optimizer.layer_decay, config.model.num_hidden_layers)
     schedule, batch_size = config.schedule, config.engine.global_batch_size
     losses = []
     batches = training_batches(
@@ -270,7 +303,7 @@ def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
             total_steps=schedule.total_steps,
         )
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
         loss = objective(to_device(loaded.tensors, torch.device("cpu")))["loss"]
         optimizer.zero_grad()
         loss.backward()
@@ -294,6 +327,7 @@ def main(recipe: Path, folder: Path, source: Path | None) -> None:
         if distributed.world_size() == 1:
             seen["reference"] = reference(recipe)
             seen["lamb-reference"] = reference(recipe, *OTHERS["lamb0"])
+            seen["muon-reference"] = reference(recipe, *OTHERS["muon0"])
             seen["recipes"] = {path.stem: try_recipe(path, folder, recipe) for path in RECIPES}
         seen["stopped"] = stop_in_an_evaluation(recipe, folder)
     if source:

@@ -1,0 +1,170 @@
+"""Self-distillation: its losses as written in the papers, its teacher, its crops, and by learning something."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import logsumexp
+
+from pretrain.config import ModelConfig, PreprocessingConfig, SelfDistillationConfig
+from pretrain.data.crops import draw_hidden
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+from pretrain.objectives.self_distillation import (
+    SelfDistillationObjective,
+    dino_loss,
+    koleo_loss,
+    sinkhorn_knopp,
+)
+
+MODEL = ModelConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=32
+)
+SMALL = {
+    "local_crops": 3,
+    "local_image_size": 16,
+    "prototypes": 48,
+    "head_hidden_size": 32,
+    "head_bottleneck_size": 16,
+    "mask_probability": 1.0,
+}
+
+
+def build(**changes: object) -> SelfDistillationObjective:
+    torch.manual_seed(0)
+    config = SelfDistillationConfig.model_validate({**SMALL, **changes})
+    objective = build_objective(config, ViT(MODEL), [], PreprocessingConfig())
+    assert isinstance(objective, SelfDistillationObjective)
+    return objective.train()
+
+
+def batch(objective: SelfDistillationObjective, size: int) -> dict[str, torch.Tensor]:
+    view, images = objective.train_view(), np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
+    large = [np.kron(image, np.ones((6, 6, 1), np.uint8)) for image in images]
+    samples = [view(image, np.random.default_rng(i)) for i, image in enumerate(large)]
+    return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
+
+
+def test_the_first_losses_are_those_of_a_student_that_says_nothing() -> None:
+    objective = build(prototypes=4096, head_bottleneck_size=256)
+    losses = objective(batch(objective, 8))
+    for name in ("dino", "ibot"):
+        assert float(losses[name]) == pytest.approx(math.log(4096), rel=0.05)
+    assert float(losses["loss"]) == pytest.approx(float(losses["dino"] + losses["ibot"] + 0.1 * losses["koleo"]))
+
+
+def test_dino_loss_is_the_mean_over_pairs_of_different_crops() -> None:
+    torch.manual_seed(0)
+    said = torch.randn(5, 6, 7).log_softmax(-1)  # two large crops and four small ones
+    targets = torch.rand(5, 2, 7).softmax(-1)
+    pairs = [-(targets[:, t] * said[:, s]).sum(-1).mean() for t in range(2) for s in range(6) if s != t]
+    torch.testing.assert_close(dino_loss(said[:, :2], said[:, 2:], targets), torch.stack(pairs).mean())
+
+
+def test_sinkhorn_knopp_balances_as_in_log_space() -> None:
+    logits = torch.randn(12, 5, dtype=torch.float64) / 0.3
+    expected = logits.numpy().copy()
+    for _ in range(3):
+        expected -= logsumexp(expected, axis=0, keepdims=True) - np.log(12 / 5)
+        expected -= logsumexp(expected, axis=1, keepdims=True)
+    shares = sinkhorn_knopp(logits)
+    np.testing.assert_allclose(shares.numpy(), np.exp(expected), rtol=1e-10)
+    assert (shares.sum(0) - 12 / 5).abs().max() < (logits.softmax(1).sum(0) - 12 / 5).abs().max() / 2
+    assert sinkhorn_knopp(torch.empty(0, 5)).shape == (0, 5)
+
+
+def test_koleo_looks_at_the_nearest_other() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(9, 4, requires_grad=True)
+    distances = torch.cdist(F.normalize(features), F.normalize(features)) + 10 * torch.eye(9)
+    expected = -distances.min(dim=1).values.log().mean()
+    loss = koleo_loss(features)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    [ours] = torch.autograd.grad(loss, features)
+    [theirs] = torch.autograd.grad(expected, features)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
+    objective = build(koleo_weight=0.0)
+    data = batch(objective, 6)
+    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
+    first = objective(data)["loss"]
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3, weight_decay=0.0)
+    for _ in range(150):
+        optimizer.zero_grad()
+        loss = objective(data)["loss"]
+        loss.backward()
+        optimizer.step()
+    cls, patches = objective._targets(objective._crops(data, "large"), data["hidden"].flatten(0, 1))
+    least = sum(float(-(t * t.clamp_min(1e-30).log()).sum(-1).mean()) for t in (cls, patches))  # the targets' entropy
+    assert float(loss) - least < 0.35 * (float(first) - least)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.parameters())
+    assert all(not torch.equal(before[name], p) for name, p in objective.named_parameters())
+
+
+def test_the_teacher_follows_as_stated_and_no_gradient_reaches_it() -> None:
+    objective = build(teacher_momentum=0.9)
+    assert not any(
+        name.startswith(("encoder.", "cls_head.", "patch_head.")) for name, _ in objective.named_parameters()
+    )
+    began = {name: tensor.clone() for name, tensor in objective.encoder.state_dict().items()}
+    assert all(torch.equal(tensor, began[name]) for name, tensor in objective.student.state_dict().items())
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(1.0)
+    expected = 0.0
+    for progress, bad in ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0), (1.0, 0.0)):
+        objective.before_step(progress)
+        objective.after_step(torch.tensor(bad))
+        momentum = {0.0: 0.9, 0.5: 0.95, 1.0: 1.0}[progress] if not bad else 1.0
+        expected = momentum * expected + (1 - momentum) * 1.0
+    for name, tensor in objective.encoder.state_dict().items():
+        torch.testing.assert_close(tensor, began[name] + expected)
+    objective.after_warm_start()
+    assert all(
+        torch.equal(tensor, objective.encoder.state_dict()[name])
+        for name, tensor in objective.student.state_dict().items()
+    )
+
+
+def test_the_teachers_temperature_grows() -> None:
+    objective = build()
+    found = []
+    for progress in (0.0, 0.15, 0.3, 1.0):
+        objective.before_step(progress)
+        found.append(objective.teacher_temperature)
+    assert found == pytest.approx([0.04, 0.055, 0.07, 0.07])
+
+
+def test_crops_are_keyed_by_the_sample() -> None:
+    objective = build(mask_probability=0.5)
+    view, image = objective.train_view(), np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not np.array_equal(first["large.image"], other["large.image"])
+    assert first["large.image"].shape == (2, 3, 32, 32)
+    assert first["small.image"].shape == (3, 3, 16, 16)
+    counts = np.stack([view(image, np.random.default_rng(seed))["hidden"].sum(1) for seed in range(200)]).ravel()
+    assert 0.4 < (counts > 0).mean() < 0.6
+    assert set(counts[counts > 0]) <= set(range(2, 9))  # from 0.1 to 0.5 of 16
+
+
+@given(st.integers(1, 14), st.floats(0, 1), st.integers(0, 2**32))
+def test_exactly_so_many_patches_are_hidden(side: int, share: float, seed: int) -> None:
+    count = round(share * side * side)
+    hidden = draw_hidden(side, count, np.random.default_rng(seed))
+    assert hidden.shape == (side, side)
+    assert hidden.sum() == count
+
+
+def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
+    objective = build().eval()
+    data = {"image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
+    sums = objective({**data, "weight": torch.tensor([1.0] * 5 + [0.0] * 3)})
+    first = objective({"image": data["image"][:5], "weight": torch.ones(5)})
+    torch.testing.assert_close(sums["loss"], first["loss"])

@@ -1,0 +1,162 @@
+"""What is decayed, by name; LAMB, Muon and layer-wise decay against what they stand for."""
+
+import copy
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.config import ModelConfig, OptimizerConfig
+from pretrain.model.vit import ViT
+from pretrain.optimizers import build_optimizer
+from pretrain.optimizers.lamb import LAMB
+from pretrain.optimizers.layer_decay import decay_by_layer
+from pretrain.optimizers.muon import orthogonalize
+from pretrain.optimizers.placement import Placement, Range
+
+
+def test_weights_are_decayed_and_nothing_else() -> None:
+    model = ViT(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16))
+    decayed, undecayed = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.3, 0.0)
+    assert sorted(names[id(p)] for p in decayed["params"]) == sorted(
+        ["patch_embedding.weight", "layers.0.mlp.fc1.weight", "layers.0.mlp.fc2.weight"]
+        + [f"layers.0.attention.{name}_proj.weight" for name in "qkvo"]
+    )
+    assert len(decayed["params"]) + len(undecayed["params"]) == len(names)
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = ViT(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16))
+    model.requires_grad_(False)
+    model.norm.requires_grad_(True)
+    [group] = build_optimizer(model, OptimizerConfig()).param_groups
+    assert len(group["params"]) == 2
+
+
+def lamb_of_the_paper(weights: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
+    """Algorithm 2 of arXiv 1904.00962, phi the identity, one parameter."""
+    first, second = torch.zeros_like(weights), torch.zeros_like(weights)
+    for t, gradient in enumerate(gradients, start=1):
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.99 * second + 0.01 * gradient**2
+        ratio = (first / (1 - 0.9**t)) / ((second / (1 - 0.99**t)).sqrt() + 1e-6)
+        direction = ratio + decay * weights
+        trust = weights.norm() / direction.norm() if decay else 1.0
+        weights = weights - 0.01 * trust * direction
+    return weights
+
+
+def test_lamb_is_the_papers_also_in_pieces_and_passes_over_bad_steps() -> None:
+    torch.manual_seed(0)
+    whole, other = torch.randn(4, 6), torch.randn(7)
+    gradients = [(torch.randn(4, 6), torch.randn(7)) for _ in range(5)]
+    expected = [
+        lamb_of_the_paper(weights, [pair[i] for pair in gradients], decay)
+        for i, (weights, decay) in enumerate([(whole, 0.1), (other, 0.0)])
+    ]
+    for is_flat in (False, True):
+        if is_flat:  # as ZeRO would: one tensor of both, and some padding
+            tensors = [torch.cat([whole.flatten(), torch.zeros(2)]), other.clone()]
+        else:
+            tensors = [whole.clone(), other.clone()]
+        groups = [{"params": [tensors[0]], "weight_decay": 0.1}, {"params": [tensors[1]], "weight_decay": 0.0}]
+        optimizer = LAMB(groups, lr=0.01, betas=(0.9, 0.99))
+        if is_flat:
+            ranges = {tensors[0]: [Range(0, 0, 0, 10), Range(0, 10, 10, 14)], tensors[1]: [Range(1, 0, 0, 7)]}
+            optimizer.placement = Placement(["whole", "other"], [[4, 6], [7]], ranges)
+        optimizer.found_inf = torch.tensor(1.0)
+        for tensor in tensors:
+            tensor.grad = torch.full_like(tensor, torch.nan)
+        optimizer.step()
+        optimizer.found_inf = torch.tensor(0.0)
+        for one, two in gradients:
+            tensors[0].grad = torch.cat([one.flatten(), torch.zeros(2)]) if is_flat else one
+            tensors[1].grad = two
+            optimizer.step()
+        torch.testing.assert_close(tensors[0].flatten()[:24], expected[0].flatten())
+        torch.testing.assert_close(tensors[1], expected[1])
+
+
+def test_muon_is_torchs_but_for_its_precision() -> None:
+    """Torch orthogonalises in bf16."""
+    torch.manual_seed(0)
+    for shape in ((24, 16), (16, 40)):
+        module = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(*shape, bias=False)])})
+        [ours] = module.parameters()
+        theirs = nn.Parameter(ours.detach().clone())
+        before = theirs.detach().clone()
+        config = OptimizerConfig(name="muon", learning_rate=0.02, weight_decay=0.1)
+        one = build_optimizer(module, config)
+        two = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+        for _ in range(4):
+            ours.grad = theirs.grad = torch.randn_like(ours)
+            one.step()
+            two.step()
+        moved, expected = ours - before, theirs - before
+        assert (moved - expected).norm() < 0.03 * expected.norm()
+
+
+def test_a_step_of_muon_is_orthogonal() -> None:
+    torch.manual_seed(0)
+    for shape in ((20, 20), (8, 30), (30, 8)):
+        singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape))) / (0.2 * math.sqrt(max(shape)))
+        assert float(singular.min()) > 0.3
+        assert float(singular.max()) < 1.3
+
+
+def test_muon_moves_matrices_of_blocks_alone_and_passes_over_bad_steps() -> None:
+    torch.manual_seed(0)
+    model = ViT(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16))
+    reference = copy.deepcopy(model)
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    muon = build_optimizer(model, OptimizerConfig(name="muon", **settings))
+    adamw = build_optimizer(reference, OptimizerConfig(**settings))
+    for step in range(3):
+        bad = step == 1
+        muon.found_inf = torch.tensor(float(bad))  # type: ignore[attr-defined]
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            ours.grad = theirs.grad = torch.full_like(ours, torch.nan) if bad else torch.randn_like(ours)
+        muon.step()
+        if not bad:
+            adamw.step()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        same = torch.allclose(ours, theirs, atol=1e-6)
+        assert same == (not (name.startswith("layers.") and ours.ndim == 2)), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
+def test_layer_decay_is_a_group_for_each_layer(name: Literal["adamw", "lamb", "muon"]) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 16}
+    model = nn.ModuleDict({"encoder": ViT(ModelConfig.model_validate(sizes)), "classifier": nn.Linear(16, 3)})
+    reference = copy.deepcopy(model)
+    names = [name for name, _ in model.named_parameters()]
+    config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
+    ours, theirs = build_optimizer(model, config), build_optimizer(reference, config)
+    parameters = dict(model.named_parameters())
+    placement = Placement(
+        names,
+        [list(parameter.shape) for parameter in parameters.values()],
+        {parameter: [Range(i, 0, 0, parameter.numel())] for i, parameter in enumerate(parameters.values())},
+    )
+    decay_by_layer(ours, placement, 0.5)
+    shares = {"encoder.layers.2.": 0.5, "encoder.layers.1.": 0.25, "encoder.layers.0.": 0.125, "encoder.norm": 1.0}
+    shares |= {"encoder.": 0.0625, "classifier.": 1.0}
+    split = []
+    for group in theirs.param_groups:
+        for parameter in group["params"]:
+            name_of = next(n for n, p in reference.named_parameters() if p is parameter)
+            share = next(share for start, share in shares.items() if name_of.startswith(start))
+            split.append({**group, "params": [parameter], "lr": 1e-2 * share})
+    theirs.param_groups[:] = split
+    for _ in range(3):
+        for one, two in zip(model.parameters(), reference.parameters(), strict=True):
+            one.grad = two.grad = torch.randn_like(one)
+        ours.step()
+        theirs.step()
+    for key, one, two in zip(names, model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7, msg=key)
