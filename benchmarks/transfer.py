@@ -1,12 +1,12 @@
 """Is pretraining worth it? Digits are learned first, with labels or without, then 5 to 9 from a few labels.
 
-The supervised objective is given 0 to 4 with their labels; the masked autoencoder the same and the training images of
-5 to 9, all without. Beside what is made of them stands a twin of the same architecture from scratch: the same labels,
+The supervised objective is given 0 to 4 with their labels; the others the same and the training images of 5 to 9, all
+without. Beside what is made of them stands a twin of the same architecture from scratch: the same labels,
 augmentations and steps, and the better of the same learning rates for each. Frozen features are probed by k-NN and by
 a linear classifier on the same labels.
 
     python benchmarks/transfer.py --labels 1 2 4 --seeds 0 1 2 --json transfer.json
-    python benchmarks/transfer.py --objectives supervised mae --labels 2 --json objectives.json
+    python benchmarks/transfer.py --objectives supervised mae self_distillation --json objectives.json
 """
 
 import argparse
@@ -37,7 +37,7 @@ from pretrain.probes import predict_by_linear_probe, predict_by_neighbours
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-RECIPES = {"supervised": "pretrain.yaml", "mae": "mae.yaml"}  # of configs/quickstart
+RECIPES = {"supervised": "pretrain.yaml", "mae": "mae.yaml", "self_distillation": "self_distillation.yaml"}
 SCRATCH = "from scratch"
 MEASURES = ("fine-tuned", "k-NN", "linear")
 
