@@ -52,7 +52,7 @@ def predict(folder: Path, images: Sequence[Path], top_k: int = 3) -> Iterator[Pr
 
 def _read(path: Path) -> Pixels:
     try:
-        return decode(path.read_bytes())
+        return decode(path.read_bytes(), scales=True)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     except DecodeError as error:

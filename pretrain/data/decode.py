@@ -1,7 +1,8 @@
 """Encoded bytes become RGB pixels, the same for training, evaluation and the exported processor.
 
 JPEG is decoded by libjpeg-turbo (simplejpeg), everything else by Pillow. EXIF orientation is applied, transparency is
-put on white (as transformers 5 does), 16-bit grey is scaled to 8 bits, other modes are converted by Pillow.
+put on white (as transformers 5 does), other modes are converted by Pillow. Grey of 16 bits or more is refused: Pillow,
+and with it any exported processor, would turn nearly all of it white. `tessera shards make` scales 16 bits to 8.
 """
 
 import io
@@ -31,14 +32,25 @@ class DecodeError(Exception):
     """Bytes that are no usable image; the message says why."""
 
 
-def decode(data: bytes) -> Pixels:
+class DeepGreyError(DecodeError):
+    """An image of 16-bit grey, which must be scaled before training."""
+
+    def __init__(self) -> None:
+        super().__init__("16-bit grey, which transformers would turn white; tessera shards make scales it to 8 bits")
+
+
+def decode(data: bytes, *, scales: bool = False) -> Pixels:
     """Decode an image.
+
+    Args:
+        data: of the file.
+        scales: whether 16-bit grey is scaled to 8 bits.
 
     Returns:
         Pixels [height, width, 3], RGB.
 
     Raises:
-        DecodeError: broken, truncated, of an unknown format, or of more than MAX_PIXELS.
+        DecodeError: broken, truncated, of an unknown format, of more than MAX_PIXELS, or deeper than 8 bits.
     """
     try:
         if _plain_jpeg(data):
@@ -47,7 +59,7 @@ def decode(data: bytes) -> Pixels:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             _check_size(image.width, image.height)
-            return np.array(to_rgb(image))
+            return np.array(to_rgb(scale_grey(image) if scales else image))
     except DecodeError:
         raise
     except UnidentifiedImageError:
@@ -70,11 +82,25 @@ def decode_unless_jpeg(data: bytes) -> Pixels | Jpeg:
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
+def scale_grey(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits, and leave everything else as it is."""
+    if not image.mode.startswith("I;16"):
+        return image
+    upright = ImageOps.exif_transpose(image)
+    return Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn any Pillow image into RGB as a person sees it."""
+    """Turn a Pillow image into RGB as a person sees it.
+
+    Raises:
+        DecodeError: it is deeper than 8 bits.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        raise DeepGreyError
+    if image.mode in ("I", "F"):
+        raise DecodeError("grey of 32 bits, whose black and white nobody knows; convert it to 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

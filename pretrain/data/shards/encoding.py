@@ -1,4 +1,4 @@
-"""How an image is stored: its own bytes where they will do, else resized and encoded anew."""
+"""How an image is stored: its own bytes where they will do, else resized, scaled to 8 bits, encoded anew."""
 
 import io
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pretrain.data.decode import Pixels, decode
+from pretrain.data.decode import DeepGreyError, Pixels, decode
 
 Format = Literal["jpg", "png", "webp"]
 
@@ -47,13 +47,16 @@ class Encoding:
         Raises:
             DecodeError: it is no usable image.
         """
-        pixels = decode(data)
+        try:
+            pixels, usable = decode(data), True
+        except DeepGreyError:
+            pixels, usable = decode(data, scales=True), False
         height, width = pixels.shape[:2]
         known = _format_of(data)
         if self.shorter_side is not None and min(height, width) > self.shorter_side:
             pixels = _shrink(pixels, self.shorter_side)
             height, width = pixels.shape[:2]
-        elif known is not None and self.format in (None, known):
+        elif usable and known is not None and self.format in (None, known):
             return Stored(data, known, width, height)
         extension = self.format or known or "png"
         return Stored(_encode(pixels, extension, self.quality), extension, width, height)

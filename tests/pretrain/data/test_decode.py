@@ -9,7 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from pretrain.data import decode as decode_module
-from pretrain.data.decode import DecodeError, Jpeg, decode, decode_unless_jpeg
+from pretrain.data.decode import DecodeError, DeepGreyError, Jpeg, decode, decode_unless_jpeg
+from pretrain.data.shards.encoding import Encoding
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[:90, :130])
 
@@ -40,8 +41,20 @@ def test_modes() -> None:
     assert np.array_equal(decode(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
     cmyk = decode(encoded(PHOTO.convert("CMYK"), "JPEG", quality=95)).astype(int)
     assert abs(cmyk - np.asarray(PHOTO).astype(int)).mean() < 3
-    deep = Image.fromarray(np.full((4, 5), 0x8000, dtype=np.uint16))
-    assert np.unique(decode(encoded(deep, "PNG"))).tolist() == [0x80]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_deep_grey_is_refused_or_scaled(kind: str) -> None:
+    deep = encoded(Image.fromarray(np.full((4, 5), 0x8000, dtype=np.uint16)), kind)
+    with pytest.raises(DeepGreyError, match="tessera shards make scales it to 8 bits"):
+        decode(deep)
+    assert np.unique(decode(deep, scales=True)).tolist() == [0x80]
+    stored = Encoding()(deep)
+    assert stored.extension == "png"
+    assert np.unique(decode(stored.data)).tolist() == [0x80]
+    for dtype in (np.int32, np.float32):
+        with pytest.raises(DecodeError, match="grey of 32 bits"):
+            decode(encoded(Image.fromarray(np.ones((4, 5), dtype)), "TIFF"), scales=True)
 
 
 def test_transparency_is_put_on_white() -> None:
