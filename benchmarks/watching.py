@@ -77,6 +77,7 @@ def wait_for_steps(run_dir: Path, steps: int) -> list[Beat]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=20, help="of each kind")
+    parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
     parser.add_argument("--quiet", type=float, default=0.0, help="seconds; then there are no faults")
     arguments = parser.parse_args()
     kinds: dict[str, Callable[[int], contextlib.AbstractContextManager[None]]] = {"SIGSTOP": stopped, "slow": slowed}
@@ -85,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work, run_dir, log = Path(name), Path(name) / "run", Path(name) / "log"
         command = prepare(work, steps=10_000_000, save_every=500)
-        process = start([*command, f"run_dir={run_dir}", *LARGER], log)
+        process = start([*command, f"run_dir={run_dir}", f"engine.zero_stage={arguments.stage}", *LARGER], log)
         try:
             beats = wait_for_steps(run_dir, 2 * STEPS_TIMED)
             begun, first_step, expected = time.monotonic(), beats[0].step, 0

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,8 @@ BEHIND_SECONDS = 7.0  # in a phase that others have left
 FIRST_STEPS_SECONDS = 120.0  # the same for a rank that may still be compiling
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 LAG, LEAST_LAG = 2.0, 0.02  # times the others' own work, and seconds a step beyond it: less is not worth a word
-STEPS_TIMED = 8
+STEPS_TIMED = 8  # at most; fewer where they last long, so that a slow rank is named soon
+LEAST_STEPS_TIMED, SECONDS_TIMED = 3, 2.0
 FRAMES = 12  # of a stack, the innermost
 END = "end"  # the phase of a rank that is through
 OWN_WORK = ("data", "forward")  # what no other rank is waited for in; at ZeRO 3 its gathers are part of it
@@ -260,7 +261,7 @@ class Watch:
             step=self._step,
             phase=self._phase,
             since=round(time.monotonic() - self._entered, 3),
-            work=statistics.median(self._work) if len(self._work) == STEPS_TIMED else None,
+            work=statistics.median(recent(self._work)) if len(self._work) == STEPS_TIMED else None,
             seconds={name: round(seconds, 3) for name, seconds in self._seconds.copy().items()},
             stack=stack,
         )
@@ -270,6 +271,16 @@ class Watch:
             _write_over(self._path, text)
         except OSError as error:  # a full disk must not end a run
             self.say(f"rank {self.rank}: its beat cannot be written: {error}")
+
+
+def recent(work: Sequence[float]) -> list[float]:
+    """Return the last of these seconds: as many as make up SECONDS_TIMED, and no fewer than LEAST_STEPS_TIMED."""
+    counted: list[float] = []
+    for seconds in reversed(work):
+        if len(counted) >= LEAST_STEPS_TIMED and sum(counted) >= SECONDS_TIMED:
+            break
+        counted.append(seconds)
+    return counted
 
 
 def _write_over(path: Path, text: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.watch import SILENT_SECONDS, Beat, Diagnosis, Watch, read_beat
+from pretrain.watch import SILENT_SECONDS, Beat, Diagnosis, Watch, read_beat, recent
 
 NAMED_WITHIN = 10.0  # seconds
 WORLD_SIZE = 3
@@ -138,6 +138,12 @@ def test_each_thing_is_said_once_and_again_after_it_was_gone() -> None:
 def test_some_milliseconds_are_no_lag() -> None:
     assert not Diagnosis().look([beat(0, work=0.004), beat(1, work=0.02)], 0.0)
     assert Diagnosis().look([beat(0, work=0.004), beat(1, work=0.025)], 0.0)
+
+
+def test_few_steps_are_timed_where_they_last_long() -> None:
+    assert recent([0.1] * 8) == [0.1] * 8
+    assert recent([1.0] * 6 + [3.0] * 2) == [3.0, 3.0, 1.0]
+    assert recent([0.5] * 8) == [0.5] * 4
 
 
 def test_all_ranks_in_the_same_long_phase_is_no_hang() -> None:
