@@ -1,21 +1,25 @@
 """A run whose ranks are killed again and again, under `tessera supervise`: is anything lost, and what does it cost?
 
-    python benchmarks/kills.py --kills 50 --seconds 4 --steps 1200   # what is lost: random ranks, at random moments
-    python benchmarks/kills.py --kills 15 --seconds 60 --plain       # what it costs: a failure a minute, goodput
+    python benchmarks/kills.py --kills 50 --seconds 4 --steps 1200        # what is lost
+    python benchmarks/kills.py --kills 15 --seconds 60 --steps 9000 --cost # what it costs, with a failure a minute
 
 Two ranks under the `deepspeed` launcher train a small ViT on scikit-learn's digits; a random rank gets SIGKILL about
-every so many seconds of training. A run that nobody disturbs is compared with it: every row of losses, the weights, and
-the time. Achievable is the undisturbed run's time and, for each kill, the time that it needed to start.
+every so many seconds of training. What is lost: a run that nobody disturbs is compared with it, every row of losses and
+the weights. What it costs: `tessera supervise` and a shell's restart loop are disturbed at the same time, side by side.
+Achievable is then what only the steps would take, each as long as the median, and a start for each kill as long as the
+first: to notice, to pause, to load and to do steps again comes on top.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,28 +29,22 @@ import torch
 from benchmarks.digits_run import disturb, prepare, start
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
-from pretrain.watch import read_beat
+from pretrain.tracking.tracker import read_rows
+
+SUPERVISE = [
+    str(Path(sys.executable).parent / "tessera"),
+    "supervise",
+    "--max-failures",
+    "99",
+    "--fewer-after",
+    "0",
+    "--",
+]
 
 
-def rows(run_dir: Path) -> dict[int, tuple[float, float]]:
-    """Return loss and gradient norm of every step."""
-    lines = (json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: (row["train/loss"], row["optim/grad_norm"]) for row in lines if "train/loss" in row}
-
-
-def run_whole(command: list[str], run_dir: Path, log: Path) -> tuple[float, float]:
-    """Train without being disturbed; return the seconds it took, and those of them before and after the training."""
-    begun = time.monotonic()
-    start([*command, f"run_dir={run_dir}"], log).wait()
-    took = time.monotonic() - begun
-    beat = read_beat(run_dir, 0)
-    assert beat is not None, log.read_text(errors="replace")[-3000:]
-    return took, took - sum(beat.seconds.values())
-
-
-def run_disturbed(command: list[str], run_dir: Path, log: Path, kills: int, seconds: float) -> tuple[int, float]:
-    """Train while random ranks are killed; return how many were, and the seconds it took."""
-    begun = time.monotonic()
+def run_disturbed(command: list[str], run_dir: Path, log: Path, kills: int, seconds: float) -> tuple[int, float, float]:
+    """Train while random ranks are killed; return how many were, when it began and when it ended."""
+    begun = time.time()
     process = start([*command, f"run_dir={run_dir}"], log)
     try:
         killed = disturb(run_dir, process, kills, seconds, random.Random(0))
@@ -54,7 +52,59 @@ def run_disturbed(command: list[str], run_dir: Path, log: Path, kills: int, seco
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return killed, time.monotonic() - begun
+    return killed, begun, time.time()
+
+
+def what_is_lost(work: Path, arguments: argparse.Namespace) -> None:
+    """Compare a disturbed run with one that nobody disturbs."""
+    command = prepare(work, arguments.steps, arguments.save_every)
+    whole, broken, log = work / "whole", work / "broken", work / "log"
+    start([*command, f"run_dir={whole}"], log).wait()
+    killed, begun, ended = run_disturbed([*SUPERVISE, *command], broken, log, arguments.kills, arguments.seconds)
+    before, after = rows(whole), rows(broken)
+    same = sum(before[step] == after.get(step) for step in before)
+    weights = [load_weights(list_checkpoints(run)[-1]) for run in (whole, broken)]
+    equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    print(f"{killed} kills, {ended - begun:.0f} s")
+    print(
+        f"{same} of {len(before)} steps have bitwise the loss and norm of the undisturbed run, "
+        f"the last weights are {'equal' if equal else 'NOT equal'}"
+    )
+    print(*goodput_of(log), sep="\n")
+
+
+def what_it_costs(work: Path, arguments: argparse.Namespace) -> None:
+    """Let a supervised run and a restart loop be disturbed at the same time; say how near each is to the achievable."""
+    ways = {"tessera supervise": SUPERVISE, "a restart loop": ["bash", "-c", 'until "$@"; do sleep 1; done', "loop"]}
+    with ThreadPoolExecutor() as pool:
+        running = {}
+        for number, (way, words) in enumerate(ways.items()):
+            place = work / str(number)
+            command = [*words, *prepare(place, arguments.steps, arguments.save_every)]
+            disturbed = (command, place / "run", place / "log", arguments.kills, arguments.seconds)
+            running[way] = place, pool.submit(run_disturbed, *disturbed)
+    for way, (place, future) in running.items():
+        killed, begun, ended = future.result()
+        times = [row["time"] for row in read_rows(place / "run" / "metrics.jsonl") if "train/loss" in row]
+        steps = arguments.steps * statistics.median(later - earlier for earlier, later in pairwise(times))
+        first_start = times[0] - begun
+        achievable = steps + (killed + 1) * first_start
+        print(
+            f"{way}: {killed} kills, {ended - begun:.0f} s; {steps:.0f} s of steps are {steps / (ended - begun):.1%}, "
+            f"with {killed + 1} starts of {first_start:.0f} s {achievable / (ended - begun):.1%} of the achievable"
+        )
+        print(*goodput_of(place / "log"), sep="\n")
+
+
+def rows(run_dir: Path) -> dict[int, tuple[float, float]]:
+    """Return loss and gradient norm of every step."""
+    found = (row for row in read_rows(run_dir / "metrics.jsonl") if "train/loss" in row)
+    return {row["step"]: (row["train/loss"], row["optim/grad_norm"]) for row in found}
+
+
+def goodput_of(log: Path) -> list[str]:
+    """Return what the supervisor has said at the end."""
+    return [line for line in log.read_text(errors="replace").splitlines() if "goodput" in line]
 
 
 def main() -> None:
@@ -63,32 +113,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="of training between two kills, on average")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--plain", action="store_true", help="the same in a shell's restart loop, beside")
+    parser.add_argument("--cost", action="store_true", help="what it costs, beside a restart loop")
     arguments = parser.parse_args()
-    supervise = [str(Path(sys.executable).parent / "tessera"), "supervise", "--max-failures", "99"]
-    ways = {"tessera supervise": [*supervise, "--fewer-after", "0", "--"]}
-    if arguments.plain:
-        ways["a restart loop"] = ["bash", "-c", 'until "$@"; do sleep 1; done', "loop"]
     with tempfile.TemporaryDirectory() as name:
-        work, log = Path(name), Path(name) / "log"
-        command = prepare(work, arguments.steps, arguments.save_every)
-        whole = work / "whole"
-        took, aside = run_whole(command, whole, log)
-        before, weights = rows(whole), load_weights(list_checkpoints(whole)[-1])
-        print(f"undisturbed: {took:.0f} s, {aside:.0f} s of them to start and to end")
-        for number, (way, words) in enumerate(ways.items()):
-            broken = work / f"broken-{number}"
-            killed, seconds = run_disturbed([*words, *command], broken, log, arguments.kills, arguments.seconds)
-            after, last = rows(broken), load_weights(list_checkpoints(broken)[-1])
-            same = sum(before[step] == after.get(step) for step in before)
-            equal = all(torch.equal(weights[name], last[name]) for name in weights)
-            achievable = took + killed * aside
-            print(f"{way}: {killed} kills, {seconds:.0f} s, {achievable / seconds:.1%} of the achievable")
-            print(
-                f"{same} of {len(before)} steps have bitwise the loss and norm of the undisturbed run, "
-                f"the last weights are {'equal' if equal else 'NOT equal'}"
-            )
-        print(*(line for line in log.read_text(errors="replace").splitlines() if "goodput" in line), sep="\n")
+        (what_it_costs if arguments.cost else what_is_lost)(Path(name), arguments)
 
 
 if __name__ == "__main__":
