@@ -92,6 +92,7 @@ class DataConfig(SourceConfig):
         "cpu", description="where training's JPEGs are decoded; gpu needs the extra [gpu-decode]"
     )
     shuffle_window: Count = Field(64, description="shards whose samples are shuffled together")
+    repeats: Count = Field(1, description="views of each image in a global batch (arXiv 1901.09335)")
 
     def problems(self) -> Iterator[Problem]:
         sets = len(self.train) if isinstance(self.train, list) else 1
@@ -187,9 +188,7 @@ class AugmentConfig(Section):
     solarize: Fraction = Field(0.0, description="probability of inverting the brighter half (arXiv 2006.07733)")
     blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
     blur_sigma: tuple[Positive, Positive] = Field((0.1, 2.0), description="of the blur, in pixels of the model's input")
-    rand_augment_ops: CountOrZero = Field(
-        0, description="shears, translations and rotations of a sample (the geometry of arXiv 1909.13719)"
-    )
+    rand_augment_ops: CountOrZero = Field(0, description="operations of RandAugment (arXiv 1909.13719) on each sample")
     rand_augment_magnitude: NonNegative = Field(9.0, description="how far each of them goes; 10 is the furthest")
     erasing: Fraction = Field(0.0, description="probability of erasing a rectangle (arXiv 1708.04896)")
     mixup: NonNegative = Field(0.0, description="alpha of the Beta distribution, 0 is off (arXiv 1710.09412)")
@@ -503,6 +502,9 @@ class PretrainConfig(Section):
 
     def problems(self) -> Iterator[Problem]:
         yield from self.engine.problems_of_mixing(self.objective.augment)
+        if self.engine.global_batch_size % self.data.repeats:
+            sentence = f"{self.data.repeats} views don't divide a batch of {self.engine.global_batch_size}"
+            yield Problem(("data.repeats", "engine.global_batch_size"), sentence)
         if self.evaluation.probe_every_steps and self.data.validation is None:
             yield Problem(
                 ("data.validation", "evaluation.probe_every_steps"), "missing, and the probes are tested on it"

@@ -13,7 +13,7 @@ from pretrain import distributed
 from pretrain.data.device_decode import unpack
 from pretrain.data.loader import Batch, Fault, Loaded, training_batches
 from pretrain.data.meters import Meter, metrics
-from pretrain.data.order import stretches
+from pretrain.data.order import Repeats, stretches
 from pretrain.data.samples import BadSampleError
 from pretrain.health import Verdict
 from pretrain.run import Run
@@ -28,7 +28,8 @@ class Batches:
         self.run = run
         self.watch = watch
         self.device = run.engine.device
-        self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window)
+        repeats = Repeats(run.config.data.repeats, engine.global_batch_size)
+        self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window, repeats)
         self.decoder = run.decoder
         self.image_size = run.config.model.image_size
         self.meter = Meter()
@@ -60,6 +61,7 @@ class Batches:
             num_threads=run.config.data.num_threads,
             decode_here=self.decoder is None,
             together=run.objective.together,
+            views=run.config.data.repeats,
         )
         return self._stretch
 

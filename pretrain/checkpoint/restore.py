@@ -12,7 +12,15 @@ from pretrain.distributed import gather, is_main, rank, wait_for_all, world_size
 from pretrain.engine import Engine
 
 # What makes a run that run: changing one of these in mid-run would make its curve a lie.
-IDENTITY = ("seed", "model", "objective", "preprocessing", "data.shuffle_window", "engine.global_batch_size")
+IDENTITY = (
+    "seed",
+    "model",
+    "objective",
+    "preprocessing",
+    "data.shuffle_window",
+    "data.repeats",
+    "engine.global_batch_size",
+)
 
 
 def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:

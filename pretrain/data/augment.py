@@ -17,8 +17,9 @@ from torch import Tensor
 from pretrain.config import AugmentConfig
 from pretrain.data.colour import Channels, grey, jitter, normalize, shift_hue, solarize
 from pretrain.data.decode import Jpeg, Pixels
-from pretrain.data.geometry import blur, box_mask, draw_affine, draw_blur, draw_erased, warp
+from pretrain.data.geometry import blur, box_mask, draw_blur, draw_erased, warp
 from pretrain.data.mixing import draw_mix
+from pretrain.data.rand_augment import draw_rand_augment, recolour
 
 View = Callable[[Any, np.random.Generator], dict[str, Any]]  # of Pixels, and training's of a Jpeg too
 
@@ -47,7 +48,7 @@ class TrainView:
         if config.flip:
             draws["flip"] = random.random() < config.flip
         if config.rand_augment_ops:
-            draws["affine"] = draw_affine(config.rand_augment_ops, config.rand_augment_magnitude, random)
+            draws |= draw_rand_augment(config.rand_augment_ops, config.rand_augment_magnitude, random)
         for name in ("brightness", "contrast", "saturation"):
             if strength := getattr(config, name):
                 draws[name] = random.uniform(max(0.0, 1 - strength), 1 + strength)
@@ -134,7 +135,7 @@ def resize(image: Pixels, size: int) -> Tensor:
 def augment(batch: dict[str, Tensor], mean: Channels, std: Channels) -> Tensor:
     """Augment and normalise a batch by its draws; an operation without a draw is left out.
 
-    The order: flip, geometry, colour (brightness, contrast, saturation, hue), grey, solarize, blur, normalise, erase.
+    The order: flip, RandAugment, brightness, contrast, saturation, hue, grey, solarize, blur, normalise, erase.
     Mixup and cutmix come last and are the objective's, because they mix the labels too.
 
     Args:
@@ -149,7 +150,7 @@ def augment(batch: dict[str, Tensor], mean: Channels, std: Channels) -> Tensor:
     if "flip" in batch:
         images = torch.where(_is_drawn(batch["flip"]), images.flip(-1), images)
     if "affine" in batch:
-        images = warp(images, batch["affine"])
+        images = recolour(warp(images, batch["affine"]), batch["colours"], batch["strengths"])
     images = jitter(images, batch.get("brightness"), batch.get("contrast"), batch.get("saturation"))
     if "hue" in batch:
         images = shift_hue(images, batch["hue"])

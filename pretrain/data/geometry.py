@@ -19,7 +19,6 @@ Array = npt.NDArray[np.float64]
 
 # RandAugment's operations that move pixels (arXiv 1909.13719), and how far each goes at the largest magnitude.
 OPERATIONS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-LARGEST_MAGNITUDE = 10
 LARGEST_SHEAR = 0.3
 LARGEST_SHIFT = 0.45  # of the image's side
 LARGEST_DEGREES = 30
@@ -28,16 +27,6 @@ FILL = 0.5  # the grey that comes in from outside, of pixels in [0, 1]
 BLUR_REACH = 3  # deviations of the widest Gaussian on either side; 0.3 % of its weight lies beyond
 ERASED_AREA = (0.02, 1 / 3)
 ERASED_ASPECT = (0.3, 1 / 0.3)
-
-
-def draw_affine(num_operations: int, magnitude: float, random: np.random.Generator) -> Array:
-    """Draw operations, repeats allowed, each in a random direction, and compose them to one map [2, 3]."""
-    drawn = []
-    for _ in range(num_operations):
-        operation = OPERATIONS[random.integers(len(OPERATIONS))]
-        sign = 1 if random.random() < 0.5 else -1
-        drawn.append((operation, sign * magnitude / LARGEST_MAGNITUDE))
-    return compose(drawn)
 
 
 def compose(operations: Iterable[tuple[str, float]]) -> Array:

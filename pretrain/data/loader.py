@@ -21,7 +21,7 @@ from pretrain.data.augment import View
 from pretrain.data.decode import Jpeg, Pixels, decode, decode_unless_jpeg
 from pretrain.data.device_decode import collate
 from pretrain.data.index import DataError
-from pretrain.data.order import Order, micro_batches, random_bits
+from pretrain.data.order import Order, Repeats, micro_batches, random_bits
 from pretrain.data.samples import BadSampleError, Encoded, Record, Samples, decoded
 
 Batch = dict[str, torch.Tensor]
@@ -79,12 +79,20 @@ class _Positions(Dataset[_Item]):
     """The sample at a position of the run, as the objective sees it."""
 
     def __init__(
-        self, samples: Samples, view: View, seed: int, window: int, num_threads: int, decode_here: bool
+        self,
+        samples: Samples,
+        view: View,
+        seed: int,
+        window: int,
+        repeats: Repeats,
+        num_threads: int,
+        decode_here: bool,
     ) -> None:
         self.samples = samples
         self.view = view
         self.seed = seed
         self.window = window
+        self.repeats = repeats
         self.num_threads = num_threads
         self.decoder = decode if decode_here else decode_unless_jpeg
         self.pool: ThreadPoolExecutor | None = None
@@ -108,17 +116,17 @@ class _Positions(Dataset[_Item]):
     def _order(self) -> Order:
         """Return the order, built where it is used, so that nothing but this object travels to a worker."""
         if self.order is None:
-            self.order = order = self.samples.order(self.seed, self.window)
+            self.order = order = self.samples.order(self.seed, self.window, self.repeats)
             self.samples.expect(
                 lambda shard: order.distance(shard, self.position), lambda: order.upcoming(self.position)
             )
         return self.order
 
     def _item(self, order: Order, position: int) -> _Item:
-        place = order.locate(position)
+        key = [*order.locate(position), self.repeats.view(position)]
         record, faults, work = self._read(order, position)
         started = time.perf_counter()
-        random = np.random.Generator(random_bits(self.samples.digest, self.seed, *place))
+        random = np.random.Generator(random_bits(self.samples.digest, self.seed, *key[: 4 if key[3] else 3]))
         fields = {**self.view(record.image, random), "label": record.label, "position": position}
         return _Item(fields, faults, work._replace(augment=time.perf_counter() - started))
 
@@ -189,11 +197,13 @@ def training_batches(
     num_threads: int = 1,
     decode_here: bool = True,
     together: int = 1,
+    views: int = 1,
 ) -> Generator[Loaded, None, None]:
     """Yield this rank's micro-batches of the positions from `start` to before `stop`.
 
     The tensors are what `view` returns, "label" [B] and "position" [B]; see `micro_batches` for B and the weight.
-    Without `decode_here` JPEGs come as they are, for `device_decode.unpack`.
+    Without `decode_here` JPEGs come as they are, for `device_decode.unpack`. A global batch has so many `views` of each
+    of its images.
     """
     ahead, behind = tee(
         micro_batches(
@@ -207,9 +217,9 @@ def training_batches(
         )
     )
     positions = (batch.positions for batch in ahead)
-    with closing(
-        _load(_Positions(samples, view, seed, window, num_threads, decode_here), positions, num_workers)
-    ) as loading:
+    repeats = Repeats(views, global_batch_size)
+    dataset = _Positions(samples, view, seed, window, repeats, num_threads, decode_here)
+    with closing(_load(dataset, positions, num_workers)) as loading:
         for batch, loaded in zip(behind, loading, strict=True):
             yield loaded._replace(weight=batch.weight)
 

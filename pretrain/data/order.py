@@ -38,6 +38,26 @@ class Part(NamedTuple):
     shard_sizes: Sequence[int]
 
 
+class Repeats(NamedTuple):
+    """Repeated augmentation (arXiv 1901.09335): each batch holds some views of each of its images.
+
+    The views of an image are as far apart in the batch as can be, so neighbours are different images.
+    """
+
+    views: int = 1
+    batch: int = 1
+
+    def image(self, position: int) -> int:
+        """Return which image of the run, counted without repeats, stands at a position."""
+        batch, place = divmod(position, self.batch)
+        images = self.batch // self.views
+        return batch * images + place % images
+
+    def view(self, position: int) -> int:
+        """Return which of its image's views that is."""
+        return position % self.batch // (self.batch // self.views)
+
+
 class MicroBatch(NamedTuple):
     """Positions that one rank takes through the model at a time, and what the mean of their losses counts.
 
@@ -67,9 +87,18 @@ class Order:
         seed: of the run.
         window: shards whose samples are shuffled together.
         weights: how often each of several sets is drawn, one number a set.
+        repeats: of each image.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int, window: int, weights: Sequence[float] = (1.0,)) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        seed: int,
+        window: int,
+        weights: Sequence[float] = (1.0,),
+        repeats: Repeats = Repeats(),  # noqa: B008  # it is immutable
+    ) -> None:
+        self.repeats = repeats
         self.sets = [_Windows(part, seed, window) for part in parts]
         self.first_shards = np.cumsum([0, *(len(part.shard_sizes) for part in parts)])
         self.key: tuple[str | int, ...] = (*(part.digest for part in parts), *map(repr, weights), seed)
@@ -102,21 +131,23 @@ class Order:
         """Return how many positions from `position` on a shard's window begins; 0 or less while it is open."""
         part = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
         ahead = self.sets[part].distance(shard - int(self.first_shards[part]), self._places(position)[part])
-        return ahead * MIX_BLOCK / float(self.quotas[part])
+        return ahead * self.repeats.views * MIX_BLOCK / float(self.quotas[part])
 
     def _places(self, position: int) -> list[int]:
-        """Return how many positions each set has had before `position`."""
+        """Return how many images each set has had before `position`."""
+        image = self.repeats.image(position)
         if len(self.sets) == 1:
-            return [position]
-        block, offset = divmod(position, MIX_BLOCK)
+            return [image]
+        block, offset = divmod(image, MIX_BLOCK)
         drawn = block * self.quotas + np.bincount(self._turns(block)[0][:offset], minlength=len(self.sets))
         return [int(count) for count in drawn]
 
     def _turn(self, position: int) -> tuple[int, int]:
-        """Return the set whose turn a position is, and which of its own positions that is."""
+        """Return the set whose turn a position is, and which of its own images that is."""
+        image = self.repeats.image(position)
         if len(self.sets) == 1:
-            return 0, position
-        block, offset = divmod(position, MIX_BLOCK)
+            return 0, image
+        block, offset = divmod(image, MIX_BLOCK)
         parts, ordinals = self._turns(block)
         part = int(parts[offset])
         return part, block * int(self.quotas[part]) + int(ordinals[offset])

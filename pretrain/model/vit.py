@@ -7,6 +7,8 @@ q, k and v stand apart and the names follow transformers' `vit`, so that the map
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.config import ModelConfig
 
 INITIAL_STD = 0.02
+PICKS_ABOVE = 0.1  # rate of drop path
 
 
 class ViT(nn.Module):
@@ -110,16 +113,16 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        tokens = tokens + self.drop_path(self.attention_scale(self.attention(self.norm_before(tokens))))
-        tokens = tokens + self.drop_path(self.mlp_scale(self.mlp(self.norm_after(tokens))))
+        tokens = self.drop_path(tokens, lambda kept: self.attention_scale(self.attention(self.norm_before(kept))))
+        tokens = self.drop_path(tokens, lambda kept: self.mlp_scale(self.mlp(self.norm_after(kept))))
         return tokens
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compile every block in place; block by block, so that ZeRO's hooks around them stay outside of the graphs."""
     for block in module.modules():
         if isinstance(block, Block):
-            block.compile()
+            block.compile(backend=backend)
 
 
 class Attention(nn.Module):
@@ -176,21 +179,30 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Drop a sample's whole branch (stochastic depth, arXiv 1603.09382); what is kept is scaled up."""
+    """Add a branch to its input, scaled up, for some samples alone (stochastic depth, arXiv 1603.09382).
+
+    At a high rate the branch is computed for those samples alone that have it, a fixed share of the micro-batch
+    (arXiv 2304.07193); at a low one picking them would cost more than it saves.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.drops = rate > 0
+        self.kept_share = 1 - rate if rate > PICKS_ABOVE else None
         self.keep: Tensor
         # A tensor: of a number, torch would compile each block for its own and give up after the eighth.
         self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
-    def forward(self, branch: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if not self.drops or not self.training:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) < self.keep
-        return branch * (kept.to(branch.dtype) / self.keep)
+            return tokens + branch(tokens)
+        if self.kept_share is None:
+            kept = torch.rand(len(tokens), 1, 1, device=tokens.device) < self.keep
+            return tokens + branch(tokens) * (kept.to(tokens.dtype) / self.keep)
+        number = max(1, int(len(tokens) * self.kept_share))
+        picked = torch.randperm(len(tokens), device=tokens.device)[:number]
+        return tokens.index_add(0, picked, branch(tokens[picked]) * (len(tokens) / number))
 
 
 def attention_of_cls(block: nn.Module, tokens: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pretrain.data.augment import EvalView, TrainView, augment, crop_box, resize
 from pretrain.data.colour import grey, jitter, normalize, shift_hue, solarize
 from pretrain.data.geometry import blur, box_mask, warp
 from pretrain.data.mixing import mix_neighbours
+from pretrain.data.rand_augment import recolour
 
 PHOTO = load_sample_image("china.jpg")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -131,7 +132,7 @@ def test_the_order_of_the_operations_is_the_documented_one() -> None:
     images = batch["image"] / 255
     yes = {name: batch[name].bool()[:, None, None, None] for name in ("flip", "grey", "solarize")}
     images = torch.where(yes["flip"], images.flip(-1), images)
-    images = warp(images, batch["affine"])
+    images = recolour(warp(images, batch["affine"]), batch["colours"], batch["strengths"])
     images = jitter(images, batch["brightness"], batch["contrast"], batch["saturation"])
     images = shift_hue(images, batch["hue"])
     images = torch.where(yes["grey"], grey(images), images)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import MIX_BLOCK, Order, Part, micro_batches, permutation
+from pretrain.data.order import MIX_BLOCK, Order, Part, Repeats, micro_batches, permutation
 
 layouts = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any)
 
@@ -201,3 +201,19 @@ def test_a_billion_samples_are_sought_at_once() -> None:
 
 FROZEN_PERMUTATION = [6, 0, 1, 3, 7, 4, 2, 5]
 FROZEN_ORDER = [(0, 0, 0), (0, 0, 2), (1, 0, 0), (1, 0, 1)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts, st.integers(1, 4), st.integers(1, 9), st.integers(0, 30))
+def test_a_batch_has_each_of_its_images_as_often_as_asked(
+    sizes: list[int], views: int, images: int, batch: int
+) -> None:
+    repeats = Repeats(views, views * images)
+    once, order = Order([Part("digest", sizes)], 0, 3), Order([Part("digest", sizes)], 0, 3, repeats=repeats)
+    positions = range(batch * repeats.batch, (batch + 1) * repeats.batch)
+    expected = [once.locate(batch * images + i) for i in range(images)]
+    assert [order.locate(position) for position in positions] == views * expected
+    assert [repeats.view(position) for position in positions] == [view for view in range(views) for _ in range(images)]
+    assert order.epochs(positions.start) == once.epochs(batch * images)
+    assert order.upcoming(positions.start) == once.upcoming(batch * images)
+    assert [*order.substitutes(positions[-1])] == [*once.substitutes((batch + 1) * images - 1)]
