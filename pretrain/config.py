@@ -388,6 +388,13 @@ class ScheduleConfig(Section):
     warmup_steps: CountOrZero = 0
     cooldown_steps: CountOrZero = Field(0, description="of wsd: the last steps, in which the rate falls as 1 - sqrt")
     final_learning_rate: NonNegative = 0.0
+    image_sizes: list[tuple[Fraction, Count]] = Field(
+        [], description="[[0.6, 128], [0.9, 192]]: until such a share of the run images have so many pixels a side"
+    )
+
+    def size_changes(self, global_batch_size: int) -> list[tuple[int, int]]:
+        """Return until which position of the run images have which size, before they have the model's."""
+        return [(round(share * self.total_steps) * global_batch_size, pixels) for share, pixels in self.image_sizes]
 
     def problems(self) -> Iterator[Problem]:
         if self.warmup_steps + self.cooldown_steps >= self.total_steps:
@@ -397,6 +404,9 @@ class ScheduleConfig(Section):
                 if not self.cooldown_steps
                 else f"{self.warmup_steps} steps of warm-up and {self.cooldown_steps} of cool-down leave none between",
             )
+        shares = [share for share, _ in self.image_sizes]
+        if shares != sorted(shares):
+            yield Problem(("image_sizes",), f"the shares of the run must grow, got {shares}")
         if (self.name == "wsd") != (self.cooldown_steps > 0):
             yield Problem(("cooldown_steps", "name"), "wsd needs some, and nothing else has any")
 
@@ -512,8 +522,20 @@ class PretrainConfig(Section):
         if isinstance(self.objective, MAEConfig) and self.objective.num_visible(self.model) < 1:
             keys = ("objective.mask_ratio", "model.image_size", "model.patch_size")
             yield Problem(keys, f"hides all of the {self.model.num_patches} patches; lower it")
+        yield from self._problems_of_sizes()
         if isinstance(self.objective, SelfDistillationConfig):
             yield from self._problems_of_distillation(self.objective)
+
+    def _problems_of_sizes(self) -> Iterator[Problem]:
+        for _, pixels in self.schedule.image_sizes:
+            if pixels % self.model.patch_size:
+                sentence = f"patches of {self.model.patch_size} pixels don't divide an image of {pixels}"
+                yield Problem(("schedule.image_sizes", "model.patch_size"), sentence)
+        if self.schedule.image_sizes and not isinstance(self.objective, SupervisedConfig):
+            sentence = f"{self.objective.name} knows the places of the patches, so images have one size"
+            yield Problem(("schedule.image_sizes", "objective.name"), sentence)
+        if self.schedule.image_sizes and self.data.decode == "gpu":
+            yield Problem(("data.decode", "schedule.image_sizes"), "decodes to one size; use cpu")
 
     def _problems_of_distillation(self, objective: SelfDistillationConfig) -> Iterator[Problem]:
         if objective.local_image_size % self.model.patch_size:

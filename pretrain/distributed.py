@@ -122,6 +122,7 @@ def wait_for_all() -> None:
 
 
 def leave() -> None:
-    """Leave the group, when all work is done: a process that just ends may be aborted by gloo's threads."""
+    """Leave the group, all together, when all work is done: gloo's threads may abort a process whose peers are gone."""
     if dist.is_initialized():
+        wait_for_all()
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Pure functions of the step."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 
 def learning_rate_at(
@@ -34,3 +35,20 @@ def learning_rate_at(
     progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
     left = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "wsd": 1 - math.sqrt(progress)}
     return final + (peak - final) * left[name]
+
+
+def stretches_by_size(
+    start: int, stop: int, until: Sequence[tuple[int, int]], image_size: int
+) -> Iterator[tuple[int, int, int]]:
+    """Yield (start, stop, pixels) of the positions from `start` to before `stop`, cut where the images' size changes.
+
+    Args:
+        start: first position.
+        stop: one past the last.
+        until: (position, pixels), ascending: before that position images have that size.
+        image_size: of all that come after.
+    """
+    for end, pixels in [*until, (stop, image_size)]:
+        if start < min(end, stop):
+            yield start, min(end, stop), pixels
+            start = min(end, stop)

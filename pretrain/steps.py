@@ -17,6 +17,7 @@ from pretrain.data.order import Repeats, stretches
 from pretrain.data.samples import BadSampleError
 from pretrain.health import Verdict
 from pretrain.run import Run
+from pretrain.schedules import stretches_by_size
 from pretrain.watch import Watch
 
 
@@ -39,16 +40,19 @@ class Batches:
         self._stretch: Generator[Loaded, None, None] | None = None
         self.global_batch_size = engine.global_batch_size
         left = (run.config.schedule.total_steps - run.manifest.step) * engine.global_batch_size
+        changes = run.config.schedule.size_changes(engine.global_batch_size)
         self.loading = chain.from_iterable(
-            self._load(run, start, stop) for start, stop in stretches(run.manifest.samples, left, run.manifest.passed)
+            self._load(run, *stretch)
+            for start, stop in stretches(run.manifest.samples, left, run.manifest.passed)
+            for stretch in stretches_by_size(start, stop, changes, self.image_size)
         )
 
-    def _load(self, run: Run, start: int, stop: int) -> Generator[Loaded, None, None]:
+    def _load(self, run: Run, start: int, stop: int, image_size: int) -> Generator[Loaded, None, None]:
         """Load the positions from `start` to before `stop`."""
         engine = run.config.engine
         self._stretch = training_batches(
             run.data.training,
-            run.objective.train_view(),
+            run.objective.train_view(image_size),
             seed=run.config.seed,
             window=run.config.data.shuffle_window,
             start=start,

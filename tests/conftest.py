@@ -1,6 +1,7 @@
 """What many tests need: no GPU, no network, shards of the digits, a tiny recipe, a shell."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import keep_classes, list_digits
 from tests.launching import TINY, Shell
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # started with &, a shell has it ignored, here and in children
 
 settings.register_profile("patient", deadline=None)  # a busy machine is no failure
 settings.load_profile("patient")

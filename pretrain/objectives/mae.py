@@ -31,8 +31,8 @@ class MAEObjective(Objective):
         self.num_visible = config.num_visible(encoder.config)
         self.decoder = MAEDecoder(config.decoder(encoder.config), encoder.config.hidden_size)
 
-    def train_view(self) -> View:
-        view = TrainView(self.config.augment, self.encoder.config.image_size)
+    def train_view(self, image_size: int) -> View:
+        view = TrainView(self.config.augment, image_size)
         return MaskedView(view, self.encoder.config.num_patches)
 
     def evaluation_view(self) -> View:

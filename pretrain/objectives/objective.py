@@ -32,8 +32,8 @@ class Objective(nn.Module):
     answers: Literal["losses", "features", "pictures"] = "losses"
 
     @abstractmethod
-    def train_view(self) -> View:
-        """Return what a worker makes of an image for training; it must pickle."""
+    def train_view(self, image_size: int) -> View:
+        """Return what a worker makes of an image for training, so many pixels a side; it must pickle."""
 
     @abstractmethod
     def evaluation_view(self) -> View:

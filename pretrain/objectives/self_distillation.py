@@ -62,14 +62,14 @@ class SelfDistillationObjective(Objective):
             turn_into_buffers(teacher)
         self._progress = 0.0
 
-    def train_view(self) -> View:
-        config, size = self.config, self.student.config.image_size
+    def train_view(self, image_size: int) -> View:
+        config = self.config
         small = config.augment.model_copy(update={"crop_scale": config.local_crop_scale})
         return CropsView(
-            TrainView(config.augment, size),
+            TrainView(config.augment, image_size),
             TrainView(small, config.local_image_size),
             config.local_crops,
-            size // self.student.config.patch_size,
+            image_size // self.student.config.patch_size,
             config.mask_probability,
             config.mask_ratio,
         )

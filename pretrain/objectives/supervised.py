@@ -27,7 +27,6 @@ class SupervisedObjective(Objective):
         self.config = config
         self.preprocessing = preprocessing
         self.encoder = encoder
-        self.num_visible = config.num_visible(encoder.config)
         self.together = 2 if config.augment.mixes else 1
         self.class_weights: Tensor
         self.register_buffer("class_weights", weigh(config.class_weights, class_shares), persistent=False)
@@ -35,9 +34,10 @@ class SupervisedObjective(Objective):
         nn.init.trunc_normal_(self.classifier.weight, std=HEAD_STD)
         nn.init.zeros_(self.classifier.bias)
 
-    def train_view(self) -> View:
-        view = TrainView(self.config.augment, self.encoder.config.image_size)
-        return MaskedView(view, self.encoder.config.num_patches) if self.config.patch_dropout else view
+    def train_view(self, image_size: int) -> View:
+        view = TrainView(self.config.augment, image_size)
+        num_patches = (image_size // self.encoder.config.patch_size) ** 2
+        return MaskedView(view, num_patches) if self.config.patch_dropout else view
 
     def evaluation_view(self) -> View:
         return EvalView(self.encoder.config.image_size, self.preprocessing.resize_ratio)
@@ -58,7 +58,10 @@ class SupervisedObjective(Objective):
         mixes, own_share = self.config.augment.mixes, torch.empty(0)
         if mixes:
             images, own_share = mix_neighbours(images, batch)
-        visible = batch["patch_order"][:, : self.num_visible] if self.config.patch_dropout else None
+        visible = None
+        if self.config.patch_dropout:
+            num_patches = batch["patch_order"].shape[1]
+            visible = batch["patch_order"][:, : num_patches - int(num_patches * self.config.patch_dropout)]
         logits, labels = self.logits(images, visible), batch["label"]
         if mixes:
             return {"loss": mixed_loss(partial(self.losses, logits), labels, own_share)}

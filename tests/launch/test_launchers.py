@@ -289,7 +289,7 @@ def test_two_nodes_train_as_one(
     finally:
         for node in nodes:
             end(node)
-    assert [node.returncode for node in nodes] == [0, 0], outs[0][1][-3000:]
+    assert [node.returncode for node in nodes] == [0, 0], [err[-3000:] for _, err in outs]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     settings = ["--config", tiny, f"run_dir={tmp_path}/one", "tracking.uri=off", "checkpoint.keep_last=1"]
     one = shell([*torchrun, PRETRAIN, *settings])

@@ -58,6 +58,8 @@ OTHERS = {
         "engine.zero_stage=1",
         "schedule.name=wsd",
         "schedule.cooldown_steps=3",
+        "schedule.image_sizes=[[0.25, 16], [0.75, 24]]",
+        "data.repeats=2",
     ],
     **{
         f"lamb{stage}": ["optimizer.name=lamb", "optimizer.learning_rate=1e-2", f"engine.zero_stage={stage}"]
@@ -223,7 +225,7 @@ def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
         "model.image_size=64",
         "schedule.total_steps=3",
         "schedule.warmup_steps=1",
-        "engine.global_batch_size=8",
+        "engine.global_batch_size=12",
         "engine.micro_batch_size=4",
         "engine.compile=false",
         "logging.every_steps=1",
@@ -283,7 +285,7 @@ def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
     losses = []
     batches = training_batches(
         training,
-        objective.train_view(),
+        objective.train_view(config.model.image_size),
         seed=config.seed,
         window=config.data.shuffle_window,
         start=0,

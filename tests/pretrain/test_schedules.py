@@ -6,7 +6,7 @@ import transformers
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pretrain.config import OptimizerConfig
-from pretrain.schedules import learning_rate_at
+from pretrain.schedules import learning_rate_at, stretches_by_size
 
 
 def test_cosine_equals_torch() -> None:
@@ -63,3 +63,12 @@ def test_warmup_rises_to_the_peak_and_the_end_is_the_final_rate() -> None:
     assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert abs(rates[10] - 0.1) < 1e-12
+
+
+def test_images_grow_where_the_schedule_says_so() -> None:
+    until = [(20, 128), (50, 192)]
+    assert [*stretches_by_size(0, 100, until, 224)] == [(0, 20, 128), (20, 50, 192), (50, 100, 224)]
+    assert [*stretches_by_size(30, 40, until, 224)] == [(30, 40, 192)]
+    assert [*stretches_by_size(20, 60, until, 224)] == [(20, 50, 192), (50, 60, 224)]
+    assert [*stretches_by_size(60, 90, until, 224)] == [(60, 90, 224)]
+    assert [*stretches_by_size(5, 9, [], 224)] == [(5, 9, 224)]

@@ -100,7 +100,7 @@ def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
 
 
 def test_masks_are_keyed_by_the_sample_and_pixels_stay_what_they_were() -> None:
-    view = build().train_view()
+    view = build().train_view(32)
     image = np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first["patch_order"], again["patch_order"])

@@ -43,7 +43,7 @@ def build(**changes: object) -> SelfDistillationObjective:
 
 
 def batch(objective: SelfDistillationObjective, size: int) -> dict[str, torch.Tensor]:
-    view, images = objective.train_view(), np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
+    view, images = objective.train_view(32), np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
     large = [np.kron(image, np.ones((6, 6, 1), np.uint8)) for image in images]
     samples = [view(image, np.random.default_rng(i)) for i, image in enumerate(large)]
     return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
@@ -143,7 +143,7 @@ def test_the_teachers_temperature_grows() -> None:
 
 def test_crops_are_keyed_by_the_sample() -> None:
     objective = build(mask_probability=0.5)
-    view, image = objective.train_view(), np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    view, image = objective.train_view(32), np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["large.image"], other["large.image"])

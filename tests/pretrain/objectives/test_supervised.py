@@ -114,7 +114,7 @@ def test_patch_dropout_leaves_out_patches_in_training_alone() -> None:
     assert torch.allclose(objective.train()(data)["loss"], expected, atol=1e-6)
     whole = F.cross_entropy(_logits(objective, data), data["label"], reduction="sum")
     assert torch.allclose(objective.eval()({**data, "weight": torch.ones(8)})["loss"], whole, atol=1e-4)
-    drawn = objective.train_view()(np.zeros((40, 40, 3), np.uint8), np.random.default_rng(0))
+    drawn = objective.train_view(32)(np.zeros((40, 40, 3), np.uint8), np.random.default_rng(0))
     assert sorted(drawn["patch_order"]) == list(range(16))
 
 
