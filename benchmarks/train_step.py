@@ -91,7 +91,7 @@ def plain_loop(model: nn.Module) -> Step:
     return step
 
 
-def build_timm(config: ModelConfig, *, compiled: bool) -> nn.Module:
+def build_timm(config: ModelConfig, *, compiled: bool, classes: int = CLASSES) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
@@ -100,7 +100,7 @@ def build_timm(config: ModelConfig, *, compiled: bool) -> nn.Module:
         embed_dim=config.hidden_size,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        num_classes=CLASSES,
+        num_classes=classes,
     )
     return Classifier(torch.compile(model) if compiled else model, model)
 

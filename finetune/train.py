@@ -29,6 +29,8 @@ from pretrain.data.samples import FewLabels, Samples
 from pretrain.data.sets import open_cache, open_samples
 from pretrain.distributed import on_all_ranks
 from pretrain.optimizers import build_optimizer
+from pretrain.optimizers.layer_decay import decay_by_layer
+from pretrain.optimizers.placement import Placement
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
@@ -121,7 +123,10 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)
     preprocessor, classifier = on_all_ranks(lambda: open_model(config, training.class_names))
-    model, optimizer = accelerator.prepare(classifier, build_optimizer(classifier, config.optimizer))
+    optimizer = build_optimizer(classifier, config.optimizer)
+    if config.optimizer.layer_decay < 1:
+        decay_by_layer(optimizer, Placement.of_whole(classifier.named_parameters()), config.optimizer.layer_decay)
+    model, optimizer = accelerator.prepare(classifier, optimizer)
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
     return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine)
 

@@ -5,6 +5,7 @@ from torch.optim import AdamW, Optimizer
 
 from pretrain.config import OptimizerConfig
 from pretrain.optimizers.lamb import LAMB
+from pretrain.optimizers.layer_decay import BLOCK
 from pretrain.optimizers.muon import MATRICES, Muon
 
 
@@ -20,7 +21,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_weight = parameter.ndim > 1 and parameter.shape[0] > 1
-            is_matrix = is_weight and config.name == "muon" and "layers." in name
+            is_matrix = is_weight and parameter.ndim == 2 and config.name == "muon" and BLOCK.search(name)
             (matrices if is_matrix else decayed if is_weight else undecayed).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, MATRICES: True},

@@ -45,7 +45,7 @@ class LAMB(Optimizer):
         if not moved:
             return
         if self.placement is None:
-            self.placement = Placement.of_whole(tensor for tensor, _ in moved)
+            self.placement = Placement.of_whole((str(i), tensor) for i, (tensor, _) in enumerate(moved))
         ranges = self.placement.ranges
         directions = [adam_direction(tensor, self.state[tensor], group, self.found_inf) for tensor, group in moved]
         squares = torch.zeros(2, len(self.placement.names), device=moved[0][0].device)

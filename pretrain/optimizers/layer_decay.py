@@ -8,16 +8,17 @@ from torch.optim import Optimizer
 
 from pretrain.optimizers.placement import Placement
 
-BLOCK = re.compile(r"(?:encoder|student)\.layers\.(\d+)\.")
-INPUTS = ("patch_embedding", "cls_token", "position_embedding", "mask_token")
+BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks|stages)\.(\d+)\.")  # ours, and those of transformers' models
+INPUT = re.compile(r"embedd|cls_token|position|mask_token|stem")
+BEHIND = "decoder."  # what stands behind the encoder and has blocks too
 
 
 def decay_by_layer(optimizer: Optimizer, placement: Placement, decay: float) -> None:
     """Let a step move each of the encoder's parameters by only a share of what it would.
 
-    The last block's share is `decay`, that of the block before it the square, and so on down to the patches; what
-    stands behind the encoder moves whole. All steps are proportional to the learning rate, so this is the same as a
-    smaller one. The tensors are copied for as long as a step takes.
+    The last block's share is `decay`, that of the block before it the square, and so on down to the patches; of a
+    network of stages, stage by stage. What stands behind the encoder moves whole. All steps are proportional to the
+    learning rate, so this is the same as a smaller one. The tensors are copied for as long as a step takes.
 
     Args:
         optimizer: of any kind.
@@ -46,8 +47,8 @@ def decay_by_layer(optimizer: Optimizer, placement: Placement, decay: float) -> 
 
 
 def layer_shares(names: list[str], decay: float) -> list[float]:
-    """Return the share of each parameter, by its name in the objective."""
-    blocks = [BLOCK.match(name) for name in names]
+    """Return the share of each parameter, by its name."""
+    blocks = [None if name.startswith(BEHIND) else BLOCK.search(name) for name in names]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
     return [
         decay ** (depth - int(block[1])) if block else decay ** (depth + 1) if _is_input(name) else 1.0
@@ -56,5 +57,4 @@ def layer_shares(names: list[str], decay: float) -> list[float]:
 
 
 def _is_input(name: str) -> bool:
-    section, _, rest = name.partition(".")
-    return (section in ("encoder", "student") and rest.startswith(INPUTS)) or section == "mask_token"
+    return not name.startswith(BEHIND) and INPUT.search(name) is not None

@@ -47,7 +47,8 @@ class Muon(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move all parameters that have a gradient."""
         if self.placement is None:
-            self.placement = Placement.of_whole(tensor for group in self.param_groups for tensor in group["params"])
+            everything = (tensor for group in self.param_groups for tensor in group["params"])
+            self.placement = Placement.of_whole((str(i), tensor) for i, tensor in enumerate(everything))
         for group in self.param_groups:
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]
             if group[MATRICES] and tensors:

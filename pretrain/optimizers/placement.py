@@ -38,14 +38,11 @@ class Placement:
     world_size: int = 1
 
     @classmethod
-    def of_whole(cls, tensors: Iterable[Tensor]) -> "Placement":
-        """Return that of tensors which are the parameters themselves."""
-        parameters = list(tensors)
-        return cls(
-            [str(i) for i in range(len(parameters))],
-            [list(tensor.shape) for tensor in parameters],
-            {tensor: [Range(i, 0, 0, tensor.numel())] for i, tensor in enumerate(parameters)},
-        )
+    def of_whole(cls, named: Iterable[tuple[str, Tensor]]) -> "Placement":
+        """Return that of tensors which are the parameters themselves, each with its name."""
+        names, tensors = zip(*named, strict=True)
+        ranges = {tensor: [Range(i, 0, 0, tensor.numel())] for i, tensor in enumerate(tensors)}
+        return cls([*names], [list(tensor.shape) for tensor in tensors], ranges)
 
 
 def taken(found_inf: Tensor | None, tensor: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ from typing import Literal
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.model.vit import ViT
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.lamb import LAMB
-from pretrain.optimizers.layer_decay import decay_by_layer
+from pretrain.optimizers.layer_decay import decay_by_layer, layer_shares
 from pretrain.optimizers.muon import orthogonalize
 from pretrain.optimizers.placement import Placement, Range
 
@@ -137,13 +138,7 @@ def test_layer_decay_is_a_group_for_each_layer(name: Literal["adamw", "lamb", "m
     names = [name for name, _ in model.named_parameters()]
     config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
     ours, theirs = build_optimizer(model, config), build_optimizer(reference, config)
-    parameters = dict(model.named_parameters())
-    placement = Placement(
-        names,
-        [list(parameter.shape) for parameter in parameters.values()],
-        {parameter: [Range(i, 0, 0, parameter.numel())] for i, parameter in enumerate(parameters.values())},
-    )
-    decay_by_layer(ours, placement, 0.5)
+    decay_by_layer(ours, Placement.of_whole(model.named_parameters()), 0.5)
     shares = {"encoder.layers.2.": 0.5, "encoder.layers.1.": 0.25, "encoder.layers.0.": 0.125, "encoder.norm": 1.0}
     shares |= {"encoder.": 0.0625, "classifier.": 1.0}
     split = []
@@ -160,3 +155,15 @@ def test_layer_decay_is_a_group_for_each_layer(name: Literal["adamw", "lamb", "m
         theirs.step()
     for key, one, two in zip(names, model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7, msg=key)
+
+
+def test_transformers_layers_have_their_shares_too() -> None:
+    config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
+    vit = layer_shares([name for name, _ in transformers.ViTForImageClassification(config).named_parameters()], 0.5)
+    assert {*vit} == {0.125, 0.25, 0.5, 1.0}
+    assert vit.count(1.0) == 4  # the last norm and the classifier
+    names = [
+        "resnet.embedder.embedder.convolution.weight",
+        "resnet.encoder.stages.1.layers.0.convolution.weight",
+    ]
+    assert layer_shares([*names, "classifier.1.weight", "decoder.layers.0.norm.weight"], 0.5) == [0.125, 0.5, 1.0, 1.0]

@@ -1,0 +1,231 @@
+"""The same images, steps and budget: our objectives under DeepSpeed ZeRO-1, beside the field's in a plain torch loop.
+
+Masked autoencoding meets transformers' `ViTMAEForPreTraining`, supervised learning timm's `VisionTransformer`. Both see
+the same augmented digits in the same order, with the same masks, AdamW, schedule and clipping, and begin from weights
+that each draws in its own way. They take turns, some steps each, so that a busy machine slows both. Given are the mean
+loss of the last tenth of the steps, over seeds, and the ratio of their images a second.
+
+    python benchmarks/duel.py --objective mae
+    python benchmarks/duel.py --objective supervised            # wants timm: pip install -r benchmarks/requirements.txt
+    python benchmarks/duel.py --objective mae --model B/16 --batch 256 --steps 200 --compile    # on a GPU
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.train_step import DEVICE, ON_GPU, Classifier, build_timm, wait
+from pretrain.config import (
+    AugmentConfig,
+    EngineConfig,
+    MAEConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PreprocessingConfig,
+    SupervisedConfig,
+)
+from pretrain.data.augment import augment
+from pretrain.data.loader import training_batches
+from pretrain.data.sets import open_samples
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources import list_digits
+from pretrain.engine import build_engine, set_learning_rate, start_distributed
+from pretrain.export.vit_mae import hugging_face_config
+from pretrain.model.vit import ViT, compile_blocks
+from pretrain.objectives import build_objective
+from pretrain.objectives.mae import MAEObjective
+from pretrain.schedules import learning_rate_at
+
+SMALL = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 4, "image_size": 24}
+MODELS = {
+    "small": ModelConfig(**SMALL, position_embedding="sincos"),
+    "B/16": ModelConfig(position_embedding="sincos"),
+    "L/16": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, position_embedding="sincos"),
+}
+SMALL_DECODER = MAEConfig(
+    decoder_hidden_size=48,
+    decoder_num_hidden_layers=2,
+    decoder_num_attention_heads=4,
+    decoder_intermediate_size=192,
+    augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=0.0),
+)
+SUPERVISED = SupervisedConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=0.0))
+PREPROCESSING = PreprocessingConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+RATE, DECAY, BETAS = 1e-3, 0.05, (0.9, 0.95)
+TURN = 10  # steps
+CLASSES = 10
+
+Inputs = tuple[Tensor, Tensor]  # normalised images, and labels or the order of the patches
+Step = Callable[[Inputs, float], Tensor]
+
+
+class OurMAE(nn.Module):
+    """Images and masks in, loss out."""
+
+    def __init__(self, objective: MAEObjective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, images: Tensor, patch_order: Tensor) -> Tensor:
+        return self.objective.losses(images, patch_order).mean()
+
+
+class TheirMAE(nn.Module):
+    """The same of transformers'; their order of the noise is ours of the patches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, patch_order: Tensor) -> Tensor:
+        loss: Tensor = self.model(images, noise=patch_order.argsort(dim=1).float()).loss
+        return loss
+
+
+def our_step(model: ModelConfig, config: ObjectiveConfig, batch: int, *, compiled: bool) -> Step:
+    """Our step under DeepSpeed, as `train.py` takes it."""
+    objective = build_objective(config, ViT(model), [1 / CLASSES] * CLASSES, PREPROCESSING)
+    if compiled:
+        compile_blocks(objective)
+    whole = OurMAE(objective) if isinstance(objective, MAEObjective) else Classifier(objective.logits, objective)
+    engine = build_engine(
+        whole,
+        EngineConfig(
+            zero_stage=1, precision="bf16" if ON_GPU else "fp32", global_batch_size=batch, micro_batch_size=batch
+        ),
+        OptimizerConfig(learning_rate=RATE, weight_decay=DECAY, betas=BETAS),
+    )
+    engine.train()
+
+    def step(inputs: Inputs, rate: float) -> Tensor:
+        set_learning_rate(engine, rate)
+        loss: Tensor = engine(*inputs)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
+
+
+def their_step(model: ModelConfig, config: ObjectiveConfig, *, compiled: bool) -> Step:
+    """A plain loop: bf16 autocast on a GPU, fused AdamW, clipping at 1; weights are decayed as in ours."""
+    if isinstance(config, MAEConfig):
+        theirs: nn.Module = transformers.ViTMAEForPreTraining(hugging_face_config(model, config))
+        module: nn.Module = TheirMAE(torch.compile(theirs) if compiled else theirs)
+    else:
+        module = build_timm(model, compiled=compiled, classes=CLASSES)
+    module = module.to(DEVICE).train()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1 and p.shape[0] > 1]},
+        {"params": [p for p in trained if p.ndim < 2 or p.shape[0] == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, weight_decay=DECAY, betas=BETAS, fused=True)
+
+    def step(inputs: Inputs, rate: float) -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
+            loss: Tensor = module(*inputs)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def inputs_of(
+    shards: Path, model: ModelConfig, config: ObjectiveConfig, seed: int, batch: int, steps: int
+) -> list[Inputs]:
+    """Load and augment everything beforehand, so that only the steps are compared."""
+    samples = open_samples(str(shards))
+    objective = build_objective(config, ViT(model), samples.class_shares, PREPROCESSING)
+    batches = training_batches(
+        samples,
+        objective.train_view(model.image_size),
+        seed=seed,
+        window=4,
+        start=0,
+        stop=steps * batch,
+        global_batch_size=batch,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        num_workers=0,
+    )
+    answer = "patch_order" if isinstance(config, MAEConfig) else "label"
+    mean, std = PREPROCESSING.image_mean, PREPROCESSING.image_std
+    return [(augment(each.tensors, mean, std).to(DEVICE), each.tensors[answer].to(DEVICE)) for each in batches]
+
+
+def fight(steps: dict[str, Step], inputs: list[Inputs]) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+    """Let both train on the same inputs, in turns; return their losses and their seconds, the first turn left out."""
+    losses: dict[str, list[Tensor]] = {name: [] for name in steps}
+    seconds = dict.fromkeys(steps, 0.0)
+    for first in range(0, len(inputs), TURN):
+        for name, step in steps.items():
+            wait()
+            started = time.perf_counter()
+            for number in range(first, min(first + TURN, len(inputs))):
+                rate = learning_rate_at(
+                    number, peak=RATE, final=0.0, warmup_steps=len(inputs) // 10, total_steps=len(inputs)
+                )
+                losses[name].append(step(inputs[number], rate))
+            wait()
+            seconds[name] += time.perf_counter() - started if first else 0.0
+    return losses, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", choices=["mae", "supervised"], default="mae")
+    parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    model = MODELS[arguments.model]
+    decoder = SMALL_DECODER if arguments.model == "small" else MAEConfig(augment=SMALL_DECODER.augment)
+    config: ObjectiveConfig = decoder if arguments.objective == "mae" else SUPERVISED
+    start_distributed()
+    last: dict[str, list[float]] = {"ours": [], "theirs": []}
+    ratios = []
+    with tempfile.TemporaryDirectory() as name:
+        make_shards(list_digits(), Path(name) / "shards", Recipe(validation=0.0))
+        for seed in arguments.seeds:
+            inputs = inputs_of(Path(name) / "shards/train", model, config, seed, arguments.batch, arguments.steps)
+            torch.manual_seed(seed)
+            steps = {
+                "ours": our_step(model, config, arguments.batch, compiled=arguments.compile),
+                "theirs": their_step(model, config, compiled=arguments.compile),
+            }
+            losses, seconds = fight(steps, inputs)
+            for whose, values in losses.items():
+                last[whose].append(float(torch.stack(values[-(len(values) // 10) :]).mean()))
+            ratios.append(seconds["theirs"] / seconds["ours"])
+            print(f"seed {seed}: {last['ours'][-1]:.4f}, theirs {last['theirs'][-1]:.4f}", file=sys.stderr, flush=True)
+    where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{arguments.objective}, {arguments.model}, batch {arguments.batch}, {arguments.steps} steps, {where}")
+    for whose, values in last.items():
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        print(f"{whose}: last loss {statistics.mean(values):.4f} ± {deviation:.4f}")
+    print(f"images a second, ours to theirs: {statistics.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()

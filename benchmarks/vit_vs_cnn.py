@@ -1,0 +1,119 @@
+"""ViT or CNN? The digits 5 to 9 from ever more labels: our ViT, with and without our pretraining, and a ResNet.
+
+The ViT is the quickstart's; it begins from nothing, or from masked autoencoding of all the digits' training images
+without their labels. The ResNet (transformers' own, of about as many parameters) begins from nothing. All have the same
+shards, augmentations, batches, steps and choice of learning rates, and are measured once, on images that no stage has
+seen.
+
+    python benchmarks/vit_vs_cnn.py --seeds 0 1 2 --out docs/vit_vs_cnn
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.transfer import SCRATCH, finetune, load, make_digits, pretrain, spread
+
+LABELS = (1, 2, 4, 16, 64)
+STEPS = 400
+LARGEST_BATCH = 40
+LEARNING_RATES = (1e-3, 3e-3)
+RESNET = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "layer_type": "basic"}
+NAMES = {"pretrained": "ViT, pretrained", "vit": "ViT from scratch", "cnn": "ResNet from scratch"}
+
+
+def make_resnet(folder: Path, like: Path) -> Path:
+    """Write a ResNet that sees images as the ViT in `like` does; its first layer keeps their small size."""
+    config = transformers.ResNetConfig(**RESNET, downsample_in_first_stage=False, num_labels=5)
+    config.architectures = ["ResNetForImageClassification"]
+    torch.manual_seed(0)
+    model = transformers.ResNetForImageClassification(config)
+    model.save_pretrained(folder)
+    shutil.copy(like / "preprocessor_config.json", folder)
+    return folder
+
+
+def parameters_of(folder: Path) -> float:
+    """Return a folder's parameters in millions."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+def settings_of(labels: int) -> list[str]:
+    """Return the overrides with which so many labels take about as many steps as others."""
+    batch = min(LARGEST_BATCH, 5 * labels)
+    epochs = max(1, round(STEPS * batch / (5 * labels)))
+    return [
+        f"engine.global_batch_size={batch}",
+        f"schedule.epochs={epochs}",
+        f"schedule.warmup_epochs={epochs / 20}",
+        f"evaluation.every_epochs={epochs}",
+    ]
+
+
+def draw(found: dict[tuple[str, int], list[float]], labels: list[int], path: Path) -> None:
+    """Draw top-1 over labels, mean and deviation over the seeds."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for key, name in NAMES.items():
+        means = [100 * statistics.mean(found[key, count]) for count in labels]
+        deviations = [100 * statistics.stdev(v) if len(v := found[key, count]) > 1 else 0.0 for count in labels]
+        axes.errorbar(labels, means, deviations, label=name, marker="o", capsize=3)
+    axes.set(xscale="log", xlabel="labels a class", ylabel="top-1, %", title="The digits 5 to 9")
+    axes.set_xticks(labels, [str(count) for count in labels])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", type=int, nargs="+", default=list(LABELS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--out", type=Path, required=True, help="writes OUT.png and OUT.json")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    started = time.time()
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_digits(folder)
+        for seed in arguments.seeds:
+            vit = pretrain(folder, "mae", seed, arguments.pretrain)
+            cnn = make_resnet(folder / "resnet", vit)
+            begins = {"pretrained": (vit, "mae"), "vit": (vit, SCRATCH), "cnn": (cnn, SCRATCH)}
+            for labels in arguments.labels:
+                for key, (model, origin) in begins.items():
+                    more = settings_of(labels)
+                    rates = [[*more, f"optimizer.learning_rate={rate}"] for rate in LEARNING_RATES]
+                    best = max(finetune(load(folder, model, seed, labels, origin, each)) for each in rates)
+                    found[key, labels].append(best)
+                    said = f"[{time.time() - started:.0f} s] seed {seed}, {labels} labels, {NAMES[key]}: {best:.1%}"
+                    print(said, file=sys.stderr, flush=True)
+        sizes = f"{parameters_of(vit):.2f} M parameters, the ResNet {parameters_of(cnn):.2f} M"
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(found, arguments.labels, arguments.out.with_suffix(".png"))
+    content = [{"model": key, "labels": labels, "top1": top1} for (key, labels), top1 in found.items()]
+    arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"The ViT has {sizes}.\n\n| labels a class | {' | '.join(NAMES.values())} |")
+    print("|---" * (len(NAMES) + 1) + "|")
+    for labels in arguments.labels:
+        print(f"| {labels} | {' | '.join(spread(found[key, labels]) for key in NAMES)} |")
+
+
+if __name__ == "__main__":
+    main()
