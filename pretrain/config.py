@@ -231,10 +231,6 @@ class SupervisedConfig(Section):
     patch_dropout: Rate = Field(0.0, description="share of the patches that training leaves out (arXiv 2208.07220)")
     augment: AugmentConfig = AugmentConfig()
 
-    def num_visible(self, encoder: ModelConfig) -> int:
-        """Return how many patches training is shown."""
-        return encoder.num_patches - int(encoder.num_patches * self.patch_dropout)
-
 
 class MAEConfig(Section):
     """Masked autoencoding (arXiv 2111.06377): rebuild the pixels of the patches that the encoder is not shown."""
@@ -314,10 +310,6 @@ class SelfDistillationConfig(Section):
     augment: AugmentConfig = AugmentConfig(
         crop_scale=(0.32, 1.0), brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2, solarize=0.1, blur=0.55
     )
-
-    def num_visible(self, encoder: ModelConfig) -> int:
-        """Return how many patches training is shown."""
-        return encoder.num_patches
 
     def problems(self) -> Iterator[Problem]:
         for name in ("local_crop_scale", "mask_ratio"):

@@ -123,10 +123,11 @@ class _Positions(Dataset[_Item]):
         return self.order
 
     def _item(self, order: Order, position: int) -> _Item:
-        key = [*order.locate(position), self.repeats.view(position)]
         record, faults, work = self._read(order, position)
         started = time.perf_counter()
-        random = np.random.Generator(random_bits(self.samples.digest, self.seed, *key[: 4 if key[3] else 3]))
+        view = self.repeats.view(position)
+        key = (*order.locate(position), *([view] if view else []))  # the first view is that of a run without repeats
+        random = np.random.Generator(random_bits(self.samples.digest, self.seed, *key))
         fields = {**self.view(record.image, random), "label": record.label, "position": position}
         return _Item(fields, faults, work._replace(augment=time.perf_counter() - started))
 
