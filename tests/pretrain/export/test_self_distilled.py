@@ -1,0 +1,48 @@
+"""What leaves a self-distilled run is its teacher, everywhere."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.warm_start import warm_start
+from pretrain.config import DataConfig, PretrainConfig, ScheduleConfig, SupervisedConfig
+from pretrain.export.folder import export
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+from tests.checkpoints import write_checkpoint
+from tests.pretrain.objectives.test_self_distillation import MODEL, build
+
+
+def test_the_teacher_leaves_the_run(tmp_path: Path) -> None:
+    objective = build()
+    with torch.no_grad():
+        for tensor in objective.state_dict().values():
+            tensor.add_(0.05 * torch.randn_like(tensor))  # student and teacher apart
+    config = PretrainConfig(
+        run_dir=tmp_path,
+        data=DataConfig(train=str(tmp_path)),
+        model=MODEL,
+        objective=objective.config,
+        schedule=ScheduleConfig(total_steps=9),
+    )
+    manifest = Manifest(9, 99, 1, "digest", ["a", "b"], json.loads(config.model_dump_json()), "commit")
+    write_checkpoint(tmp_path / "checkpoints" / "step-00000009", manifest, objective.state_dict(), num_files=2)
+    export(tmp_path, tmp_path / "export")
+    folder = transformers.AutoModel.from_pretrained(tmp_path / "export", add_pooling_layer=False)
+    assert folder.config.architectures == ["ViTModel"]  # no classifier, though the data had classes
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = objective.encoder.eval()(images)
+        torch.testing.assert_close(folder(images).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(objective.student.eval()(images), expected, atol=0.1)
+        for source in (tmp_path, tmp_path / "export"):
+            taker = build_objective(SupervisedConfig(), ViT(MODEL), [0.5, 0.5], config.preprocessing).eval()
+            warm_start(taker, source, ["a", "b"], 1e-6)
+            torch.testing.assert_close(taker.encoder(images), expected, rtol=1e-5, atol=1e-5)
+            other = build().eval()
+            warm_start(other, source, ["c"], 1e-6)
+            other.after_warm_start()
+            torch.testing.assert_close(other.student(images), expected, rtol=1e-5, atol=1e-5)
