@@ -291,8 +291,8 @@ class SelfDistillationConfig(Section):
         (0.05, 0.32), description="of self_distillation: share of the image's area that a small crop keeps"
     )
     mask_probability: Fraction = Field(0.5, description="of self_distillation: that patches of a large crop are hidden")
-    mask_ratio: tuple[Fraction, Fraction] = Field(
-        (0.1, 0.5), description="of self_distillation: share of the patches that are hidden then"
+    mask_ratios: tuple[Fraction, Fraction] = Field(
+        (0.1, 0.5), description="of self_distillation: smallest and largest share of the patches that is hidden then"
     )
     prototypes: Count = Field(65536, description="of self_distillation: how many answers a token can give")
     head_hidden_size: Count = Field(2048, description="of self_distillation")
@@ -312,7 +312,7 @@ class SelfDistillationConfig(Section):
     )
 
     def problems(self) -> Iterator[Problem]:
-        for name in ("local_crop_scale", "mask_ratio"):
+        for name in ("local_crop_scale", "mask_ratios"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 yield Problem((name,), f"expected [low, high] with 0 < low <= high, got [{low}, {high}]")

@@ -71,7 +71,7 @@ class SelfDistillationObjective(Objective):
             config.local_crops,
             image_size // self.student.config.patch_size,
             config.mask_probability,
-            config.mask_ratio,
+            config.mask_ratios,
         )
 
     def evaluation_view(self) -> View:
