@@ -85,7 +85,18 @@ OTHERS = {
 }
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "pretrain").glob("*.yaml"))
 COMPILED_ELSEWHERE = {1: "compiled3", 2: "compiled"}  # compiling takes long
-NOT_RESUMED = {"mae1", "mae2", "lamb1", "lamb2", "muon1", "muon2"}  # the others show that
+NOT_RESUMED = {
+    "mae1",
+    "mae2",
+    "distil0",
+    "distil1",
+    "lamb0",
+    "lamb1",
+    "lamb2",
+    "muon0",
+    "muon1",
+    "muon2",
+}  # the others show that
 RESHARDED = {  # what was saved -> how it is continued
     "stage0": ("stage3", STAGES["stage3"]),
     "stage1": ("stage0", STAGES["stage0"]),
