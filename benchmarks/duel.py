@@ -43,7 +43,7 @@ from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import list_digits
 from pretrain.engine import build_engine, set_learning_rate, start_distributed
 from pretrain.export.vit_mae import hugging_face_config
-from pretrain.model.vit import ViT, compile_blocks
+from pretrain.model.vit import ViT, compile_blocks, sincos_positions
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
 from pretrain.schedules import learning_rate_at
@@ -122,7 +122,11 @@ def our_step(model: ModelConfig, config: ObjectiveConfig, batch: int, *, compile
 def their_step(model: ModelConfig, config: ObjectiveConfig, *, compiled: bool) -> Step:
     """A plain loop: bf16 autocast on a GPU, fused AdamW, clipping at 1; weights are decayed as in ours."""
     if isinstance(config, MAEConfig):
-        theirs: nn.Module = transformers.ViTMAEForPreTraining(hugging_face_config(model, config))
+        theirs = transformers.ViTMAEForPreTraining(hugging_face_config(model, config))
+        side = model.image_size // model.patch_size
+        # transformers 5.23 leaves those of a new model at zero, and never trains them: it would learn next to nothing.
+        theirs.vit.embeddings.position_embeddings.data = sincos_positions(side, model.hidden_size)
+        theirs.decoder.decoder_pos_embed.data = sincos_positions(side, config.decoder_hidden_size)
         module: nn.Module = TheirMAE(torch.compile(theirs) if compiled else theirs)
     else:
         module = build_timm(model, compiled=compiled, classes=CLASSES)
