@@ -25,12 +25,11 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.transfer import SCRATCH, finetune, load, make_digits, pretrain, spread
+from benchmarks.transfer import LEARNING_RATES, SCRATCH, finetune, load, make_digits, pretrain, spread
 
 LABELS = (1, 2, 4, 16, 64)
 STEPS = 400
 LARGEST_BATCH = 40
-LEARNING_RATES = (1e-3, 3e-3)
 RESNET = {"embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [2, 2, 2], "layer_type": "basic"}
 NAMES = {"pretrained": "ViT, pretrained", "vit": "ViT from scratch", "cnn": "ResNet from scratch"}
 
