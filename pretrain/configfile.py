@@ -313,7 +313,7 @@ def _sentence(error: ErrorDetails, key: Key, config_class: type[Section]) -> str
         case "literal_error":
             return _expected_one_of(context["expected"], error["input"])
         case "union_tag_invalid":
-            return _expected_one_of(context["expected_tags"].replace(", ", " or "), context["tag"])
+            return _expected_one_of(" or ".join(context["expected_tags"].rsplit(", ", 1)), context["tag"])
         case "bool_type":
             word = BOOLEAN_WORDS.get(str(error["input"]).lower())
             return f"expected true or false, got {got}" + (f"; write {word}" if word else "")
@@ -352,10 +352,9 @@ def _suggestion(location: Key, key: Key, config_class: type[Section]) -> str:
         return f"; did you mean {word}?"
     if word in everywhere and word not in others:
         return f"; did you mean {everywhere[word]}?"
-    for known in (neighbours, list(others)):
-        if near := difflib.get_close_matches(word, known, n=1):
-            other = "" if near[0] in neighbours else f", which {_dotted((*key[:-1], 'name'))}={others[near[0]]} has"
-            return f"; did you mean {near[0]}{other}?"
+    if near := difflib.get_close_matches(word, [*neighbours, *others], n=1):
+        other = "" if near[0] in neighbours else f", which {_dotted((*key[:-1], 'name'))}={others[near[0]]} has"
+        return f"; did you mean {near[0]}{other}?"
     if near := difflib.get_close_matches(word, list(everywhere), n=1, cutoff=0.75):
         return f"; did you mean {everywhere[near[0]]}?"
     return f"; the keys here are {', '.join(neighbours)}" if neighbours else ""

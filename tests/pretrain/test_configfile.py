@@ -46,7 +46,11 @@ MISTAKES = [
     ("engine: {zero_stage: 0, offload_optimizer: true}", [], "offloading needs zero_stage 1, 2 or 3"),
     ("objective: {augment: {mixup: 0.8}}\nengine: {global_batch_size: 6, micro_batch_size: 3}", [], "must be even"),
     ("objective: {augment: {crop_scale: [1.0, 0.5]}}", [], "expected [low, high] with 0 < low <= high, got [1.0, 0.5]"),
-    ("objective: {name: mea, mask_ratio: 0.5}", [], "expected 'supervised' or 'mae', got \"mea\"; did you mean mae?"),
+    (
+        "objective: {name: mea, mask_ratio: 0.5}",
+        [],
+        "expected 'supervised', 'mae' or 'self_distillation', got \"mea\"; did you mean mae?",
+    ),
     ("objective: {mask_ratio: 0.5}", [], "unknown key; did you mean mask_ratio, which objective.name=mae has?"),
     ("objective: {name: mae, label_smoothing: 0.1}", [], "label_smoothing, which objective.name=supervised has?"),
     ("objective: {name: mae, mask_ratio: 1}", [], "objective.mask_ratio: expected a number less than 1"),
