@@ -1,13 +1,13 @@
 """A run whose ranks are killed again and again, under `tessera supervise`: is anything lost, and what does it cost?
 
-    python benchmarks/kills.py --kills 50 --seconds 4 --steps 1200        # what is lost
-    python benchmarks/kills.py --kills 15 --seconds 60 --steps 9000 --cost # what it costs, with a failure a minute
+    python benchmarks/kills.py --kills 50 --seconds 4 --steps 1200           # what is lost
+    python benchmarks/kills.py --kills 15 --seconds 60 --steps 9000 --cost   # what it costs, with a failure a minute
 
 Two ranks under the `deepspeed` launcher train a small ViT on scikit-learn's digits; a random rank gets SIGKILL about
 every so many seconds of training. What is lost: a run that nobody disturbs is compared with it, every row of losses and
-the weights. What it costs: `tessera supervise` and a shell's restart loop are disturbed at the same time, side by side.
-Achievable is then what only the steps would take, each as long as the median, and a start for each kill as long as the
-first: to notice, to pause, to load and to do steps again comes on top.
+the weights. What it costs: `tessera supervise` is disturbed, and then a shell's restart loop, on a machine that should
+do nothing else. Achievable is what only the steps would take, each as long as their mean, and a start for each kill, as
+long as the shorter one of the two ways' first: to notice, to pause, to load and to do steps again comes on top.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -74,26 +73,25 @@ def what_is_lost(work: Path, arguments: argparse.Namespace) -> None:
 
 
 def what_it_costs(work: Path, arguments: argparse.Namespace) -> None:
-    """Let a supervised run and a restart loop be disturbed at the same time; say how near each is to the achievable."""
+    """Disturb a supervised run, then a restart loop; say how near each is to the achievable."""
     ways = {"tessera supervise": SUPERVISE, "a restart loop": ["bash", "-c", 'until "$@"; do sleep 1; done', "loop"]}
-    with ThreadPoolExecutor() as pool:
-        running = {}
-        for number, (way, words) in enumerate(ways.items()):
-            place = work / str(number)
-            command = [*words, *prepare(place, arguments.steps, arguments.save_every)]
-            disturbed = (command, place / "run", place / "log", arguments.kills, arguments.seconds)
-            running[way] = place, pool.submit(run_disturbed, *disturbed)
-    for way, (place, future) in running.items():
-        killed, begun, ended = future.result()
+    seen = {}
+    for number, (way, words) in enumerate(ways.items()):
+        place = work / str(number)
+        command = [*words, *prepare(place, arguments.steps, arguments.save_every)]
+        killed, begun, ended = run_disturbed(command, place / "run", place / "log", arguments.kills, arguments.seconds)
         times = [row["time"] for row in read_rows(place / "run" / "metrics.jsonl") if "train/loss" in row]
-        steps = arguments.steps * statistics.median(later - earlier for earlier, later in pairwise(times))
-        first_start = times[0] - begun
+        seen[way] = killed, ended - begun, times[0] - begun, times
+        print(*goodput_of(place / "log"), sep="\n", flush=True)
+    first_start = min(start for _, _, start, _ in seen.values())
+    for way, (killed, seconds, _, times) in seen.items():
+        apart = [later - earlier for earlier, later in pairwise(times)]
+        steps = arguments.steps * statistics.mean(each for each in apart if each < first_start / 2)  # else a restart
         achievable = steps + (killed + 1) * first_start
         print(
-            f"{way}: {killed} kills, {ended - begun:.0f} s; {steps:.0f} s of steps are {steps / (ended - begun):.1%}, "
-            f"with {killed + 1} starts of {first_start:.0f} s {achievable / (ended - begun):.1%} of the achievable"
+            f"{way}: {killed} kills, {seconds:.0f} s; {steps:.0f} s of steps and {killed + 1} starts of "
+            f"{first_start:.0f} s: {achievable / seconds:.1%} of the achievable"
         )
-        print(*goodput_of(place / "log"), sep="\n")
 
 
 def rows(run_dir: Path) -> dict[int, tuple[float, float]]:

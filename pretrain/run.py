@@ -176,10 +176,13 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
 def bind_optimizer(engine: Engine, config: OptimizerConfig) -> None:
     """Tell an optimizer that asks for it which parameters its flat tensors hold."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if config.name == "adamw" and config.layer_decay == 1:
+        return
+    placement = place(engine)
     if isinstance(optimizer, LAMB | Muon):
-        optimizer.placement = place(engine)
+        optimizer.placement = placement
     if config.layer_decay < 1:
-        decay_by_layer(optimizer, place(engine), config.layer_decay)
+        decay_by_layer(optimizer, placement, config.layer_decay)
 
 
 def place(engine: Engine) -> Placement:

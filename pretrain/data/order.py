@@ -58,6 +58,9 @@ class Repeats(NamedTuple):
         return position % self.batch // (self.batch // self.views)
 
 
+ONCE = Repeats()
+
+
 class MicroBatch(NamedTuple):
     """Positions that one rank takes through the model at a time, and what the mean of their losses counts.
 
@@ -96,7 +99,7 @@ class Order:
         seed: int,
         window: int,
         weights: Sequence[float] = (1.0,),
-        repeats: Repeats = Repeats(),  # noqa: B008  # it is immutable
+        repeats: Repeats = ONCE,
     ) -> None:
         self.repeats = repeats
         self.sets = [_Windows(part, seed, window) for part in parts]

@@ -11,7 +11,7 @@ import numpy as np
 
 from pretrain.data.decode import DecodeError, Pixels, decode
 from pretrain.data.index import DataError
-from pretrain.data.order import Order, Part, Repeats, permutation
+from pretrain.data.order import ONCE, Order, Part, Repeats, permutation
 
 
 class Encoded(NamedTuple):
@@ -87,7 +87,7 @@ class Samples(ABC):
         """Return what the cache has done for this process since the last call; nothing where there is none."""
         return {}
 
-    def order(self, seed: int, window: int, repeats: Repeats = Repeats()) -> Order:  # noqa: B008  # it is immutable
+    def order(self, seed: int, window: int, repeats: Repeats = ONCE) -> Order:
         """Return the order of a run over these samples."""
         return Order(self.parts, seed, window, self.weights, repeats)
 

@@ -15,7 +15,7 @@ from pretrain.data.augment import EvalView, TrainView, View, augment
 from pretrain.data.crops import NUM_LARGE, CropsView
 from pretrain.distributed import gather_rows, sum_over_ranks
 from pretrain.model.projection_head import ProjectionHead
-from pretrain.model.vit import INITIAL_STD, ViT
+from pretrain.model.vit import INITIAL_STD, ViT, take
 from pretrain.objectives.objective import Objective
 
 SINKHORN_ROUNDS = 3
@@ -109,7 +109,7 @@ class SelfDistillationObjective(Objective):
         losses = {
             "dino": dino_loss(self._say(own), self._say(of_small), cls_targets.reshape(len(own), NUM_LARGE, -1)),
             "ibot": self._patch_loss(tokens[:, 1:][hidden], patch_targets, hidden),
-            "koleo": torch.stack([koleo_loss(crop) for crop in own.float().unbind(1)]).sum(),
+            "koleo": koleo_loss(own.float()),
         }
         loss = losses["dino"] + losses["ibot"] + self.config.koleo_weight * losses["koleo"]
         return {"loss": loss, **losses}
@@ -191,16 +191,19 @@ def sinkhorn_knopp(logits: Tensor) -> Tensor:
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """Return the mean of -log of the distance to the nearest other one, on the unit sphere (arXiv 1806.03198).
+    """Return the mean of -log of the distance to the nearest other image, on the unit sphere (arXiv 1806.03198).
 
     Args:
-        features: of this rank, [B, D]; neighbours are looked for on all ranks, and are moved as well.
+        features: of this rank's crops, [B, crops, D]; for each of the crops by itself, neighbours are looked for on all
+            ranks, and are moved as well. The crops' means are added up.
     """
-    own = F.normalize(features, dim=-1)
-    everyone, first = gather_rows(own)
+    rows = F.normalize(features, dim=-1)
+    all_rows, first = gather_rows(rows)
+    own, everyone = rows.transpose(0, 1), all_rows.transpose(0, 1)  # [crops, B, D], of this rank and of all
+    places = torch.arange(len(rows), device=rows.device)
     with torch.no_grad():
-        cosines = own @ everyone.T
-        cosines[torch.arange(len(own)), first + torch.arange(len(own))] = -1
-        nearest = cosines.argmax(dim=1)
-    distances: Tensor = torch.linalg.vector_norm(own - everyone[nearest] + LEAST_DISTANCE, dim=1)
-    return -(distances + LEAST_DISTANCE).log().mean()
+        cosines = own @ everyone.transpose(1, 2)
+        cosines[:, places, first + places] = -1
+        nearest = cosines.argmax(dim=2)
+    distances: Tensor = torch.linalg.vector_norm(own - take(everyone, nearest) + LEAST_DISTANCE, dim=2)
+    return -(distances + LEAST_DISTANCE).log().mean(dim=1).sum()

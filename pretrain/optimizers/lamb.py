@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pretrain.optimizers.placement import Placement, adam_direction, taken
+from pretrain.optimizers.adam import adam_direction, taken
+from pretrain.optimizers.placement import Placement
 
 
 class LAMB(Optimizer):

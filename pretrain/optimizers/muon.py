@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pretrain.distributed import gather
-from pretrain.optimizers.placement import Placement, adam_direction, taken
+from pretrain.optimizers.adam import adam_direction, taken
+from pretrain.optimizers.placement import Placement
 
 MATRICES = "matrices"  # marks the group whose parameters are orthogonalised
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pushes all singular values towards 1

@@ -134,7 +134,7 @@ def test_self_distillation_learns_the_same_on_any_topology(seen: dict[int, Seen]
     expected = column(seen[1]["distil0"], name)
     for world_size in (1, 2):
         for stage in DISTIL:
-            assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-3), (world_size, stage)
+            assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-4), (world_size, stage)
 
 
 @pytest.mark.parametrize("name", ["train/loss", "optim/grad_norm", "validation/loss", "optim/learning_rate"])
@@ -255,7 +255,8 @@ def test_each_published_recipe_takes_its_first_steps(seen: dict[int, Seen]) -> N
     assert expected <= seen[1]["recipes"].keys()
     for name, losses in seen[1]["recipes"].items():
         assert len(losses) == 3, name
-        assert all(0 < loss < 12 for loss in losses), name
+        at_most = 12 if name.startswith("dinov2") else 3  # two cross-entropies over 64 prototypes
+        assert all(0 < loss < at_most for loss in losses), name
 
 
 def test_compiled_blocks_learn_the_same(seen: dict[int, Seen]) -> None:

@@ -131,8 +131,8 @@ def test_checkpointing_and_compiling_change_nothing() -> None:
     assert torch.allclose(compiled(images), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("drop_path", "graphs"), [(0.1, 2), (0.4, 4)])
-def test_deep_models_are_compiled_with_drop_path(drop_path: float, graphs: int) -> None:
+@pytest.mark.parametrize("drop_path", [0.1, 0.4])
+def test_deep_models_are_compiled_with_drop_path(drop_path: float) -> None:
     """Torch went on without compiling from the ninth graph on. The first block drops nothing."""
     torch.compiler.reset()
     counter = CompileCounter()
@@ -140,7 +140,8 @@ def test_deep_models_are_compiled_with_drop_path(drop_path: float, graphs: int) 
     compile_blocks(model, backend=counter)
     for _ in range(3):
         model(torch.randn(64, 3, 32, 32))
-    assert counter.frame_count == graphs
+    assert 2 <= counter.frame_count < torch._dynamo.config.recompile_limit
+    assert drop_path > 0.1 or counter.frame_count == 2
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])
@@ -156,7 +157,7 @@ def test_dropped_branches_cost_nothing_and_the_mean_stays(rate: float) -> None:
     for _ in range(600):
         total += drop_path(tokens, branch).detach() / 600
     assert set(sizes) == {12 if rate > 0.1 else 20}
-    torch.testing.assert_close(total, 4 * tokens.detach(), atol=0.6, rtol=0.15)
+    torch.testing.assert_close(total, 4 * tokens.detach(), atol=1e-6, rtol=0.15)
     once = drop_path(tokens, branch)
     factors = ((once - tokens) / (3 * tokens)).detach().mean(dim=(1, 2))
     kept = factors > 0.1
