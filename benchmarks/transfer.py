@@ -5,8 +5,10 @@ without. Beside what is made of them stands a twin of the same architecture from
 augmentations and steps, and the better of the same learning rates for each. Frozen features are probed by k-NN and by
 a linear classifier on the same labels.
 
-    python benchmarks/transfer.py --labels 1 2 4 --seeds 0 1 2 --json transfer.json
-    python benchmarks/transfer.py --objectives supervised mae self_distillation --json objectives.json
+    python benchmarks/transfer.py --labels 1 2 4 --seeds 0 1 2
+    python benchmarks/transfer.py --objectives supervised mae self_distillation --results objectives.jsonl
+
+What `--results` names is not measured again.
 """
 
 import argparse
@@ -18,13 +20,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.results import Results
 from finetune.config import FinetuneConfig
 from finetune.train import build_run, open_tracker, train
 from pretrain.configfile import Loaded, load_config
@@ -119,39 +124,40 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--finetune", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-    results: list[dict[str, object]] = []
-    started = time.time()
-
-    def note(**row: object) -> None:
-        results.append(row)
-        print(f"[{time.time() - started:.0f} s] {row}", file=sys.stderr, flush=True)
-
+    results, settings = Results(arguments.results), {"pretrain": arguments.pretrain, "finetune": arguments.finetune}
     origins = [*arguments.objectives, SCRATCH]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_digits(folder)
-        for seed in arguments.seeds:
-            models = {name: pretrain(folder, name, seed, arguments.pretrain) for name in arguments.objectives}
-            for labels, origin in product(arguments.labels, origins):
-                case = {"seed": seed, "labels": labels, "origin": origin}
-                model = models.get(origin, models[arguments.objectives[0]])
-                for measure, top1 in probe(load(folder, model, seed, labels, origin, arguments.finetune)).items():
-                    note(**case, measure=measure, top1=top1)
-                for rate in LEARNING_RATES:
+
+        @cache
+        def model_of(objective: str, seed: int) -> Path:
+            return pretrain(folder, objective, seed, arguments.pretrain)
+
+        for seed, labels, origin in product(arguments.seeds, arguments.labels, origins):
+            case = {"seed": seed, "labels": labels, "origin": origin, **settings}
+            objective = arguments.objectives[0] if origin == SCRATCH else origin  # whose architecture a twin has
+            if not results.top1s(**case, measure="linear"):
+                loaded = load(folder, model_of(objective, seed), seed, labels, origin, arguments.finetune)
+                for measure, top1 in probe(loaded).items():
+                    results.note(**case, measure=measure, top1=top1)
+            for rate in LEARNING_RATES:
+                tuned = {**case, "measure": "fine-tuned", "learning_rate": rate}
+                if not results.top1s(**tuned):
                     more = [f"optimizer.learning_rate={rate}", *arguments.finetune]
-                    top1 = finetune(load(folder, model, seed, labels, origin, more))
-                    note(**case, measure="fine-tuned", learning_rate=rate, top1=top1)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+                    top1 = finetune(load(folder, model_of(objective, seed), seed, labels, origin, more))
+                    results.note(**tuned, top1=top1)
     print("| labels a class | | " + " | ".join(origins) + " | gain |")
     print("|---" * (len(origins) + 3) + "|")
     for labels, measure in product(arguments.labels, MEASURES):
         best = {
-            origin: [best_top1(results, seed, labels, origin, measure) for seed in arguments.seeds]
+            origin: [
+                max(results.top1s(seed=seed, labels=labels, origin=origin, measure=measure, **settings))
+                for seed in arguments.seeds
+            ]
             for origin in origins
         }
         gains = [
@@ -160,12 +166,6 @@ def main() -> None:
         ]
         cells = [str(labels), measure, *(spread(values) for values in best.values()), ", ".join(gains)]
         print(f"| {' | '.join(cells)} |")
-
-
-def best_top1(results: list[dict[str, object]], seed: int, labels: int, origin: str, measure: str) -> float:
-    """Return the better of the sweep's learning rates."""
-    wanted = {"seed": seed, "labels": labels, "origin": origin, "measure": measure}
-    return max(float(str(row["top1"])) for row in results if wanted.items() <= row.items())
 
 
 def spread(values: list[float]) -> str:

@@ -5,18 +5,19 @@ without their labels. The ResNet (transformers' own, of about as many parameters
 shards, augmentations, batches, steps and choice of learning rates, and are measured once, on images that no stage has
 seen.
 
-    python benchmarks/vit_vs_cnn.py --seeds 0 1 2 --out docs/vit_vs_cnn
+    python benchmarks/vit_vs_cnn.py --seeds 0 1 2 --results vit_vs_cnn.jsonl --picture docs/vit_vs_cnn.png
+
+What `--results` names is not trained again.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections import defaultdict
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,6 +26,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.results import Results
 from benchmarks.transfer import LEARNING_RATES, SCRATCH, finetune, load, make_digits, pretrain, spread
 
 LABELS = (1, 2, 4, 16, 64)
@@ -65,6 +67,7 @@ def settings_of(labels: int) -> list[str]:
 
 def draw(found: dict[tuple[str, int], list[float]], labels: list[int], path: Path) -> None:
     """Draw top-1 over labels, mean and deviation over the seeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for key, name in NAMES.items():
         means = [100 * statistics.mean(found[key, count]) for count in labels]
@@ -83,32 +86,39 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=list(LABELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--out", type=Path, required=True, help="writes OUT.png and OUT.json")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
+    parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    started = time.time()
-    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    results = Results(arguments.results)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_digits(folder)
-        for seed in arguments.seeds:
+
+        @cache
+        def models_of(seed: int) -> dict[str, Path]:
             vit = pretrain(folder, "mae", seed, arguments.pretrain)
-            cnn = make_resnet(folder / "resnet", vit)
-            begins = {"pretrained": (vit, "mae"), "vit": (vit, SCRATCH), "cnn": (cnn, SCRATCH)}
-            for labels in arguments.labels:
-                for key, (model, origin) in begins.items():
-                    more = settings_of(labels)
-                    rates = [[*more, f"optimizer.learning_rate={rate}"] for rate in LEARNING_RATES]
-                    best = max(finetune(load(folder, model, seed, labels, origin, each)) for each in rates)
-                    found[key, labels].append(best)
-                    said = f"[{time.time() - started:.0f} s] seed {seed}, {labels} labels, {NAMES[key]}: {best:.1%}"
-                    print(said, file=sys.stderr, flush=True)
-        sizes = f"{parameters_of(vit):.2f} M parameters, the ResNet {parameters_of(cnn):.2f} M"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(found, arguments.labels, arguments.out.with_suffix(".png"))
-    content = [{"model": key, "labels": labels, "top1": top1} for (key, labels), top1 in found.items()]
-    arguments.out.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    print(f"The ViT has {sizes}.\n\n| labels a class | {' | '.join(NAMES.values())} |")
+            return {"pretrained": vit, "vit": vit, "cnn": make_resnet(folder / "resnet", vit)}
+
+        for seed, labels, key, rate in product(arguments.seeds, arguments.labels, NAMES, LEARNING_RATES):
+            case = {"seed": seed, "labels": labels, "model": key, "learning_rate": rate, "pretrain": arguments.pretrain}
+            if not results.top1s(**case):
+                model, origin = models_of(seed)[key], "mae" if key == "pretrained" else SCRATCH
+                more = [*settings_of(labels), f"optimizer.learning_rate={rate}"]
+                top1 = finetune(load(folder, model, seed, labels, origin, more))
+                results.note(**case, parameters=parameters_of(model), top1=top1)
+    found = {
+        (key, labels): [
+            max(results.top1s(seed=seed, labels=labels, model=key, pretrain=arguments.pretrain))
+            for seed in arguments.seeds
+        ]
+        for key, labels in product(NAMES, arguments.labels)
+    }
+    if arguments.picture:
+        draw(found, arguments.labels, arguments.picture)
+    sizes = {row["model"]: f"{row['parameters']:.2f} M" for row in results.rows}
+    print(f"The ViT has {sizes['vit']} parameters, the ResNet {sizes['cnn']}.\n")
+    print(f"| labels a class | {' | '.join(NAMES.values())} |")
     print("|---" * (len(NAMES) + 1) + "|")
     for labels in arguments.labels:
         print(f"| {labels} | {' | '.join(spread(found[key, labels]) for key in NAMES)} |")
