@@ -80,7 +80,7 @@ def run_to_the_end(command: list[str], run_dir: Path, log: Path, kills: int, sec
         process = start([*command, f"run_dir={run_dir}"], log, **{RECORDS: str(records)})
         try:
             hit = disturb(run_dir, process, min(1, kills - killed), seconds, chance, world_size)
-            killed += hit
+            killed += len(hit)
             code = wait(process, GRACE_SECONDS if hit else 600)
         finally:
             if process.poll() is None:

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 from launch.supervise import is_alive
+from pretrain.checkpoint.history import list_remains
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import keep_classes, list_digits
-from pretrain.watch import read_beat
+from pretrain.watch import END, START, Beat, read_beats
 from tests.launching import free_port
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
@@ -53,19 +54,28 @@ def disturb(
     seconds: float,
     chance: random.Random,
     world_size: int = 2,
-) -> int:
-    """Kill a random rank again and again, each time after some training; return how often."""
-    killed = 0
-    while process.poll() is None and killed < kills:
+) -> list[bool]:
+    """Kill a random rank again and again, each time after all have trained for a while.
+
+    Returns:
+        For each kill, whether a checkpoint was being written.
+    """
+    killed: list[bool] = []
+    while process.poll() is None and len(killed) < kills:
         pause = chance.uniform(0.5, 1.5) * seconds
         trained, last = 0.0, time.monotonic()
         while process.poll() is None and trained < pause:
             time.sleep(0.05)
-            beat, now = read_beat(run_dir, 0), time.monotonic()
-            trained += (now - last) if beat and beat.phase not in ("start", "end") and is_alive(beat.pid) else 0.0
+            beats, now = read_beats(run_dir), time.monotonic()
+            all_train = len(beats) == world_size and all(map(trains, beats))  # so none that was killed before
+            trained += (now - last) if all_train else 0.0
             last = now
-        victim = read_beat(run_dir, chance.randrange(world_size))
-        if victim and process.poll() is None and is_alive(victim.pid):
-            os.kill(victim.pid, signal.SIGKILL)
-            killed += 1
+        if trained >= pause:
+            killed.append(bool(list_remains(run_dir)))
+            os.kill(chance.choice(read_beats(run_dir)).pid, signal.SIGKILL)
     return killed
+
+
+def trains(beat: Beat) -> bool:
+    """Say whether a rank lives and has begun."""
+    return beat.phase not in (START, END) and is_alive(beat.pid)

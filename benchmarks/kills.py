@@ -28,7 +28,7 @@ import torch
 from benchmarks.digits_run import disturb, prepare, start
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
-from pretrain.tracking.tracker import read_rows
+from pretrain.journal import read_rows
 
 SUPERVISE = [
     str(Path(sys.executable).parent / "tessera"),
@@ -41,8 +41,10 @@ SUPERVISE = [
 ]
 
 
-def run_disturbed(command: list[str], run_dir: Path, log: Path, kills: int, seconds: float) -> tuple[int, float, float]:
-    """Train while random ranks are killed; return how many were, when it began and when it ended."""
+def run_disturbed(
+    command: list[str], run_dir: Path, log: Path, kills: int, seconds: float
+) -> tuple[list[bool], float, float]:
+    """Train while random ranks are killed; return the kills (whether in a save), when it began and when it ended."""
     begun = time.time()
     process = start([*command, f"run_dir={run_dir}"], log)
     try:
@@ -64,7 +66,7 @@ def what_is_lost(work: Path, arguments: argparse.Namespace) -> None:
     same = sum(before[step] == after.get(step) for step in before)
     weights = [load_weights(list_checkpoints(run)[-1]) for run in (whole, broken)]
     equal = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    print(f"{killed} kills, {ended - begun:.0f} s")
+    print(f"{len(killed)} kills, {sum(killed)} of them while a checkpoint was written, {ended - begun:.0f} s")
     print(
         f"{same} of {len(before)} steps have bitwise the loss and norm of the undisturbed run, "
         f"the last weights are {'equal' if equal else 'NOT equal'}"
@@ -81,7 +83,7 @@ def what_it_costs(work: Path, arguments: argparse.Namespace) -> None:
         command = [*words, *prepare(place, arguments.steps, arguments.save_every)]
         killed, begun, ended = run_disturbed(command, place / "run", place / "log", arguments.kills, arguments.seconds)
         times = [row["time"] for row in read_rows(place / "run" / "metrics.jsonl") if "train/loss" in row]
-        seen[way] = killed, ended - begun, times[0] - begun, times
+        seen[way] = len(killed), ended - begun, times[0] - begun, times
         print(*goodput_of(place / "log"), sep="\n", flush=True)
     first_start = min(start for _, _, start, _ in seen.values())
     for way, (killed, seconds, _, times) in seen.items():

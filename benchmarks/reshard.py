@@ -103,13 +103,13 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
     """Train to the last step from whatever is in a run folder."""
     from pretrain.config import PretrainConfig
     from pretrain.configfile import load_config
-    from pretrain.run import prepare
+    from pretrain.run import open_run
     from pretrain.train import StopSignal, tracked
 
     overrides = [f"run_dir={run_dir}", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
-    run = prepare(load_config(PretrainConfig, work / "config.yaml", overrides).config)
-    tracked(run, "", StopSignal())
-    return run
+    with open_run(load_config(PretrainConfig, work / "config.yaml", overrides).config) as run:
+        tracked(run, "", StopSignal())
+        return run
 
 
 def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:

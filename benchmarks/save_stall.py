@@ -73,7 +73,7 @@ def methods_over(engine: Any, work: Path) -> dict[str, Callable[[int], Callable[
     gloo = dist.new_group(backend="gloo")
 
     def ours(number: int) -> Callable[[], object]:
-        saver.begin(engine, Manifest(number, 0, 1, "", [], {}, None))
+        saver.begin(engine, Manifest(number, 0, 1, {"training": ""}, [], {}, None))
         return saver.finish
 
     def deepspeed(number: int) -> Callable[[], object]:

@@ -1,9 +1,10 @@
 """Ranks of a real run that are stopped or slowed down: how soon is each named, and is anybody named wrongly?
 
-    python benchmarks/watching.py --faults 20      # SIGSTOP, and a rank at a third of its speed, in turn
-    python benchmarks/watching.py --quiet 3600     # an hour in which nothing is wrong
+    python benchmarks/watching.py --faults 20      # a rank that is stopped, hangs, or has a third of its speed, in turn
+    python benchmarks/watching.py --quiet 3600     # an hour in which nothing is wrong; evaluations included
 
-A fault is ended as soon as it has been named, or after 30 seconds; the next one comes when both ranks train again.
+A fault is ended as soon as it has been named with its stack, or after 30 seconds; the next one comes when both ranks
+train again. A rank hangs in a signal's handler: its process lives and beats, its main thread does not come back.
 """
 
 import argparse
@@ -23,11 +24,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.digits_run import prepare, start
+from pretrain.config import PretrainConfig
+from pretrain.configfile import read_command_line
 from pretrain.watch import STEPS_TIMED, Beat, read_beat
 
-NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|has been silent)")
+NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|has been silent)[^\n]*\n +File ")
 GIVEN_UP = 30.0  # seconds without being named
 SLICE = 0.005  # seconds that a slowed rank runs, between twice as long of standing still
+WATCHED = "TESSERA_BENCHMARK_WATCHED"  # in the environment of a rank
+EVALUATED = ["evaluation.every_steps=200", "evaluation.probe_every_steps=400"]
 LARGER = ["model.image_size=64", "model.hidden_size=192", "model.num_hidden_layers=6"]
 
 
@@ -39,6 +44,16 @@ def stopped(pid: int) -> Iterator[None]:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def hung(pid: int) -> Iterator[None]:
+    """Let a process's main thread hang for a while."""
+    os.kill(pid, signal.SIGUSR2)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGUSR2)
 
 
 @contextlib.contextmanager
@@ -74,19 +89,41 @@ def wait_for_steps(run_dir: Path, steps: int) -> list[Beat]:
     raise TimeoutError
 
 
+def train_until_asked_to_hang() -> int:
+    """Be a rank: train as `launch/pretrain.py` does, but for doing nothing from one SIGUSR2 to the next."""
+    from pretrain.train import main as pretrain
+
+    hanging = False
+
+    def hang(number: int, frame: object) -> None:
+        nonlocal hanging
+        hanging = not hanging
+        while hanging:
+            time.sleep(0.1)
+
+    signal.signal(signal.SIGUSR2, hang)
+    return pretrain(read_command_line(PretrainConfig, description="", example="", resumable=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=20, help="of each kind")
     parser.add_argument("--stage", type=int, default=1, help="of ZeRO")
     parser.add_argument("--quiet", type=float, default=0.0, help="seconds; then there are no faults")
     arguments = parser.parse_args()
-    kinds: dict[str, Callable[[int], contextlib.AbstractContextManager[None]]] = {"SIGSTOP": stopped, "slow": slowed}
+    kinds: dict[str, Callable[[int], contextlib.AbstractContextManager[None]]] = {
+        "stopped": stopped,
+        "hangs": hung,
+        "slow": slowed,
+    }
     took: dict[str, list[float]] = {kind: [] for kind in kinds}
     chance = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         work, run_dir, log = Path(name), Path(name) / "run", Path(name) / "log"
-        command = prepare(work, steps=10_000_000, save_every=500)
-        process = start([*command, f"run_dir={run_dir}", f"engine.zero_stage={arguments.stage}", *LARGER], log)
+        command = prepare(work, steps=10_000_000, save_every=500, script=Path(__file__).resolve())
+        settings = [f"run_dir={run_dir}", f"engine.zero_stage={arguments.stage}", *LARGER]
+        settings += [f"data.validation={work / 'shards' / 'train'}", *EVALUATED] if arguments.quiet else []
+        process = start([*command, *settings], log, **{WATCHED: "1"})
         try:
             beats = wait_for_steps(run_dir, 2 * STEPS_TIMED)
             begun, first_step, expected = time.monotonic(), beats[0].step, 0
@@ -123,4 +160,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if WATCHED in os.environ:
+        sys.exit(train_until_asked_to_hang())
     main()

@@ -17,7 +17,7 @@ from torch import Tensor
 from finetune.backbone import Preprocessor, load_preprocessor, new_classifier, save_folder
 from finetune.config import FinetuneConfig
 from finetune.metrics import evaluate
-from pretrain import EXIT_MISTAKE, UserError, distributed
+from pretrain import EXIT_MISTAKE, MachineError, UserError, distributed
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
 from pretrain.data.augment import TrainView, augment
 from pretrain.data.index import DataError
@@ -94,6 +94,10 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         run = build_run(config, accelerator)
     except UserError as error:
         exit_with_mistake(str(error))
+    except MachineError as error:
+        if distributed.is_main():
+            print(error, file=sys.stderr, flush=True)
+        return EXIT_FAILED
     folder = config.run_dir / MODEL_FOLDER
     try:
         with open_tracker(run, command.text) as tracker:
@@ -101,8 +105,8 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             best = train(run, tracker)
             tracker.status = "FINISHED"
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(str(error).rpartition("DataError: ")[2].strip(), file=sys.stderr, flush=True)
-        return EXIT_MISTAKE
+        print(str(error).rpartition("Error: ")[2].strip(), file=sys.stderr, flush=True)
+        return EXIT_FAILED if isinstance(error, MachineError) else EXIT_MISTAKE
     except (FloatingPointError, KeyboardInterrupt) as reason:
         if distributed.is_main():
             kept = f"; the best model so far is in {folder}" if folder.exists() else ""
@@ -119,6 +123,7 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
 
     Raises:
         UserError: the folder or the data cannot be used, on any rank.
+        MachineError: the same, where the user is not to blame.
     """
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)

@@ -73,14 +73,15 @@ def prune(
     keep_every: Annotated[int, typer.Option(min=0, help="Those at multiples of so many steps stay too; 0: none.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
-    """Remove old checkpoints, and what saves that never ended have left. Not for a run that is going on.
+    """Remove old checkpoints, damaged ones, and what saves that never ended have left. Not for a run that is going on.
 
     Example: tessera checkpoints prune runs/quickstart --keep-last 1 --keep-every 10000
     """
     with mistakes():
         history = stage("pretrain.checkpoint.history")
         found(run)
-        doomed = [*history.superfluous(run, keep_last, keep_every), *history.list_remains(run)]
+        old = history.superfluous(run, keep_last, keep_every)
+        doomed = [*old, *history.list_damaged(run), *history.list_remains(run)]
         freed = 0
         for folder in doomed:
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,5 +1,6 @@
-"""What is left to train on when a run has failed: the GPUs and machines that still answer."""
+"""What is left to train on when a run has failed: the GPUs and machines that still answer, or a rank fewer."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,9 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 # Each GPU by a process of its own, since one that is broken may hang or abort whoever touches it.
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 TOUCH_GPU = "import sys, torch; torch.ones(1, device=f'cuda:{sys.argv[1]}').item()"
+NUM_RANKS = re.compile(r"--num_gpus|--nproc[_-]per[_-]node")
+CHOSEN = ("--hostfile", "--include", "--exclude")  # where ranks go, in the user's own words
+DEFAULT_HOSTFILE = Path("/job/hostfile")  # of deepspeed
 
 
 def list_gpus(python: str = sys.executable) -> tuple[list[int], list[int]]:
@@ -35,10 +39,27 @@ def list_lost_hosts(hostfile: Path) -> list[str]:
     return [host for host, answered in zip(hosts, answers, strict=True) if not answered]
 
 
-def adapt(command: Sequence[str], say: Callable[[str], None]) -> list[str]:
+def with_fewer_ranks(command: Sequence[str], say: Callable[[str], None], world_size: int) -> list[str]:
+    """Return the command for one rank fewer; the same one where that is none, or machines are chosen by a hostfile.
+
+    Args:
+        command: starts a run by deepspeed or torchrun.
+        say: is told.
+        world_size: how many ranks it had, for a command that does not say so.
+    """
+    words = _with_number(command, world_size)
+    place = next((i for i, word in enumerate(words[:-1]) if NUM_RANKS.fullmatch(word)), None)
+    if place is None or not words[place + 1].isdigit() or int(words[place + 1]) < 2:
+        return list(command)
+    words[place + 1] = str(int(words[place + 1]) - 1)
+    say(f"going on with {words[place + 1]} ranks; the global batch stays the same")
+    return words
+
+
+def adapt(command: Sequence[str], say: Callable[[str], None], world_size: int) -> list[str]:
     """Return the command for what still answers: the same one when nothing is lost, or nothing can be told."""
-    words = [part for word in command for part in _apart(word)]
-    if any(word in ("--include", "--exclude", "-i", "-e") for word in words):
+    words = _with_number(command, world_size)
+    if any(word in ("--include", "--exclude") for word in words):
         return list(command)  # the user has chosen
     if "--hostfile" in words[:-1]:
         place = words.index("--hostfile")
@@ -58,12 +79,25 @@ def adapt(command: Sequence[str], say: Callable[[str], None]) -> list[str]:
     return words
 
 
+def _with_number(command: Sequence[str], world_size: int) -> list[str]:
+    """Return the command with the number of ranks spelled out where a launcher would have counted the GPUs itself."""
+    words = [part for word in command for part in _apart(word)]
+    numbered = next((i for i, word in enumerate(words[:-1]) if NUM_RANKS.fullmatch(word)), None)
+    if world_size and numbered is not None and not words[numbered + 1].isdigit():
+        words[numbered + 1] = str(world_size)  # as --nproc_per_node gpu
+    elsewhere = DEFAULT_HOSTFILE.exists() or any(word in CHOSEN for word in words)
+    launcher = next((i for i, word in enumerate(words) if Path(word).name == "deepspeed"), None)
+    if world_size and numbered is None and launcher is not None and not elsewhere:
+        words[launcher + 1 : launcher + 1] = ["--num_gpus", str(world_size)]
+    return words
+
+
 def _apart(word: str) -> list[str]:
-    """Take an option of the launcher and its value apart, as in --num_gpus=4; and give -H its long name."""
+    """Take an option of a launcher and its value apart, as in --num_gpus=4; and give short ones their long names."""
     option, equals, value = word.partition("=")
-    if equals and option in ("--hostfile", "--num_gpus", "--include", "--exclude"):
+    if equals and (option in CHOSEN or NUM_RANKS.fullmatch(option)):
         return [option, value]
-    return ["--hostfile"] if word == "-H" else [word]
+    return [{"-H": "--hostfile", "-i": "--include", "-e": "--exclude"}.get(word, word)]
 
 
 def _all_answer(commands: list[list[str]]) -> list[bool]:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -14,31 +13,45 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from launch.remains import adapt
-from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, UserError
+from launch.remains import adapt, with_fewer_ranks
+from pretrain import UserError
 from pretrain.checkpoint.history import list_checkpoints, step_of
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
-from pretrain.watch import END, Beat, beats_folder, read_beat
+from pretrain.outcome import Outcome
+from pretrain.watch import GO_ON, LEAVE, SILENT_SECONDS, START, STOP, Beat, beats_folder, give_order, read_beats
 
 GOODPUT_FILE = "goodput.json"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 3.0  # for a launcher to end what is left when a rank has died
 LONGEST_PAUSE = 60.0  # seconds
 COMPUTE = ("forward", "backward", "step", "report")
-NUM_RANKS = re.compile(r"(--num_gpus|--nproc[_-]per[_-]node)(=|$)")
+FINAL = {outcome.exit_code: outcome for outcome in (Outcome.DONE, Outcome.MISTAKE, Outcome.STOPPED)}
 
 
 @dataclass
 class Attempt:
-    """One start of the command, and what became of it."""
+    """One start of the command, and what became of it.
 
+    Attributes:
+        outcome: how it ended.
+        exit_code: of the command, which a launcher may have changed.
+        wall: seconds.
+        seconds: of rank 0, by phase.
+        first_step: where it began.
+        last_step: where it ended.
+        saved_step: of the newest checkpoint then.
+        world_size: how many ranks there were; 0 if none came so far.
+    """
+
+    outcome: str
     exit_code: int
     wall: float
-    seconds: dict[str, float]  # of rank 0, by phase
+    seconds: dict[str, float]
     first_step: int
     last_step: int
     saved_step: int
+    world_size: int = 0
 
     @property
     def lost_seconds(self) -> float:
@@ -51,6 +64,11 @@ class Attempt:
     def compute(self) -> float:
         """Seconds in which the model was trained, whether or not it was kept."""
         return sum(self.seconds.get(phase, 0.0) for phase in COMPUTE)
+
+    @property
+    def trained(self) -> float:
+        """Seconds since its first step began."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase != START)
 
 
 @dataclass
@@ -66,7 +84,7 @@ class Goodput:
         phases = {name: sum(a.seconds.get(name, 0.0) for a in self.attempts) for name in ("data", "save", "evaluate")}
         lost = sum(attempt.lost_seconds for attempt in self.attempts)
         compute = sum(attempt.compute for attempt in self.attempts) - lost
-        first = self.attempts[0].wall - sum(self.attempts[0].seconds.values()) if self.attempts else 0.0
+        first = self.attempts[0].wall - self.attempts[0].trained if self.attempts else 0.0
         known = {
             "compute": compute,
             "data wait": phases["data"],
@@ -111,26 +129,29 @@ class Supervisor:
         self.say = say
         self.goodput = Goodput()
         self.asked = 0
+        self.told: set[int] = set()  # ranks that were asked to stop
         self.child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
-        """Return the exit code of the last attempt."""
+        """Return the exit code of the run as it ended."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._pass_on)
-        failures, in_doubt = 0, False
+            signal.signal(number, self._note)
+        failures, in_doubt, world_size = 0, False, 0
         while True:
             saved = self._saved_step()
-            attempt = self._attempt(adapt(self.command, self.say) if in_doubt else self.command, saved)
+            command = adapt(self.command, self.say, world_size) if in_doubt else self.command
+            attempt = self._attempt(command, saved)
             self.goodput.attempts.append(attempt)
-            if attempt.exit_code in (0, EXIT_MISTAKE, EXIT_RESUMABLE) or self.asked:
+            if attempt.outcome != Outcome.FAILED or self.asked:
                 break
             failures = 1 if attempt.saved_step > saved else failures + 1
             if failures > self.max_failures:
                 self.say(f"failed {failures} times without a new checkpoint, last with exit code {attempt.exit_code}")
                 break
             in_doubt = in_doubt or failures > 1  # whether all GPUs and machines are still there
+            world_size = attempt.world_size or world_size
             if self.fewer_after and failures % self.fewer_after == 0:
-                self._try_fewer_ranks()
+                self.command = with_fewer_ranks(self.command, self.say, world_size)
             pause = min(LONGEST_PAUSE, 2.0 ** (failures - 1))
             ended = f"exit code {attempt.exit_code} at step {attempt.last_step}"
             self.say(f"{ended}; again in {pause:.0f} s from step {attempt.saved_step}")
@@ -143,76 +164,87 @@ class Supervisor:
         if self.run_dir.exists():
             self.goodput.save(self.run_dir)
         self.say(self.goodput.report())
-        return EXIT_RESUMABLE if self.asked and attempt.exit_code != 0 else attempt.exit_code
+        stopped = self.asked and attempt.outcome == Outcome.FAILED
+        return (Outcome.STOPPED if stopped else Outcome(attempt.outcome)).exit_code
 
     def _attempt(self, command: list[str], first_step: int) -> Attempt:
         """Start a command once, and see it end."""
         for path in beats_folder(self.run_dir).glob("rank-*.json"):
             path.unlink(missing_ok=True)
+        self.told.clear()
         started, died = time.monotonic(), None
         self.child = subprocess.Popen(command, start_new_session=True)
         try:
             while self.child.poll() is None:
                 time.sleep(POLL_SECONDS)
-                if died is None and any(not is_alive(beat.pid) for beat in self._beats() if beat.phase != END):
+                if died is None and any(not is_alive(beat.pid) for beat in self._living() if is_here(beat)):
                     died = time.monotonic()
-                if died is not None and time.monotonic() > died + GRACE_SECONDS and not self.asked:
+                if self.asked:
+                    self._pass_on()
+                elif died is not None and time.monotonic() > died + GRACE_SECONDS:
                     break
         finally:
             self._kill()
         code = self.child.wait()
-        beat = read_beat(self.run_dir, 0)
+        beats = read_beats(self.run_dir)
+        beat = next(iter(beats), None)
         seconds = dict(beat.seconds) if beat else {}
-        if beat and beat.phase != END:
+        if beat and not beat.is_over:
             seconds[beat.phase] = seconds.get(beat.phase, 0.0) + beat.since
         return Attempt(
+            outcome=outcome_of(code, beats),
             exit_code=code,
             wall=time.monotonic() - started,
             seconds=seconds,
             first_step=first_step,
-            last_step=max(first_step, beat.step + (beat.phase == END) if beat else 0),
+            last_step=max(first_step, beat.step + beat.is_over if beat else 0),
             saved_step=self._saved_step(),
+            world_size=len(beats),
         )
 
-    def _beats(self) -> list[Beat]:
-        """Return the last beats of the ranks of this machine."""
-        numbers = (int(path.stem.partition("-")[2]) for path in beats_folder(self.run_dir).glob("rank-*.json"))
-        beats = (read_beat(self.run_dir, number) for number in numbers)
-        return [beat for beat in beats if beat and beat.host == socket.gethostname()]
+    def _living(self) -> list[Beat]:
+        """Return the last beats of the ranks that have not said that they are through."""
+        return [beat for beat in read_beats(self.run_dir) if not beat.is_over]
 
     def _saved_step(self) -> int:
         found = list_checkpoints(self.run_dir)
         return step_of(found[-1]) if found else 0
 
     def _kill(self) -> None:
-        """End what is left of an attempt on this machine; torchrun puts its ranks into sessions of their own."""
+        """End what is left of an attempt: here by signals, elsewhere by an order.
+
+        torchrun's ranks have sessions of their own. A rank elsewhere that has fallen silent is taken for dead.
+        """
         if self.child is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.child.pid, signal.SIGKILL)
-        for beat in self._beats():
-            if beat.phase != END:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(beat.pid, signal.SIGKILL)
+        living = self._living()
+        for beat in filter(is_here, living):
+            send(beat, signal.SIGKILL)
+        elsewhere = [beat for beat in living if not is_here(beat)]
+        if elsewhere:
+            give_order(self.run_dir, LEAVE)
+            while elsewhere:
+                time.sleep(SILENT_SECONDS)
+                beats = {beat.rank: beat for beat in self._living()}
+                elsewhere = [beats[beat.rank] for beat in elsewhere if beats.get(beat.rank, beat) != beat]
+            give_order(self.run_dir, GO_ON)
 
-    def _try_fewer_ranks(self) -> None:
-        for i, word in enumerate(self.command):
-            if found := NUM_RANKS.match(word):
-                place = i if found[2] else i + 1
-                name, equals, number = self.command[place].rpartition("=")
-                if number.isdigit() and int(number) > 1:
-                    self.command[place] = f"{name}{equals}{int(number) - 1}"
-                    self.say(f"going on with {int(number) - 1} ranks; the global batch stays the same")
-                return
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Let the ranks save and stop; when asked again, end them."""
-        self.asked += 1
-        beats = self._beats()
-        if self.asked > 1 or not beats:
+    def _pass_on(self) -> None:
+        """Let the ranks save and stop: each once, whenever it has come so far. When asked again, end them."""
+        living = self._living()
+        if self.asked > 1 or not (living or self.told):
             self._kill()
-        for beat in beats:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(beat.pid, signal.SIGTERM)
+            return
+        for beat in living:
+            if is_here(beat) and beat.rank not in self.told:
+                send(beat, signal.SIGTERM)
+        if not self.told and not all(map(is_here, living)):
+            give_order(self.run_dir, STOP)
+        self.told |= {beat.rank for beat in living}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked += 1
 
 
 def find_run_dir(command: Sequence[str]) -> Path:
@@ -233,6 +265,28 @@ def find_run_dir(command: Sequence[str]) -> Path:
         )
     overrides = [word for word in after if "=" in word and not word.startswith("-")]
     return load_config(PretrainConfig, Path(configs[0]), overrides).config.run_dir
+
+
+def outcome_of(code: int, beats: Sequence[Beat]) -> Outcome:
+    """Say how an attempt ended, by its ranks' own words if they have said any, else by its exit code."""
+    said = {beat.outcome for beat in beats}
+    for outcome in (Outcome.MISTAKE, Outcome.DIVERGED):
+        if outcome in said:
+            return outcome
+    if beats and said <= {Outcome.DONE, Outcome.STOPPED}:
+        return Outcome.STOPPED if Outcome.STOPPED in said else Outcome.DONE
+    return Outcome.FAILED if beats else FINAL.get(code, Outcome.FAILED)
+
+
+def is_here(beat: Beat) -> bool:
+    """Say whether a rank is on this machine."""
+    return beat.host == socket.gethostname()
+
+
+def send(beat: Beat, number: int) -> None:
+    """Send a rank of this machine a signal."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(beat.pid, number)
 
 
 def is_alive(pid: int) -> bool:

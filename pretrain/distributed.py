@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain import UserError
+from pretrain import MachineError, UserError
 
 Result = TypeVar("Result")
+
+WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def rank() -> int:
@@ -92,19 +94,21 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Do the work on every rank; when a mistake stops any of them, raise what was wrong on all.
+    """Do the work on every rank, which must not meet in it; when something stops any of them, raise that on all.
 
     Raises:
-        UserError: every rank's sentence, each once.
+        UserError: a mistake; every rank's sentence, each once.
+        MachineError: the same, where it was no mistake.
     """
-    mistake: str | None = None
+    trouble: tuple[str, bool] | None = None
     try:
         result = work()
-    except (UserError, OSError) as error:
-        mistake = str(error)
-    mistakes = gather(mistake)
-    if found := [text for text in dict.fromkeys(mistakes) if text is not None]:
-        raise UserError("\n".join(found))
+    except (UserError, MachineError, OSError) as error:
+        is_mistake = isinstance(error, (UserError, *WRONG_PATHS)) and not isinstance(error, MachineError)
+        trouble = str(error), is_mistake
+    if found := {each: None for each in gather(trouble) if each is not None}:
+        kind = UserError if all(is_mistake for _, is_mistake in found) else MachineError
+        raise kind("\n".join(sentence for sentence, _ in found))
     return result
 
 

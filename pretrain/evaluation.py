@@ -1,6 +1,7 @@
 """What the run has learned so far: losses of the validation set, probes of the frozen encoder, and pictures."""
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 
@@ -13,11 +14,12 @@ from pretrain import distributed
 from pretrain.data.index import DataError
 from pretrain.data.loader import Fault, Loaded, evaluation_batches
 from pretrain.data.samples import Samples
+from pretrain.outcome import Outcome
 from pretrain.probes import effective_rank, feature_spread, predict_by_linear_probe, predict_by_neighbours
 from pretrain.run import Run
 from pretrain.steps import to_device
 from pretrain.tracking.progress import ProgressLine
-from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker
+from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker, picture_name
 
 NUM_PICTURES, LEAST_PICTURE = 8, 96  # pixels of its height; smaller ones are enlarged
 PROBES = {"knn_top1": predict_by_neighbours, "linear_top1": predict_by_linear_probe}
@@ -32,28 +34,38 @@ def is_due(run: Run) -> bool:
     return _validation_is_due(run) or _probe_is_due(run)
 
 
-def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Callable[[], bool]) -> None:
-    """Evaluate what is due, on all ranks together.
+def is_owed(run: Run, rows: Iterable[Mapping[str, float]]) -> bool:
+    """Say whether a run that begins at its end was ended in its last evaluation; `rows` are what it has logged."""
+    step = run.manifest.step
+    done = any(row["step"] == step and "validation/loss" in row for row in rows)
+    return _is_last(run) and run.data.validation is not None and not distributed.is_true_anywhere(done)
+
+
+def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Callable[[], bool]) -> Outcome:
+    """Evaluate what is due, on all ranks together, unless one of them is asked to stop.
 
     Args:
         run: whose average of the weights, if it keeps one, is evaluated in their place.
         tracker: is given the numbers.
         progress: shows them.
-        stopping: says whether this rank was asked to stop; only the run's last evaluation is then waited for.
+        stopping: says whether this rank was asked to stop.
     """
     row: dict[str, float] = {}
     validation = run.data.validation
     if validation is None:
-        return
+        return Outcome.DONE
+    outcome = Outcome.STOPPED
     with _frozen(run):
         if _validation_is_due(run):
             row |= _validate(run, validation, stopping)
         if _probe_is_due(run):
             row |= _probe(run, validation, stopping)
             _draw(run, validation)
-    if row:
+        outcome = Outcome.DONE
+    if row and outcome is Outcome.DONE:
         tracker.log(row, run.manifest.step)
         progress.note(f"step {run.manifest.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
+    return outcome
 
 
 def _validation_is_due(run: Run) -> bool:
@@ -95,7 +107,8 @@ def _batches(
     )
     faults: list[Fault] = []
     for loaded in batches:
-        if not _is_last(run) and distributed.is_true_anywhere(stopping()):
+        run.watch.enter("evaluate")  # each a turn of its own, so that a long evaluation is no hang
+        if distributed.is_true_anywhere(stopping()):
             batches.close()
             raise _StoppedError
         faults += loaded.faults
@@ -162,9 +175,16 @@ def _draw(run: Run, validation: Samples) -> None:
         if distributed.is_main():
             times = max(1, LEAST_PICTURE // rows.shape[2])
             page = torch.cat([*rows], dim=1).repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
-            path = run.config.run_dir / PICTURES_FOLDER / f"step-{run.manifest.step:08d}.png"
-            path.parent.mkdir(exist_ok=True)
-            aside = path.with_suffix(".partial")
             pixels = page.permute(1, 2, 0).mul(255).round().to(torch.uint8).cpu().contiguous()
-            Image.fromarray(np.asarray(pixels)).save(aside, "PNG")
-            aside.rename(path)
+            try:
+                _save_picture(Image.fromarray(np.asarray(pixels)), run)
+            except OSError as error:  # of a full disk: no reason to end a run
+                print(f"no picture of step {run.manifest.step}: {error}", file=sys.stderr, flush=True)
+
+
+def _save_picture(page: Image.Image, run: Run) -> None:
+    path = run.config.run_dir / PICTURES_FOLDER / picture_name(run.manifest.step)
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_suffix(".partial")
+    page.save(aside, "PNG")
+    aside.rename(path)

@@ -3,7 +3,6 @@
 All is judged on the device, so that the host need not wait: it hears of a step while the next one is under way.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.config import HealthConfig
+from pretrain.journal import Journal
 
 SKIPPED_FILE = "skipped.jsonl"
 WINDOW = 128  # steps that say what is usual
@@ -32,6 +32,7 @@ class Verdict(NamedTuple):
     loss_limit: float
     grad_norm_limit: float
     stop: bool  # some rank was asked to
+    save_failed: bool  # on some rank
 
     @property
     def reason(self) -> str:
@@ -75,20 +76,22 @@ class Health:
             known = torch.tensor(usual, dtype=torch.float64, device=device)
             self._usual[:, : known.shape[1]] = known
             self._count += known.shape[1]
-        self._met = torch.zeros(3, dtype=torch.float64, device=device)  # loss, share of ranks asked to stop, cursor
+        self._met = torch.zeros(4, dtype=torch.float64, device=device)  # what `meet` has summed up
         self._bad: Tensor | None = None
-        self._values = torch.zeros(7, dtype=torch.float64, device=device)
+        self._values = torch.zeros(8, dtype=torch.float64, device=device)
         self._waiting: _Record | None = None
 
-    def meet(self, loss: Tensor, samples: int, *, stop: bool) -> None:
+    def meet(self, loss: Tensor, samples: int, *, stop: bool, save_failed: bool = False) -> None:
         """Meet all ranks, after the last backward of a step and before anything moves.
 
         Args:
             loss: this rank's mean over the step, a scalar.
             samples: where in the run the step began.
             stop: whether this rank was asked to stop.
+            save_failed: whether this rank's part of the save under way has failed.
         """
-        own = torch.tensor([float(stop), float(samples)], dtype=torch.float64, device=self.device)
+        flags = [float(stop), float(save_failed), float(samples)]
+        own = torch.tensor(flags, dtype=torch.float64, device=self.device)
         total = distributed.sum_over_ranks(torch.cat([loss.detach().double()[None], own]))
         self._met = total / distributed.world_size()
         self._bad = None
@@ -135,10 +138,20 @@ class Health:
             return None
         if record.copied is not None:
             record.copied.synchronize()
-        bad, loss, norm, loss_limit, norm_limit, stop, cursor = record.values.tolist()
+        bad, loss, norm, loss_limit, norm_limit, stop, save_failed, cursor = record.values.tolist()
         if cursor != record.first_sample:
             raise RuntimeError(f"step {record.step}: the ranks are not at the same samples of the run")
-        return Verdict(record.step, record.first_sample, bool(bad), loss, norm, loss_limit, norm_limit, stop=stop > 0)
+        return Verdict(
+            record.step,
+            record.first_sample,
+            bool(bad),
+            loss,
+            norm,
+            loss_limit,
+            norm_limit,
+            stop=stop > 0,
+            save_failed=save_failed > 0,
+        )
 
     def state(self) -> list[list[float]]:
         """Return what is usual by now: losses and norms, oldest first."""
@@ -159,15 +172,9 @@ class Ledger:
 
     def __init__(self, path: Path, resume_step: int, *, writes: bool) -> None:
         self.path = path
-        self.writes = writes
+        self.journal = Journal(path, lambda row: row["step"] < resume_step, writes=writes)
+        self.total = len(self.journal.kept)
         self.in_a_row: list[Verdict] = []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < resume_step]
-        self.total = len(kept)
-        if writes and kept != lines:
-            aside = path.with_name(path.name + ".partial")
-            aside.write_text("".join(kept), encoding="utf-8")
-            aside.replace(path)
 
     def note(self, verdict: Verdict, keys: Iterable[tuple[str, str]]) -> None:
         """Note a step; `keys` are the samples it was made of, by shard, and are asked for only if it was skipped."""
@@ -176,8 +183,6 @@ class Ledger:
             return
         self.in_a_row.append(verdict)
         self.total += 1
-        if self.writes:
+        if self.journal.writes:
             row = {"step": verdict.step, "reason": verdict.reason, "first_sample": verdict.first_sample}
-            row |= {"loss": verdict.loss, "grad_norm": verdict.grad_norm, "samples": list(keys)}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self.journal.add([row | {"loss": verdict.loss, "grad_norm": verdict.grad_norm, "samples": list(keys)}])

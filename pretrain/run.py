@@ -1,16 +1,20 @@
 """A run: what it holds, how it begins or goes on from a checkpoint, and how it goes back to one."""
 
 import json
+import os
 import shutil
+import socket
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pretrain import distributed
+from pretrain import UserError, distributed
 from pretrain.checkpoint.history import list_remains
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.partitions import held, shapes
@@ -34,8 +38,11 @@ from pretrain.optimizers.lamb import LAMB
 from pretrain.optimizers.layer_decay import decay_by_layer
 from pretrain.optimizers.muon import Muon
 from pretrain.optimizers.placement import Placement, Range
+from pretrain.outcome import DivergedError
 from pretrain.tracking.tracker import git_commit
-from pretrain.watch import beats_folder
+from pretrain.watch import GO_ON, Watch, beats_folder, find_living, give_order
+
+MAIN_RANK = "main"  # beside the beats: which process is the main rank
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,19 @@ class Data:
     training: Samples
     validation: Samples | None
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """What each of them holds, in short."""
+        sets = {"training": self.training, "validation": self.validation}
+        return {name: samples.digest for name, samples in sets.items() if samples}
+
 
 @dataclass
 class Run:
     """Everything the loop holds. `manifest` says where it stands: the whole state beside the engine's own."""
 
     config: PretrainConfig
+    watch: Watch
     objective: Objective
     engine: Engine
     data: Data
@@ -60,7 +74,6 @@ class Run:
     quarantine: Quarantine
     skipped: Ledger
     decoder: Decoder | None
-    rollbacks: int = 0
 
     def advance(self) -> None:
         """Count one optimizer step."""
@@ -77,17 +90,61 @@ class Run:
         return replace(self.manifest, usual=self.health.state(), mlflow_run_id=mlflow_run_id)
 
 
-class DivergedError(Exception):
-    """A run that cannot go on: its steps are not fit to be taken, and going back did not help."""
-
-
-def prepare(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
-    """Open the data, build the model under its engine, and continue from the newest checkpoint that is whole.
+@contextmanager
+def open_run(config: PretrainConfig, *, insist_on_resume: bool = False) -> Iterator[Run]:
+    """Begin a run, or go on with one, and watch over it.
 
     Raises:
         UserError: on every rank, whatever was wrong on any.
+        MachineError: the same, where the user is not to blame.
     """
-    on_all_ranks(lambda: make_run_dir(config.run_dir))
+    claim(config.run_dir)
+    rank, world_size, on_gpu = distributed.rank(), distributed.world_size(), torch.cuda.is_available()
+    with Watch(config.run_dir, rank, world_size, hang_seconds=config.health.hang_seconds, on_gpu=on_gpu) as watch:
+        yield prepare(config, watch, insist_on_resume)
+
+
+def claim(run_dir: Path) -> None:
+    """Make the run's folder on the main rank, and make sure that it is the same one for every rank."""
+    main = distributed.gather(f"{socket.gethostname()} {os.getpid()}")[0]
+    on_all_ranks(lambda: make_run_dir(run_dir, main))
+    on_all_ranks(lambda: find_main(run_dir, main))
+
+
+def make_run_dir(run_dir: Path, main: str) -> None:
+    """Make the run's folder, on the main rank, and clear what saves that never ended and earlier ranks have left.
+
+    Raises:
+        UserError: another run is at work in it.
+    """
+    if not distributed.is_main():
+        return
+    if other := find_living(run_dir):
+        raise UserError(f"{run_dir}: {other} is training into it; end that run, or choose another run_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for remains in (*list_remains(run_dir), beats_folder(run_dir)):
+        shutil.rmtree(remains, ignore_errors=True)
+    beats_folder(run_dir).mkdir()
+    (beats_folder(run_dir) / MAIN_RANK).write_text(main, encoding="utf-8")
+    give_order(run_dir, GO_ON)
+
+
+def find_main(run_dir: Path, main: str) -> None:
+    """Make sure that this rank sees what the main rank has written.
+
+    Raises:
+        UserError: it does not.
+    """
+    path = beats_folder(run_dir) / MAIN_RANK
+    if not path.exists() or path.read_text(encoding="utf-8") != main:
+        raise UserError(
+            f"{run_dir}: what the main rank writes there is not seen by rank {distributed.rank()} on "
+            f"{socket.gethostname()}; put run_dir on a file system that all machines share"
+        )
+
+
+def prepare(config: PretrainConfig, watch: Watch, insist_on_resume: bool) -> Run:
+    """Open the data, build the model under its engine, and continue from the newest checkpoint that is whole."""
     data = on_all_ranks(lambda: open_data(config))
     checkpoint, faults = newest_whole(config.run_dir)
     if distributed.is_main():
@@ -95,15 +152,8 @@ def prepare(config: PretrainConfig, *, insist_on_resume: bool = False) -> Run:
             print(f"{fault}; set aside, an older checkpoint is taken", file=sys.stderr, flush=True)
     if insist_on_resume and not checkpoint:
         raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
-    return on_all_ranks(lambda: build_run(config, data, checkpoint))
-
-
-def make_run_dir(run_dir: Path) -> None:
-    """Make the run's folder, on the main rank, and clear what saves that never ended and earlier ranks have left."""
-    if distributed.is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for remains in (*list_remains(run_dir), beats_folder(run_dir)):
-            shutil.rmtree(remains, ignore_errors=True)
+    objective = on_all_ranks(lambda: build_model(config, data, begins=checkpoint is None))
+    return build_run(config, watch, data, objective, checkpoint)
 
 
 def open_data(config: PretrainConfig) -> Data:
@@ -111,13 +161,7 @@ def open_data(config: PretrainConfig) -> Data:
 
     Raises:
         DataError: a set cannot be used, or the two sets' classes differ.
-        CheckpointError: this rank does not see the run folder.
     """
-    if not config.run_dir.exists():
-        raise CheckpointError(
-            f"{config.run_dir}: not seen by rank {distributed.rank()}; "
-            "put run_dir on a file system that all machines share"
-        )
     cache = open_cache(config.data)
     labelled = config.objective.needs_labels
     training = open_samples(config.data.train, config.data.weights, cache, labelled)
@@ -130,23 +174,32 @@ def open_data(config: PretrainConfig) -> Data:
     return Data(training, validation)
 
 
-def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Run:
-    """Build the model under its engine, and continue from the checkpoint if there is one."""
+def build_model(config: PretrainConfig, data: Data, *, begins: bool) -> Objective:
+    """Build the model; where the run begins, from the weights that it is to begin with.
+
+    Raises:
+        CheckpointError: these do not fit.
+    """
     torch.manual_seed(config.seed)
     encoder = ViT(config.model, config.engine.activation_checkpointing)
     objective = build_objective(config.objective, encoder, data.training.class_shares, config.preprocessing)
-    if config.init_from and not checkpoint:
+    if config.init_from and begins:
         said = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
         objective.after_warm_start()
         if distributed.is_main():
             print(said, flush=True)
+    return objective
+
+
+def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objective, checkpoint: Path | None) -> Run:
+    """Put the model under its engine, and continue from the checkpoint if there is one."""
     if config.engine.compile:
         compile_blocks(objective)
     manifest = Manifest(
         step=0,
         samples=0,
         world_size=distributed.world_size(),
-        data_digest=data.training.digest,
+        data_digests=data.digests,
         class_names=data.training.class_names,
         config=json.loads(config.model_dump_json()),
         git_commit=git_commit(),
@@ -159,6 +212,7 @@ def build_run(config: PretrainConfig, data: Data, checkpoint: Path | None) -> Ru
     main = distributed.is_main()
     run = Run(
         config,
+        watch,
         objective,
         engine,
         data,
@@ -215,16 +269,16 @@ def go_back(run: Run) -> None:
     config, bad = run.config, run.skipped.in_a_row
     said = f"step {bad[-1].step}: {len(bad)} steps in a row could not be taken, {bad[-1].reason}"
     advice = f"their samples are in {run.skipped.path}; look at them, or lower optimizer.learning_rate"
-    if run.rollbacks >= config.health.max_rollbacks:
-        raise DivergedError(f"{said}, after health.max_rollbacks={run.rollbacks}; {advice}")
+    if len(run.manifest.passed) >= config.health.max_rollbacks:
+        raise DivergedError(f"{said}, after health.max_rollbacks={config.health.max_rollbacks}; {advice}")
     checkpoint, _ = newest_whole(config.run_dir)
     if checkpoint is None:
         raise DivergedError(f"{said}, and there is no checkpoint to go back to; {advice}")
     saved = restore(run.engine, checkpoint, run.manifest)
-    passed = [bad[0].first_sample, bad[-1].first_sample + config.engine.global_batch_size]
-    run.manifest = replace(run.manifest, step=saved.step, samples=saved.samples, passed=[*run.manifest.passed, passed])
+    first, last = bad[0].first_sample, bad[-1].first_sample + config.engine.global_batch_size
+    passed = [*run.manifest.passed, [first, last]]
+    run.manifest = replace(run.manifest, step=saved.step, samples=past(saved.samples, passed), passed=passed)
     run.health = Health(config.health, run.engine.device, saved.usual)
-    run.rollbacks += 1
     run.skipped.in_a_row.clear()
     if distributed.is_main():
-        print(f"{said}; back to step {saved.step}, past samples {passed[0]} to {passed[1] - 1}", flush=True)
+        print(f"{said}; back to step {saved.step}, past samples {first} to {last - 1}", flush=True)

@@ -18,16 +18,15 @@ from pretrain.data.samples import BadSampleError
 from pretrain.health import Verdict
 from pretrain.run import Run
 from pretrain.schedules import stretches_by_size
-from pretrain.watch import Watch
 
 
 class Batches:
     """This rank's micro-batches, what was unusable among them, and how long they took."""
 
-    def __init__(self, run: Run, watch: Watch) -> None:
+    def __init__(self, run: Run) -> None:
         engine = run.config.engine
         self.run = run
-        self.watch = watch
+        self.watch = run.watch
         self.device = run.engine.device
         repeats = Repeats(run.config.data.repeats, engine.global_batch_size)
         self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window, repeats)
@@ -76,12 +75,10 @@ class Batches:
         if len(self.run.skipped.in_a_row) < self.run.config.health.max_skipped_in_a_row:
             self.note(self.run.health.flush())
 
-    def note(self, judged: Verdict | None) -> bool:
-        """Write a skipped step into the ledger; return whether some rank was asked to stop."""
-        if judged is None:
-            return False
-        self.run.skipped.note(judged, self._names(judged.first_sample))
-        return judged.stop
+    def note(self, judged: Verdict | None) -> None:
+        """Write a step into the ledger if it was skipped."""
+        if judged is not None:
+            self.run.skipped.note(judged, self._names(judged.first_sample))
 
     def _names(self, first: int) -> Iterator[tuple[str, str]]:
         """Yield the shard and the key of each sample of a step."""

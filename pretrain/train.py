@@ -3,84 +3,77 @@
 import signal
 import sys
 import time
-from enum import Enum
 from types import FrameType
 
 import torch
 
-from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, UserError, distributed
-from pretrain.checkpoint.manifest import CheckpointError
+from pretrain import MachineError, UserError, distributed
 from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
-from pretrain.configfile import CommandLine, exit_with_mistake, flatten
+from pretrain.configfile import CommandLine, flatten
 from pretrain.data.index import DataError
 from pretrain.data.meters import verdict
 from pretrain.data.order import random_bits
 from pretrain.engine import gradient_norm, set_learning_rate, start_distributed
-from pretrain.evaluation import evaluate, is_due
+from pretrain.evaluation import evaluate, is_due, is_owed
 from pretrain.objectives.objective import Objective
-from pretrain.run import DivergedError, Run, go_back, prepare
+from pretrain.outcome import DivergedError, Outcome, outcome_of
+from pretrain.run import Run, go_back, open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import Batches, Interval
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker
-from pretrain.watch import Watch
 
-EXIT_DONE, EXIT_FAILED = 0, 1
-
-
-class Outcome(Enum):
-    """How a stretch of training ended."""
-
-    DONE = "FINISHED"  # as MLflow calls it
-    STOPPED = "KILLED"
-    DIVERGED = "RUNNING"  # it goes back and tries again
+MLFLOW_STATUS = {Outcome.DONE: "FINISHED", Outcome.STOPPED: "KILLED", Outcome.DIVERGED: "RUNNING"}
+SECONDS_AFTER_STOP = 5.0  # for MLflow to catch up: a launcher waits for 30 in all
 
 
 def main(command: CommandLine[PretrainConfig]) -> int:
     """Pretrain as the command line asks; return the exit code."""
-    config = command.config
+    stop = StopSignal()
     start_distributed()
     try:
-        run = prepare(config, insist_on_resume=command.resume)
-    except UserError as error:
-        exit_with_mistake(str(error))
-    stop = StopSignal()
-    try:
-        while (outcome := tracked(run, command.text, stop)) is Outcome.DIVERGED:
-            go_back(run)
+        with open_run(command.config, insist_on_resume=command.resume) as run:
+            while (outcome := tracked(run, command.text, stop)) is Outcome.DIVERGED:
+                go_back(run)
+            run.watch.outcome = outcome
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(str(error).rpartition("DataError: ")[2].strip(), file=sys.stderr, flush=True)
-        return EXIT_MISTAKE
-    except (DivergedError, CheckpointError) as error:
+        print(str(error).rpartition("Error: ")[2].strip(), file=sys.stderr, flush=True)
+        return outcome_of(error).exit_code
+    except (UserError, MachineError, DivergedError) as error:
         if distributed.is_main():
             print(error, file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return outcome_of(error).exit_code
     distributed.leave()
-    return EXIT_DONE if outcome is Outcome.DONE else EXIT_RESUMABLE
+    return outcome.exit_code
 
 
 def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
     """Train, with MLflow told how it ended."""
-    with open_tracker(run, config_text) as tracker, open_watch(run) as watch:
-        outcome = train(run, tracker, stop, watch)
-        tracker.status = outcome.value
+    progress = ProgressLine(run.config.schedule.total_steps, run.manifest.step, enabled=distributed.is_main())
+    progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
+    with open_tracker(run, config_text) as tracker:
+        if is_owed(run, tracker.journal.kept if tracker.enabled else []):
+            outcome = evaluate(run, tracker, progress, lambda: stop.asked)
+        else:
+            outcome = train(run, tracker, progress, stop)
+        tracker.status = MLFLOW_STATUS[outcome]
+        if outcome is Outcome.STOPPED:
+            tracker.timeout_seconds = SECONDS_AFTER_STOP
     if outcome is Outcome.STOPPED and distributed.is_main():
         print("stopped as asked; the same command continues from here", flush=True)
     return outcome
 
 
-def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outcome:
+def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal") -> Outcome:
     """Train until the last step, or until someone asks to stop, or too many steps in a row were skipped."""
-    config, engine, total_steps = run.config, run.engine, run.config.schedule.total_steps
-    progress = ProgressLine(total_steps, run.manifest.step, enabled=distributed.is_main())
-    progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
-    batches = Batches(run, watch)
+    config, engine, watch, total_steps = run.config, run.engine, run.watch, run.config.schedule.total_steps
+    batches = Batches(run)
     saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.say)
     interval = Interval(engine.device, batches.per_step)
     outcome, owed = Outcome.DONE, False
     engine.train()
-    while run.manifest.step < total_steps:
+    while run.manifest.step < total_steps and outcome is Outcome.DONE:
         step, samples = run.manifest.step, run.manifest.samples
         learning_rate = prepare_step(run)
         for batch, weight, is_last in batches.next_step():
@@ -89,7 +82,7 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
             engine.backward(losses["loss"] * weight)
             interval.add(losses, weight)
             if is_last:
-                run.health.meet(interval.step_loss(), samples, stop=stop.asked)
+                run.health.meet(interval.step_loss(), samples, stop=stop.asked, save_failed=saver.has_failed)
             watch.enter("step")
             engine.step()  # after the last micro-batch: the weights move, unless `health` objects
         judged = run.health.close(gradient_norm(engine), step, samples)
@@ -99,30 +92,32 @@ def train(run: Run, tracker: Tracker, stop: "StopSignal", watch: Watch) -> Outco
         run.advance()
         step = run.manifest.step
 
-        last = step == total_steps
-        stopping = batches.note(judged) and not last
+        batches.note(judged)
+        if judged and judged.save_failed:
+            saver.give_up()
+        if judged and judged.stop and step < total_steps:
+            outcome = Outcome.STOPPED
+        if len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row:
+            outcome = Outcome.DIVERGED
+        ends = outcome is not Outcome.DONE or step == total_steps
         owed = owed or step % config.checkpoint.every_steps == 0
-        due_save = stopping or last or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
-        due_evaluation = is_due(run)
-        diverged = len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row
+        due_save = ends or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
+        due_evaluation = is_due(run) and outcome is not Outcome.STOPPED
         if due_save or due_evaluation or step % config.logging.every_steps == 0:
             watch.enter("report")
             report(run, interval.close(run, batches) | {"optim/learning_rate": learning_rate}, tracker, progress)
-            if due_save and not diverged:
+            if due_save and outcome is not Outcome.DIVERGED:
                 watch.enter("save")
                 saver.begin(engine, run.moment(tracker.mlflow_run_id()))
                 owed = False
-            if due_evaluation and not stopping:
-                watch.enter("evaluate")
-                evaluate(run, tracker, progress, lambda: stop.asked)
+            if due_evaluation:
+                finished = evaluate(run, tracker, progress, lambda: stop.asked)
+                outcome = finished if step == total_steps else outcome
             interval = Interval(engine.device, batches.per_step)
-        if diverged or stopping:
-            outcome = Outcome.DIVERGED if diverged else Outcome.STOPPED
-            break
     batches.close()
     watch.enter("save")
     if not saver.finish() and outcome is not Outcome.DIVERGED:
-        raise CheckpointError(f"{config.run_dir}: the last checkpoint could not be written; see above")
+        raise MachineError(f"{config.run_dir}: the last checkpoint could not be written; see above")
     return outcome
 
 
@@ -170,17 +165,6 @@ class StopSignal:
         self.asked, self.asked_at = True, time.monotonic()
 
 
-def open_watch(run: Run) -> Watch:
-    """Start watching, on every rank."""
-    return Watch(
-        run.config.run_dir,
-        distributed.rank(),
-        distributed.world_size(),
-        hang_seconds=run.config.health.hang_seconds,
-        device=run.engine.device,
-    )
-
-
 def open_tracker(run: Run, config_text: str) -> Tracker:
     """Start tracking on the main rank."""
     return Tracker(
@@ -189,7 +173,11 @@ def open_tracker(run: Run, config_text: str) -> Tracker:
         experiment=run.config.tracking.experiment,
         config_text=config_text,
         params=flatten(run.config),
-        tags={"stage": "pretrain", "git_commit": str(run.manifest.git_commit), "data_digest": run.data.training.digest},
+        tags={
+            "stage": "pretrain",
+            "git_commit": str(run.manifest.git_commit),
+            "data_digest": run.manifest.data_digests["training"],
+        },
         resume_step=run.manifest.step,
         enabled=distributed.is_main(),
     )

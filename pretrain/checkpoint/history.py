@@ -6,7 +6,7 @@ A checkpoint is a folder with a manifest. It gets its name last, by a rename, so
 import shutil
 from pathlib import Path
 
-from pretrain.checkpoint.manifest import MANIFEST, CheckpointError
+from pretrain.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, VersionError
 
 PARTIAL = ".partial"  # of a folder that is being written, or whose writer died
 DAMAGED = ".damaged"  # of a checkpoint that did not prove itself, set aside
@@ -35,7 +35,7 @@ def list_damaged(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, else the newest checkpoint of the run `path`.
+    """Return `path` if it is a checkpoint, else the newest one with a valid manifest of the run `path`.
 
     Raises:
         CheckpointError: neither.
@@ -46,7 +46,24 @@ def find_checkpoint(path: Path) -> Path:
     found = list_checkpoints(path)
     if not found:
         raise CheckpointError(f"{path}: no checkpoint here; expected a run folder or one of its checkpoints/step-*")
-    return found[-1]
+    return next(filter(_has_valid_manifest, reversed(found)), found[-1])
+
+
+def _has_valid_manifest(checkpoint: Path) -> bool:
+    try:
+        Manifest.load(checkpoint)
+    except VersionError:
+        raise
+    except CheckpointError:
+        return False
+    return True
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Give a checkpoint that did not prove itself another name."""
+    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)  # of the same step, and damaged before
+    checkpoint.rename(aside)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -13,12 +13,16 @@ from typing import Any
 
 from pretrain import UserError
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used here: the message names it and the fix."""
+
+
+class VersionError(CheckpointError):
+    """A checkpoint of another version of Tessera: it is not damaged, and nothing older may take its place."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Manifest:
     step: int
     samples: int
     world_size: int
-    data_digest: str
+    data_digests: dict[str, str]  # of the training data and, if there is one, the validation set
     class_names: list[str]
     config: dict[str, Any]
     git_commit: str | None
@@ -70,7 +74,8 @@ class Manifest:
         """Read the manifest of a checkpoint.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or another version wrote it.
+            CheckpointError: there is none, or it is damaged.
+            VersionError: another version wrote it.
         """
         try:
             content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -79,10 +84,11 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / MANIFEST}: damaged ({error})") from None
         sha256 = content.pop("sha256", None) if isinstance(content, dict) else None
-        if isinstance(content, dict) and content.get("version") != VERSION:
-            raise CheckpointError(f"{folder}: written by another version of Tessera")
         if sha256 is None or sha256 != _digest(content):
             raise CheckpointError(f"{folder / MANIFEST}: damaged (its checksum differs)")
+        if content.get("version") != VERSION:
+            version = content.get("version")
+            raise VersionError(f"{folder}: its format is {version}, this version of Tessera reads {VERSION}")
         del content["version"]
         content["files"] = [SavedFile(**file) for file in content["files"]]
         content["tensors"] = {name: SavedTensor(**tensor) for name, tensor in content["tensors"].items()}

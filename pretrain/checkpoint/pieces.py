@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pretrain.checkpoint.manifest import CheckpointError, Manifest, SavedFile
+from pretrain.checkpoint.manifest import CheckpointError, Manifest, SavedFile, VersionError
 
 WEIGHT = "weight"  # beside it stand the optimizer's own kinds, such as exp_avg
 EMA = "ema"  # and the average of the weights, where one is kept
@@ -156,9 +156,14 @@ def find_faults(
         folder: of the checkpoint.
         share: of its files; their bytes are read and compared, the others are only looked for.
         progress: called with the bytes read since the last call.
+
+    Raises:
+        VersionError: another version of Tessera wrote it.
     """
     try:
         manifest = Manifest.load(folder)
+    except VersionError:
+        raise
     except CheckpointError as error:
         yield str(error)
         return

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.history import DAMAGED, list_checkpoints
+from pretrain.checkpoint.history import list_checkpoints, set_aside
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.partitions import held, make_moments, refresh, shapes
 from pretrain.checkpoint.pieces import WEIGHT, Reader, find_faults
-from pretrain.distributed import gather, is_main, rank, wait_for_all, world_size
+from pretrain.distributed import gather, is_main, on_all_ranks, rank, wait_for_all, world_size
 from pretrain.engine import Engine
 
 # What makes a run that run: changing one of these in mid-run would make its curve a lie.
@@ -28,17 +28,25 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     Returns:
         The checkpoint, and what was wrong with newer ones, which are set aside under another name.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is whole; to begin anew would be to forget the run.
     """
     found: list[str] = []
+    damaged: list[Path] = []
     for folder in reversed(gather(list_checkpoints(run_dir))[0]):
         faults = sorted(set().union(*gather(list(find_faults(folder, slice(rank(), None, world_size()))))))
         if not faults:
+            if is_main():
+                for each in damaged:
+                    set_aside(each)
+            wait_for_all()
             return folder, found
+        damaged.append(folder)
         found += faults
-        if is_main():
-            folder.rename(folder.with_name(folder.name + DAMAGED))
-        wait_for_all()
-    return None, found
+    if found:
+        raise CheckpointError("\n".join([*found, f"{run_dir}: no checkpoint is whole; choose another run_dir"]))
+    return None, []
 
 
 def restore(engine: Engine, folder: Path, expected: Manifest) -> Manifest:
@@ -65,10 +73,14 @@ def restore(engine: Engine, folder: Path, expected: Manifest) -> Manifest:
     reader = Reader(folder, saved)
     fragments = held(engine)
     make_moments(fragments, {name: tensor.kinds for name, tensor in saved.tensors.items()}, saved.optimizer_steps)
-    for fragment in fragments:
-        for kind in saved.tensors[fragment.name].kinds:
-            if kind == WEIGHT or fragment.moments is not None:
-                reader.copy(kind, fragment.name, fragment.start, fragment.view(kind))
+
+    def read() -> None:
+        for fragment in fragments:
+            for kind in saved.tensors[fragment.name].kinds:
+                if kind == WEIGHT or fragment.moments is not None:
+                    reader.copy(kind, fragment.name, fragment.start, fragment.view(kind))
+
+    on_all_ranks(read)  # before all meet again
     refresh(engine)
     return saved
 
@@ -87,7 +99,7 @@ def _differences(saved: Manifest, expected: Manifest) -> Iterator[str]:
     for key, before, now in _changes(saved.config, expected.config):
         if key.startswith(IDENTITY):
             yield f"{key} was {before}, is {now}"
-    if saved.data_digest != expected.data_digest:
+    if saved.data_digests["training"] != expected.data_digests["training"]:
         yield "the training data changed (its digest differs)"
 
 

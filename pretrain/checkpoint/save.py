@@ -79,7 +79,7 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> bool:
-        """Wait until the save in flight is a checkpoint; return whether it is, or there was none."""
+        """Wait until the save in flight is a checkpoint; return whether it is, or there was none. All ranks meet."""
         save = self._save
         if save is None or self._thread is None:
             return True
@@ -92,6 +92,17 @@ class Saver:
         if is_main() and failed:
             shutil.rmtree(save.partial, ignore_errors=True)
         return not any(gather(save.error is not None))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank's part of the save in flight has failed for good."""
+        return self._save is not None and self._save.error is not None
+
+    def give_up(self) -> None:
+        """Clear away a save that has failed on some rank, as all ranks have heard."""
+        if self._save is not None:
+            self._save.abandoned.set()
+        self.finish()
 
     def _copy(self, engine: Engine) -> None:
         """Copy all that this rank owns into one buffer, which is made once."""
@@ -115,7 +126,8 @@ class Saver:
                 self._persist(save, self._compose)
                 self._persist(save, self._commit)
                 self.say(f"saved {save.folder}")
-        except Exception as error:
+                self._clean_up()
+        except BaseException as error:  # whatever ends this thread, training must hear of it
             save.error = _sentence(error, save.partial)
             self.say(f"rank {rank()}: {save.folder.name} is not saved, training goes on: {save.error}")
         finally:
@@ -179,8 +191,14 @@ class Saver:
             remove(save.folder)
         save.partial.rename(save.folder)
         sync(save.folder.parent)
+
+    def _clean_up(self) -> None:
+        """Let old checkpoints go; one that stays costs room, not this one."""
         for old in superfluous(self.run_dir, self.keep_last, self.keep_every):
-            remove(old)
+            try:
+                remove(old)
+            except OSError as error:
+                self.say(f"{old.name} could not be removed: {_sentence(error, old)}")
 
 
 def sync(folder: Path) -> None:
@@ -192,7 +210,7 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _sentence(error: Exception, place: Path) -> str:
+def _sentence(error: BaseException, place: Path) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or place}: {error.strerror or error}"
     return str(error) if isinstance(error, NotFiniteError) else f"{type(error).__name__}: {error}"

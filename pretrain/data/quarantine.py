@@ -4,7 +4,6 @@ A row of `quarantine.jsonl` is one fault: which sample, why, and at which positi
 (-1 in the validation set, where none does).
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from itertools import pairwise
@@ -13,6 +12,7 @@ from pathlib import Path
 from pretrain.config import FaultBudget
 from pretrain.data.index import DataError
 from pretrain.data.loader import VALIDATION, Fault
+from pretrain.journal import Journal
 
 QUARANTINE_FILE = "quarantine.jsonl"
 FEWEST_SAMPLES = 1_000  # a share is not judged on fewer
@@ -32,13 +32,8 @@ class Quarantine:
     def __init__(self, path: Path, budget: FaultBudget, resume_position: int, *, writes: bool) -> None:
         self.path = path
         self.budget = budget
-        self.writes = writes
-        known = [fault for fault in read_quarantine(path) if fault.position < resume_position]
-        self.faults = {_identity(fault): fault for fault in known}
-        if writes and path.exists():
-            aside = path.with_name(path.name + ".partial")
-            aside.write_text("".join(map(_line, known)), encoding="utf-8")
-            aside.replace(path)
+        self.journal = Journal(path, lambda row: row["position"] < resume_position, writes=writes)
+        self.faults = {_identity(fault): fault for fault in (Fault(**row) for row in self.journal.kept)}
 
     def __len__(self) -> int:
         """Return how many positions of the run had a bad sample."""
@@ -48,9 +43,7 @@ class Quarantine:
         """Note the faults that are new, in the order of the run."""
         fresh = {_identity(fault): fault for fault in sorted(faults) if _identity(fault) not in self.faults}
         self.faults |= fresh
-        if self.writes and fresh:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(map(_line, fresh.values()))
+        self.journal.add(fault._asdict() for fault in fresh.values())
 
     def check(self, samples: int) -> None:
         """Hold the ledger against the budget, after so many samples of the run.
@@ -83,24 +76,8 @@ class Quarantine:
         return "\n".join([*lines, f"all are in {self.path}; mend the data, or allow more in the config"])
 
 
-def read_quarantine(path: Path) -> list[Fault]:
-    """Read a ledger; a last line that a crash cut off is not a fault."""
-    faults = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                faults.append(Fault(**json.loads(line)))
-            except (ValueError, TypeError):
-                break
-    return faults
-
-
 def _identity(fault: Fault) -> tuple[int, str, str]:
     return fault.position, fault.shard, fault.key
-
-
-def _line(fault: Fault) -> str:
-    return json.dumps(fault._asdict(), ensure_ascii=False) + "\n"
 
 
 def _longest_run(positions: list[int]) -> int:

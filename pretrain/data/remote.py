@@ -18,6 +18,7 @@ from itertools import product
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+from pretrain import MachineError
 from pretrain.data.index import DataError
 
 PIPE = "pipe:"
@@ -45,7 +46,7 @@ class MissingObjectError(DataError):
     """An object that is not there, or may not be read: asking again would not help."""
 
 
-class StalledFetchError(DataError):
+class StalledFetchError(DataError, MachineError):
     """A host that has sent nothing for longer than the policy allows."""
 
 

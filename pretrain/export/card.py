@@ -55,7 +55,7 @@ def model_card(manifest: Manifest, config: PretrainConfig, usage: str, proof: Pr
         objective=config.objective.name,
         step=manifest.step,
         samples=manifest.samples,
-        digest=manifest.data_digest,
+        digest=manifest.data_digests["training"],
         commit=manifest.git_commit,
         proof=proof,
         config=json.dumps(manifest.config, indent=2),

@@ -40,7 +40,7 @@ class Sink:
         self.client = MlflowClient(uri)
         self.state: dict[str, Any] = {"uri": uri, "experiment": experiment, "run_id": None}
         self.state |= {"last_step": -1, "last_names": []}  # what was sent last: a step may have several rows
-        self.state |= {"last_picture": ""}
+        self.state |= {"pictures": []}  # name and time of each that was sent; one that is drawn anew is sent anew
         if (run_dir / STATE_FILE).exists():
             self.state |= json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
         self.params: dict[str, str] = {}
@@ -75,9 +75,10 @@ class Sink:
             before = self.state["last_names"] if last_step == self.state["last_step"] else []
             self._remember(last_step=last_step, last_names=sorted(names.union(before)))
         for picture in sorted((self.run_dir / PICTURES_FOLDER).glob("step-*.png")):
-            if picture.name > self.state["last_picture"]:
+            drawn = [picture.name, picture.stat().st_mtime_ns]
+            if drawn not in self.state["pictures"]:
                 self.client.log_artifact(self.state["run_id"], str(picture), PICTURES_FOLDER)
-                self._remember(last_picture=picture.name)
+                self._remember(pictures=[*self.state["pictures"], drawn])
 
     def _is_unsent(self, step: int, name: str) -> bool:
         last_step: int = self.state["last_step"]

@@ -15,14 +15,14 @@ from typing import Any
 
 from typing_extensions import Self
 
+from pretrain.journal import Journal
+
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 PICTURES_FOLDER = "pictures"  # step-*.png
 STATE_FILE = "mlflow.json"  # written by the sink: where the run is tracked
 SINK = "pretrain.tracking.mlflow_sink"
 ROOT = Path(__file__).resolve().parents[2]
-
-Row = dict[str, float]
 
 
 class Tracker:
@@ -49,35 +49,33 @@ class Tracker:
             config_text: the resolved config, saved beside the metrics.
             params: the config's values by dotted key, for MLflow.
             tags: what else MLflow should know, such as the stage and the git commit.
-            resume_step: rows after this step are of a past that did not last; they are taken out.
+            resume_step: rows and pictures after this step are of a past that did not last; they are taken out.
             enabled: whether this process tracks at all.
         """
         self.enabled = enabled
         self.status = "FAILED"  # until the run says otherwise
+        self.timeout_seconds = 60.0  # for MLflow to catch up when all is over
         if not enabled:
             return
         self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-        path = run_dir / METRICS_FILE
-        rows = [row for row in read_rows(path) if row["step"] <= resume_step]
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        aside.replace(path)
+        self.journal = Journal(run_dir / METRICS_FILE, lambda row: row["step"] <= resume_step, writes=True)
+        self.journal.path.touch()
+        for picture in (run_dir / PICTURES_FOLDER).glob("step-*.png"):
+            if picture.name > picture_name(resume_step):
+                picture.unlink()
         if not resume_step:
             (run_dir / STATE_FILE).unlink(missing_ok=True)  # a new run, also where an older one was
-        self.file = path.open("a", encoding="utf-8")
         self.sink = None if uri == "off" else _start_sink(run_dir, uri or default_uri(run_dir), experiment)
         self._tell("status", "RUNNING")
         self._tell("params", {name: str(value) for name, value in params.items()})
         self._tell("tags", dict(tags))
 
     def log(self, row: Mapping[str, float], step: int) -> None:
-        """Append a row; it is on its way to the disk when this returns."""
+        """Append a row."""
         if self.enabled:
-            line = json.dumps({"step": step, "time": round(time.time(), 3), **row})
-            self.file.write(line + "\n")
-            self.file.flush()
+            self.journal.add([{"step": step, "time": round(time.time(), 3), **row}])
 
     def tag(self, **tags: str) -> None:
         """Tell MLflow something about the run as a whole."""
@@ -88,18 +86,18 @@ class Tracker:
         """Return MLflow's name for the run, once it has given one."""
         return read_state(self.run_dir).get("run_id") if self.enabled else None
 
-    def close(self, timeout_seconds: float = 60) -> None:
+    def close(self) -> None:
         """Finish with `status` (FINISHED, KILLED or FAILED), giving MLflow some time to catch up."""
         if not self.enabled:
             return
-        self.file.close()
+        self.journal.add([])  # what has waited for room
         self._tell("status", self.status)
         if self.sink is None:
             return
         try:
-            self.sink.communicate(timeout=timeout_seconds)
+            self.sink.communicate(timeout=self.timeout_seconds)
         except subprocess.TimeoutExpired:
-            print(f"MLflow did not keep up; every row is in {self.file.name}", file=sys.stderr)
+            print(f"MLflow did not keep up; every row is in {self.journal.path}", file=sys.stderr)
             self.sink.kill()
 
     def __enter__(self) -> Self:
@@ -158,16 +156,9 @@ def _ignore_signals() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read a metrics file; a last line that a crash cut off is not a row."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
+def picture_name(step: int) -> str:
+    """Return the name of the picture of a step; names are in the order of the steps."""
+    return f"step-{step:08d}.png"
 
 
 def default_uri(run_dir: Path) -> str:

@@ -14,8 +14,9 @@ from finetune.metrics import evaluate
 from pretrain.config import FaultBudget
 from pretrain.data.augment import EvalView
 from pretrain.data.index import DataError
-from pretrain.data.quarantine import Quarantine, read_quarantine
+from pretrain.data.quarantine import Quarantine
 from pretrain.data.sets import open_samples
+from pretrain.journal import read_rows
 
 
 class Answer:
@@ -66,8 +67,8 @@ def test_samples_that_cannot_be_used_do_not_count_and_are_named(digits: Path, tm
     samples = open_samples(tmp_path / "data")
     measured = evaluate(Linear(), samples, EvalView(32), batch_size=7, **settings(tmp_path))
     assert measured["count"] == sum(samples.shard_sizes) - 1
-    [fault] = read_quarantine(tmp_path / "quarantine.jsonl")
-    assert (fault.shard, fault.reason) == (str(tar), "damaged: its checksum is off")
+    [fault] = read_rows(tmp_path / "quarantine.jsonl")
+    assert (fault["shard"], fault["reason"]) == (str(tar), "damaged: its checksum is off")
     for path in (tmp_path / "data").glob("*.tar"):
         path.write_bytes(b"")
     with pytest.raises(DataError, match=r"no validation sample can be used; .*quarantine.jsonl says why"):

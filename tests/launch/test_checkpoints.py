@@ -25,6 +25,7 @@ def run(tmp_path: Path) -> Path:
         manifest = replace(MANIFEST, step=step)
         write_checkpoint(folder / f"step-{step:08d}", manifest, {"weight": torch.randn(9)}, num_files=2)
     (folder / "step-00000010.partial").mkdir()
+    (folder / "step-00000005.damaged").mkdir()
     return tmp_path / "run"
 
 
@@ -34,6 +35,7 @@ def test_whole_and_damaged_ones_are_told_apart(run: Path, tessera: Callable[...,
     assert [line.split()[0] for line in listed.out.splitlines()] == [
         *(f"step-{step:08d}" for step in (2, 4, 6, 8)),
         "step-00000010.partial",
+        "step-00000005.damaged",
     ]
     assert "2 ranks, ZeRO 2, fp32  whole" in listed.out
     whole = tessera("verify", run)
@@ -55,9 +57,10 @@ def test_prune_keeps_what_it_is_told_to(run: Path, tessera: Callable[..., Finish
     assert [line.split(",")[0] for line in tried.out.splitlines()[:-1]] == [
         "would remove step-00000002",
         "would remove step-00000006",
+        "would remove step-00000005.damaged",
         "would remove step-00000010.partial",
     ]
-    assert len(list((run / "checkpoints").iterdir())) == 5
+    assert len(list((run / "checkpoints").iterdir())) == 6
     assert tessera("prune", run, "--keep-every", "4").code == 0
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
 

@@ -19,11 +19,13 @@ from mlflow.entities import Run
 from finetune.backbone import load_classifier, load_preprocessor
 from finetune.metrics import evaluate
 from pretrain.checkpoint.history import list_checkpoints
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.config import FaultBudget
 from pretrain.data.quarantine import Quarantine
 from pretrain.data.sets import open_samples
-from pretrain.tracking.tracker import git_commit, read_rows
-from pretrain.watch import read_beat
+from pretrain.journal import read_rows
+from pretrain.tracking.tracker import git_commit
+from pretrain.watch import START, read_beat
 from tests.finetune.test_backbone import families, folder_of
 from tests.launching import ROOT, Shell, end, free_port
 
@@ -166,52 +168,72 @@ def check_mlflow(folder: Path) -> None:
     assert runs["tiny"].data.tags["exported_folder"] == str(folder / "runs" / "tiny" / "export")
 
 
-def test_a_stopped_run_continues_as_if_nothing_had_happened(
+def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     shell: Shell, tiny: Path, tool: Tool, tmp_path: Path
 ) -> None:
-    """Ctrl-C in a terminal reaches all processes; then, under a supervisor, a rank is killed."""
-    settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=20"]
+    """One rank is asked to stop; then, under a supervisor, it is stopped by force, and once more killed."""
+    settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=20", "health.hang_seconds=1"]
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, *settings]
     whole = shell([*deepspeed, f"run_dir={tmp_path}/whole", "tracking.uri=off"])
     assert whole.code == 0, whole.err[-3000:]
 
-    process = shell.start([*deepspeed, f"run_dir={tmp_path}/runs/stopped"])
+    run_dir = tmp_path / "runs" / "stopped"
+    process = shell.start([*deepspeed, f"run_dir={run_dir}"])
     try:
-        wait_for(lambda: len(losses(tmp_path / "runs" / "stopped")) >= 3)
-        os.killpg(process.pid, signal.SIGINT)
+        wait_for(lambda: len(losses(run_dir)) >= 3)
+        os.kill(pid_of(run_dir, 1), signal.SIGUSR1)
+        asked = time.monotonic()
         out, err = process.communicate(timeout=90)
     finally:
         end(process)
+    assert process.returncode == 75, err[-3000:]
+    assert time.monotonic() - asked < 30  # the launcher's own patience
     assert "stopped as asked; the same command continues from here" in out, err[-3000:]
-    assert 3 <= len(losses(tmp_path / "runs" / "stopped")) < 150
-    assert mlflow_runs(tmp_path)["stopped"].info.status == "KILLED"
+    stopped_at = len(losses(run_dir))
+    assert 3 <= stopped_at < 150
+    run = mlflow_runs(tmp_path)["stopped"]
+    assert run.info.status == "KILLED"
+    manifest = Manifest.load(list_checkpoints(run_dir)[-1])
+    assert (manifest.step, manifest.samples, manifest.world_size) == (stopped_at, 16 * stopped_at, 2)
+    assert manifest.mlflow_run_id == run.info.run_id
+    assert manifest.git_commit == git_commit()
+    assert manifest.data_digests.keys() == {"training", "validation"}
 
-    run_dir = tmp_path / "runs" / "stopped"
     process = shell.start([tool("tessera"), "supervise", "--", *deepspeed, f"run_dir={run_dir}", "--resume"])
     try:
-        wait_for(lambda: len(losses(run_dir)) >= 50)
-        victim = read_beat(run_dir, 1)
-        assert victim is not None
-        os.kill(victim.pid, signal.SIGKILL)
+        wait_for(lambda: len(losses(run_dir)) >= stopped_at + 15)
+        hanging = pid_of(run_dir, 1)
+        os.kill(hanging, signal.SIGSTOP)
+        wait_for(lambda: pid_of(run_dir, 1) != hanging and len(losses(run_dir)) >= stopped_at + 30)
+        os.kill(pid_of(run_dir, 1), signal.SIGKILL)
         out, err = process.communicate(timeout=120)
     finally:
         end(process)
     assert process.returncode == 0, err[-3000:]
-    assert len(re.findall(r"batch 16, from step [1-9]", out)) == 2
-    assert re.search(r"supervise: exit code -?\d+ at step \d+; again in 1 s from step [2468]0", err), err[-3000:]
-    assert re.search(r"goodput \d+.\d% of \d+ s, 1 restarts: compute \d+ s, ", err)
+    assert len(re.findall(r"batch 16, from step [1-9]", out)) == 3
+    assert f"rank 1 (process {hanging} on " in err
+    assert "stuck for longer than health.hang_seconds; the run is ended, and can be continued" in err
+    assert len(re.findall(r"supervise: exit code -?\d+ at step \d+; again in 1 s from step \d+", err)) == 2, err[-3000:]
+    assert re.search(r"goodput \d+.\d% of \d+ s, 2 restarts: compute \d+ s, ", err)
     assert mlflow_runs(tmp_path)["stopped"].data.tags["goodput.restart"].endswith(" s")
-    assert losses(tmp_path / "runs" / "stopped") == losses(tmp_path / "whole")
+    assert losses(run_dir) == losses(tmp_path / "whole")
     assert mlflow_runs(tmp_path)["stopped"].info.status == "FINISHED"
 
 
+def pid_of(run_dir: Path, rank: int) -> int:
+    """Return a rank's process, once it trains."""
+    beat = read_beat(run_dir, rank)
+    return beat.pid if beat and beat.phase != START else 0
+
+
 def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: Tool, tmp_path: Path) -> None:
+    """Under a supervisor, whom a terminal's Ctrl-C reaches as well as the rank; and where going on makes no sense."""
     run = [sys.executable, "-u", PRETRAIN, "--config", tiny, "tracking.uri=off", "schedule.total_steps=5000"]
     supervise = [tool("tessera"), "supervise", "--"]
     process = shell.start([*supervise, *run, f"run_dir={tmp_path}/stopped"])
     try:
         wait_for(lambda: len(losses(tmp_path / "stopped")) >= 2)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     finally:
         end(process)
@@ -219,16 +241,25 @@ def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: To
 
     steps = len(losses(tmp_path / "stopped"))
     shorter = [*run[:-1], f"schedule.total_steps={steps}", "schedule.warmup_steps=0"]
-    assert f"from step {steps}" in shell([*shorter, f"run_dir={tmp_path}/stopped"]).out  # nothing is left to do
+    assert f"from step {steps}" in shell([*shorter, f"run_dir={tmp_path}/stopped"]).out  # only to be evaluated
+    assert len(column(tmp_path / "stopped", "validation/loss")) == 1
     nothing = shell([*run, f"run_dir={tmp_path}/never", "--resume"])
     assert nothing.code == 2
     assert "nothing to resume, the run has no checkpoint" in nothing.err
-    refused = shell([*run, f"run_dir={tmp_path}/stopped", "seed=4"])
+    refused = shell([*run, f"run_dir={tmp_path}/stopped", "seed=4", f"init_from={tmp_path}/nowhere"])
     assert refused.code == 2
     assert "seed was 3, is 4" in refused.err
-    diverged = shell([*run, f"run_dir={tmp_path}/nan", "optimizer.learning_rate=1e30", "logging.every_steps=2"])
+    nowhere = shell([*run, f"run_dir={tmp_path}/new", f"init_from={tmp_path}/nowhere"])
+    assert nowhere.code == 2
+    assert "nowhere: no checkpoint here; expected a run folder or one of its checkpoints/step-*" in nowhere.err
+    begun = [*run[:-1], "schedule.total_steps=1", "schedule.warmup_steps=0"]
+    begun += [f"run_dir={tmp_path}/new", f"init_from={tmp_path}/stopped", "engine.zero_stage=3"]
+    assert f"started from {tmp_path}/stopped" in shell(begun).out
+    diverging = ["optimizer.learning_rate=1e30", "logging.every_steps=2"]
+    diverged = shell([*supervise, *run, f"run_dir={tmp_path}/nan", *diverging])
     assert diverged.code == 1
     assert "steps in a row could not be taken, the loss is nan, and there is no checkpoint to go back" in diverged.err
+    assert "0 restarts" in diverged.err  # it would diverge again
     assert "Traceback" not in diverged.err
 
 

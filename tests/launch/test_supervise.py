@@ -4,23 +4,49 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from launch import remains, supervise
-from launch.supervise import Attempt, Goodput, Supervisor, find_run_dir
+from launch.supervise import Attempt, Goodput, Supervisor, find_run_dir, outcome_of
 from pretrain import UserError
+from pretrain.outcome import Outcome
+from pretrain.watch import Beat
 from tests.launching import TINY
 
+# Stands for a rank on another machine: it beats until it is ordered to leave.
+ELSEWHERE = """
+import json, sys, time
+from pathlib import Path
+ranks, left = Path(sys.argv[1]), Path(sys.argv[2])
+beat = {"rank": 1, "pid": 1, "host": "elsewhere", "turns": 1, "step": 1, "phase": "backward", "since": 0.0}
+for beats in range(300):
+    text = json.dumps({**beat, "beats": beats, "work": None, "seconds": {}, "stack": ""})
+    (ranks / "rank-00001.json").write_text(text)
+    if (ranks / "order").read_text() == "leave":
+        left.touch()
+        break
+    time.sleep(0.1)
+"""
 # Stands for a launcher: exits as the next word of a file says, "save" first puts a checkpoint there.
 FAKE = """
-import sys
+import subprocess, sys, time
 from pathlib import Path
 plan = Path({plan!r})
 todo = plan.read_text().split()
 plan.write_text(" ".join(todo[1:]))
 Path({seen!r}).open("a").write(" ".join(sys.argv[1:]) + "\\n")
+if todo[0] == "elsewhere":
+    (Path({run!r}) / "ranks").mkdir()
+    (Path({run!r}) / "ranks" / "order").write_text("")
+    rank = [sys.executable, "-c", {elsewhere!r}, {run!r} + "/ranks", {run!r} + "/left"]
+    subprocess.Popen(rank, start_new_session=True)
+    time.sleep(0.5)
+    todo[0] = "1"
+elif todo[0] == "left?":
+    todo[0] = "0" if (Path({run!r}) / "left").exists() else "2"
 if todo[0].startswith("save"):
     folder = Path({run!r}) / "checkpoints" / f"step-{{int(todo[0][4:]):08d}}"
     folder.mkdir(parents=True)
@@ -41,7 +67,7 @@ def supervised(tmp_path: Path, config: Path, plan: str, **options: int) -> tuple
     script = tmp_path / "pretrain.py"
     (tmp_path / "plan").write_text(plan)
     names = {"plan": str(tmp_path / "plan"), "seen": str(tmp_path / "seen"), "run": str(tmp_path / "run")}
-    script.write_text(FAKE.format(**names))
+    script.write_text(FAKE.format(**names, elsewhere=ELSEWHERE))
     (tmp_path / "run").mkdir()
     said: list[str] = []
     command = [sys.executable, str(script), "--config", str(config), "--num_gpus", "4"]
@@ -70,6 +96,26 @@ def test_it_gives_up_after_some_failures_without_a_checkpoint(tmp_path: Path, co
     assert json.loads((tmp_path / "run" / "goodput.json").read_text())["attempts"][-1]["saved_step"] == 9
 
 
+def test_ranks_on_other_machines_have_left_before_it_starts_again(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "SILENT_SECONDS", 0.5)
+    ended, seen, _ = supervised(tmp_path, config, "elsewhere left?", fewer_after=0)
+    assert (ended, len(seen)) == (0, 2)
+    assert (tmp_path / "run" / "ranks" / "order").read_text() == ""
+
+
+def test_a_stop_reaches_ranks_on_other_machines(tmp_path: Path, config: Path) -> None:
+    ranks = tmp_path / "run" / "ranks"
+    ranks.mkdir(parents=True)
+    supervisor = Supervisor(["x", "pretrain.py", "--config", str(config)])
+    beat = Beat(0, 1, "elsewhere", 1, 1, 1, "forward", 0.0, None, {}, "")
+    (ranks / "rank-00000.json").write_text(json.dumps(asdict(beat)))
+    supervisor.asked = 1
+    supervisor._pass_on()
+    assert (ranks / "order").read_text() == "stop"
+
+
 def test_after_two_failures_it_goes_on_with_one_rank_fewer(tmp_path: Path, config: Path) -> None:
     ended, seen, said = supervised(tmp_path, config, "1 1 1 1 0", max_failures=9)
     assert ended == 0
@@ -87,8 +133,10 @@ def test_what_fails_twice_is_started_on_what_still_answers(
 
 
 def test_the_time_of_all_attempts_is_accounted_for() -> None:
-    first = Attempt(-9, 100.0, {"data": 10.0, "forward": 30.0, "backward": 40.0, "save": 2.0}, 0, 50, 40)
-    second = Attempt(0, 60.0, {"data": 5.0, "forward": 20.0, "step": 25.0, "evaluate": 1.0}, 40, 100, 100)
+    of_first = {"start": 6.0, "data": 10.0, "forward": 30.0, "backward": 40.0, "save": 2.0}
+    of_second = {"start": 4.0, "data": 5.0, "forward": 20.0, "step": 25.0, "evaluate": 1.0}
+    first = Attempt(Outcome.FAILED, -9, 100.0, of_first, 0, 50, 40)
+    second = Attempt(Outcome.DONE, 0, 60.0, of_second, 40, 100, 100)
     goodput = Goodput([first, second], pauses=4.0)
     shares = goodput.shares()
     assert sum(shares.values()) == pytest.approx(164.0)
@@ -98,6 +146,25 @@ def test_the_time_of_all_attempts_is_accounted_for() -> None:
     assert shares["first start"] == 18.0
     assert shares["restart"] == pytest.approx(4.0 + 9.0)
     assert goodput.report().startswith("goodput 61.6% of 164 s, 1 restarts: compute 101 s, data wait 15 s, ")
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "outcome"),
+    [
+        (1, ["stopped", "stopped"], "stopped"),  # torchrun's code for ranks that have left with 75
+        (1, ["mistake", None], "mistake"),
+        (1, ["diverged", "diverged"], "diverged"),
+        (1, ["failed", None], "failed"),
+        (0, [None, None], "failed"),  # killed, whatever the launcher thinks of it
+        (0, ["done", "done"], "done"),
+        (2, [], "mistake"),
+        (75, [], "stopped"),
+        (1, [], "failed"),
+    ],
+)
+def test_how_it_ended_the_ranks_know_better_than_the_launcher(code: int, said: list[str | None], outcome: str) -> None:
+    beats = [Beat(rank, 1, "h", 1, 1, 1, "end", 0.0, None, {}, "", outcome=each) for rank, each in enumerate(said)]
+    assert outcome_of(code, beats) == outcome
 
 
 def test_the_run_folder_is_the_commands(tmp_path: Path, config: Path) -> None:

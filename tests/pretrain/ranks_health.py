@@ -16,15 +16,24 @@ from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.loader import Batch
 from pretrain.engine import start_distributed
+from pretrain.journal import read_rows
 from pretrain.objectives.supervised import SupervisedObjective
-from pretrain.run import DivergedError, go_back, prepare
+from pretrain.outcome import DivergedError
+from pretrain.run import go_back, open_run
 from pretrain.steps import to_device
-from pretrain.tracking.tracker import read_rows
 from pretrain.train import Outcome, StopSignal, tracked
 
 STEPS, BATCH = 60, 16
-FAULTS = {35 * BATCH + 3: float("nan"), 41 * BATCH + 12: 1e3, 47 * BATCH + 9: float("inf"), 52 * BATCH: 300.0}
+GRADIENT = 0.0  # the loss stays as it is, its gradient becomes NaN
+FAULTS = {
+    35 * BATCH + 3: float("nan"),
+    41 * BATCH + 12: 1e3,
+    47 * BATCH + 9: float("inf"),
+    52 * BATCH: 300.0,
+    55 * BATCH + 7: GRADIENT,
+}
 IN_A_ROW = {step * BATCH + 5: float("nan") for step in range(22, 27)}
+AFTER_A_SAVE = {step * BATCH + 5: float("nan") for step in range(20, 25)}
 SETTINGS = {
     "stage0": ["engine.zero_stage=0"],
     "stage1": ["engine.zero_stage=1"],
@@ -32,6 +41,7 @@ SETTINGS = {
     "stage3": ["engine.zero_stage=3"],
     "bf16-stage0": ["engine.zero_stage=0", "engine.precision=bf16"],
     "bf16-stage1": ["engine.zero_stage=1", "engine.precision=bf16"],
+    "bf16-stage2": ["engine.zero_stage=2", "engine.precision=bf16"],
     "bf16-stage3": ["engine.zero_stage=3", "engine.precision=bf16"],
     "offload": ["engine.zero_stage=2", "engine.offload_optimizer=true"],
 }
@@ -39,11 +49,12 @@ SETTINGS = {
 
 def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, Any]:
     """Train to the end, the loss of whatever batch holds a poisoned sample multiplied by its poison."""
-    factor = 1.0
+    factor, last = 1.0, 0
 
     def look(batch: Batch, device: torch.device) -> Batch:
-        nonlocal factor
+        nonlocal factor, last
         positions = batch["position"].tolist() if run.objective.training else []
+        last = max([last, *positions])
         factor = next((poison[position] for position in positions if position in poison), 1.0)
         return to_device(batch, device)
 
@@ -51,11 +62,17 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
 
     def poisoned(objective: SupervisedObjective, batch: Batch) -> dict[str, Tensor]:
         losses = forward(objective, batch)
-        return {**losses, "loss": losses["loss"] * factor}
+        loss = losses["loss"]
+        if factor == GRADIENT:
+            return {**losses, "loss": loss + (loss - loss.detach()).abs().sqrt()}
+        return {**losses, "loss": loss * factor}
 
-    run = prepare(config)
     outcomes, message = [], ""
-    with mock.patch("pretrain.steps.to_device", look), mock.patch.object(SupervisedObjective, "forward", poisoned):
+    with (
+        open_run(config) as run,
+        mock.patch("pretrain.steps.to_device", look),
+        mock.patch.object(SupervisedObjective, "forward", poisoned),
+    ):
         while not outcomes or outcomes[-1] is Outcome.DIVERGED:
             try:
                 if outcomes:
@@ -64,6 +81,8 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
             except DivergedError as error:
                 message = str(error)
                 break
+    order = run.data.training.order(config.seed, config.data.shuffle_window)
+    fetched = (run.data.training.fetch(*order.locate(position)[1:]) for position in poison if position < STEPS * BATCH)
     rows = read_rows(config.run_dir / "metrics.jsonl")
     ledger = config.run_dir / "skipped.jsonl"
     checkpoints = list_checkpoints(config.run_dir)
@@ -75,6 +94,8 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
         "finite": all(bool(w.isfinite().all()) for path in checkpoints for w in load_weights(path).values()),
         "steps": [row["step"] for row in rows if "optim/learning_rate" in row],
         "samples": run.manifest.samples,
+        "last_position": last,
+        "poisoned": [[encoded.shard, encoded.key] for encoded in fetched],
         "checkpoints": len(checkpoints),
     }
 
@@ -92,6 +113,7 @@ def main(recipe: Path, folder: Path) -> None:
     for name, overrides in SETTINGS.items():
         look(name, FAULTS, "checkpoint.every_steps=36", *overrides)
     look("rolled back", IN_A_ROW, "checkpoint.every_steps=10")
+    look("rolled back to their beginning", AFTER_A_SAVE, "checkpoint.every_steps=10", *SETTINGS["stage3"])
     always = {position: float("nan") for position in range(20 * BATCH, 200 * BATCH)}
     look("hopeless", always, "checkpoint.every_steps=10", "health.max_rollbacks=2", "health.max_skipped_in_a_row=3")
     if distributed.is_main():

@@ -1,10 +1,12 @@
 """Run by every rank of `test_train.py`: many small runs in one launch; the main rank writes what it saw as JSON."""
 
+import errno
 import json
 import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,21 +15,23 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 from pretrain import distributed
+from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import SavedFile
-from pretrain.checkpoint.pieces import load_weights, write_file
+from pretrain.checkpoint.pieces import Reader, load_weights, write_file
+from pretrain.checkpoint.restore import newest_whole
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.loader import Batch, training_batches
 from pretrain.data.meters import STAGES as STAGES_OF_INPUT
 from pretrain.data.sets import open_samples
 from pretrain.engine import start_distributed
+from pretrain.journal import read_rows
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.optimizers import build_optimizer
-from pretrain.run import prepare
+from pretrain.run import open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import to_device
-from pretrain.tracking.tracker import read_rows
 from pretrain.train import StopSignal, tracked
 
 PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=8", "evaluation.probe_samples=50"]
@@ -107,6 +111,11 @@ RESHARDED = {  # what was saved -> how it is continued
     "bf16-stage1": ("bf16-stage0", OTHERS["bf16-stage0"]),
     "bf16-stage3": ("stage1", STAGES["stage1"]),
     "uneven3": ("uneven", OTHERS["uneven"]),
+    "dropout": ("offload", [*NOISY, *OTHERS["offload"]]),
+    "unclipped": ("bf16-stage1", ["engine.gradient_clipping=0", *OTHERS["bf16-stage1"]]),
+    "lamb3": ("lamb1", OTHERS["lamb1"]),
+    "muon3": ("muon0", OTHERS["muon0"]),
+    "distil2": ("distil1", OTHERS["distil1"]),
 }
 SPEEDS = {
     "time",
@@ -123,16 +132,16 @@ MIDDLE, LAST = "step-00000004", "step-00000008"
 
 def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
     """Train to the last step; return the step it began at and every position that this rank trained on."""
-    run = prepare(config)
-    first, positions = run.manifest.step, []
+    positions = []
 
     def note(batch: Batch, device: torch.device) -> Batch:
         if run.objective.training:
             positions.extend(batch["position"].tolist())
         return to_device(batch, device)
 
-    with mock.patch("pretrain.steps.to_device", note):
-        tracked(run, "", StopSignal())
+    with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
+        first = run.manifest.step
+        run.watch.outcome = tracked(run, "", StopSignal())
     return first, positions
 
 
@@ -183,20 +192,44 @@ def both_kinds(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.
     return load_weights(last), load_weights(last, averaged=True)
 
 
-def reshard(recipe: Path, folder: Path, source: Path) -> dict[str, list[dict[str, Any]]]:
-    """Continue what another world size saved at one stage, at another stage and precision; return the rows."""
+def reshard(recipe: Path, folder: Path, source: Path) -> dict[str, dict[str, Any]]:
+    """Continue what another world size saved at one stage, at another stage and precision; return what came of it."""
     seen = {}
     for saved, (name, overrides) in RESHARDED.items():
         run_dir = folder / f"{saved}-to-{name}"
         if distributed.is_main():
             shutil.copytree(source / saved / "whole" / "checkpoints" / MIDDLE, run_dir / "checkpoints" / MIDDLE)
         distributed.wait_for_all()
-        settings = ["tracking.uri=off", "data.num_workers=0", *overrides, f"run_dir={run_dir}"]
-        first, _ = run_to_end(load_config(PretrainConfig, recipe, settings).config)
+        settings = [
+            "tracking.uri=off",
+            "data.num_workers=0",
+            f"ema.decay={EMA_DECAY}",
+            *overrides,
+            f"run_dir={run_dir}",
+        ]
+        held: dict[str, int] = {}
+        with mock.patch("pretrain.checkpoint.restore.Reader", counting(held)):
+            first, _ = run_to_end(load_config(PretrainConfig, recipe, settings).config)
         if distributed.is_main():
             assert first == 4
-            seen[saved] = rows_of(run_dir)
+            weights, averages = both_kinds(run_dir)
+            seen[saved] = {
+                "rows": rows_of(run_dir),
+                "averages": {name: digest(average) for name, average in averages.items()},
+                "shares": {kind: n / sum(weight.numel() for weight in weights.values()) for kind, n in held.items()},
+            }
     return seen
+
+
+def counting(held: dict[str, int]) -> type[Reader]:
+    """Return a reader that counts what this rank reads, by kind."""
+
+    class CountingReader(Reader):
+        def copy(self, kind: str, name: str, start: int, out: torch.Tensor) -> None:
+            held[kind] = held.get(kind, 0) + out.numel()
+            super().copy(kind, name, start, out)
+
+    return CountingReader
 
 
 def digest(weight: torch.Tensor) -> list[float]:
@@ -208,8 +241,7 @@ def digest(weight: torch.Tensor) -> list[float]:
 def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
     """Let the last rank be asked to stop in the second batch of the evaluation after step 3."""
     settings = [f"run_dir={folder / 'stopped'}", "tracking.uri=off", "evaluation.every_steps=3", "data.num_workers=0"]
-    run, stop = prepare(load_config(PretrainConfig, recipe, settings).config), StopSignal()
-    evaluated = 0
+    stop, evaluated = StopSignal(), 0
 
     def ask(batch: Batch, device: torch.device) -> Batch:
         nonlocal evaluated
@@ -217,9 +249,58 @@ def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
         stop.asked = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
         return to_device(batch, device)
 
-    with mock.patch("pretrain.evaluation.to_device", ask):
+    config = load_config(PretrainConfig, recipe, settings).config
+    with open_run(config) as run, mock.patch("pretrain.evaluation.to_device", ask):
         outcome = tracked(run, "", stop)
     return {"outcome": outcome.name, "evaluated": evaluated, "rows": rows_of(folder / "stopped")}
+
+
+def end_before_the_last_evaluation(recipe: Path, folder: Path) -> list[dict[str, Any]]:
+    """Continue a run that was killed after its last save; return the rows that come."""
+    run_dir = folder / "killed"
+    if distributed.is_main():
+        shutil.copytree(folder / "stage1" / "whole" / "checkpoints" / LAST, run_dir / "checkpoints" / LAST)
+    distributed.wait_for_all()
+    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *STAGES["stage1"], f"run_dir={run_dir}"]
+    run_to_end(load_config(PretrainConfig, recipe, settings).config)
+    return rows_of(run_dir)
+
+
+def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Let the last rank's disk refuse the save at step 4 until it gives up; return what is left at the end."""
+    settings = [f"run_dir={folder / 'full'}", "tracking.uri=off", "data.num_workers=0"]
+
+    def write_or_refuse(path: Path, *arguments: Any) -> SavedFile:
+        if MIDDLE in str(path) and distributed.rank() == distributed.world_size() - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_file(path, *arguments)
+
+    seen_after: dict[int, list[str]] = {}
+
+    def note(batch: Batch, device: torch.device) -> Batch:
+        names = sorted(path.name for path in (folder / "full" / "checkpoints").glob("*"))
+        seen_after[run.manifest.step] = names
+        time.sleep(0.3 if run.manifest.step in (4, 5) else 0)  # the failure has time to be known
+        return to_device(batch, device)
+
+    config = load_config(PretrainConfig, recipe, settings).config
+    with (
+        open_run(config) as run,
+        mock.patch("pretrain.checkpoint.save.write_file", write_or_refuse),
+        mock.patch("pretrain.checkpoint.save.PAUSES", (0.01,)),
+        mock.patch("pretrain.steps.to_device", note),
+    ):
+        outcome = tracked(run, "", StopSignal())
+    checkpoints = [path.name for path in list_checkpoints(folder / "full")]
+    whole = newest_whole(folder / "full")
+    return {
+        "outcome": outcome.name,
+        "steps": [row["step"] for row in rows_of(folder / "full") if "train/loss" in row],
+        "seen": seen_after,
+        "checkpoints": checkpoints,
+        "newest": whole[0].name if whole[0] else None,
+        "faults": whole[1],
+    }
 
 
 def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
@@ -343,6 +424,8 @@ def main(recipe: Path, folder: Path, source: Path | None) -> None:
             seen["muon-reference"] = reference(recipe, *OTHERS["muon0"])
             seen["recipes"] = {path.stem: try_recipe(path, folder, recipe) for path in RECIPES}
         seen["stopped"] = stop_in_an_evaluation(recipe, folder)
+        seen["killed"] = end_before_the_last_evaluation(recipe, folder)
+        seen["full"] = fail_in_a_save(recipe, folder)
     if source:
         seen["resharded"] = reshard(recipe, folder, source)
     if distributed.is_main():

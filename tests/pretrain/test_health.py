@@ -14,7 +14,7 @@ from pretrain.data.index import DatasetInfo
 from pretrain.data.order import past, stretches
 from pretrain.health import FEWEST_STEPS, WINDOW, Health
 from tests.launching import ROOT, TINY, Shell, free_port
-from tests.pretrain.ranks_health import BATCH, FAULTS, IN_A_ROW, SETTINGS, STEPS
+from tests.pretrain.ranks_health import AFTER_A_SAVE, BATCH, FAULTS, IN_A_ROW, SETTINGS, STEPS
 
 CPU = torch.device("cpu")
 
@@ -45,6 +45,9 @@ def test_poisoned_steps_are_skipped_and_named_at_every_stage(seen: dict[str, Any
     assert "usual is at most" in reasons[1]
     assert "is inf" in reasons[2] or "is nan" in reasons[2]
     assert "usual is at most" in reasons[3]
+    assert reasons[4] in ("the gradient's norm is nan", "the gradient's norm is inf")  # as DeepSpeed has it
+    for row, poisoned in zip(result["skipped"], result["poisoned"], strict=True):
+        assert poisoned in row["samples"]
     shards = {entry.name for entry in DatasetInfo.load(digits / "train").shards}
     for row in result["skipped"]:
         assert len({tuple(sample) for sample in row["samples"]}) == BATCH
@@ -57,12 +60,18 @@ def test_a_clean_run_skips_nothing(seen: dict[str, Any]) -> None:
     assert seen["clean"]["outcomes"] == ["DONE"]
 
 
-def test_after_some_in_a_row_the_run_goes_back_and_passes_over_them(seen: dict[str, Any]) -> None:
-    result = seen["rolled back"]
+@pytest.mark.parametrize(
+    ("setting", "poison"), [("rolled back", IN_A_ROW), ("rolled back to their beginning", AFTER_A_SAVE)]
+)
+def test_after_some_in_a_row_the_run_goes_back_and_passes_over_them(
+    seen: dict[str, Any], setting: str, poison: dict[int, float]
+) -> None:
+    result = seen[setting]
     assert result["outcomes"] == ["DIVERGED", "DONE"]
-    assert [row["step"] for row in result["skipped"]] == [position // BATCH for position in IN_A_ROW]
+    assert [row["step"] for row in result["skipped"]] == [position // BATCH for position in poison]
     assert result["steps"] == list(range(1, STEPS + 1))
-    assert result["samples"] == (STEPS + len(IN_A_ROW)) * BATCH
+    assert result["samples"] == (STEPS + len(poison)) * BATCH
+    assert result["last_position"] // BATCH == STEPS + len(poison) - 1  # what the manifest says was trained on
     assert result["finite"]
 
 

@@ -7,14 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pretrain.watch import SILENT_SECONDS, Beat, Diagnosis, Watch, read_beat, recent
+from pretrain.watch import LEAVE, SILENT_SECONDS, STOP, Beat, Diagnosis, Watch, give_order, read_beat, recent
 
 NAMED_WITHIN = 10.0  # seconds
+IN_COLLECTIVE = '  File "site-packages/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
 WORLD_SIZE = 3
 
 
@@ -100,6 +102,16 @@ def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path: Path) -> None:
         assert processes[0].exitcode == 1
 
 
+@pytest.mark.parametrize(("order", "code"), [(STOP, -signal.SIGTERM), (LEAVE, 1)])
+def test_an_order_reaches_every_rank(tmp_path: Path, order: str, code: int) -> None:
+    """A supervisor may be on another machine, and its signals are not heard there."""
+    with ranks(tmp_path) as (processes, _):
+        give_order(tmp_path, order)
+        for process in processes:
+            process.join(timeout=10)
+        assert [process.exitcode for process in processes] == [code] * WORLD_SIZE
+
+
 def test_healthy_ranks_are_left_in_peace(tmp_path: Path) -> None:
     with ranks(tmp_path) as (_, said):
         time.sleep(SILENT_SECONDS + 3)
@@ -123,6 +135,16 @@ def beat(rank: int, **changes: Any) -> Beat:
     return Beat(**{"rank": rank, **values, "seconds": {}, "stack": "  here\n", **changes})
 
 
+def look(diagnosis: Diagnosis, beats: list[Beat], now: int) -> list[str]:
+    """Look at ranks that all have just beaten."""
+    return diagnosis.look([replace(each, beats=now) for each in beats], float(now))
+
+
+def seconds_long(diagnosis: Diagnosis, beats: list[Beat], first: int, last: int) -> list[str]:
+    """Return what is said while nothing changes for some seconds."""
+    return [sentence for now in range(first, last) for sentence in look(diagnosis, beats, now)]
+
+
 def test_each_thing_is_said_once_and_again_after_it_was_gone() -> None:
     diagnosis = Diagnosis()
     lagging, fine = [beat(0), beat(1, work=2.5)], [beat(0), beat(1, work=1.5)]
@@ -132,7 +154,7 @@ def test_each_thing_is_said_once_and_again_after_it_was_gone() -> None:
     assert diagnosis.look(lagging, 1.0) == []
     assert diagnosis.look(fine, 2.0) == []
     assert len(diagnosis.look(lagging, 3.0)) == 1
-    assert not diagnosis.is_stuck(99.0, 10.0)  # lagging is no reason to end a run
+    assert not diagnosis.is_stuck(40.0, 10.0)  # lagging is no reason to end a run
 
 
 def test_some_milliseconds_are_no_lag() -> None:
@@ -149,18 +171,47 @@ def test_few_steps_are_timed_where_they_last_long() -> None:
 def test_all_ranks_in_the_same_long_phase_is_no_hang() -> None:
     """The first step of a compiled model, or a long evaluation."""
     diagnosis = Diagnosis()
-    assert not diagnosis.look([beat(rank, since=500.0) for rank in range(4)], 0.0)
-    behind = [beat(0, since=1.0, turns=6), beat(1, since=8.0)]
-    assert "hangs: 8 s in forward of step 3" in diagnosis.look(behind, 1.0)[0]
-    assert diagnosis.is_stuck(12.0, 10.0)
+    assert not seconds_long(diagnosis, [beat(rank, since=500.0) for rank in range(4)], 0, 9)
+    behind = [beat(0, since=1.0, turns=6), beat(1, since=508.0)]
+    assert not seconds_long(diagnosis, behind, 9, 15)  # the others have only just left
+    [sentence] = seconds_long(diagnosis, behind, 15, 17)
+    assert "hangs: 508 s in forward of step 3" in sentence
+    assert diagnosis.is_stuck(26.0, 10.0)
+
+
+def test_a_rank_that_comes_late_again_and_again_gets_on(tmp_path: Path) -> None:
+    """In a long evaluation one rank may wait for the other whenever somebody looks."""
+    diagnosis = Diagnosis()
+    for now in range(60):
+        late = [beat(0, turns=now // 3, stack=IN_COLLECTIVE), beat(1, turns=now // 3)]
+        assert not [sentence for sentence in diagnosis.look(late, float(now)) if "hangs" in sentence]
+
+
+def test_ranks_that_all_stand_still_are_given_longer() -> None:
+    for ranks_there in (1, 3):
+        diagnosis = Diagnosis()
+        diagnosis.look([beat(rank, turns=7) for rank in range(ranks_there)], 0.0)
+        diagnosis.look([beat(rank, turns=8) for rank in range(ranks_there)], 5.0)
+        for now in range(6, 50):
+            look(diagnosis, [beat(rank, turns=8, beats=now) for rank in range(ranks_there)], now)
+            assert diagnosis.is_stuck(float(now), 10.0) == (now - 5 > 40)
+
+
+def test_a_rank_whose_run_has_ended_badly_is_named() -> None:
+    diagnosis = Diagnosis()
+    beats = [beat(0), beat(1, phase="end", outcome="failed")]
+    [sentence] = diagnosis.look(beats, 0.0)
+    assert sentence == "rank 1 (process 1 on h) has ended in step 3 (failed), the others wait"
+    assert diagnosis.is_stuck(11.0, 10.0)
 
 
 def test_who_is_not_in_the_collective_is_who_hangs() -> None:
-    waiting = '  File "site-packages/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
-    beats = [beat(0, since=9.0, stack=waiting), beat(1, since=9.0), beat(2, since=9.0, stack=waiting)]
-    assert [sentence.split(" (")[0] for sentence in Diagnosis().look(beats, 0.0)] == ["rank 1"]
-    early = [beat(0, since=9.0, stack=waiting, work=None), beat(1, since=9.0, work=None)]
-    assert not Diagnosis().look(early, 0.0)  # the other may be compiling still
+    beats = [beat(0, stack=IN_COLLECTIVE), beat(1), beat(2, stack=IN_COLLECTIVE)]
+    assert [sentence.split(" (")[0] for sentence in seconds_long(Diagnosis(), beats, 0, 8)] == ["rank 1"]
+    early = [beat(0, stack=IN_COLLECTIVE, work=None), beat(1, work=None)]
+    assert not seconds_long(Diagnosis(), early, 0, 100)  # the other may be compiling still
+    long_steps = [beat(0, stack=IN_COLLECTIVE, work=30.0), beat(1, work=30.0)]
+    assert not seconds_long(Diagnosis(), long_steps, 0, 29)
 
 
 def test_a_rank_that_is_through_is_not_missed() -> None:

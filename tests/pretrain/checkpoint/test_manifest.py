@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.history import find_checkpoint, list_checkpoints
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
-from pretrain.checkpoint.restore import restore
+from pretrain.checkpoint import manifest as manifest_module
+from pretrain.checkpoint.history import find_checkpoint, list_checkpoints, list_damaged
+from pretrain.checkpoint.manifest import CheckpointError, Manifest, VersionError
+from pretrain.checkpoint.restore import newest_whole, restore
 
 MANIFEST = Manifest(
     step=4,
     samples=64,
     world_size=2,
-    data_digest="abc",
+    data_digests={"training": "abc"},
     class_names=["cat", "dog"],
     config={
         "seed": 0,
@@ -53,14 +54,51 @@ def test_a_manifest_reads_back_or_says_what_is_wrong(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(text[: len(text) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         Manifest.load(path)
-    (path / "manifest.json").write_text(text.replace('"version": 2', '"version": 1'))
-    with pytest.raises(CheckpointError, match="another version"):
-        Manifest.load(path)
-    (path / "manifest.json").write_text(text.replace('"samples": 64', '"samples": 65'))
-    with pytest.raises(CheckpointError, match="damaged"):
-        Manifest.load(path)
+    for here, there in (('"samples": 64', '"samples": 65'), ('"version": 3', '"version": 2')):
+        (path / "manifest.json").write_text(text.replace(here, there))
+        with pytest.raises(CheckpointError, match="damaged"):
+            Manifest.load(path)
     with pytest.raises(CheckpointError, match=r"is no checkpoint, it has no manifest.json"):
         Manifest.load(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_neither_damaged_nor_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest_module, "VERSION", 99)
+        saved(tmp_path, 8)
+    sentence = r"step-00000008: its format is 99, this version of Tessera reads 3"
+    for find in (find_checkpoint, newest_whole):
+        with pytest.raises(VersionError, match=sentence):
+            find(tmp_path)
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_the_newest_with_a_valid_manifest_is_found(tmp_path: Path) -> None:
+    saved(tmp_path, 4)
+    (saved(tmp_path, 8) / "manifest.json").write_text("{")
+    assert find_checkpoint(tmp_path).name == "step-00000004"
+
+
+def test_a_run_none_of_whose_checkpoints_is_whole_does_not_begin_anew(tmp_path: Path) -> None:
+    for step in (4, 8):
+        (saved(tmp_path, step) / "manifest.json").write_text("{")
+    for _ in range(2):  # also the second time: nothing is set aside
+        with pytest.raises(CheckpointError, match="no checkpoint is whole; choose another run_dir") as caught:
+            newest_whole(tmp_path)
+        assert len(str(caught.value).splitlines()) == 3
+
+
+def test_what_is_damaged_is_set_aside_also_when_its_step_was_before(tmp_path: Path) -> None:
+    saved(tmp_path, 4)
+    for _ in range(2):
+        (saved(tmp_path, 8) / "manifest.json").write_text("{")
+        found, faults = newest_whole(tmp_path)
+        assert found == tmp_path / "checkpoints" / "step-00000004"
+        assert len(faults) == 1
+        assert [path.name for path in list_damaged(tmp_path)] == ["step-00000008.damaged"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +119,7 @@ def test_another_run_is_refused(tmp_path: Path, section: str, change: dict[str, 
 
 
 def test_every_difference_is_listed_at_once(tmp_path: Path) -> None:
-    other = replace(MANIFEST, world_size=4, data_digest="xyz", config={**MANIFEST.config, "seed": 1})
+    other = replace(MANIFEST, world_size=4, data_digests={"training": "xyz"}, config={**MANIFEST.config, "seed": 1})
     with pytest.raises(CheckpointError) as caught:
         restore(None, saved(tmp_path), other)
     assert caught.value.args[0].splitlines()[1:-1] == [

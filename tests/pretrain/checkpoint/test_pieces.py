@@ -2,9 +2,12 @@
 
 import json
 import math
+import multiprocessing
 import pickle
 import random
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from pretrain.checkpoint import pieces as pieces_module
+from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import CheckpointError, Manifest
 from pretrain.checkpoint.pieces import Layout, NotFiniteError, Piece, Reader, find_faults, load_weights, write_file
 from pretrain.checkpoint.restore import newest_whole
+from pretrain.checkpoint.save import Saver
 from tests.checkpoints import write_checkpoint
+from tests.disk import full_disk
 from tests.pretrain.checkpoint.test_manifest import MANIFEST
+from tests.pretrain.checkpoint.test_save import ALONE, Engine
 
 
 @settings(max_examples=50, deadline=None)
@@ -75,7 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_three_hundred_faults_never_load(run: Path, tmp_path: Path) -> None:
-    """Killed in a save, cut, flipped, a piece or the manifest missing: the newest whole checkpoint is always found."""
+    """Files cut, flipped, gone, swapped or foreign, a name that says unended: the newest whole checkpoint is found."""
     chance = random.Random(0)
     for number in range(300):
         copy = tmp_path / str(number)
@@ -92,6 +100,45 @@ def test_three_hundred_faults_never_load(run: Path, tmp_path: Path) -> None:
         assert listed[-1] == found.name  # what is damaged can be neither found nor counted again
         assert all(str(copy) in fault for fault in faults)
         shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("way", ["killed", "refused"])
+def test_twenty_disturbed_saves_leave_the_newest_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A save gets SIGKILL, at twenty moments from its begin on, or its file is refused all bytes beyond some number."""
+    monkeypatch.setattr(save_module, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(pieces_module, "CHUNK", 1 << 12)  # so that most of a save is writing
+    module = torch.nn.Linear(512, 512)
+    engine = Engine(module=module, optimizer=torch.optim.AdamW(module.parameters()))
+
+    def save(run_dir: Path, step: int) -> bool:
+        torch.set_num_threads(1)  # the others are not forked along
+        torch.nn.init.constant_(module.weight, step)
+        saver = Saver(run_dir, keep_last=2)
+        saver.begin(engine, replace(ALONE, step=step))
+        return saver.finish()
+
+    assert save(tmp_path / "older", 1)
+    started = time.perf_counter()
+    assert save(tmp_path / "usual", 2)
+    usual_seconds = time.perf_counter() - started
+    for number in range(20):
+        copy = shutil.copytree(tmp_path / "older", tmp_path / str(number))
+        if way == "killed":
+            process = multiprocessing.get_context("fork").Process(target=save, args=[copy, 2])
+            process.start()
+            time.sleep(1.5 * usual_seconds * number / 20)  # a forked process is slower
+            process.kill()
+            process.join()
+        else:
+            with full_disk(module.weight.nbytes * number // 20):
+                assert not save(copy, 2)
+        found, faults = newest_whole(copy)
+        assert found is not None
+        assert not faults
+        assert found.name == f"step-0000000{1 + (found.parent / 'step-00000002').exists()}"
+        assert torch.equal(load_weights(found)["weight"], torch.full((512, 512), float(found.name[-1])))
 
 
 def damage(folder: Path, chance: random.Random) -> None:
@@ -140,4 +187,4 @@ def test_a_manifest_whose_pieces_leave_a_gap_is_refused(run: Path, tmp_path: Pat
     manifest.tensors["layer.weight"].pieces[0][2] -= 1
     manifest.save(folder)
     assert list(find_faults(folder)) == [f"{folder}: the pieces of layer.weight do not make up the tensor"]
-    assert json.loads((folder / "manifest.json").read_text())["version"] == 2
+    assert json.loads((folder / "manifest.json").read_text())["version"] == 3

@@ -1,10 +1,7 @@
 """Saving beside training: the snapshot is of its moment, a disk that refuses costs one checkpoint and nothing else."""
 
 import math
-import resource
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ from pretrain.checkpoint.manifest import SavedFile
 from pretrain.checkpoint.pieces import find_faults, load_weights, write_file
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.save import Saver
+from tests.disk import full_disk
 from tests.pretrain.checkpoint.test_manifest import MANIFEST
 
 ALONE = replace(MANIFEST, world_size=1)
@@ -49,17 +47,6 @@ def names(folders: list[Path]) -> list[int]:
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(save_module, "PAUSES", (0.01, 0.01))
-
-
-@contextmanager
-def full_disk(limit_bytes: int = 100) -> Iterator[None]:
-    """Let no file of this process grow beyond a limit."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_checkpoint_is_of_the_moment_it_was_begun(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pretrain.config import FaultBudget
 from pretrain.data.index import DataError
 from pretrain.data.loader import VALIDATION, Fault
-from pretrain.data.quarantine import Quarantine, read_quarantine
+from pretrain.data.quarantine import Quarantine
+from pretrain.journal import read_rows
 
 
 def fault(position: int, shard: str = "a.tar") -> Fault:
@@ -18,6 +19,10 @@ def fault(position: int, shard: str = "a.tar") -> Fault:
 
 def ledger(folder: Path, resume: int = 0, **budget: float) -> Quarantine:
     return Quarantine(folder / "quarantine.jsonl", FaultBudget(**budget), resume, writes=True)  # type: ignore[arg-type]
+
+
+def read_quarantine(path: Path) -> list[Fault]:
+    return [Fault(**row) for row in read_rows(path)]
 
 
 def test_a_fault_is_written_once(tmp_path: Path) -> None:

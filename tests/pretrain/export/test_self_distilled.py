@@ -28,7 +28,7 @@ def test_the_teacher_leaves_the_run(tmp_path: Path) -> None:
         objective=objective.config,
         schedule=ScheduleConfig(total_steps=9),
     )
-    manifest = Manifest(9, 99, 1, "digest", ["a", "b"], json.loads(config.model_dump_json()), "commit")
+    manifest = Manifest(9, 99, 1, {"training": "digest"}, ["a", "b"], json.loads(config.model_dump_json()), "commit")
     write_checkpoint(tmp_path / "checkpoints" / "step-00000009", manifest, objective.state_dict(), num_files=2)
     export(tmp_path, tmp_path / "export")
     folder = transformers.AutoModel.from_pretrained(tmp_path / "export", add_pooling_layer=False)

@@ -9,13 +9,14 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from pretrain.journal import read_rows
 from pretrain.tracking.mlflow_sink import Sink
 from pretrain.tracking.progress import ProgressLine, duration
-from pretrain.tracking.tracker import ROOT, Tracker, default_uri, git_commit, read_rows, tag_run
+from pretrain.tracking.tracker import ROOT, Tracker, default_uri, git_commit, picture_name, tag_run
 
 
 def track(
-    run_dir: Path, uri: str | None = None, resume_step: int = 0, steps: tuple[int, ...] = (), **row: float
+    run_dir: Path, uri: str | None = None, resume_step: int = 0, steps: tuple[int, ...] = (), picture: bytes = b""
 ) -> str:
     tracker = Tracker(
         run_dir,
@@ -28,7 +29,11 @@ def track(
     )
     with tracker:
         for step in steps:
-            tracker.log({"train/loss": 1.0 / step, **row}, step)
+            tracker.log({"train/loss": 1.0 / step}, step)
+            if picture:
+                path = run_dir / "pictures" / picture_name(step)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(picture)
         tracker.status = "FINISHED"
     return default_uri(run_dir)
 
@@ -58,16 +63,21 @@ def test_a_resumed_run_is_one_run_with_no_step_doubled(tmp_path: Path) -> None:
 
 
 def test_each_picture_becomes_an_artifact_once(tmp_path: Path) -> None:
+    """Also one that is drawn anew, since its first time did not last; what did not last and is not is gone."""
     run_dir = tmp_path / "runs" / "a"
-    for step in (10, 20):
-        picture = run_dir / "pictures" / f"step-{step:08d}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        picture.write_bytes(b"pixels")
-        picture.with_suffix(".partial").write_bytes(b"half")
-        uri = track(run_dir, steps=(step,), resume_step=step - 10)
-    artifacts = MlflowClient(uri).list_artifacts(only_run(uri).info.run_id, "pictures")
-    assert [file.path for file in artifacts] == ["pictures/step-00000010.png", "pictures/step-00000020.png"]
-    assert json.loads((run_dir / "mlflow.json").read_text())["last_picture"] == "step-00000020.png"
+    track(run_dir, steps=(10, 20, 30), picture=b"first")
+    (run_dir / "pictures" / "step-00000020.partial").write_bytes(b"half")
+    uri = track(run_dir, steps=(20,), resume_step=10, picture=b"second")
+    run_id, client = only_run(uri).info.run_id, MlflowClient(uri)
+    sent = {
+        file.path: Path(client.download_artifacts(run_id, file.path)).read_bytes()
+        for file in client.list_artifacts(run_id, "pictures")
+    }
+    assert sent.keys() == {f"pictures/{picture_name(step)}" for step in (10, 20, 30)}
+    assert [sent[f"pictures/{picture_name(step)}"] for step in (10, 20)] == [b"first", b"second"]
+    assert sorted(path.name for path in (run_dir / "pictures").glob("*.png")) == [picture_name(10), picture_name(20)]
+    names = [name for name, _ in json.loads((run_dir / "mlflow.json").read_text())["pictures"]]
+    assert names == [picture_name(step) for step in (10, 20, 30, 20)]
 
 
 def test_a_step_may_have_two_rows_that_come_apart(tmp_path: Path) -> None:
@@ -141,7 +151,7 @@ def test_a_dead_server_costs_no_time_and_no_row(tmp_path: Path, capfd: pytest.Ca
     )
     for step in range(200):
         tracker.log({"train/loss": 1.0}, step)
-    tracker.close(timeout_seconds=60)
+    tracker.close()
     assert len(read_rows(tmp_path / "a" / "metrics.jsonl")) == 200
     assert capfd.readouterr().err.count("does not answer") == 1
 

@@ -1,0 +1,51 @@
+"""Rows survive a crash, a return to an earlier step, and a full disk."""
+
+from pathlib import Path
+
+import pytest
+
+from pretrain.journal import Journal, read_rows
+from tests.disk import full_disk
+
+
+def journal(path: Path, last: int = 99, *, writes: bool = True) -> Journal:
+    return Journal(path, lambda row: row["step"] <= last, writes=writes)
+
+
+def test_rows_of_a_past_that_did_not_last_go(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    journal(path).add({"step": step, "name": "é"} for step in (1, 2, 3))
+    with path.open("a") as file:
+        file.write('{"step": 4, "na')  # killed in the middle of a line
+    again = journal(path, last=2)
+    assert again.kept == [{"step": 1, "name": "é"}, {"step": 2, "name": "é"}]
+    again.add([{"step": 3, "name": "e"}])
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+
+
+def test_only_one_rank_writes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    journal(path, writes=False).add([{"step": 1}])
+    assert not path.exists()
+    journal(path).add([{"step": 1}, {"step": 2}])
+    assert journal(path, last=1, writes=False).kept == [{"step": 1}]
+    assert len(read_rows(path)) == 2
+
+
+@pytest.mark.parametrize("room", range(14, 40, 3))
+def test_what_a_full_disk_refuses_comes_later_and_whole(
+    tmp_path: Path, room: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = journal(path)
+    rows.add([{"step": 1}])
+    with full_disk(room):
+        for step in (2, 3, 4):
+            rows.add([{"step": step}])
+            assert [row["step"] for row in read_rows(path)] == list(range(1, len(read_rows(path)) + 1))
+            assert path.read_bytes().endswith(b"\n")  # no half of a row is left
+        assert len(read_rows(path)) < 4
+    said = capsys.readouterr().err
+    assert said == f"{path}: File too large; its rows wait in memory, the run goes on\n"  # once
+    rows.add([])
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
