@@ -8,15 +8,21 @@ loss of the last tenth of the steps, over seeds, and the ratio of their images a
     python benchmarks/duel.py --objective mae
     python benchmarks/duel.py --objective supervised            # wants timm: pip install -r benchmarks/requirements.txt
     python benchmarks/duel.py --objective mae --model B/16 --batch 256 --steps 200 --compile    # on a GPU
+    python benchmarks/duel.py --objective mae --profile ours                                    # where the time goes
+
+A long one goes on where it was stopped with `--results FILE`: what the file has is not measured again.
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -24,7 +30,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.train_step import DEVICE, ON_GPU, Classifier, build_timm, wait
+from benchmarks.results import Results, Row
+from benchmarks.train_step import DEVICE, ON_GPU, Classifier, build_timm, profile, wait
 from pretrain.config import (
     AugmentConfig,
     EngineConfig,
@@ -36,7 +43,7 @@ from pretrain.config import (
     SupervisedConfig,
 )
 from pretrain.data.augment import augment
-from pretrain.data.loader import training_batches
+from pretrain.data.loader import Batch, training_batches
 from pretrain.data.sets import open_samples
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
@@ -47,6 +54,7 @@ from pretrain.model.vit import ViT, compile_blocks, sincos_positions
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
 from pretrain.schedules import learning_rate_at
+from pretrain.steps import to_device
 
 SMALL = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 4, "image_size": 24}
 MODELS = {
@@ -65,7 +73,9 @@ SUPERVISED = SupervisedConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=
 PREPROCESSING = PreprocessingConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 RATE, DECAY, BETAS = 1e-3, 0.05, (0.9, 0.95)
 TURN = 10  # steps
+PROFILED = 20  # steps
 CLASSES = 10
+CONTENDERS = ("ours", "theirs")
 
 Inputs = tuple[Tensor, Tensor]  # normalised images, and labels or the order of the patches
 Step = Callable[[Inputs, float], Tensor]
@@ -94,7 +104,8 @@ class TheirMAE(nn.Module):
         return loss
 
 
-def our_step(model: ModelConfig, config: ObjectiveConfig, batch: int, *, compiled: bool) -> Step:
+@contextmanager
+def our_step(model: ModelConfig, config: ObjectiveConfig, batch: int, *, compiled: bool) -> Iterator[Step]:
     """Our step under DeepSpeed, as `train.py` takes it."""
     objective = build_objective(config, ViT(model), [1 / CLASSES] * CLASSES, PREPROCESSING)
     if compiled:
@@ -116,7 +127,8 @@ def our_step(model: ModelConfig, config: ObjectiveConfig, batch: int, *, compile
         engine.step()
         return loss.detach()
 
-    return step
+    yield step
+    engine.destroy()  # else its hooks keep the model for good
 
 
 def their_step(model: ModelConfig, config: ObjectiveConfig, *, compiled: bool) -> Step:
@@ -152,10 +164,10 @@ def their_step(model: ModelConfig, config: ObjectiveConfig, *, compiled: bool) -
     return step
 
 
-def inputs_of(
+def load_batches(
     shards: Path, model: ModelConfig, config: ObjectiveConfig, seed: int, batch: int, steps: int
-) -> list[Inputs]:
-    """Load and augment everything beforehand, so that only the steps are compared."""
+) -> list[Batch]:
+    """Load everything beforehand, so that only the steps are compared; uint8 in the host's memory."""
     samples = open_samples(str(shards))
     objective = build_objective(config, ViT(model), samples.class_shares, PREPROCESSING)
     batches = training_batches(
@@ -171,27 +183,72 @@ def inputs_of(
         world_size=1,
         num_workers=0,
     )
-    answer = "patch_order" if isinstance(config, MAEConfig) else "label"
-    mean, std = PREPROCESSING.image_mean, PREPROCESSING.image_std
-    return [(augment(each.tensors, mean, std).to(DEVICE), each.tensors[answer].to(DEVICE)) for each in batches]
+    return [each.tensors for each in batches]
 
 
-def fight(steps: dict[str, Step], inputs: list[Inputs]) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+def to_inputs(batch: Batch, config: ObjectiveConfig) -> Inputs:
+    """Augment a batch on the device."""
+    tensors = to_device(batch, DEVICE)
+    images = augment(tensors, PREPROCESSING.image_mean, PREPROCESSING.image_std)
+    return images, tensors["patch_order" if isinstance(config, MAEConfig) else "label"]
+
+
+def fight(
+    steps: dict[str, Step], batches: list[Batch], config: ObjectiveConfig
+) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
     """Let both train on the same inputs, in turns; return their losses and their seconds, the first turn left out."""
     losses: dict[str, list[Tensor]] = {name: [] for name in steps}
     seconds = dict.fromkeys(steps, 0.0)
-    for first in range(0, len(inputs), TURN):
+    for first in range(0, len(batches), TURN):
+        turn = [to_inputs(batch, config) for batch in batches[first : first + TURN]]
         for name, step in steps.items():
             wait()
             started = time.perf_counter()
-            for number in range(first, min(first + TURN, len(inputs))):
+            for number, inputs in enumerate(turn, start=first):
                 rate = learning_rate_at(
-                    number, peak=RATE, final=0.0, warmup_steps=len(inputs) // 10, total_steps=len(inputs)
+                    number, peak=RATE, final=0.0, warmup_steps=len(batches) // 10, total_steps=len(batches)
                 )
-                losses[name].append(step(inputs[number], rate))
+                losses[name].append(step(inputs, rate))
             wait()
             seconds[name] += time.perf_counter() - started if first else 0.0
     return losses, seconds
+
+
+def measure(shards: Path, config: ObjectiveConfig, seed: int, arguments: argparse.Namespace) -> Row:
+    """Let both train from one seed."""
+    model = MODELS[arguments.model]
+    batches = load_batches(shards, model, config, seed, arguments.batch, arguments.steps)
+    torch.manual_seed(seed)
+    with our_step(model, config, arguments.batch, compiled=arguments.compile) as ours:
+        steps = {"ours": ours, "theirs": their_step(model, config, compiled=arguments.compile)}
+        losses, seconds = fight(steps, batches, config)
+    last = {whose: float(torch.stack(values[-(len(values) // 10) :]).mean()) for whose, values in losses.items()}
+    return {**last, "ratio": seconds["theirs"] / seconds["ours"]}
+
+
+def forget() -> None:
+    """Free the models of a seed, and what was compiled for them."""
+    torch.compiler.reset()
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+def show_profile(shards: Path, config: ObjectiveConfig, arguments: argparse.Namespace) -> None:
+    """Print where the time of one contender goes."""
+    model = MODELS[arguments.model]
+    [batch] = load_batches(shards, model, config, 0, arguments.batch, steps=1)
+    inputs = to_inputs(batch, config)
+    if arguments.profile == "ours":
+        build: AbstractContextManager[Step] = our_step(model, config, arguments.batch, compiled=arguments.compile)
+    else:
+        build = nullcontext(their_step(model, config, compiled=arguments.compile))
+    with build as step:
+        profile(lambda: step(inputs, RATE), PROFILED, TURN)
+
+
+def rows_of(results: Results, **case: Any) -> list[Row]:
+    return [row for row in results.rows if case.items() <= row.items()]
 
 
 def main() -> None:
@@ -202,33 +259,35 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
+    parser.add_argument("--profile", choices=CONTENDERS, help="show where the time of one goes, instead")
     arguments = parser.parse_args()
-    model = MODELS[arguments.model]
+    if arguments.steps <= TURN:
+        parser.error(f"--steps: the first {TURN} are not timed, so it must be more")
     decoder = SMALL_DECODER if arguments.model == "small" else MAEConfig(augment=SMALL_DECODER.augment)
     config: ObjectiveConfig = decoder if arguments.objective == "mae" else SUPERVISED
-    start_distributed()
-    last: dict[str, list[float]] = {"ours": [], "theirs": []}
-    ratios = []
-    with tempfile.TemporaryDirectory() as name:
-        make_shards(list_digits(), Path(name) / "shards", Recipe(validation=0.0))
-        for seed in arguments.seeds:
-            inputs = inputs_of(Path(name) / "shards/train", model, config, seed, arguments.batch, arguments.steps)
-            torch.manual_seed(seed)
-            steps = {
-                "ours": our_step(model, config, arguments.batch, compiled=arguments.compile),
-                "theirs": their_step(model, config, compiled=arguments.compile),
-            }
-            losses, seconds = fight(steps, inputs)
-            for whose, values in losses.items():
-                last[whose].append(float(torch.stack(values[-(len(values) // 10) :]).mean()))
-            ratios.append(seconds["theirs"] / seconds["ours"])
-            print(f"seed {seed}: {last['ours'][-1]:.4f}, theirs {last['theirs'][-1]:.4f}", file=sys.stderr, flush=True)
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    names = ("objective", "model", "batch", "steps", "compile")
+    settings = {**{name: getattr(arguments, name) for name in names}, "where": where}
+    start_distributed()
+    results = Results(arguments.results)
+    with tempfile.TemporaryDirectory() as name:
+        shards = Path(name) / "shards/train"
+        make_shards(list_digits(), shards.parent, Recipe(validation=0.0))
+        if arguments.profile:
+            show_profile(shards, config, arguments)
+            return
+        for seed in arguments.seeds:
+            if not rows_of(results, seed=seed, **settings):
+                results.note(seed=seed, **settings, **measure(shards, config, seed, arguments))
+                forget()
+    rows = [rows_of(results, seed=seed, **settings)[0] for seed in arguments.seeds]
     print(f"{arguments.objective}, {arguments.model}, batch {arguments.batch}, {arguments.steps} steps, {where}")
-    for whose, values in last.items():
+    for whose in CONTENDERS:
+        values = [row[whose] for row in rows]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"{whose}: last loss {statistics.mean(values):.4f} ± {deviation:.4f}")
-    print(f"images a second, ours to theirs: {statistics.median(ratios):.2f}")
+    print(f"images a second, ours to theirs: {statistics.median(row['ratio'] for row in rows):.2f}")
 
 
 if __name__ == "__main__":

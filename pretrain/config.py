@@ -224,12 +224,22 @@ class SupervisedConfig(Section):
     loss: Literal["cross_entropy", "binary_cross_entropy"] = Field(
         "cross_entropy", description="or binary_cross_entropy: each class by itself (arXiv 2110.00476)"
     )
+    loss_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="of binary_cross_entropy over the classes; sum: as arXiv 2106.10270 does"
+    )
+    head_bias: float = Field(
+        0.0, description="first value of the classifier's biases; -10: nearly no class is there (arXiv 2106.10270)"
+    )
     label_smoothing: Rate = 0.0
     class_weights: Literal["none", "balanced"] | list[Positive] = Field(
         "none", description="of the loss; balanced: rare classes count as much as common ones; or a list"
     )
     patch_dropout: Rate = Field(0.0, description="share of the patches that training leaves out (arXiv 2208.07220)")
     augment: AugmentConfig = AugmentConfig()
+
+    def problems(self) -> Iterator[Problem]:
+        if self.loss_reduction == "sum" and self.loss == "cross_entropy":
+            yield Problem(("loss_reduction", "loss"), "cross_entropy has one term, nothing to add up; use mean")
 
 
 class MAEConfig(Section):

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 NUM_NEIGHBOURS, TEMPERATURE = 20, 0.07  # of DINO's k-NN (arXiv 2104.14294)
 ROWS_AT_A_TIME = 1024
 PENALTY = 1.0  # scikit-learn's default C
-LARGEST_ITERATIONS = 200
+LARGEST_ITERATIONS = 1000  # some hundred do
+LEAST_GRADIENT = 1e-7
+STEPS_REMEMBERED = 10  # scipy's; torch's 100 would take 36 GB for 21,841 classes and D = 1024
+EPSILON = torch.finfo(torch.float64).eps
 
 
 def predict_by_neighbours(known: Tensor, labels: Tensor, unknown: Tensor, num_classes: int) -> Tensor:
@@ -38,6 +41,8 @@ def predict_by_neighbours(known: Tensor, labels: Tensor, unknown: Tensor, num_cl
 def predict_by_linear_probe(known: Tensor, labels: Tensor, unknown: Tensor, num_classes: int) -> Tensor:
     """Classify by logistic regression on standardised features, with scikit-learn's objective, minimised by L-BFGS.
 
+    In fp64, because fp32 no longer tells losses apart while predictions still change.
+
     Args:
         known: [N, D].
         labels: of the known, [N].
@@ -47,17 +52,27 @@ def predict_by_linear_probe(known: Tensor, labels: Tensor, unknown: Tensor, num_
     Returns:
         Labels [M].
     """
+    known, unknown = known.double(), unknown.double()
     mean, deviation = known.mean(dim=0), known.std(dim=0, correction=0)
-    deviation = torch.where(deviation > 0, deviation, 1.0)
+    rounding = len(known) * EPSILON * mean.abs()  # what a constant feature deviates by
+    deviation = torch.where(deviation > rounding, deviation, 1.0)
     known, unknown = (known - mean) / deviation, (unknown - mean) / deviation
     weight = nn.Parameter(known.new_zeros(num_classes, known.shape[1]))
     bias = nn.Parameter(known.new_zeros(num_classes))
-    solver = torch.optim.LBFGS([weight, bias], max_iter=LARGEST_ITERATIONS, line_search_fn="strong_wolfe")
+    # Two classes have one weight in scikit-learn: as two of opposite sign under twice the penalty.
+    penalty = (2 if num_classes == 2 else 1) / (2 * PENALTY * len(known))
+    solver = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=LARGEST_ITERATIONS,
+        tolerance_grad=LEAST_GRADIENT,
+        tolerance_change=EPSILON,
+        history_size=STEPS_REMEMBERED,
+        line_search_fn="strong_wolfe",
+    )
 
     def objective() -> float:
         solver.zero_grad()
-        penalty = weight.square().sum() / (2 * PENALTY * len(known))
-        loss = F.cross_entropy(known @ weight.T + bias, labels) + penalty
+        loss = F.cross_entropy(known @ weight.T + bias, labels) + penalty * weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 

@@ -13,6 +13,7 @@ from pretrain.checkpoint.pieces import find_faults, load_weights
 from pretrain.model.vit import resize_positions
 
 POSITIONS = "encoder.position_embedding"
+SCALES = ("attention_scale.weight", "mlp_scale.weight")
 # Names on the disk in a folder of model type "vit", in either transformers 4 or 5, and ours.
 NAMES = (
     ("vit.", ""),
@@ -35,8 +36,9 @@ NAMES = (
 def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_norm_eps: float) -> str:
     """Give an objective the weights at `path`, before it goes under an engine.
 
-    The encoder must fit whole, but for its positions, which are interpolated to this run's number of patches. What lies
-    around it is taken over from a run with the same classes, else it starts anew.
+    The encoder must fit whole, but for its positions, which are interpolated to this run's number of patches, and for
+    LayerScale, which an export has folded into the layers before it. What lies around it is taken over from a run with
+    the same classes, else it starts anew.
 
     Args:
         objective: has an `encoder`.
@@ -45,7 +47,7 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
         layer_norm_eps: of this run's encoder.
 
     Returns:
-        A sentence that says what starts anew.
+        A sentence that says what was changed and what starts anew.
 
     Raises:
         CheckpointError: nothing usable there, or the encoder's tensors differ; the message names them.
@@ -67,6 +69,10 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
     if (positions := encoder.get(POSITIONS)) is not None and positions.shape[1:2] != own[POSITIONS].shape[1:2]:
         encoder[POSITIONS] = resize_positions(positions, own[POSITIONS].shape[1] - 1)
         said += f"; positions interpolated from {positions.shape[1] - 1} patches to {own[POSITIONS].shape[1] - 1}"
+    scales = {name for name in wanted if name.endswith(SCALES)}
+    if scales and not scales & encoder.keys():
+        encoder |= {name: torch.ones_like(own[name]) for name in scales}
+        said += "; LayerScale starts at 1, since there is none there"
     for name in sorted(wanted | encoder.keys()):
         there = list(encoder[name].shape) if name in encoder else "nothing"
         here = list(own[name].shape) if name in wanted else "nothing"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,11 +58,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Ten
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
 
 
-def binary_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Return each sample's binary cross-entropy [B], the mean over its classes."""
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, label_smoothing: float, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """Return each sample's binary cross-entropy [B], the mean over its classes or their sum."""
     targets = torch.full_like(logits, label_smoothing / logits.shape[1])
     targets.scatter_(1, labels[:, None], 1 - label_smoothing + label_smoothing / logits.shape[1])
-    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return losses.sum(dim=1) if reduction == "sum" else losses.mean(dim=1)
 
 
 def neighbours(values: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from pretrain.config import ModelConfig
 
 INITIAL_STD = 0.02
 PICKS_ABOVE = 0.1  # rate of drop path
+# Of the blocks: with no drop path, a low rate and a high one, each in training and evaluation, of one size and of any.
+MOST_GRAPHS = 32
 
 
 class ViT(nn.Module):
@@ -119,7 +121,11 @@ class Block(nn.Module):
 
 
 def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile every block in place; block by block, so that ZeRO's hooks around them stay outside of the graphs."""
+    """Compile every block in place; block by block, so that ZeRO's hooks around them stay outside of the graphs.
+
+    All blocks share one list of graphs; after the eighth, torch would go on without compiling.
+    """
+    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in module.modules():
         if isinstance(block, Block):
             block.compile(backend=backend)

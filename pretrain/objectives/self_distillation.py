@@ -109,7 +109,7 @@ class SelfDistillationObjective(Objective):
         losses = {
             "dino": dino_loss(self._say(own), self._say(of_small), cls_targets.reshape(len(own), NUM_LARGE, -1)),
             "ibot": self._patch_loss(tokens[:, 1:][hidden], patch_targets, hidden),
-            "koleo": koleo_loss(own.float()),
+            "koleo": koleo_loss(own.float(), batch["position"]),
         }
         loss = losses["dino"] + losses["ibot"] + self.config.koleo_weight * losses["koleo"]
         return {"loss": loss, **losses}
@@ -190,20 +190,24 @@ def sinkhorn_knopp(logits: Tensor) -> Tensor:
     return shares
 
 
-def koleo_loss(features: Tensor) -> Tensor:
+def koleo_loss(features: Tensor, positions: Tensor) -> Tensor:
     """Return the mean of -log of the distance to the nearest other image, on the unit sphere (arXiv 1806.03198).
 
     Args:
         features: of this rank's crops, [B, crops, D]; for each of the crops by itself, neighbours are looked for on all
             ranks, and are moved as well. The crops' means are added up.
+        positions: of the images in the run, [B]. A rank without images of its own has a copy of another's, which is
+            no neighbour of it.
     """
     rows = F.normalize(features, dim=-1)
     all_rows, first = gather_rows(rows)
+    all_positions, _ = gather_rows(positions)
     own, everyone = rows.transpose(0, 1), all_rows.transpose(0, 1)  # [crops, B, D], of this rank and of all
     places = torch.arange(len(rows), device=rows.device)
     with torch.no_grad():
         cosines = own @ everyone.transpose(1, 2)
-        cosines[:, places, first + places] = -1
+        cosines.masked_fill_(positions[:, None] == all_positions, -3)
+        cosines[:, places, first + places] = -2  # an image alone is its own: a distance without a gradient
         nearest = cosines.argmax(dim=2)
     distances: Tensor = torch.linalg.vector_norm(own - take(everyone, nearest) + LEAST_DISTANCE, dim=2)
     return -(distances + LEAST_DISTANCE).log().mean(dim=1).sum()

@@ -1,6 +1,6 @@
 """Supervised classification of CLS: cross-entropy, plain or binary, with label smoothing, mixup and cutmix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,11 @@ from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
 
 HEAD_STD = 0.01
-LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+LOSSES: dict[tuple[str, str], Callable[[Tensor, Tensor, float], Tensor]] = {
+    ("cross_entropy", "mean"): cross_entropy,
+    ("binary_cross_entropy", "mean"): binary_cross_entropy,
+    ("binary_cross_entropy", "sum"): partial(binary_cross_entropy, reduction="sum"),
+}
 
 
 class SupervisedObjective(Objective):
@@ -27,12 +31,13 @@ class SupervisedObjective(Objective):
         self.config = config
         self.preprocessing = preprocessing
         self.encoder = encoder
+        self.loss = LOSSES[config.loss, config.loss_reduction]
         self.together = 2 if config.augment.mixes else 1
         self.class_weights: Tensor
         self.register_buffer("class_weights", weigh(config.class_weights, class_shares), persistent=False)
         self.classifier = nn.Linear(encoder.config.hidden_size, len(class_shares))
         nn.init.trunc_normal_(self.classifier.weight, std=HEAD_STD)
-        nn.init.zeros_(self.classifier.bias)
+        nn.init.constant_(self.classifier.bias, config.head_bias)
 
     def train_view(self, image_size: int) -> View:
         view = TrainView(self.config.augment, image_size)
@@ -50,7 +55,7 @@ class SupervisedObjective(Objective):
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return each sample's loss, [B], times the weight of its class."""
-        losses = LOSSES[self.config.loss](logits, labels, self.config.label_smoothing)
+        losses = self.loss(logits, labels, self.config.label_smoothing)
         return losses * self.class_weights[labels] if self.config.class_weights != "none" else losses
 
     def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +77,7 @@ class SupervisedObjective(Objective):
         logits = self.logits(self.normalized(batch))
         correct = (logits.argmax(dim=1) == labels).float()
         return {
-            "loss": (LOSSES[self.config.loss](logits, labels, 0.0) * weight).sum(),
+            "loss": (self.loss(logits, labels, 0.0) * weight).sum(),
             "top1": (correct * weight).sum(),
         }
 

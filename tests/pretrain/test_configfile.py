@@ -16,6 +16,8 @@ from pretrain.configfile import ConfigError, _leaves, flatten, load_config
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "run_dir: runs/x\ndata: {train: shards}\nschedule: {total_steps: 100}\n"
 
+DISTIL = "objective: {{name: self_distillation, {}}}"
+
 # yaml, overrides, and the line that must be among the answers
 MISTAKES = [
     ("modle: {}", [], "x.yaml:4: modle: unknown key; did you mean model?"),
@@ -57,6 +59,29 @@ MISTAKES = [
     ("objective: {name: mae, decoder_num_attention_heads: 7}", [], "7 heads don't divide decoder_hidden_size 512; 8"),
     ("objective: {name: mae, augment: {mixup: 0.8}}", [], "mixup and cutmix mix labels, and mae has none"),
     ("objective: {name: mae, mask_ratio: 0.999}", [], "objective.mask_ratio: hides all of the 196 patches; lower it"),
+    (
+        "objective: {loss_reduction: sum}",
+        [],
+        "objective.loss_reduction: cross_entropy has one term, nothing to add up; use mean",
+    ),
+    ("objective: {augment: {three_augment: true, blur: 0.1}}", [], "already takes grey, solarize or blur; leave their"),
+    (
+        "objective: {name: mae, decoder_hidden_size: 50, decoder_num_attention_heads: 2}",
+        [],
+        "objective.decoder_hidden_size: its sincos positions need a multiple of 4, got 50",
+    ),
+    (DISTIL.format("mask_ratios: [0.5, 0.1]"), [], "mask_ratios: expected [low, high] with 0 < low <= high, got [0.5"),
+    (DISTIL.format("augment: {cutmix: 1}"), [], "mixup and cutmix mix labels, and there are none"),
+    (DISTIL.format("local_image_size: 100"), [], "patches of 16 pixels don't divide a small crop of 100"),
+    (DISTIL.format(""), ["engine.zero_stage=3"], "follows whole weights, which stage 3 cuts up; use 0, 1 or 2"),
+    (DISTIL.format(""), ["ema.decay=0.9"], "ema.decay: self_distillation's teacher is an average already; use 0"),
+    (DISTIL.format(""), ["data.decode=gpu"], "data.decode: self_distillation crops an image many times; use cpu"),
+    ("", ["schedule.image_sizes=[[0.5, 100]]"], "patches of 16 pixels don't divide an image of 100"),
+    ("", ["schedule.image_sizes=[[0.9, 192], [0.5, 128]]"], "the shares of the run must grow, got [0.9, 0.5]"),
+    ("", ["schedule.image_sizes=[[0.5, 192]]", "data.decode=gpu"], "data.decode: decodes to one size; use cpu"),
+    ("objective: {name: mae}", ["schedule.image_sizes=[[0.5, 192]]"], "the places of the patches, so images have one"),
+    ("", ["data.repeats=3"], "data.repeats: 3 views don't divide a batch of 256"),
+    ("", ["evaluation.probe_every_steps=5"], "data.validation: missing, and the probes are tested on it"),
     ("", ["schedule.warmup_steps=100"], "100 steps of warm-up leave none of the 100 to decay"),
     ("", ["schedule.name=wsd"], "schedule.cooldown_steps: wsd needs some, and nothing else has any"),
     ("", ["schedule.name=wsd", "schedule.cooldown_steps=99", "schedule.warmup_steps=1"], "leave none between"),

@@ -10,7 +10,7 @@ import transformers
 from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import ModelConfig, PreprocessingConfig, SupervisedConfig
-from pretrain.export.vit import encoder_config
+from pretrain.export.vit import encoder_config, fold_layer_scale, to_hugging_face
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -21,7 +21,7 @@ MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, 
 NAMES = ["cat", "dog"]
 
 
-def objective(classes: int = 2, **changes: int) -> Objective:
+def objective(classes: int = 2, **changes: float) -> Objective:
     model = MODEL.model_copy(update=changes)
     return build_objective(SupervisedConfig(), ViT(model), [1 / classes] * classes, PreprocessingConfig())
 
@@ -58,6 +58,28 @@ def test_positions_are_interpolated_as_transformers_does(tmp_path: Path) -> None
     with torch.no_grad():
         expected = theirs(images, interpolate_pos_encoding=True).last_hidden_state
         torch.testing.assert_close(ours.encoder(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_scale_starts_at_one_where_it_is_folded_into_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = objective(layer_scale=0.1).eval()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs = transformers.ViTModel(hf_config(), add_pooling_layer=False)
+    theirs.load_state_dict(to_hugging_face(fold_layer_scale(source.encoder.state_dict()), MODEL), strict=True)
+    theirs.save_pretrained(tmp_path)
+    taker = objective(layer_scale=1e-5).eval()
+    said = warm_start(taker, tmp_path, NAMES, 1e-6)
+    assert said.startswith(f"started from {tmp_path}; LayerScale starts at 1, since there is none there; ")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(taker.encoder(images), source.encoder(images), rtol=1e-5, atol=1e-5)
+
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    write_checkpoint(folder, replace(MANIFEST, class_names=NAMES), source.state_dict())
+    assert warm_start(taker, folder, NAMES, 1e-6) == f"started from {folder}"
+    assert all(torch.equal(weight, taker.state_dict()[name]) for name, weight in source.state_dict().items())
 
 
 def test_another_run_gives_its_head_where_the_classes_are_the_same(tmp_path: Path) -> None:

@@ -26,11 +26,15 @@ NAMES = ["tabby cat", "dog", "鳥"]
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
 
 
-@pytest.fixture(scope="module", params=["learned", "sincos"])
+@pytest.fixture(
+    scope="module",
+    params=[{"position_embedding": "learned"}, {"position_embedding": "sincos"}, {"layer_scale": 0.1}],
+    ids=["learned", "sincos", "layer_scale"],
+)
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("run")
-    model = MODEL.model_copy(update={"position_embedding": request.param})
+    model = MODEL.model_copy(update=request.param)
     config = PretrainConfig(
         run_dir=folder,
         data=DataConfig(train=str(folder)),
@@ -42,7 +46,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     weights = {f"encoder.{name}": weight for name, weight in ViT(model).state_dict().items()}
     weights |= {"classifier.weight": torch.randn(3, 48), "classifier.bias": torch.randn(3)}
     weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    manifest = Manifest(9, 99, 1, "digest", NAMES, json.loads(config.model_dump_json()), "commit")
+    manifest = Manifest(9, 99, 1, {"training": "digest"}, NAMES, json.loads(config.model_dump_json()), "commit")
     write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
     return folder
 

@@ -17,6 +17,7 @@ from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import DataConfig, MAEConfig, ModelConfig, PretrainConfig, ScheduleConfig, SupervisedConfig
 from pretrain.export.folder import export
 from pretrain.export.proof import ProofError
+from pretrain.export.vit import fold_layer_scale
 from pretrain.export.vit_mae import VitMae
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
@@ -27,12 +28,18 @@ OBJECTIVE = MAEConfig(
     decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64
 )
 
+LAYERS_ON_DISK = ("vit.encoder.layer.0", "vit.encoder.layer.1", "decoder.decoder_layers.0")
 
-@pytest.fixture(scope="module", params=["learned", "sincos"])
+
+@pytest.fixture(
+    scope="module",
+    params=[{"position_embedding": "learned"}, {"position_embedding": "sincos"}, {"layer_scale": 0.1}],
+    ids=["learned", "sincos", "layer_scale"],
+)
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("mae")
-    model = MODEL.model_copy(update={"position_embedding": request.param})
+    model = MODEL.model_copy(update=request.param)
     config = PretrainConfig(
         run_dir=folder,
         data=DataConfig(train=str(folder)),
@@ -43,7 +50,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.manual_seed(1)
     weights = build_objective(OBJECTIVE, ViT(model), [], config.preprocessing).state_dict()
     weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    manifest = Manifest(9, 99, 1, "digest", [], json.loads(config.model_dump_json()), "commit")
+    manifest = Manifest(9, 99, 1, {"training": "digest"}, [], json.loads(config.model_dump_json()), "commit")
     write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
     return folder
 
@@ -58,27 +65,26 @@ def test_the_autoencoder_rebuilds_what_the_run_rebuilds(run_dir: Path) -> None:
 
 
 def test_names_on_disk_are_those_of_the_folders_on_the_hub(run_dir: Path) -> None:
-    """transformers 5.23 would write `decoder.decoder_encoder.layer`, which 4.57 does not find."""
-    names = set(load_file(run_dir / "autoencoder" / "model.safetensors"))
-    assert {name for name in names if name.startswith("decoder.decoder_layers.0.")} == {
-        f"decoder.decoder_layers.0.{name}.{kind}"
-        for name in (
-            "attention.attention.query",
-            "attention.attention.key",
-            "attention.attention.value",
-            "attention.output.dense",
-            "intermediate.dense",
-            "output.dense",
-            "layernorm_before",
-            "layernorm_after",
-        )
-        for kind in ("weight", "bias")
-    }
-    others = {name for name in names if name.startswith("decoder.") and "decoder_layers" not in name}
-    layers = ("decoder_embed", "decoder_norm", "decoder_pred")
-    assert others == {f"decoder.{name}.{kind}" for name in layers for kind in ("weight", "bias")} | {
+    """4.57 finds these; transformers 5.23 would write `decoder.decoder_encoder.layer`, and has others in memory."""
+    layer = (
+        "attention.attention.query",
+        "attention.attention.key",
+        "attention.attention.value",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+        "layernorm_before",
+        "layernorm_after",
+    )
+    modules = [f"{place}.{name}" for place in LAYERS_ON_DISK for name in layer]
+    modules += ["vit.embeddings.patch_embeddings.projection", "vit.layernorm"]
+    modules += [f"decoder.{name}" for name in ("decoder_embed", "decoder_norm", "decoder_pred")]
+    assert set(load_file(run_dir / "autoencoder" / "model.safetensors")) == {
+        "vit.embeddings.cls_token",
+        "vit.embeddings.position_embeddings",
         "decoder.mask_token",
         "decoder.decoder_pos_embed",
+        *(f"{module}.{kind}" for module in modules for kind in ("weight", "bias")),
     }
 
 
@@ -90,8 +96,8 @@ def test_the_encoder_alone_is_an_ordinary_vit(run_dir: Path) -> None:
     )
     assert not any(report.values())
     model = new_classifier(run_dir / "encoder", ["a", "b"], from_scratch=False, freeze_backbone=False)
-    trained = load_weights(run_dir / "checkpoints" / "step-00000009")["encoder.layers.1.mlp.fc2.weight"]
-    assert torch.equal(model.state_dict()["vit.layers.1.mlp.fc2.weight"], trained)
+    trained = fold_layer_scale(load_weights(run_dir / "checkpoints" / "step-00000009"))
+    assert torch.equal(model.state_dict()["vit.layers.1.mlp.fc2.weight"], trained["encoder.layers.1.mlp.fc2.weight"])
 
 
 def test_neither_is_taken_for_a_classifier(run_dir: Path) -> None:
@@ -109,8 +115,9 @@ def test_another_run_begins_from_either(run_dir: Path, folder: str) -> None:
     )
     objective = build_objective(SupervisedConfig(), ViT(config.model), [0.5, 0.5], config.preprocessing)
     assert "classifier.weight anew" in warm_start(objective, run_dir / folder, ["a", "b"], 1e-6)
-    trained = load_weights(run_dir / "checkpoints" / "step-00000009")
-    assert all(torch.equal(w, trained[f"encoder.{name}"]) for name, w in objective.encoder.state_dict().items())
+    trained = fold_layer_scale(load_weights(run_dir / "checkpoints" / "step-00000009"))
+    for name, weight in objective.encoder.state_dict().items():
+        assert torch.equal(weight, trained.get(f"encoder.{name}", torch.ones_like(weight))), name  # 1: LayerScale's
 
 
 @pytest.mark.parametrize("damage", ["weight", "missing", "mask", "targets"])

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
+from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig, PreprocessingConfig, SelfDistillationConfig
 from pretrain.data.crops import draw_hidden
-from pretrain.model.vit import ViT
+from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.self_distillation import (
     SelfDistillationObjective,
@@ -47,7 +48,8 @@ def batch(objective: SelfDistillationObjective, size: int) -> dict[str, torch.Te
     view, images = objective.train_view(32), np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
     large = [np.kron(image, np.ones((6, 6, 1), np.uint8)) for image in images]
     samples = [view(image, np.random.default_rng(i)) for i, image in enumerate(large)]
-    return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
+    fields = {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
+    return {**fields, "position": torch.arange(size)}
 
 
 def test_the_first_losses_are_those_of_a_student_that_says_nothing() -> None:
@@ -85,11 +87,29 @@ def test_koleo_looks_at_the_nearest_other() -> None:
     for crop in F.normalize(features, dim=-1).unbind(1):
         distances = torch.cdist(crop, crop) + 10 * torch.eye(9)
         expected = expected - distances.min(dim=1).values.log().mean()
-    loss = koleo_loss(features)
+    loss = koleo_loss(features, torch.arange(9))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     [ours] = torch.autograd.grad(loss, features)
     [theirs] = torch.autograd.grad(expected, features)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_koleo_takes_no_copy_for_a_neighbour() -> None:
+    torch.manual_seed(0)
+    once = torch.randn(4, 2, 8)
+    twice = torch.cat([once[:1], once]).requires_grad_()
+    loss = koleo_loss(twice, torch.tensor([5, 5, 6, 7, 8]))
+    expected = torch.zeros(())
+    for crop in F.normalize(once, dim=-1).unbind(1):
+        least = (torch.cdist(crop, crop) + 10 * torch.eye(4)).min(dim=1).values.log()
+        expected = expected - torch.cat([least[:1], least]).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    [gradient] = torch.autograd.grad(loss, twice)
+    assert gradient.abs().max() < 10
+
+    alone = torch.randn(1, 2, 8).expand(2, -1, -1).clone().requires_grad_()
+    [gradient] = torch.autograd.grad(koleo_loss(alone, torch.tensor([5, 5])), alone)
+    assert not gradient.any()
 
 
 def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
@@ -155,6 +175,22 @@ def test_exactly_so_many_patches_are_hidden(side: int, share: float, seed: int) 
     hidden = draw_hidden(side, count, np.random.default_rng(seed))
     assert hidden.shape == (side, side)
     assert hidden.sum() == count
+
+
+def test_student_and_teacher_stay_compiled() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = MODEL.model_copy(update={"num_hidden_layers": 14, "drop_path": 0.3, "layer_scale": 1e-5})
+    objective = build_objective(SelfDistillationConfig.model_validate(SMALL), ViT(model), [], PreprocessingConfig())
+    assert isinstance(objective, SelfDistillationObjective)
+    counter = CompileCounter()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compile_blocks(objective, backend=counter)
+        for size in (8, 7):  # ranks that don't divide the batch
+            objective.train()(batch(objective, size))["loss"].backward()
+        with torch.no_grad():
+            objective.eval()({"image": torch.zeros(8, 3, 32, 32, dtype=torch.uint8), "weight": torch.ones(8)})
+    assert 8 < counter.frame_count <= MOST_GRAPHS // 2
 
 
 def test_evaluation_sums_leave_out_what_has_no_weight() -> None:

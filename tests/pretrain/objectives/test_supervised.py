@@ -1,6 +1,7 @@
 """The supervised objective against torch, and by learning something."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,13 +10,15 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
 from pretrain import UserError
-from pretrain.config import AugmentConfig, ModelConfig, PreprocessingConfig, SupervisedConfig
+from pretrain.config import AugmentConfig, ModelConfig, PreprocessingConfig, PretrainConfig, SupervisedConfig
+from pretrain.configfile import load_config
 from pretrain.data.mixing import neighbours
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
 from tests.overfitting import overfit
 
+ROOT = Path(__file__).resolve().parents[3]
 MODEL = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=32
 )
@@ -86,6 +89,46 @@ def test_binary_cross_entropy_equals_torch_on_mixed_and_smoothed_targets() -> No
     sums = objective.eval()({**data, "weight": torch.ones(8)})
     plain = F.binary_cross_entropy_with_logits(_logits(objective, data), F.one_hot(data["label"], 10).float())
     assert float(sums["loss"]) == pytest.approx(8 * float(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "bias", "expected"),
+    [
+        ("mean", 0.0, math.log(2)),
+        ("sum", 0.0, 1000 * math.log(2)),
+        ("sum", -10.0, 1000 * math.log1p(math.exp(-10)) + 10),  # each class is nearly excluded, the true one as well
+    ],
+)
+def test_the_first_binary_cross_entropy_is_known(reduction: str, bias: float, expected: float) -> None:
+    given = {"loss": "binary_cross_entropy", "loss_reduction": reduction, "head_bias": bias}
+    config = SupervisedConfig.model_validate(given)
+    objective = build_objective(config, ViT(MODEL), [1e-3] * 1000, PreprocessingConfig()).train()
+    data = batch(32, 1000)
+    loss = objective(data)["loss"]
+    assert float(loss) == pytest.approx(expected, rel=0.02)
+    sums = objective.eval()({**data, "weight": torch.ones(32)})
+    assert float(sums["loss"]) == pytest.approx(32 * expected, rel=0.02)
+
+
+def test_the_augreg_recipe_adds_up_its_classes() -> None:
+    recipe = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "vit_l16_in21k_augreg.yaml").config.objective
+    config = recipe.model_copy(update={"augment": AugmentConfig()})
+    objective = build_objective(config, ViT(MODEL), [1 / 21841] * 21841, PreprocessingConfig()).train()
+    expected = 21841 * math.log1p(math.exp(-10)) + 10
+    assert float(objective(batch(8, 21841))["loss"]) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_sum_over_classes_is_so_many_means() -> None:
+    """As big_vision's sigmoid_xent, and as timm's sum_classes."""
+    gradients = []
+    for reduction in ("mean", "sum"):
+        torch.manual_seed(0)
+        given = {"loss": "binary_cross_entropy", "loss_reduction": reduction, "augment": {"mixup": 0.8}}
+        config = SupervisedConfig.model_validate(given)
+        objective = build_objective(config, ViT(MODEL), [0.1] * 10, PreprocessingConfig()).train()
+        objective(batch(8, own_share=0.7))["loss"].backward()
+        gradients.append(objective.get_parameter("classifier.weight").grad)
+    torch.testing.assert_close(gradients[1], 10 * gradients[0])  # type: ignore[operator]
 
 
 def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
