@@ -51,8 +51,9 @@ def with_fewer_ranks(command: Sequence[str], say: Callable[[str], None], world_s
     place = next((i for i, word in enumerate(words[:-1]) if NUM_RANKS.fullmatch(word)), None)
     if place is None or not words[place + 1].isdigit() or int(words[place + 1]) < 2:
         return list(command)
-    words[place + 1] = str(int(words[place + 1]) - 1)
-    say(f"going on with {words[place + 1]} ranks; the global batch stays the same")
+    left = int(words[place + 1]) - 1
+    words[place + 1] = str(left)
+    say(f"going on with {left} {'rank' if left == 1 else 'ranks'}; the global batch stays the same")
     return words
 
 

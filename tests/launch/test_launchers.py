@@ -25,7 +25,7 @@ from pretrain.data.quarantine import Quarantine
 from pretrain.data.sets import open_samples
 from pretrain.journal import read_rows
 from pretrain.tracking.tracker import git_commit
-from pretrain.watch import START, read_beat
+from pretrain.watch import START, Beat, read_beat
 from tests.finetune.test_backbone import families, folder_of
 from tests.launching import ROOT, Shell, end, free_port
 
@@ -172,7 +172,7 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     shell: Shell, tiny: Path, tool: Tool, tmp_path: Path
 ) -> None:
     """One rank is asked to stop; then, under a supervisor, it is stopped by force, and once more killed."""
-    settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=20", "health.hang_seconds=1"]
+    settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=20", "health.hang_seconds=3"]
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, *settings]
     whole = shell([*deepspeed, f"run_dir={tmp_path}/whole", "tracking.uri=off"])
     assert whole.code == 0, whole.err[-3000:]
@@ -181,7 +181,7 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     process = shell.start([*deepspeed, f"run_dir={run_dir}"])
     try:
         wait_for(lambda: len(losses(run_dir)) >= 3)
-        os.kill(pid_of(run_dir, 1), signal.SIGUSR1)
+        os.kill(process_of(run_dir, 1), signal.SIGUSR1)
         asked = time.monotonic()
         out, err = process.communicate(timeout=90)
     finally:
@@ -191,21 +191,20 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     assert "stopped as asked; the same command continues from here" in out, err[-3000:]
     stopped_at = len(losses(run_dir))
     assert 3 <= stopped_at < 150
-    run = mlflow_runs(tmp_path)["stopped"]
-    assert run.info.status == "KILLED"
+    assert mlflow_runs(tmp_path)["stopped"].info.status == "KILLED"
     manifest = Manifest.load(list_checkpoints(run_dir)[-1])
     assert (manifest.step, manifest.samples, manifest.world_size) == (stopped_at, 16 * stopped_at, 2)
-    assert manifest.mlflow_run_id == run.info.run_id
     assert manifest.git_commit == git_commit()
     assert manifest.data_digests.keys() == {"training", "validation"}
 
     process = shell.start([tool("tessera"), "supervise", "--", *deepspeed, f"run_dir={run_dir}", "--resume"])
     try:
         wait_for(lambda: len(losses(run_dir)) >= stopped_at + 15)
-        hanging = pid_of(run_dir, 1)
+        hanging = process_of(run_dir, 1)
         os.kill(hanging, signal.SIGSTOP)
-        wait_for(lambda: pid_of(run_dir, 1) != hanging and len(losses(run_dir)) >= stopped_at + 30)
-        os.kill(pid_of(run_dir, 1), signal.SIGKILL)
+        again, saved = process_of(run_dir, 1, other_than=hanging), list_checkpoints(run_dir)
+        wait_for(lambda: list_checkpoints(run_dir) != saved)  # a second failure without one would take a rank away
+        os.kill(again, signal.SIGKILL)
         out, err = process.communicate(timeout=120)
     finally:
         end(process)
@@ -215,15 +214,23 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     assert "stuck for longer than health.hang_seconds; the run is ended, and can be continued" in err
     assert len(re.findall(r"supervise: exit code -?\d+ at step \d+; again in 1 s from step \d+", err)) == 2, err[-3000:]
     assert re.search(r"goodput \d+.\d% of \d+ s, 2 restarts: compute \d+ s, ", err)
-    assert mlflow_runs(tmp_path)["stopped"].data.tags["goodput.restart"].endswith(" s")
     assert losses(run_dir) == losses(tmp_path / "whole")
-    assert mlflow_runs(tmp_path)["stopped"].info.status == "FINISHED"
+    run = mlflow_runs(tmp_path)["stopped"]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["goodput.restart"].endswith(" s")
+    assert run.info.run_id == Manifest.load(list_checkpoints(run_dir)[-1]).mlflow_run_id
 
 
-def pid_of(run_dir: Path, rank: int) -> int:
-    """Return a rank's process, once it trains."""
-    beat = read_beat(run_dir, rank)
-    return beat.pid if beat and beat.phase != START else 0
+def process_of(run_dir: Path, rank: int, other_than: int = 0) -> int:
+    """Wait until a rank says that it trains, as another process than the one before; return its number."""
+    beats: list[Beat] = []
+
+    def trains() -> bool:
+        beats[:] = [beat for beat in [read_beat(run_dir, rank)] if beat and beat.phase != START]
+        return bool(beats) and beats[0].pid != other_than
+
+    wait_for(trains)
+    return beats[0].pid
 
 
 def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: Tool, tmp_path: Path) -> None:

@@ -90,7 +90,9 @@ def test_a_launcher_that_counts_the_gpus_itself_is_told_how_many(monkeypatch: py
 def test_one_rank_fewer(command: list[str], fewer: list[str]) -> None:
     said: list[str] = []
     assert with_fewer_ranks(command, said.append, 8) == fewer
-    assert said == [f"going on with {fewer[2]} ranks; the global batch stays the same"]
+    assert said == [
+        f"going on with {fewer[2]} {'rank' if fewer[2] == '1' else 'ranks'}; the global batch stays the same"
+    ]
 
 
 @pytest.mark.parametrize(
