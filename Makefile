@@ -1,4 +1,5 @@
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 INSTALLED := $(VENV)/installed
 # Without an NVIDIA driver: the torch that the tests use. With one: whatever pip finds newest.
@@ -13,7 +14,7 @@ quickstart: $(INSTALLED)  ## the whole way on real images, in minutes
 	$(VENV)/bin/python launch/quickstart.py
 
 test: $(INSTALLED)  ## every test, on the CPU
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## ruff, its formatter, mypy
 	$(VENV)/bin/ruff check .
