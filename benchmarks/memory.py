@@ -1,0 +1,86 @@
+"""How much memory `tessera export` takes, beside what the model's weights and the whole checkpoint are.
+
+    python benchmarks/memory.py                 # ViT-B/16 and L/16, saved by eight ranks, about a minute
+
+The checkpoint holds the weights and AdamW's two moments. The export, its proof included, runs in a process of its own;
+what that takes beyond its imports is its peak resident memory.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from pretrain.checkpoint.manifest import Manifest, SavedTensor
+from pretrain.checkpoint.pieces import WEIGHT, Layout, Piece, write_file
+from pretrain.config import PretrainConfig
+from pretrain.configfile import load_config
+from pretrain.export.folder import export
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
+
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "vit_b16.yaml"
+RANKS = 8
+KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
+SIZES = {"B/16": (768, 12, 12), "L/16": (1024, 24, 16)}
+
+
+def save(folder: Path, size: str) -> tuple[int, int]:
+    """Write a checkpoint as so many ranks would at ZeRO 3; return the bytes of the weights, and of all."""
+    width, depth, heads = SIZES[size]
+    overrides = [f"model={{hidden_size: {width}, num_hidden_layers: {depth}, num_attention_heads: {heads}}}"]
+    config = load_config(PretrainConfig, RECIPE, ["run_dir=unused", "data.train=unused", *overrides]).config
+    names = [str(number) for number in range(1000)]
+    objective = build_objective(config.objective, ViT(config.model), [1 / 1000] * 1000, config.preprocessing)
+    weights = objective.state_dict()
+    tensors = {name: SavedTensor(list(weight.shape), list(KINDS), []) for name, weight in weights.items()}
+    files = []
+    for rank in range(RANKS):
+        pieces, values = [], []
+        for name, weight in weights.items():
+            start, stop = (weight.numel() * (rank + i) // RANKS for i in (0, 1))
+            pieces.append(Piece(name, start, stop, KINDS))
+            values += [weight.flatten()[start:stop]] * len(KINDS)
+            tensors[name].pieces.append([rank, start, stop])
+        files.append(write_file(folder / f"rank-{rank:05d}.safetensors", Layout(pieces), torch.cat(values)))
+    resolved = json.loads(config.model_dump_json())
+    Manifest(1, 1, RANKS, {"training": ""}, names, resolved, None, files=files, tensors=tensors).save(folder)
+    return 4 * sum(weight.numel() for weight in weights.values()), sum(file.num_bytes for file in files)
+
+
+def peak_of_export(checkpoint: Path, out: Path) -> int:
+    """Export; return the bytes that this took beyond what was there before."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    export(checkpoint, out)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--export", nargs=2, type=Path, metavar=("CHECKPOINT", "OUT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.export:
+        print(peak_of_export(*arguments.export))
+        return
+    print("| | weights | checkpoint | export takes | of the weights |\n|---|---|---|---|---|")
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as name:
+            checkpoint = Path(name) / "step-00000001"
+            checkpoint.mkdir()
+            weights, whole = save(checkpoint, size)
+            command = [sys.executable, __file__, "--export", checkpoint, Path(name) / "out"]
+            peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        print(
+            f"| {size} | {weights / 1e9:.2f} GB | {whole / 1e9:.2f} GB | {peak / 1e9:.2f} GB | {peak / weights:.1f}x |"
+        )
+
+
+if __name__ == "__main__":
+    main()
