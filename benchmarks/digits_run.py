@@ -13,7 +13,7 @@ from pretrain.checkpoint.history import list_remains
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import keep_classes, list_digits
-from pretrain.watch import END, START, Beat, read_beats
+from pretrain.watching.beats import END, START, Beat, read_beats
 from tests.launching import free_port
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"

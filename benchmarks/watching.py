@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.digits_run import prepare, start
 from pretrain.config import PretrainConfig
 from pretrain.configfile import read_command_line
-from pretrain.watch import STEPS_TIMED, Beat, read_beat
+from pretrain.watching.beats import Beat, read_beat
+from pretrain.watching.watch import STEPS_TIMED
 
 NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|has been silent)[^\n]*\n +File ")
 GIVEN_UP = 30.0  # seconds without being named
@@ -37,23 +39,17 @@ LARGER = ["model.image_size=64", "model.hidden_size=192", "model.num_hidden_laye
 
 
 @contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Stop a process for a while."""
-    os.kill(pid, signal.SIGSTOP)
+def between(begin: int, end: int, pid: int) -> Iterator[None]:
+    """Send a process one signal, and after a while another."""
+    os.kill(pid, begin)
     try:
         yield
     finally:
-        os.kill(pid, signal.SIGCONT)
+        os.kill(pid, end)
 
 
-@contextlib.contextmanager
-def hung(pid: int) -> Iterator[None]:
-    """Let a process's main thread hang for a while."""
-    os.kill(pid, signal.SIGUSR2)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGUSR2)
+stopped = partial(between, signal.SIGSTOP, signal.SIGCONT)
+hung = partial(between, signal.SIGUSR2, signal.SIGUSR2)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from pretrain.checkpoint.history import list_checkpoints, step_of
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.outcome import Outcome
-from pretrain.watch import GO_ON, LEAVE, SILENT_SECONDS, START, STOP, Beat, beats_folder, give_order, read_beats
+from pretrain.watching.beats import GO_ON, LEAVE, START, STOP, Beat, beats_folder, give_order, read_beats
+from pretrain.watching.diagnosis import SILENT_SECONDS
 
 GOODPUT_FILE = "goodput.json"
 POLL_SECONDS = 0.2

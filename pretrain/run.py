@@ -40,7 +40,8 @@ from pretrain.optimizers.muon import Muon
 from pretrain.optimizers.placement import Placement, Range
 from pretrain.outcome import DivergedError
 from pretrain.tracking.tracker import git_commit
-from pretrain.watch import GO_ON, Watch, beats_folder, find_living, give_order
+from pretrain.watching.beats import GO_ON, beats_folder, find_living, give_order
+from pretrain.watching.watch import Watch
 
 MAIN_RANK = "main"  # beside the beats: which process is the main rank
 

@@ -25,7 +25,7 @@ from pretrain.data.quarantine import Quarantine
 from pretrain.data.sets import open_samples
 from pretrain.journal import read_rows
 from pretrain.tracking.tracker import git_commit
-from pretrain.watch import START, Beat, read_beat
+from pretrain.watching.beats import START, Beat, read_beat
 from tests.finetune.test_backbone import families, folder_of
 from tests.launching import ROOT, Shell, end, free_port
 

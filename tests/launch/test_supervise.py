@@ -13,7 +13,7 @@ from launch import remains, supervise
 from launch.supervise import Attempt, Goodput, Supervisor, find_run_dir, outcome_of
 from pretrain import UserError
 from pretrain.outcome import Outcome
-from pretrain.watch import Beat
+from pretrain.watching.beats import Beat
 from tests.launching import TINY
 
 # Stands for a rank on another machine: it beats until it is ordered to leave.

@@ -7,7 +7,8 @@ import pytest
 from pretrain import UserError
 from pretrain.outcome import Outcome
 from pretrain.run import claim, find_main
-from pretrain.watch import Watch, read_beats
+from pretrain.watching.beats import read_beats
+from pretrain.watching.watch import Watch
 
 
 def test_a_folder_into_which_another_run_trains_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Where every rank is, and who hangs, lags or is silent."""
