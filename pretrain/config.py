@@ -483,7 +483,7 @@ class HealthConfig(Section):
     max_skipped_in_a_row: Count = Field(5, description="then the run goes back to its last checkpoint, past these")
     max_rollbacks: CountOrZero = Field(3, description="then the run ends")
     hang_seconds: NonNegative = Field(
-        300.0, description="a rank that hangs so long ends the run, as do all that stand still 4 times as long; 0: never"
+        300.0, description="a rank that hangs so long ends the run; all that stand still, after 4 times that; 0: never"
     )
 
 
