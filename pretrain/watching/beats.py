@@ -52,8 +52,9 @@ class Beat:
 
     @property
     def waits(self) -> bool:
-        """Say whether it waits for others, or for its device, by its stack."""
-        return any(place in self.stack for place in WAITING)
+        """Say whether it waits for others, or for its device, by its innermost frame: what hangs may hang above one."""
+        innermost = self.stack.rpartition('File "')[2]
+        return any(place in innermost for place in WAITING)
 
     @property
     def is_over(self) -> bool:
