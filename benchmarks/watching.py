@@ -72,6 +72,11 @@ def slowed(pid: int) -> Iterator[None]:
         thread.join()
 
 
+def named(log: Path) -> list[tuple[int, str]]:
+    """Return whom the ranks have named so far, and as what."""
+    return [(int(rank), said) for rank, said in NAMED.findall(log.read_text(errors="replace"))]
+
+
 def wait_for_steps(run_dir: Path, steps: int) -> list[Beat]:
     """Wait until both ranks have trained so many steps more; return their beats."""
     first, deadline = -1, time.monotonic() + 300
@@ -109,7 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds: dict[str, Callable[[int], contextlib.AbstractContextManager[None]]] = {
         "stopped": stopped,
-        "hangs": hung,
+        "hanging": hung,
         "slow": slowed,
     }
     took: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -122,22 +127,23 @@ def main() -> None:
         process = start([*command, *settings], log, **{WATCHED: "1"})
         try:
             beats = wait_for_steps(run_dir, 2 * STEPS_TIMED)
-            begun, first_step, expected = time.monotonic(), beats[0].step, 0
+            begun, first_step, alarms = time.monotonic(), beats[0].step, []
             while arguments.quiet and time.monotonic() < begun + arguments.quiet and process.poll() is None:
                 time.sleep(1)
             for kind in [] if arguments.quiet else list(kinds) * arguments.faults:
                 victim = chance.choice(wait_for_steps(run_dir, 2 * STEPS_TIMED))
-                known = len(NAMED.findall(log.read_text(errors="replace")))
+                known = len(named(log))
                 since = time.monotonic()
                 with kinds[kind](victim.pid):
                     while time.monotonic() < since + GIVEN_UP:
                         time.sleep(0.05)
-                        names = NAMED.findall(log.read_text(errors="replace"))[known:]
-                        if str(victim.rank) in [rank for rank, _ in names]:
+                        if victim.rank in [rank for rank, _ in named(log)[known:]]:
                             took[kind].append(time.monotonic() - since)
-                            expected += 1
                             break
-            alarms = len(NAMED.findall(log.read_text(errors="replace")))
+                wait_for_steps(run_dir, 1)
+                others = [said for rank, said in named(log)[known:] if rank != victim.rank]
+                alarms += [f"rank {1 - victim.rank} {said} while rank {victim.rank} is {kind}" for said in others]
+            alarms += [f"rank {rank} {said}" for rank, said in named(log)] if arguments.quiet else []
             trained = wait_for_steps(run_dir, 1)[0].step - first_step
         except TimeoutError:
             sys.exit(f"the ranks do not train:\n{log.read_text(errors='replace')[-3000:]}")
@@ -152,7 +158,9 @@ def main() -> None:
                 soon = sum(one <= 10 for one in seconds)
                 shown = f"median {statistics.median(seconds):.1f} s, longest {max(seconds):.1f} s" if seconds else ""
                 print(f"{kind}: named within 10 s in {soon} of {arguments.faults}; {shown}")
-        print(f"{alarms - expected} false alarms in {time.monotonic() - begun:.0f} s and {trained} steps")
+        print(
+            f"{len(alarms)} false alarms in {time.monotonic() - begun:.0f} s and {trained} steps", *alarms, sep="\n  "
+        )
 
 
 if __name__ == "__main__":

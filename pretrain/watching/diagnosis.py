@@ -65,9 +65,9 @@ class Diagnosis:
                 sentence = f"{beat} has been silent for {seconds:.0f} s; it was in {beat.phase} of step {beat.step}"
                 yield beat, "silent", _with_stack(sentence, beat)
         farthest = max((beat.turns for beat in beats), default=0)
-        others_wait = any(beat.turns == farthest and beat.waits for beat in beats)
+        some_wait = len({beat.waits for beat in beats}) == 2  # for those that do not, however far they have come
         for beat in beats:
-            behind = beat.turns < farthest or (others_wait and not beat.waits)
+            behind = not beat.waits if some_wait else beat.turns < farthest
             patience = FIRST_STEPS_SECONDS if beat.work is None else max(BEHIND_SECONDS, beat.work)
             if beat.rank not in silent and behind and self._waited_for(beat, now) >= patience:
                 sentence = f"{beat} hangs: {beat.since:.0f} s in {beat.phase} of step {beat.step}, the others wait"

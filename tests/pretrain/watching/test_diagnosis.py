@@ -84,6 +84,8 @@ def test_who_is_not_in_the_collective_is_who_hangs() -> None:
     above_one = IN_COLLECTIVE + '  File "signals.py", line 1, in handler\n'
     beats = [beat(0, stack=IN_COLLECTIVE), beat(1, stack=above_one)]
     assert [sentence.split(" (")[0] for sentence in seconds_long(Diagnosis(), beats, 0, 8)] == ["rank 1"]
+    ahead = [beat(0, stack=IN_COLLECTIVE), beat(1, turns=6)]  # it has left what the other still waits in
+    assert [sentence.split(" (")[0] for sentence in seconds_long(Diagnosis(), ahead, 0, 8)] == ["rank 1"]
     early = [beat(0, stack=IN_COLLECTIVE, work=None), beat(1, work=None)]
     assert not seconds_long(Diagnosis(), early, 0, 100)  # the other may be compiling still
     long_steps = [beat(0, stack=IN_COLLECTIVE, work=30.0), beat(1, work=30.0)]
