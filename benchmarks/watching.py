@@ -30,7 +30,7 @@ from pretrain.configfile import read_command_line
 from pretrain.watching.beats import Beat, read_beat
 from pretrain.watching.watch import STEPS_TIMED
 
-NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|has been silent)[^\n]*\n +File ")
+NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|saves|has been silent)[^\n]*\n +File ")
 GIVEN_UP = 30.0  # seconds without being named
 SLICE = 0.005  # seconds that a slowed rank runs, between twice as long of standing still
 WATCHED = "TESSERA_BENCHMARK_WATCHED"  # in the environment of a rank

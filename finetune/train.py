@@ -105,7 +105,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             best = train(run, tracker)
             tracker.status = "FINISHED"
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(str(error).rpartition("Error: ")[2].strip(), file=sys.stderr, flush=True)
+        print(error.sentence, file=sys.stderr, flush=True)
         return EXIT_FAILED if isinstance(error, MachineError) else EXIT_MISTAKE
     except (FloatingPointError, KeyboardInterrupt) as reason:
         if distributed.is_main():

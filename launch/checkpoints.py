@@ -24,7 +24,7 @@ def list_(run: Run) -> None:
         for folder in found(run):
             try:
                 manifest = manifests.Manifest.load(folder)
-            except manifests.CheckpointError as error:
+            except (manifests.CheckpointError, manifests.VersionError) as error:
                 rows.append([folder.name, "", "", "", str(error)])
                 continue
             engine = manifest.config["engine"]

@@ -45,7 +45,7 @@ class Attempt:
         world_size: how many ranks there were; 0 if none came so far.
     """
 
-    outcome: str
+    outcome: Outcome
     exit_code: int
     wall: float
     seconds: dict[str, float]
@@ -143,7 +143,7 @@ class Supervisor:
             command = adapt(self.command, self.say, world_size) if in_doubt else self.command
             attempt = self._attempt(command, saved)
             self.goodput.attempts.append(attempt)
-            if attempt.outcome != Outcome.FAILED or self.asked:
+            if attempt.outcome is not Outcome.FAILED or self.asked:
                 break
             failures = 1 if attempt.saved_step > saved else failures + 1
             if failures > self.max_failures:
@@ -165,8 +165,8 @@ class Supervisor:
         if self.run_dir.exists():
             self.goodput.save(self.run_dir)
         self.say(self.goodput.report())
-        stopped = self.asked and attempt.outcome == Outcome.FAILED
-        return (Outcome.STOPPED if stopped else Outcome(attempt.outcome)).exit_code
+        stopped = self.asked and attempt.outcome is Outcome.FAILED
+        return (Outcome.STOPPED if stopped else attempt.outcome).exit_code
 
     def _attempt(self, command: list[str], first_step: int) -> Attempt:
         """Start a command once, and see it end."""

@@ -38,7 +38,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
                 go_back(run)
             run.watch.outcome = outcome
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(str(error).rpartition("Error: ")[2].strip(), file=sys.stderr, flush=True)
+        print(error.sentence, file=sys.stderr, flush=True)
         return outcome_of(error).exit_code
     except (UserError, MachineError, DivergedError) as error:
         if distributed.is_main():

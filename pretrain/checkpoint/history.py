@@ -6,7 +6,7 @@ A checkpoint is a folder with a manifest. It gets its name last, by a rename, so
 import shutil
 from pathlib import Path
 
-from pretrain.checkpoint.manifest import MANIFEST, CheckpointError, Manifest, VersionError
+from pretrain.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 
 PARTIAL = ".partial"  # of a folder that is being written, or whose writer died
 DAMAGED = ".damaged"  # of a checkpoint that did not prove itself, set aside
@@ -39,6 +39,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         CheckpointError: neither.
+        VersionError: another version of Tessera wrote the newest.
     """
     path = path.resolve()
     if (path / MANIFEST).exists():
@@ -52,8 +53,6 @@ def find_checkpoint(path: Path) -> Path:
 def _has_valid_manifest(checkpoint: Path) -> bool:
     try:
         Manifest.load(checkpoint)
-    except VersionError:
-        raise
     except CheckpointError:
         return False
     return True

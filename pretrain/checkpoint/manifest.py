@@ -21,7 +21,7 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be used here: the message names it and the fix."""
 
 
-class VersionError(CheckpointError):
+class VersionError(UserError):
     """A checkpoint of another version of Tessera: it is not damaged, and nothing older may take its place."""
 
 

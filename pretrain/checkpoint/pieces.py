@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pretrain.checkpoint.manifest import CheckpointError, Manifest, SavedFile, VersionError
+from pretrain.checkpoint.manifest import CheckpointError, Manifest, SavedFile
 
 WEIGHT = "weight"  # beside it stand the optimizer's own kinds, such as exp_avg
 EMA = "ema"  # and the average of the weights, where one is kept
@@ -162,8 +162,6 @@ def find_faults(
     """
     try:
         manifest = Manifest.load(folder)
-    except VersionError:
-        raise
     except CheckpointError as error:
         yield str(error)
         return

@@ -31,6 +31,7 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole; to begin anew would be to forget the run.
+        VersionError: another version of Tessera wrote the newest.
     """
     found: list[str] = []
     damaged: list[Path] = []

@@ -20,6 +20,11 @@ SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_bytes", "i
 class DataError(UserError):
     """Data that cannot be used as it is: the message names it and the fix."""
 
+    @property
+    def sentence(self) -> str:
+        """The message; a loader's worker has put its traceback before it."""
+        return str(self).rpartition(f"{type(self).__name__}: ")[2].strip()
+
 
 @dataclass
 class ShardIndex:

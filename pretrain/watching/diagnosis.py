@@ -11,6 +11,7 @@ SILENT_SECONDS = 5.0  # without a beat
 BEHIND_SECONDS = 6.0  # in a phase that others have left
 FIRST_STEPS_SECONDS = 120.0  # the same for a rank that may still be compiling
 STANDSTILL = 4.0  # times as patient as with one that hangs, when none gets on: they may all be at something long
+FATAL = ("silent", "hangs", "ended")  # what ends a run, if it lasts
 LAG, LEAST_LAG = 2.0, 0.02  # times the others' own work, and seconds a step beyond it: less is not worth a word
 
 
@@ -40,7 +41,7 @@ class Diagnosis:
     def is_stuck(self, now: float, seconds: float) -> bool:
         """Say whether some rank has hung or been silent for that long, or all have stood still for much longer."""
         stands_still = bool(self._moved[0]) and now - self._moved[1] > STANDSTILL * seconds
-        return stands_still or any(now - since > seconds for (_, what), since in self._told.items() if what != "lags")
+        return stands_still or any(now - since > seconds for (_, what), since in self._told.items() if what in FATAL)
 
     def silence(self, beat: Beat, now: float) -> float:
         """Return for how many seconds a rank has not written a new beat."""
@@ -70,8 +71,9 @@ class Diagnosis:
             behind = not beat.waits if some_wait else beat.turns < farthest
             patience = FIRST_STEPS_SECONDS if beat.work is None else max(BEHIND_SECONDS, beat.work)
             if beat.rank not in silent and behind and self._waited_for(beat, now) >= patience:
-                sentence = f"{beat} hangs: {beat.since:.0f} s in {beat.phase} of step {beat.step}, the others wait"
-                yield beat, "hangs", _with_stack(sentence, beat)
+                what = "saves" if beat.phase == "save" else "hangs"  # a disk may take its time
+                sentence = f"{beat} {what}: {beat.since:.0f} s in {beat.phase} of step {beat.step}, the others wait"
+                yield beat, what, _with_stack(sentence, beat)
             elif not behind:
                 self._behind.pop(beat.rank, None)
         timed = {beat.rank: beat.work for beat in beats if beat.work is not None}

@@ -70,6 +70,15 @@ def test_ranks_that_all_stand_still_are_given_longer() -> None:
             assert diagnosis.is_stuck(float(now), 10.0) == (now - 5 > 40)
 
 
+def test_a_slow_disk_is_named_and_ends_nothing_soon() -> None:
+    diagnosis = Diagnosis()
+    beats = [beat(0, phase="save"), beat(1, phase="save", stack=IN_COLLECTIVE)]
+    [sentence] = seconds_long(diagnosis, beats, 0, 30)
+    assert sentence.startswith("rank 0 (process 1 on h) saves: ")
+    assert not diagnosis.is_stuck(39.0, 10.0)
+    assert diagnosis.is_stuck(41.0, 10.0)
+
+
 def test_a_rank_whose_run_has_ended_badly_is_named() -> None:
     diagnosis = Diagnosis()
     beats = [beat(0), beat(1, phase="end", outcome="failed")]
