@@ -137,7 +137,7 @@ def main() -> None:
         def model_of(objective: str, seed: int) -> Path:
             return pretrain(folder, objective, seed, arguments.pretrain)
 
-        for seed, labels, origin in product(arguments.seeds, arguments.labels, origins):
+        for labels, seed, origin in product(arguments.labels, arguments.seeds, origins):
             case = {"seed": seed, "labels": labels, "origin": origin, **settings}
             objective = arguments.objectives[0] if origin == SCRATCH else origin  # whose architecture a twin has
             if not results.top1s(**case, measure="linear"):

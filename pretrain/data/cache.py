@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data.index import DataError
-from pretrain.data.remote import FetchPolicy, MissingObjectError, read_pieces
+from pretrain.data.remote import PIPE, FetchPolicy, MissingObjectError, fetch_range, read_pieces
 
 POLL_SECONDS = 0.02
 PREFETCH_PAUSE_SECONDS = 0.2
@@ -70,8 +70,14 @@ class Cache:
         self._mutex = threading.Lock()
         self._prefetching: threading.Thread | None = None
 
-    def read_range(self, wanted: RemoteObject, offset: int, size: int) -> bytes:
+    def read_range(self, wanted: RemoteObject, offset: int, size: int, alone: bool = False) -> bytes:
         """Read `size` bytes from `offset`, downloading the object first where it is not here.
+
+        Args:
+            wanted: the object.
+            offset: of the first byte.
+            size: in bytes.
+            alone: whether of an object that is not here only these bytes are fetched, and not kept; not so of a pipe.
 
         Raises:
             DataError: it cannot be had; the sentence names the URL.
@@ -79,11 +85,15 @@ class Cache:
         self._mind_a_fork()
         with self._mutex:
             descriptor = self._open.get(wanted.sha256)
-            if descriptor is None:
-                descriptor = self._acquire(wanted)
-            else:
+            if descriptor is not None:
                 self.counts.hits += 1
-            return os.pread(descriptor, size, offset)
+            elif not alone or wanted.url.startswith(PIPE) or self._path(wanted).exists():
+                descriptor = self._acquire(wanted)
+            if descriptor is not None:
+                return os.pread(descriptor, size, offset)
+        data = fetch_range(wanted.url, offset, size, self.policy, self._count_retry)
+        self.counts.downloaded_bytes += len(data)
+        return data
 
     def take_counts(self) -> dict[str, int]:
         """Return this process's counts since the last call."""

@@ -28,6 +28,7 @@ Batch = dict[str, torch.Tensor]
 
 BATCHES_AHEAD = 4
 SUBSTITUTES_TRIED = 100
+FEW = 10  # of as many samples only one is read: its bytes alone are less than a shard
 VALIDATION = -1  # the position of what is not drawn by a run
 GRACE_SECONDS = 30  # as long as the deepspeed launcher waits for a training process
 
@@ -238,10 +239,12 @@ def evaluation_batches(
     """Yield this rank's share of all samples: each usable sample has "weight" [B] 1 on exactly one rank.
 
     All ranks get equally many batches (ZeRO-3 needs that), so the last may hold copies; their weight is 0. With
-    `at_most` so many samples are taken, spread evenly over the set.
+    `at_most` so many samples are taken, spread evenly over the set; of remote shards no more than they are.
     """
     total = sum(samples.shard_sizes)
     num_samples = min(total, at_most or total)
+    if num_samples * FEW < total:
+        samples = samples.few()
     stride = batch_size * world_size
     firsts = range(rank * batch_size, num_samples + (-num_samples) % stride, stride)
     batches = (

@@ -75,7 +75,9 @@ def fetch_bytes(url: str, policy: FetchPolicy) -> bytes:
     return b"".join(read_pieces(url, policy))
 
 
-def fetch_range(url: str, offset: int, size: int, policy: FetchPolicy) -> bytes:
+def fetch_range(
+    url: str, offset: int, size: int, policy: FetchPolicy, on_retry: Callable[[], None] = lambda: None
+) -> bytes:
     """Read `size` bytes of an object from `offset`; fewer come back where it ends sooner.
 
     Raises:
@@ -86,7 +88,7 @@ def fetch_range(url: str, offset: int, size: int, policy: FetchPolicy) -> bytes:
     if url.startswith(PIPE):
         raise DataError(f"{url}: what a command prints cannot be read in any order; write it to a file first")
     files, path = _file_system(url)
-    data: bytes = _insist(partial(files.cat_file, path, start=offset, end=offset + size), url, policy, lambda: None)
+    data: bytes = _insist(partial(files.cat_file, path, start=offset, end=offset + size), url, policy, on_retry)
     return data[offset : offset + size] if len(data) > size else data  # a server that knows no ranges sends all
 
 

@@ -80,6 +80,10 @@ class Samples(ABC):
     ) -> None:
         """Hear what will be read: how far ahead a shard is, and which come next; what is local does not care."""
 
+    def few(self) -> "Samples":
+        """Return the same samples, of which so few will be read that their shards are not worth a download."""
+        return self
+
     def check_room(self, window: int) -> None:  # noqa: B027
         """Make sure that what is remote can be kept while it is read."""
 

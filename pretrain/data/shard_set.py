@@ -1,6 +1,7 @@
 """The shards of one or more sets as samples, wherever they stand: every byte is proved as it is read."""
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from functools import lru_cache
 from itertools import chain
 from math import inf
@@ -51,6 +52,7 @@ class ShardSet(Samples):
         labelled: bool = True,
     ) -> None:
         self.cache = cache
+        self.are_few = False
         infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in places]
         self.class_names = infos[0].class_names
         for place, info in zip(places, infos, strict=True):
@@ -107,6 +109,11 @@ class ShardSet(Samples):
         self.cache.distance = lambda sha256: distance(shards[sha256]) if sha256 in shards else inf
         self.cache.prefetch(lambda: chain.from_iterable(map(self._remote, upcoming())))
 
+    def few(self) -> Samples:
+        chosen = copy(self)
+        chosen.are_few = True
+        return chosen
+
     def check_room(self, window: int) -> None:
         """Make sure that the cache can hold the shards of two windows, the one being read and the next.
 
@@ -141,7 +148,7 @@ class ShardSet(Samples):
     def _read(self, tar: RemoteObject, key: str, offset: int, size: int) -> bytes:
         try:
             if is_remote(tar.url):
-                return self._cached(tar.url).read_range(tar, offset, size)
+                return self._cached(tar.url).read_range(tar, offset, size, alone=self.are_few)
             return read_range(Path(tar.url), offset, size)
         except OSError as error:
             raise BadSampleError(tar.url, key, f"cannot be read: {error.strerror}") from None

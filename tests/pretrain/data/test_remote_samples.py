@@ -144,6 +144,32 @@ def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Pa
         assert server.sent <= 1.05 * total
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, tmp_path: Path, ranges: bool) -> None:
+    """As a probe reads them; once a shard is here, they are read from it."""
+
+    def few(samples: Samples) -> list[bytes]:
+        batches = evaluation_batches(
+            samples, EvalView(8), batch_size=4, rank=0, world_size=1, num_workers=1, at_most=12
+        )
+        return [loaded.tensors["image"].numpy().tobytes() for loaded in batches]
+
+    info = DatasetInfo.load(digits / "train")
+    indexes = sum(shard.index_bytes for shard in info.shards) + (digits / "train" / "dataset.json").stat().st_size
+    expected = few(open_samples(digits / "train"))
+    with serve(Hostile(digits / "train", ranges=ranges, unavailable=0.1)) as server:
+        samples = opened(server.url, tmp_path / "cache")
+        assert few(samples) == expected
+        asked = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
+        assert [*asked.values()] == [1] * 12  # of 36 shards
+        if ranges:
+            assert server.sent < indexes + 12 * 1000
+        epochs(samples)
+        sent = server.sent
+        assert few(samples) == expected
+        assert server.sent == sent
+
+
 def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path, tmp_path: Path) -> None:
     info = DatasetInfo.load(digits / "train")
     per_shard = max(shard.num_bytes + shard.index_bytes for shard in info.shards)
