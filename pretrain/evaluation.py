@@ -1,6 +1,7 @@
 """What the run has learned so far: losses of the validation set, probes of the frozen encoder, and pictures."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -59,8 +60,10 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Calla
         if _validation_is_due(run):
             row |= _validate(run, validation, stopping)
         if _probe_is_due(run):
+            started = time.monotonic()
             row |= _probe(run, validation, stopping)
             _draw(run, validation)
+            row["probe/seconds"] = time.monotonic() - started
         outcome = Outcome.DONE
     if row and outcome is Outcome.DONE:
         tracker.log(row, run.manifest.step)

@@ -34,7 +34,7 @@ from pretrain.schedules import learning_rate_at
 from pretrain.steps import to_device
 from pretrain.train import StopSignal, tracked
 
-PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=8", "evaluation.probe_samples=50"]
+PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=4", "evaluation.probe_samples=50"]
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}", *PROBED] for stage in range(4)}
 NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
 MAE = (
@@ -50,6 +50,8 @@ DISTIL = [
     "evaluation.probe_samples=50",
 ]
 DECAYED = "optimizer.layer_decay=0.7"
+LAMB = ["optimizer.name=lamb", "optimizer.learning_rate=1e-2"]
+MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-2", DECAYED]
 OTHERS = {
     **{f"distil{stage}": [*DISTIL, f"engine.zero_stage={stage}"] for stage in range(3)},
     "distil-bf16": [*DISTIL, "engine.precision=bf16"],
@@ -65,14 +67,8 @@ OTHERS = {
         "schedule.image_sizes=[[0.25, 16], [0.75, 24]]",
         "data.repeats=2",
     ],
-    **{
-        f"lamb{stage}": ["optimizer.name=lamb", "optimizer.learning_rate=1e-2", f"engine.zero_stage={stage}"]
-        for stage in range(4)
-    },
-    **{
-        f"muon{stage}": ["optimizer.name=muon", "optimizer.learning_rate=1e-2", DECAYED, f"engine.zero_stage={stage}"]
-        for stage in range(4)
-    },
+    **{f"lamb{stage}": [*LAMB, f"engine.zero_stage={stage}"] for stage in range(4)},
+    **{f"muon{stage}": [*MUON, f"engine.zero_stage={stage}"] for stage in range(4)},
     "dropout": NOISY,
     "dropout3": [*NOISY, "engine.zero_stage=3", "engine.activation_checkpointing=true"],
     "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],
@@ -80,6 +76,11 @@ OTHERS = {
     "bf16-stage3": ["engine.precision=bf16", "engine.zero_stage=3"],
     "bf16-noisy": [*NOISY, "model.position_embedding=sincos", "engine.precision=bf16"],
     "offload": ["engine.offload_optimizer=true", "evaluation.every_steps=5"],
+    "decayed-bf16": [DECAYED, "engine.precision=bf16", "engine.zero_stage=3"],
+    "lamb-bf16": [*LAMB, "engine.precision=bf16", "engine.zero_stage=2"],
+    "muon-bf16": [*MUON, "engine.precision=bf16", "engine.zero_stage=1"],
+    "lamb-offload": [*LAMB, "engine.offload_optimizer=true", "engine.zero_stage=1"],
+    "muon-offload": [*MUON, "engine.offload_optimizer=true", "engine.zero_stage=2"],
     "compiled": ["engine.compile=true", "engine.zero_stage=1"],
     "compiled3": ["engine.compile=true", "engine.zero_stage=3"],
     "ten": ["engine.global_batch_size=10", "engine.micro_batch_size=10", "engine.zero_stage=1"],
@@ -100,6 +101,9 @@ NOT_RESUMED = {
     "muon0",
     "muon1",
     "muon2",
+    "lamb-bf16",
+    "lamb-offload",
+    "muon-offload",
 }  # the others show that
 RESHARDED = {  # what was saved -> how it is continued
     "stage0": ("stage3", STAGES["stage3"]),
@@ -119,6 +123,7 @@ RESHARDED = {  # what was saved -> how it is continued
 }
 SPEEDS = {
     "time",
+    "probe/seconds",
     "speed/images_per_second",
     "data/wait_fraction",
     "data/batches_ready",
@@ -361,7 +366,7 @@ def split_by_layer(
     optimizer.param_groups[:] = groups
 
 
-def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
+def reference(recipe: Path, *overrides: str, steps: int | None = None) -> dict[str, Any]:
     """The losses and weights of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
     config = load_config(PretrainConfig, recipe, ["run_dir=unused", *overrides]).config
     training = open_samples(config.data.train)
@@ -381,7 +386,7 @@ def reference(recipe: Path, *overrides: str) -> dict[str, Any]:
         seed=config.seed,
         window=config.data.shuffle_window,
         start=0,
-        stop=schedule.total_steps * batch_size,
+        stop=(schedule.total_steps if steps is None else steps) * batch_size,
         global_batch_size=batch_size,
         accumulation_steps=1,
         rank=0,
@@ -420,6 +425,8 @@ def main(recipe: Path, folder: Path, source: Path | None) -> None:
             seen[name] = check(recipe, folder, name, overrides)
         if distributed.world_size() == 1:
             seen["reference"] = reference(recipe)
+            seen["decayed-reference"] = reference(recipe, DECAYED)
+            seen["distil-start"] = reference(recipe, *DISTIL, steps=0)
             seen["lamb-reference"] = reference(recipe, *OTHERS["lamb0"])
             seen["muon-reference"] = reference(recipe, *OTHERS["muon0"])
             seen["recipes"] = {path.stem: try_recipe(path, folder, recipe) for path in RECIPES}

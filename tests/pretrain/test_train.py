@@ -28,6 +28,8 @@ EVERY = [
     "distil-bf16",
     "lamb3",
     "muon3",
+    "decayed-bf16",
+    "muon-bf16",
     "recipe",
     "dropout",
     "dropout3",
@@ -90,7 +92,7 @@ def test_losses_equal_a_plain_torch_loop(seen: dict[int, Seen], world_size: int,
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [*LAMB, *MUON])
+@pytest.mark.parametrize("stage", [*LAMB, *MUON, "lamb-offload", "muon-offload"])
 def test_lamb_and_muon_see_whole_parameters_wherever_zero_has_cut_them(
     seen: dict[int, Seen], world_size: int, stage: str
 ) -> None:
@@ -150,7 +152,7 @@ def test_a_whole_recipe_learns_the_same_on_any_topology(seen: dict[int, Seen], n
 @pytest.mark.parametrize("settings", [STAGES, MAE], ids=["supervised", "mae"])
 def test_probes_say_the_same_on_any_topology(seen: dict[int, Seen], settings: list[str], name: str) -> None:
     expected = column(seen[1][settings[0]], f"probe/{name}")
-    assert len(expected) == 1
+    assert len(expected) == 2
     assert all(0 < value < (1.01 if name.endswith("1") else 50) for value in expected)
     for world_size in (1, 2):
         for stage in settings:
@@ -161,14 +163,17 @@ def test_probes_say_the_same_on_any_topology(seen: dict[int, Seen], settings: li
 def test_a_masked_autoencoder_shows_what_it_rebuilds(seen: dict[int, Seen]) -> None:
     for stage in MAE:
         pictures = Path(seen[2]["folder"]) / stage / "whole" / "pictures"
-        assert sorted(path.name for path in pictures.iterdir()) == ["step-00000008.png"]
-        page = np.asarray(Image.open(pictures / "step-00000008.png"))[::3, ::3]
+        assert sorted(path.name for path in pictures.iterdir()) == ["step-00000004.png", "step-00000008.png"]
+        earlier, page = (np.asarray(Image.open(path))[::3, ::3] for path in sorted(pictures.iterdir()))
         assert page.shape == (8 * 32, 5 * 32, 3)  # and two heads
+        assert np.array_equal(earlier[:, :64], page[:, :64])  # the same images, of which the same is hidden
+        assert not np.array_equal(earlier[:, 64:96], page[:, 64:96])
         image, seen_patches, rebuilt = (page[:, 32 * i : 32 * (i + 1)].astype(int) for i in range(3))
         changed, filled = (np.abs(image - other).reshape(32, 8, 4, 8, 3) for other in (seen_patches, rebuilt))
         hidden = changed.max(axis=(1, 3, 4)) > 1
         assert hidden.mean() == 0.5
         assert filled.max(axis=(1, 3, 4))[~hidden].max() <= 1
+        assert np.median(filled.max(axis=(1, 3, 4))[hidden]) > 10  # not the image itself
     attention = np.asarray(Image.open(Path(seen[2]["folder"]) / "stage0" / "whole" / "pictures" / "step-00000008.png"))
     assert attention.shape == (3 * 8 * 32, 3 * 3 * 32, 3)
     assert attention[:96, 96:192].max() == 255
@@ -251,6 +256,30 @@ def test_dropout_acts_and_bf16_is_near(seen: dict[int, Seen]) -> None:
         assert column(seen[2][setting], "train/loss") == pytest.approx(reference, abs=0.02)
     assert column(seen[1]["unclipped"], "train/loss") != pytest.approx(reference, abs=1e-4)
     assert column(seen[1]["unclipped"], "optim/grad_norm")[0] == column(seen[1]["stage2"], "optim/grad_norm")[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("setting", ["decayed-bf16", "lamb-bf16", "muon-bf16"])
+def test_bf16_moves_the_masters_as_the_optimizer_says(seen: dict[int, Seen], world_size: int, setting: str) -> None:
+    expected, plain = seen[1][setting.replace("bf16", "reference")], seen[1]["reference"]
+    found = seen[world_size][setting]
+    assert column(found, "train/loss") == pytest.approx(expected["losses"], abs=0.01)
+    assert distance(found["weights"], expected["weights"]) < 0.3 * distance(plain["weights"], expected["weights"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_teacher_moves_in_bf16_by_less_than_bf16_can_tell(seen: dict[int, Seen], world_size: int) -> None:
+    start, exact = seen[1]["distil-start"]["weights"], seen[1]["distil2"]["weights"]
+    found = seen[world_size]["distil-bf16"]["weights"]
+    matrices = [name for name in start if name.startswith("encoder.") and "norm" not in name and "bias" not in name]
+    for name in matrices:
+        first, fp32, bf16 = ({name: weights[name]} for weights in (start, exact, found))
+        assert distance(bf16, fp32) < 0.5 * distance(fp32, first), name
+
+
+def distance(one: dict[str, list[float]], other: dict[str, list[float]]) -> float:
+    """How far two sets of weights are from each other, by their digests."""
+    return float(np.linalg.norm([np.subtract(one[name], other[name]) for name in one]))
 
 
 def test_a_stop_does_not_wait_for_an_evaluation(seen: dict[int, Seen]) -> None:
