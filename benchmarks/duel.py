@@ -58,10 +58,11 @@ from pretrain.steps import to_device
 
 SMALL = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 4, "image_size": 24}
 MODELS = {
-    "small": ModelConfig(**SMALL, position_embedding="sincos"),
-    "B/16": ModelConfig(position_embedding="sincos"),
-    "L/16": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, position_embedding="sincos"),
+    "small": ModelConfig(**SMALL),
+    "B/16": ModelConfig(),
+    "L/16": ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
 }
+POSITIONS = {"mae": "sincos", "supervised": "learned"}  # as the other side has them
 SMALL_DECODER = MAEConfig(
     decoder_hidden_size=48,
     decoder_num_hidden_layers=2,
@@ -214,9 +215,13 @@ def fight(
     return losses, seconds
 
 
+def model_of(arguments: argparse.Namespace) -> ModelConfig:
+    return MODELS[arguments.model].model_copy(update={"position_embedding": POSITIONS[arguments.objective]})
+
+
 def measure(shards: Path, config: ObjectiveConfig, seed: int, arguments: argparse.Namespace) -> Row:
     """Let both train from one seed."""
-    model = MODELS[arguments.model]
+    model = model_of(arguments)
     batches = load_batches(shards, model, config, seed, arguments.batch, arguments.steps)
     torch.manual_seed(seed)
     with our_step(model, config, arguments.batch, compiled=arguments.compile) as ours:
@@ -236,7 +241,7 @@ def forget() -> None:
 
 def show_profile(shards: Path, config: ObjectiveConfig, arguments: argparse.Namespace) -> None:
     """Print where the time of one contender goes."""
-    model = MODELS[arguments.model]
+    model = model_of(arguments)
     [batch] = load_batches(shards, model, config, 0, arguments.batch, steps=1)
     inputs = to_inputs(batch, config)
     if arguments.profile == "ours":

@@ -114,7 +114,7 @@ def probe(loaded: Loaded[FinetuneConfig]) -> dict[str, float]:
         found += [torch.cat(features), torch.cat([tensors["label"][kept] for tensors, kept in parts])]
     known, labels, unknown, truth = found
     guesses = {"k-NN": predict_by_neighbours, "linear": predict_by_linear_probe}
-    return {name: float((guess(known, labels, unknown, 5) == truth).float().mean()) for name, guess in guesses.items()}
+    return {name: float((guess(known, labels, unknown) == truth).float().mean()) for name, guess in guesses.items()}
 
 
 def main() -> None:

@@ -362,6 +362,10 @@ class OptimizerConfig(Section):
         1.0, description="what the rate is multiplied by from block to block towards the patches (arXiv 2003.10555)"
     )
 
+    def problems(self) -> Iterator[Problem]:
+        if self.name == "lamb" and not self.weight_decay:
+            yield Problem(("weight_decay", "name"), "lamb adapts what is decayed, and nothing is; name adamw, or decay")
+
     def peak(self, global_batch_size: int) -> float:
         """Return the highest learning rate, scaled to the batch as asked."""
         times = global_batch_size / 256
@@ -369,8 +373,9 @@ class OptimizerConfig(Section):
 
     def explained(self, global_batch_size: int) -> str:
         """Say the highest learning rate, and how it came about."""
-        said = f"learning rate {self.peak(global_batch_size):.3g}"
-        return said if self.scaling == "none" else f"{said} ({self.learning_rate:g} scaled, {self.scaling})"
+        times = {"none": "", "linear": f"{global_batch_size} / 256", "sqrt": f"sqrt({global_batch_size} / 256)"}
+        rule = f" ({self.learning_rate:g} x {times[self.scaling]})" if self.scaling != "none" else ""
+        return f"learning rate {self.peak(global_batch_size):.3g}{rule}"
 
 
 class EmaConfig(Section):

@@ -8,12 +8,14 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pretrain import distributed
 from pretrain.config import EngineConfig, OptimizerConfig
@@ -50,7 +52,9 @@ def start_distributed() -> None:
 def build_engine(objective: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
     """Put a model under DeepSpeed, with an optimizer over all that is trained."""
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=build_optimizer(objective, optimizer), config=settings)
+    inner = build_optimizer(objective, optimizer)
+    with _at_rest(inner):
+        engine, *_ = deepspeed.initialize(model=objective, optimizer=inner, config=settings)
     if config.zero_stage == 0 and config.precision == "fp32":
         engine.clip_fp32_gradients = lambda: _clip_and_remember(engine)
     return engine
@@ -107,6 +111,14 @@ def guard(engine: Engine, judge: Callable[[Tensor], Tensor]) -> None:
         optimizer.found_inf = judge(gradient_norm(engine))
 
     inner.register_step_pre_hook(before_step)
+
+
+@contextmanager
+def _at_rest(optimizer: Optimizer) -> Iterator[None]:
+    """Keep DeepSpeed from a step of its own: in bf16 at stage 0 it takes one without gradients, which would count."""
+    optimizer.step = lambda *_: None  # type: ignore[assignment, method-assign]
+    yield
+    del optimizer.step
 
 
 def _clip_and_remember(engine: Engine) -> None:

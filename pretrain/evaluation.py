@@ -8,6 +8,7 @@ from itertools import chain
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker, picture_name
 
 NUM_PICTURES, LEAST_PICTURE = 8, 96  # pixels of its height; smaller ones are enlarged
+GAP, PAPER = 4, 1.0  # pixels between pictures, and their colour
 PROBES = {"knn_top1": predict_by_neighbours, "linear_top1": predict_by_linear_probe}
 
 
@@ -146,7 +148,7 @@ def _probe(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[
     row = {"probe/feature_rank": effective_rank(known), "probe/feature_spread": feature_spread(known)}
     names = run.data.training.class_names
     if names and names == validation.class_names:
-        right = [(probe(known, labels, unknown, len(names)) == truth).sum() for probe in PROBES.values()]
+        right = [(probe(known, labels, unknown) == truth).sum() for probe in PROBES.values()]
         totals = distributed.sum_over_ranks(torch.stack([*right, torch.tensor(len(truth)).to(truth)])).tolist()
         row |= {f"probe/{name}": total / totals[-1] for name, total in zip(PROBES, totals, strict=False)}
     return row
@@ -167,22 +169,28 @@ def _features(
 
 
 def _draw(run: Run, validation: Samples) -> None:
-    """Draw the same images each time, a row each; every rank computes them, since ZeRO 3 needs all of them."""
+    """Draw the same images each time; every rank computes them, since ZeRO 3 needs all of them."""
     run.objective.answers = "pictures"
     view, number = run.objective.evaluation_view(), NUM_PICTURES
     batches = evaluation_batches(
         validation, view, batch_size=number, rank=0, world_size=1, num_workers=0, at_most=number
     )
     for loaded in batches:
-        rows = run.engine(to_device(loaded.tensors, run.engine.device))["pictures"]
+        pictures = run.engine(to_device(loaded.tensors, run.engine.device))["pictures"]
         if distributed.is_main():
-            times = max(1, LEAST_PICTURE // rows.shape[2])
-            page = torch.cat([*rows], dim=1).repeat_interleave(times, dim=1).repeat_interleave(times, dim=2)
-            pixels = page.permute(1, 2, 0).mul(255).round().to(torch.uint8).cpu().contiguous()
             try:
-                _save_picture(Image.fromarray(np.asarray(pixels)), run)
+                _save_picture(lay_out(pictures.cpu()), run)
             except OSError as error:  # of a full disk: no reason to end a run
                 print(f"no picture of step {run.manifest.step}: {error}", file=sys.stderr, flush=True)
+
+
+def lay_out(pictures: Tensor) -> Image.Image:
+    """Lay pictures [rows, columns, C, H, W] out on a page, with gaps between them; small ones are enlarged."""
+    times = max(1, LEAST_PICTURE // pictures.shape[-2])
+    enlarged = pictures.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)
+    framed = F.pad(enlarged, (0, GAP, 0, GAP), value=PAPER)  # [R, K, C, H, W]
+    page = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [R H, K W, C]
+    return Image.fromarray(np.asarray(page[:-GAP, :-GAP].mul(255).round().to(torch.uint8)))
 
 
 def _save_picture(page: Image.Image, run: Run) -> None:

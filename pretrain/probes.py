@@ -1,6 +1,6 @@
 """What frozen features are good for, and whether they collapse: pure functions of tensors.
 
-The letters: N known and M unknown images, D the features' size, K classes.
+The letters: N known and M unknown images, D the features' size.
 """
 
 import torch
@@ -16,14 +16,13 @@ STEPS_REMEMBERED = 10  # scipy's; torch's 100 would take 36 GB for 21,841 classe
 EPSILON = torch.finfo(torch.float64).eps
 
 
-def predict_by_neighbours(known: Tensor, labels: Tensor, unknown: Tensor, num_classes: int) -> Tensor:
+def predict_by_neighbours(known: Tensor, labels: Tensor, unknown: Tensor) -> Tensor:
     """Classify by the nearest neighbours in cosine similarity s, each with the vote exp(s / 0.07).
 
     Args:
         known: [N, D].
         labels: of the known, [N].
         unknown: [M, D].
-        num_classes: K.
 
     Returns:
         Labels [M].
@@ -32,13 +31,13 @@ def predict_by_neighbours(known: Tensor, labels: Tensor, unknown: Tensor, num_cl
     predicted = []
     for rows in unknown.split(ROWS_AT_A_TIME):  # type: ignore[no-untyped-call]
         similarity, nearest = (rows @ known.T).topk(min(NUM_NEIGHBOURS, len(known)), dim=1)
-        votes = torch.zeros(len(rows), num_classes, device=known.device)
+        votes = torch.zeros(len(rows), int(labels.max()) + 1, device=known.device)
         votes.scatter_add_(1, labels[nearest], ((similarity - 1) / TEMPERATURE).exp())
         predicted.append(votes.argmax(dim=1))
     return torch.cat(predicted)
 
 
-def predict_by_linear_probe(known: Tensor, labels: Tensor, unknown: Tensor, num_classes: int) -> Tensor:
+def predict_by_linear_probe(known: Tensor, labels: Tensor, unknown: Tensor) -> Tensor:
     """Classify by logistic regression on standardised features, with scikit-learn's objective, minimised by L-BFGS.
 
     In fp64, because fp32 no longer tells losses apart while predictions still change.
@@ -47,20 +46,20 @@ def predict_by_linear_probe(known: Tensor, labels: Tensor, unknown: Tensor, num_
         known: [N, D].
         labels: of the known, [N].
         unknown: [M, D].
-        num_classes: K.
 
     Returns:
         Labels [M].
     """
     known, unknown = known.double(), unknown.double()
+    classes, labels = torch.unique(labels, return_inverse=True)
     mean, deviation = known.mean(dim=0), known.std(dim=0, correction=0)
     rounding = len(known) * EPSILON * mean.abs()  # what a constant feature deviates by
     deviation = torch.where(deviation > rounding, deviation, 1.0)
     known, unknown = (known - mean) / deviation, (unknown - mean) / deviation
-    weight = nn.Parameter(known.new_zeros(num_classes, known.shape[1]))
-    bias = nn.Parameter(known.new_zeros(num_classes))
+    weight = nn.Parameter(known.new_zeros(len(classes), known.shape[1]))
+    bias = nn.Parameter(known.new_zeros(len(classes)))
     # Two classes have one weight in scikit-learn: as two of opposite sign under twice the penalty.
-    penalty = (2 if num_classes == 2 else 1) / (2 * PENALTY * len(known))
+    penalty = (2 if len(classes) == 2 else 1) / (2 * PENALTY * len(known))
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=LARGEST_ITERATIONS,
@@ -78,7 +77,8 @@ def predict_by_linear_probe(known: Tensor, labels: Tensor, unknown: Tensor, num_
 
     with torch.enable_grad():
         solver.step(objective)  # type: ignore[no-untyped-call]
-    return (unknown @ weight.detach().T + bias.detach()).argmax(dim=1)
+    found: Tensor = classes[(unknown @ weight.detach().T + bias.detach()).argmax(dim=1)]
+    return found
 
 
 def effective_rank(features: Tensor) -> float:

@@ -109,7 +109,10 @@ def crop_box(
     aspect: tuple[float, float],
     random: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """Draw a random resized crop (arXiv 1409.4842): top, left, bottom, right in pixels."""
+    """Draw a random resized crop (arXiv 1409.4842): top, left, bottom, right in pixels.
+
+    Where none fits, it is the middle of the image, of the nearest aspect that is allowed: as torchvision has it.
+    """
     for _ in range(CROP_TRIES):
         area = height * width * random.uniform(*scale)
         ratio = math.exp(random.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -117,9 +120,9 @@ def crop_box(
         if 0 < w <= width and 0 < h <= height:
             top, left = int(random.integers(height - h + 1)), int(random.integers(width - w + 1))
             return top, left, top + h, left + w
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return top, left, top + side, left + side
+    w, h = min(width, max(1, round(height * aspect[1]))), min(height, max(1, round(width / aspect[0])))
+    top, left = (height - h) // 2, (width - w) // 2
+    return top, left, top + h, left + w
 
 
 def resize(image: Pixels, size: int) -> Tensor:

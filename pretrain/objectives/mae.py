@@ -75,7 +75,7 @@ class MAEObjective(Objective):
         return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + LEAST_VARIANCE).sqrt()
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """Show each image, what the encoder sees of it, what was rebuilt at each patch's own brightness, attention."""
+        """Return each image, what the encoder sees of it, what was rebuilt at each patch's brightness, attention."""
         images, patch_order = self.normalized(batch), batch["patch_order"]
         predicted, targets = self.rebuild(images, patch_order)
         level, deviation = self.scale(targets)
@@ -85,5 +85,4 @@ class MAEObjective(Objective):
         rebuilt = unpatchify(patches.scatter(1, places, predicted * deviation + level), size)
         mean, std = self.preprocessing.image_mean, self.preprocessing.image_std
         columns = [denormalize(column, mean, std).clamp(0, 1) for column in (images, seen, rebuilt)]
-        attention = super().pictures(batch)[..., images.shape[-1] :]
-        return torch.cat([*columns, attention], dim=3)
+        return torch.cat([torch.stack(columns, dim=1), super().pictures(batch)[:, 1:]], dim=1)

@@ -62,7 +62,7 @@ class Objective(nn.Module):
         return normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """Show what has been learned of some images, beside them: [B, C, H, so many widths], from 0 to 1.
+        """Return each image and, beside it, what has been learned of it: [B, columns, C, H, W], from 0 to 1.
 
         Here: what each head of the last block takes into CLS from where, the most as white.
         """
@@ -73,7 +73,7 @@ class Objective(nn.Module):
         side = images.shape[-1] // size
         maps = maps.reshape(*maps.shape[:2], side, side).repeat_interleave(size, dim=2).repeat_interleave(size, dim=3)
         columns = [images, *(one[:, None].expand_as(images) for one in maps.unbind(dim=1))]
-        return torch.cat(columns, dim=3)
+        return torch.stack(columns, dim=1)
 
     def after_warm_start(self) -> None:
         """Hear that `encoder` has been given the weights that the run starts from."""

@@ -26,9 +26,9 @@ class SelfDistillationObjective(Objective):
     """CLS of every crop says what the teacher's CLS of another large crop says; hidden patches say what it sees there.
 
     The teacher, `encoder` and its heads, is an average of the student in fp32 that no gradient reaches; it lies in
-    buffers, so an optimizer never sees it, and it is what leaves the run. Its answers are balanced over all images of a
-    micro-step and all ranks, and so does KoLeo look for neighbours there: the losses are the same on any number of
-    ranks that takes as many micro-steps.
+    buffers, so an optimizer never sees it, and it is what leaves the run. In bf16 it follows the student's working
+    weights, rounded as they are. Its answers are balanced over all images of a micro-step and all ranks, and so does
+    KoLeo look for neighbours there: the losses are the same on any number of ranks that takes as many micro-steps.
     """
 
     def __init__(
@@ -79,7 +79,8 @@ class SelfDistillationObjective(Objective):
 
     def after_warm_start(self) -> None:
         """Let the student begin where the teacher does."""
-        self.student.load_state_dict(self.encoder.state_dict())
+        for teacher, student in self._pairs:
+            student.load_state_dict(teacher.state_dict())
 
     def before_step(self, progress: float) -> None:
         self._progress = progress
@@ -102,7 +103,8 @@ class SelfDistillationObjective(Objective):
     def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         hidden = batch["hidden"].flatten(0, 1)  # [2 B, N]
         large, small = (self._crops(batch, size) for size in ("large", "small"))
-        cls_targets, patch_targets = self._targets(large, hidden)
+        counts = counts_of(batch["position"]).repeat_interleave(NUM_LARGE)
+        cls_targets, patch_targets = self._targets(large, hidden, counts)
         tokens = self.student(large, instead=(hidden, self.mask_token))
         own = tokens[:, 0].reshape(-1, NUM_LARGE, tokens.shape[-1])  # [B, 2, D]
         of_small = self.student(small)[:, 0].reshape(len(own), -1, tokens.shape[-1])
@@ -115,9 +117,9 @@ class SelfDistillationObjective(Objective):
         return {"loss": loss, **losses}
 
     def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How well the student, shown the whole image, says what the teacher says of it."""
+        """How well the student, shown the whole image, says what the teacher says of it, always at one temperature."""
         images = self.normalized(batch)
-        targets = (self.cls_head(self.encoder(images)[:, 0]) / self.teacher_temperature).softmax(dim=-1)
+        targets = (self.cls_head(self.encoder(images)[:, 0]) / self.config.teacher_temperature).softmax(dim=-1)
         said = self._say(self.student(images.to(self.student.cls_token.dtype))[:, 0])
         return {"loss": (-(targets * said).sum(-1) * batch["weight"]).sum()}
 
@@ -129,14 +131,20 @@ class SelfDistillationObjective(Objective):
         return images.to(self.student.cls_token.dtype)
 
     @torch.no_grad()
-    def _targets(self, large: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the teacher says of CLS [2 B, K] and of the patches that are hidden from the student [M, K]."""
+    def _targets(self, large: Tensor, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the teacher says of CLS [2 B, K] and of the patches that are hidden from the student [M, K].
+
+        `counts` [2 B] says how much each crop does.
+        """
         low = large.dtype != torch.float32
         with torch.autocast(large.device.type, torch.bfloat16, enabled=low):
             tokens = self.encoder(large)
-            said = self.cls_head(tokens[:, 0]), self.patch_head(tokens[:, 1:][hidden])
-        cls, patches = (sinkhorn_knopp(cosines / self.teacher_temperature) for cosines in said)
-        return cls, patches
+            of_cls, of_patches = self.cls_head(tokens[:, 0]), self.patch_head(tokens[:, 1:][hidden])
+        patch_counts = counts[:, None].expand_as(hidden)[hidden]
+        return (
+            sinkhorn_knopp(of_cls / self.teacher_temperature, counts),
+            sinkhorn_knopp(of_patches / self.teacher_temperature, patch_counts),
+        )
 
     def _say(self, cls: Tensor) -> Tensor:
         """Return what the student says of CLS, as logarithms: [..., D] -> [..., K]."""
@@ -159,6 +167,12 @@ def turn_into_buffers(module: nn.Module) -> None:
             part.register_buffer(name, parameter.detach().clone())
 
 
+def counts_of(positions: Tensor) -> Tensor:
+    """Return how much each of this rank's images counts, [B]: a rank without any has a copy, and both count half."""
+    all_positions, _ = gather_rows(positions)
+    return 1 / (positions[:, None] == all_positions).sum(dim=1)
+
+
 def dino_loss(said_of_large: Tensor, said_of_small: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of all pairs of a crop and another, large one.
 
@@ -173,19 +187,20 @@ def dino_loss(said_of_large: Tensor, said_of_small: Tensor, targets: Tensor) -> 
     return -(of_large + of_small).mean() / pairs
 
 
-def sinkhorn_knopp(logits: Tensor) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, counts: Tensor) -> Tensor:
     """Balance the rows of all ranks over the prototypes (arXiv 2006.09882), so that no answer is the same for all.
 
     Args:
         logits: of this rank's rows, [rows, K].
+        counts: how much each row does, [rows].
 
     Returns:
         [rows, K]; each row adds up to 1, and each column, over all ranks, nearly to rows / K.
     """
     shares = logits.exp()
-    rows = sum_over_ranks(torch.tensor(float(len(logits)), device=logits.device))
+    rows = sum_over_ranks(counts.sum())
     for _ in range(SINKHORN_ROUNDS):
-        shares = shares / sum_over_ranks(shares.sum(dim=0)) * rows / shares.shape[1]
+        shares = shares / sum_over_ranks(counts @ shares) * rows / shares.shape[1]
         shares = shares / shares.sum(dim=1, keepdim=True)
     return shares
 

@@ -41,12 +41,12 @@ class LAMB(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move all parameters that have a gradient."""
-        pairs = ((tensor, group) for group in self.param_groups for tensor in group["params"])
+        pairs = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
+        if self.placement is None:
+            self.placement = Placement.of_whole((str(i), tensor) for i, (tensor, _) in enumerate(pairs))
         moved = [(tensor, group) for tensor, group in pairs if tensor.grad is not None]
         if not moved:
             return
-        if self.placement is None:
-            self.placement = Placement.of_whole((str(i), tensor) for i, (tensor, _) in enumerate(moved))
         ranges = self.placement.ranges
         directions = [adam_direction(tensor, self.state[tensor], group, self.found_inf) for tensor, group in moved]
         squares = torch.zeros(2, len(self.placement.names), device=moved[0][0].device)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, STATE_FILE
+from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, STATE_FILE, step_of
 
 # MLflow's own retries block a call to a dead server for 245.7 s; here the file is the queue, so none is needed.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -24,6 +24,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from PIL import Image
 
 POLL_SECONDS = 1.0
 LAST_TRIES = 3
@@ -74,11 +75,22 @@ class Sink:
             names = {metric.key for metric in metrics if metric.step == last_step}
             before = self.state["last_names"] if last_step == self.state["last_step"] else []
             self._remember(last_step=last_step, last_names=sorted(names.union(before)))
+
+    def push_pictures(self) -> None:
+        """Send what was drawn; raises what MLflow raises. Artifacts may be kept elsewhere than metrics are."""
         for picture in sorted((self.run_dir / PICTURES_FOLDER).glob("step-*.png")):
-            drawn = [picture.name, picture.stat().st_mtime_ns]
-            if drawn not in self.state["pictures"]:
-                self.client.log_artifact(self.state["run_id"], str(picture), PICTURES_FOLDER)
-                self._remember(pictures=[*self.state["pictures"], drawn])
+            drawn_at = picture.stat().st_mtime_ns
+            if [picture.name, drawn_at] not in self.state["pictures"]:
+                with Image.open(picture) as image:
+                    self.client.log_image(
+                        self.state["run_id"],
+                        image,
+                        key=PICTURES_FOLDER,
+                        step=step_of(picture.name),
+                        timestamp=drawn_at // 1_000_000,
+                        synchronous=True,
+                    )
+                self._remember(pictures=[*self.state["pictures"], [picture.name, drawn_at]])
 
     def _is_unsent(self, step: int, name: str) -> bool:
         last_step: int = self.state["last_step"]
@@ -120,7 +132,8 @@ def main(run_dir: str, uri: str, experiment: str) -> None:
     messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: select must see every line
     status: str | None = None  # what is to be said of the run; nothing when only tags are sent
     said: str | None = None
-    complained, open_input, tries = False, True, LAST_TRIES
+    complaints: set[str] = set()
+    open_input, tries = True, LAST_TRIES
     while tries:
         for message in _messages(messages, POLL_SECONDS if open_input else 0):
             if message is None:
@@ -131,17 +144,20 @@ def main(run_dir: str, uri: str, experiment: str) -> None:
                 sink.tags |= message.get("tags", {})
                 status = message.get("status", status)
                 open_input = open_input and status in (None, RUNNING)
+        problem = "does not answer"
         try:
             sink.push()
             if status != said:
                 sink.set_status(str(status))
                 said = status
+            problem = "takes no pictures"
+            sink.push_pictures()
             if not open_input:
                 return
-        except Exception as error:  # any failure of a store is survivable: the file has everything
-            if not complained:
-                print(f"MLflow at {uri} does not answer ({_first_line(error)}); metrics.jsonl goes on", file=sys.stderr)
-                complained = True
+        except Exception as error:  # any failure of a store is survivable: the run's folder has everything
+            if problem not in complaints:
+                print(f"MLflow at {uri} {problem} ({_first_line(error)}); all is kept in {run_dir}", file=sys.stderr)
+                complaints.add(problem)
         tries -= 0 if open_input else 1
 
 

@@ -156,6 +156,11 @@ def _ignore_signals() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
+def step_of(picture_name: str) -> int:
+    """Return the step of a picture's name."""
+    return int(picture_name.removeprefix("step-").removesuffix(".png"))
+
+
 def picture_name(step: int) -> str:
     """Return the name of the picture of a step; names are in the order of the steps."""
     return f"step-{step:08d}.png"

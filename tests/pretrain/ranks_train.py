@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import SavedFile
+from pretrain.checkpoint.partitions import optimizer_steps
 from pretrain.checkpoint.pieces import Reader, load_weights, write_file
 from pretrain.checkpoint.restore import newest_whole
 from pretrain.config import PretrainConfig
@@ -55,6 +56,8 @@ MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-2", DECAYED]
 OTHERS = {
     **{f"distil{stage}": [*DISTIL, f"engine.zero_stage={stage}"] for stage in range(3)},
     "distil-bf16": [*DISTIL, "engine.precision=bf16"],
+    "distil-one": [*DISTIL, "engine.global_batch_size=1"],  # the second rank has a copy
+    "mae-bf16": [MAE, "engine.precision=bf16"],
     **{f"mae{stage}": [MAE, *PROBED, f"engine.zero_stage={stage}"] for stage in range(4)},
     "recipe": [
         "model.layer_scale=0.1",
@@ -62,6 +65,8 @@ OTHERS = {
         "objective.patch_dropout=0.25",
         "objective.augment.three_augment=true",
         "engine.zero_stage=1",
+        "optimizer.scaling=linear",
+        "optimizer.learning_rate=0.016",
         "schedule.name=wsd",
         "schedule.cooldown_steps=3",
         "schedule.image_sizes=[[0.25, 16], [0.75, 24]]",
@@ -79,6 +84,7 @@ OTHERS = {
     "decayed-bf16": [DECAYED, "engine.precision=bf16", "engine.zero_stage=3"],
     "lamb-bf16": [*LAMB, "engine.precision=bf16", "engine.zero_stage=2"],
     "muon-bf16": [*MUON, "engine.precision=bf16", "engine.zero_stage=1"],
+    "muon-bf16-stage0": [*MUON, "engine.precision=bf16", "engine.zero_stage=0"],
     "lamb-offload": [*LAMB, "engine.offload_optimizer=true", "engine.zero_stage=1"],
     "muon-offload": [*MUON, "engine.offload_optimizer=true", "engine.zero_stage=2"],
     "compiled": ["engine.compile=true", "engine.zero_stage=1"],
@@ -101,6 +107,8 @@ NOT_RESUMED = {
     "muon0",
     "muon1",
     "muon2",
+    "distil-one",
+    "mae-bf16",
     "lamb-bf16",
     "lamb-offload",
     "muon-offload",
@@ -146,6 +154,7 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
 
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
         first = run.manifest.step
+        assert optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
         run.watch.outcome = tracked(run, "", StopSignal())
     return first, positions
 
@@ -260,13 +269,13 @@ def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
     return {"outcome": outcome.name, "evaluated": evaluated, "rows": rows_of(folder / "stopped")}
 
 
-def end_before_the_last_evaluation(recipe: Path, folder: Path) -> list[dict[str, Any]]:
+def end_before_the_last_evaluation(recipe: Path, folder: Path, name: str) -> list[dict[str, Any]]:
     """Continue a run that was killed after its last save; return the rows that come."""
-    run_dir = folder / "killed"
+    run_dir = folder / "killed" / name
     if distributed.is_main():
-        shutil.copytree(folder / "stage1" / "whole" / "checkpoints" / LAST, run_dir / "checkpoints" / LAST)
+        shutil.copytree(folder / name / "whole" / "checkpoints" / LAST, run_dir / "checkpoints" / LAST)
     distributed.wait_for_all()
-    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *STAGES["stage1"], f"run_dir={run_dir}"]
+    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *(STAGES | OTHERS)[name], f"run_dir={run_dir}"]
     run_to_end(load_config(PretrainConfig, recipe, settings).config)
     return rows_of(run_dir)
 
@@ -425,13 +434,14 @@ def main(recipe: Path, folder: Path, source: Path | None) -> None:
             seen[name] = check(recipe, folder, name, overrides)
         if distributed.world_size() == 1:
             seen["reference"] = reference(recipe)
+            seen["start"] = reference(recipe, steps=0)
             seen["decayed-reference"] = reference(recipe, DECAYED)
             seen["distil-start"] = reference(recipe, *DISTIL, steps=0)
             seen["lamb-reference"] = reference(recipe, *OTHERS["lamb0"])
             seen["muon-reference"] = reference(recipe, *OTHERS["muon0"])
             seen["recipes"] = {path.stem: try_recipe(path, folder, recipe) for path in RECIPES}
         seen["stopped"] = stop_in_an_evaluation(recipe, folder)
-        seen["killed"] = end_before_the_last_evaluation(recipe, folder)
+        seen["killed"] = {name: end_before_the_last_evaluation(recipe, folder, name) for name in ("stage1", "distil2")}
         seen["full"] = fail_in_a_save(recipe, folder)
     if source:
         seen["resharded"] = reshard(recipe, folder, source)

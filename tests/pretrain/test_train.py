@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.data.index import DatasetInfo
+from pretrain.evaluation import GAP
 from pretrain.train import StopSignal
 from tests.launching import ROOT, TINY, Shell, free_port
 from tests.pretrain.ranks_train import COMPILED_ELSEWHERE, RESHARDED
@@ -30,6 +32,7 @@ EVERY = [
     "muon3",
     "decayed-bf16",
     "muon-bf16",
+    "muon-bf16-stage0",
     "recipe",
     "dropout",
     "dropout3",
@@ -48,6 +51,15 @@ EVERY = [
 LAMB = ["lamb0", "lamb1", "lamb2", "lamb3"]
 MUON = ["muon0", "muon1", "muon2", "muon3"]
 DISTIL = ["distil0", "distil1", "distil2"]
+IN_BF16 = {  # beside which plain loop
+    "bf16-stage0": "reference",
+    "bf16-stage1": "reference",
+    "bf16-stage3": "reference",
+    "decayed-bf16": "decayed-reference",
+    "lamb-bf16": "lamb-reference",
+    "muon-bf16": "muon-reference",
+    "muon-bf16-stage0": "muon-reference",
+}
 TEN = ["ten", "uneven", "uneven3"]
 Seen = dict[str, Any]
 
@@ -78,7 +90,7 @@ def look(digits: Path, folder: Path, world_size: int, source: Path | None = None
     done = Shell(folder)(command, timeout=400, PYTHONPATH=str(ROOT))
     assert (folder / "seen.json").exists(), done.err[-3000:]
     assert (done.code == 0) == (folder.name == "resharded"), done.err[-3000:]  # else a rank dies at the end, on purpose
-    return {**json.loads((folder / "seen.json").read_text()), "folder": folder}
+    return {**json.loads((folder / "seen.json").read_text()), "folder": folder, "said": done.out}
 
 
 def column(seen: Seen, name: str) -> list[float]:
@@ -139,6 +151,7 @@ def test_self_distillation_learns_the_same_on_any_topology(seen: dict[int, Seen]
     for world_size in (1, 2):
         for stage in DISTIL:
             assert column(seen[world_size][stage], name) == pytest.approx(expected, rel=1e-4), (world_size, stage)
+    assert column(seen[2]["distil-one"], name) == pytest.approx(column(seen[1]["distil-one"], name), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["train/loss", "optim/grad_norm", "validation/loss", "optim/learning_rate"])
@@ -146,6 +159,8 @@ def test_a_whole_recipe_learns_the_same_on_any_topology(seen: dict[int, Seen], n
     expected = column(seen[1]["recipe"], name)
     assert column(seen[2]["recipe"], name) == pytest.approx(expected, rel=1e-4)
     assert expected != pytest.approx(column(seen[1]["stage1"], name), rel=1e-2)
+    assert max(column(seen[1]["recipe"], "optim/learning_rate")) == pytest.approx(1e-3)  # scaled to the batch
+    assert "learning rate 0.001 (0.016 x 16 / 256)" in seen[1]["said"]
 
 
 @pytest.mark.parametrize("name", ["knn_top1", "linear_top1", "feature_rank", "feature_spread"])
@@ -164,19 +179,27 @@ def test_a_masked_autoencoder_shows_what_it_rebuilds(seen: dict[int, Seen]) -> N
     for stage in MAE:
         pictures = Path(seen[2]["folder"]) / stage / "whole" / "pictures"
         assert sorted(path.name for path in pictures.iterdir()) == ["step-00000004.png", "step-00000008.png"]
-        earlier, page = (np.asarray(Image.open(path))[::3, ::3] for path in sorted(pictures.iterdir()))
-        assert page.shape == (8 * 32, 5 * 32, 3)  # and two heads
-        assert np.array_equal(earlier[:, :64], page[:, :64])  # the same images, of which the same is hidden
-        assert not np.array_equal(earlier[:, 64:96], page[:, 64:96])
-        image, seen_patches, rebuilt = (page[:, 32 * i : 32 * (i + 1)].astype(int) for i in range(3))
-        changed, filled = (np.abs(image - other).reshape(32, 8, 4, 8, 3) for other in (seen_patches, rebuilt))
-        hidden = changed.max(axis=(1, 3, 4)) > 1
+        (image, seen_patches, _, *_), (*now, rebuilt, _, _) = (cut(path) for path in sorted(pictures.iterdir()))
+        assert np.array_equal([image, seen_patches], now)  # the same images, of which the same is hidden
+        changed, filled = (np.abs(image - other).reshape(8, 4, 8, 4, 8, 3) for other in (seen_patches, rebuilt))
+        hidden = changed.max(axis=(2, 4, 5)) > 1
         assert hidden.mean() == 0.5
-        assert filled.max(axis=(1, 3, 4))[~hidden].max() <= 1
-        assert np.median(filled.max(axis=(1, 3, 4))[hidden]) > 10  # not the image itself
-    attention = np.asarray(Image.open(Path(seen[2]["folder"]) / "stage0" / "whole" / "pictures" / "step-00000008.png"))
-    assert attention.shape == (3 * 8 * 32, 3 * 3 * 32, 3)
-    assert attention[:96, 96:192].max() == 255
+        assert filled.max(axis=(2, 4, 5))[~hidden].max() <= 1
+        assert np.median(filled.max(axis=(2, 4, 5))[hidden]) > 10  # not the image itself
+    picture, *heads = cut(Path(seen[2]["folder"]) / "stage0" / "whole" / "pictures" / "step-00000008.png")
+    assert np.abs(picture - image).max() <= 1
+    assert len(heads) == 2
+    assert all(head.max() == 255 for head in heads)
+
+
+def cut(page: Path) -> list[NDArray[np.int64]]:
+    """Return the columns of a page, [8 images, 32, 32, 3] each; both their size and the gaps are known."""
+    pixels = np.asarray(Image.open(page)).astype(int)
+    padded = np.pad(pixels, ((0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    tiles = padded.reshape(8, 96 + GAP, -1, 96 + GAP, 3).swapaxes(1, 2)
+    assert (tiles[:, :, 96:] == 255).all()
+    assert (tiles[:, :, :, 96:] == 255).all()
+    return [*tiles[:, :, :96:3, :96:3].swapaxes(0, 1)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -244,27 +267,27 @@ def test_a_save_that_fails_on_one_rank_costs_that_checkpoint_alone(seen: dict[in
 
 def test_a_run_that_was_killed_in_its_last_evaluation_makes_up_for_it(seen: dict[int, Seen]) -> None:
     for world_size in (1, 2):
-        [late] = seen[world_size]["killed"]
-        [usual] = [row for row in seen[world_size]["stage1"]["rows"] if row["step"] == 8 and "validation/loss" in row]
-        assert late == usual
+        for name, [late] in seen[world_size]["killed"].items():
+            [usual] = [row for row in seen[world_size][name]["rows"] if row["step"] == 8 and "validation/loss" in row]
+            assert late == usual
 
 
 def test_dropout_acts_and_bf16_is_near(seen: dict[int, Seen]) -> None:
     reference = seen[1]["reference"]["losses"]
     assert column(seen[1]["dropout"], "train/loss") != pytest.approx(reference, abs=1e-4)
-    for setting in ("bf16-stage0", "bf16-stage1", "bf16-stage3"):
-        assert column(seen[2][setting], "train/loss") == pytest.approx(reference, abs=0.02)
+    assert column(seen[2]["mae-bf16"], "train/loss") == pytest.approx(column(seen[2]["mae0"], "train/loss"), abs=0.02)
     assert column(seen[1]["unclipped"], "train/loss") != pytest.approx(reference, abs=1e-4)
     assert column(seen[1]["unclipped"], "optim/grad_norm")[0] == column(seen[1]["stage2"], "optim/grad_norm")[0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("setting", ["decayed-bf16", "lamb-bf16", "muon-bf16"])
+@pytest.mark.parametrize("setting", IN_BF16)
 def test_bf16_moves_the_masters_as_the_optimizer_says(seen: dict[int, Seen], world_size: int, setting: str) -> None:
-    expected, plain = seen[1][setting.replace("bf16", "reference")], seen[1]["reference"]
-    found = seen[world_size][setting]
+    """DeepSpeed itself would take a step before the first one at stage 0."""
+    start, expected, found = seen[1]["start"], seen[1][IN_BF16[setting]], seen[world_size][setting]
     assert column(found, "train/loss") == pytest.approx(expected["losses"], abs=0.01)
-    assert distance(found["weights"], expected["weights"]) < 0.3 * distance(plain["weights"], expected["weights"])
+    share = 0.3 if setting.startswith("lamb") else 0.1  # a factor of its whole parameters moves with the rounding
+    assert distance(found["weights"], expected["weights"]) < share * distance(start["weights"], expected["weights"])
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

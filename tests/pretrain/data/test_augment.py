@@ -58,6 +58,13 @@ def test_a_crop_lies_in_the_image(height: int, width: int, seed: int) -> None:
     assert 0 <= left < right <= width
 
 
+def test_an_image_that_no_crop_fits_gives_its_middle() -> None:
+    """As far as the aspect allows, as torchvision has it."""
+    random, scale, aspect = np.random.default_rng(0), (0.8, 1.0), (3 / 4, 4 / 3)
+    assert crop_box(100, 400, scale, aspect, random) == (0, 133, 100, 266)
+    assert crop_box(400, 100, scale, aspect, random) == (133, 0, 266, 100)
+
+
 def test_crops_keep_the_asked_share_of_the_area() -> None:
     shares = []
     for seed in range(500):

@@ -160,6 +160,20 @@ def copied(digits: Path, tmp_path: Path) -> Path:
     return tmp_path / "copied"
 
 
+def test_views_of_an_image_have_other_pixels(digits: Path) -> None:
+    """The first is that of a run without repeats; a batch of 12 has the 6 images that such a run would have had."""
+    samples = open_samples(digits / "train")
+    settings = {"global_batch_size": 12, "accumulation_steps": 1}
+    twice = by_position(batches(samples, stop=24, views=2, **settings))
+    once = by_position(batches(samples, stop=12, **settings))
+    for first in (0, 12):
+        for i in range(6):
+            view, other = twice[first + i], twice[first + i + 6]
+            assert view == once[first // 2 + i]
+            assert view[0] == other[0]
+            assert view[1] != other[1]
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_sample_that_cannot_be_used_is_replaced_and_nothing_else_changes(copied: Path, num_workers: int) -> None:
     whole = by_position(batches(open_samples(copied)))

@@ -46,3 +46,8 @@ def test_the_teacher_leaves_the_run(tmp_path: Path) -> None:
             warm_start(other, source, ["c"], 1e-6)
             other.after_warm_start()
             torch.testing.assert_close(other.student(images), expected, rtol=1e-5, atol=1e-5)
+        again = build().eval()
+        warm_start(again, tmp_path, ["a", "b"], 1e-6)  # the same classes: with its heads
+        again.after_warm_start()
+        for name, tensor in again.student_cls_head.state_dict().items():
+            torch.testing.assert_close(tensor, objective.cls_head.state_dict()[name])

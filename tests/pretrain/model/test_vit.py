@@ -46,6 +46,21 @@ def renamed(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, 
     return {f"vit.{name}": tensor for name, tensor in to_hugging_face(encoder, config).items()} | head
 
 
+@pytest.mark.parametrize("size", [16, 24, 48])
+def test_images_of_another_size_equal_transformers(size: int) -> None:
+    ours = perturbed(CONFIG)
+    theirs = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**encoder_config(CONFIG), num_labels=5)
+    ).eval()
+    theirs.load_state_dict(renamed(ours.state_dict(), CONFIG), strict=True)
+    images = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        logits = ours(images)
+        torch.testing.assert_close(logits, theirs(images, interpolate_pos_encoding=True).logits, rtol=1e-5, atol=1e-5)
+        shuffled = torch.randperm((size // 8) ** 2).expand(3, -1)  # each patch keeps its own position
+        torch.testing.assert_close(ours.classifier(ours.encoder(images, shuffled)[:, 0]), logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [{}, {"position_embedding": "sincos"}, {"layer_norm_eps": 1e-3}, {"mlp_ratio": 3.0, "intermediate_size": None}],

@@ -12,11 +12,13 @@ from scipy.special import logsumexp
 from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig, PreprocessingConfig, SelfDistillationConfig
+from pretrain.data.augment import augment
 from pretrain.data.crops import draw_hidden
 from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.self_distillation import (
     SelfDistillationObjective,
+    counts_of,
     dino_loss,
     koleo_loss,
     sinkhorn_knopp,
@@ -74,10 +76,14 @@ def test_sinkhorn_knopp_balances_as_in_log_space() -> None:
     for _ in range(3):
         expected -= logsumexp(expected, axis=0, keepdims=True) - np.log(12 / 5)
         expected -= logsumexp(expected, axis=1, keepdims=True)
-    shares = sinkhorn_knopp(logits)
+    shares = sinkhorn_knopp(logits, torch.ones(12, dtype=torch.float64))
     np.testing.assert_allclose(shares.numpy(), np.exp(expected), rtol=1e-10)
     assert (shares.sum(0) - 12 / 5).abs().max() < (logits.softmax(1).sum(0) - 12 / 5).abs().max() / 2
-    assert sinkhorn_knopp(torch.empty(0, 5)).shape == (0, 5)
+    assert sinkhorn_knopp(torch.empty(0, 5), torch.empty(0)).shape == (0, 5)
+    copied = torch.cat([logits, logits[:1]])  # as on a rank that has no image of its own
+    counts = counts_of(torch.tensor([*range(12), 0])).double()
+    assert counts.tolist() == [0.5] + 11 * [1.0] + [0.5]
+    torch.testing.assert_close(sinkhorn_knopp(copied, counts)[:12], shares)
 
 
 def test_koleo_looks_at_the_nearest_other() -> None:
@@ -117,9 +123,58 @@ def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
     data = batch(objective, 6)
     first = float(objective(data)["loss"])
     last = overfit(objective, data, steps=150)
-    cls, patches = objective._targets(objective._crops(data, "large"), data["hidden"].flatten(0, 1))
+    cls, patches = objective._targets(objective._crops(data, "large"), data["hidden"].flatten(0, 1), torch.ones(12))
     least = sum(float(-(t * t.clamp_min(1e-30).log()).sum(-1).mean()) for t in (cls, patches))  # the targets' entropy
     assert last - least < 0.35 * (first - least)
+
+
+def test_student_and_teacher_see_what_the_papers_say() -> None:
+    """Written out crop by crop and patch by patch, with student and teacher apart and some crops whole."""
+    objective = build(mask_probability=0.5)
+    data = batch(objective, 6)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for tensor in [*objective.parameters(), *objective.encoder.buffers()]:
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    objective.before_step(0.5)
+    mean, std = objective.preprocessing.image_mean, objective.preprocessing.image_std
+
+    def crops(size: str) -> list[torch.Tensor]:
+        fields = {name.removeprefix(f"{size}."): data[name] for name in data if name.startswith(f"{size}.")}
+        of_each = ({name: field[:, i] for name, field in fields.items()} for i in range(fields["image"].shape[1]))
+        return [augment(each, mean, std) for each in of_each]
+
+    def balanced(cosines: torch.Tensor) -> torch.Tensor:
+        """As arXiv 2006.09882 has it: prototypes in rows, everything one in all."""
+        shares = (cosines / objective.teacher_temperature).exp().T
+        shares = shares / shares.sum()
+        for _ in range(3):
+            shares = shares / shares.sum(dim=1, keepdim=True) / shares.shape[0]
+            shares = shares / shares.sum(dim=0, keepdim=True) / shares.shape[1]
+        return (shares * shares.shape[1]).T
+
+    def cross(targets: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+        return -(targets * F.log_softmax(cosines / 0.1, dim=-1)).sum(-1)
+
+    large, small, hidden = crops("large"), crops("small"), data["hidden"].unbind(1)
+    assert {int(count) for count in data["hidden"].sum(2).flatten()} >= {0, 2}
+    with torch.no_grad():
+        seen = [objective.encoder(crop) for crop in large]
+        cls = balanced(torch.cat([objective.cls_head(tokens[:, 0]) for tokens in seen])).chunk(2)
+        places = [(i, b, n) for i in range(2) for b in range(6) for n in range(16) if hidden[i][b, n]]
+        patches = balanced(torch.stack([objective.patch_head(seen[i][b, 1 + n]) for i, b, n in places]))
+    of_large = [
+        objective.student(crop, instead=(mask, objective.mask_token)) for crop, mask in zip(large, hidden, strict=True)
+    ]
+    said = [objective.student_cls_head(tokens[:, 0]) for tokens in [*of_large, *map(objective.student, small)]]
+    pairs = [cross(cls[t], said[s]).mean() for t in range(2) for s in range(len(said)) if s != t]
+    of_each = [
+        cross(target, objective.student_patch_head(of_large[i][b, 1 + n])) / hidden[i][b].sum()
+        for (i, b, n), target in zip(places, patches, strict=True)
+    ]
+    losses = objective(data)
+    torch.testing.assert_close(losses["dino"], torch.stack(pairs).mean())
+    torch.testing.assert_close(losses["ibot"], torch.stack(of_each).sum() / 12)
 
 
 def test_the_teacher_follows_as_stated_and_no_gradient_reaches_it() -> None:

@@ -91,6 +91,28 @@ def test_binary_cross_entropy_equals_torch_on_mixed_and_smoothed_targets() -> No
     assert float(sums["loss"]) == pytest.approx(8 * float(plain), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
+def test_a_mixed_image_counts_as_its_classes_do(loss: str) -> None:
+    """Both labels smoothed, each with the weight of its class."""
+    weights = torch.linspace(0.1, 2.0, 10)
+    given = {"loss": loss, "label_smoothing": 0.2, "class_weights": weights.tolist(), "augment": {"mixup": 0.8}}
+    torch.manual_seed(0)
+    config = SupervisedConfig.model_validate(given)
+    objective = build_objective(config, ViT(MODEL), [0.1] * 10, PreprocessingConfig()).train()
+    data = batch(8, own_share=0.7)
+    pixels = _normalized(data)
+    logits = objective.logits(0.7 * pixels + 0.3 * neighbours(pixels))  # type: ignore[operator]
+    expected = torch.zeros(8)
+    for share, labels in ((0.7, data["label"]), (0.3, neighbours(data["label"]))):
+        targets = 0.8 * F.one_hot(labels, 10) + 0.02
+        if loss == "cross_entropy":
+            losses = F.cross_entropy(logits, targets, reduction="none")
+        else:
+            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
+        expected += share * weights[labels] * losses
+    assert float(objective(data)["loss"]) == pytest.approx(float(expected.mean()), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("reduction", "bias", "expected"),
     [

@@ -101,12 +101,25 @@ def test_muon_is_torchs_but_for_its_precision() -> None:
         assert (moved - expected).norm() < 0.03 * expected.norm()
 
 
+def test_lamb_takes_a_parameter_whose_gradient_comes_late() -> None:
+    early, late = torch.ones(2, 2), torch.ones(2, 2)
+    optimizer = LAMB([early, late], lr=0.1, weight_decay=0.1)
+    early.grad = torch.ones(2, 2)
+    optimizer.step()
+    late.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert float(late.mean()) == pytest.approx(0.9)  # as long a step as the parameter, times the rate
+
+
 def test_a_step_of_muon_is_orthogonal() -> None:
     torch.manual_seed(0)
     for shape in ((20, 20), (8, 30), (30, 8)):
-        singular = torch.linalg.svdvals(orthogonalize(torch.randn(shape))) / (0.2 * math.sqrt(max(shape)))
-        assert float(singular.min()) > 0.3
-        assert float(singular.max()) < 1.3
+        for precision in (torch.float32, torch.bfloat16):  # a GPU takes the latter
+            found = orthogonalize(torch.randn(shape), precision)
+            assert found.dtype == torch.float32
+            singular = torch.linalg.svdvals(found) / (0.2 * math.sqrt(max(shape)))
+            assert float(singular.min()) > 0.3
+            assert float(singular.max()) < 1.3
 
 
 def test_muon_moves_matrices_of_blocks_alone_and_passes_over_bad_steps() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from PIL import Image
 
 from pretrain.journal import read_rows
 from pretrain.tracking.mlflow_sink import Sink
@@ -16,7 +17,7 @@ from pretrain.tracking.tracker import ROOT, Tracker, default_uri, git_commit, pi
 
 
 def track(
-    run_dir: Path, uri: str | None = None, resume_step: int = 0, steps: tuple[int, ...] = (), picture: bytes = b""
+    run_dir: Path, uri: str | None = None, resume_step: int = 0, steps: tuple[int, ...] = (), grey: int | None = None
 ) -> str:
     tracker = Tracker(
         run_dir,
@@ -30,10 +31,10 @@ def track(
     with tracker:
         for step in steps:
             tracker.log({"train/loss": 1.0 / step}, step)
-            if picture:
+            if grey is not None:
                 path = run_dir / "pictures" / picture_name(step)
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(picture)
+                Image.new("RGB", (4, 4), (grey,) * 3).save(path)
         tracker.status = "FINISHED"
     return default_uri(run_dir)
 
@@ -62,19 +63,23 @@ def test_a_resumed_run_is_one_run_with_no_step_doubled(tmp_path: Path) -> None:
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in (10, 20, 30, 40)]
 
 
-def test_each_picture_becomes_an_artifact_once(tmp_path: Path) -> None:
+def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     """Also one that is drawn anew, since its first time did not last; what did not last and is not is gone."""
     run_dir = tmp_path / "runs" / "a"
-    track(run_dir, steps=(10, 20, 30), picture=b"first")
+    track(run_dir, steps=(10, 20, 30), grey=1)
     (run_dir / "pictures" / "step-00000020.partial").write_bytes(b"half")
-    uri = track(run_dir, steps=(20,), resume_step=10, picture=b"second")
-    run_id, client = only_run(uri).info.run_id, MlflowClient(uri)
-    sent = {
-        file.path: Path(client.download_artifacts(run_id, file.path)).read_bytes()
-        for file in client.list_artifacts(run_id, "pictures")
-    }
-    assert sent.keys() == {f"pictures/{picture_name(step)}" for step in (10, 20, 30)}
-    assert [sent[f"pictures/{picture_name(step)}"] for step in (10, 20)] == [b"first", b"second"]
+    uri = track(run_dir, steps=(20,), resume_step=10, grey=2)
+    run, client = only_run(uri), MlflowClient(uri)
+    assert run.data.tags["mlflow.loggedImages"] == "True"  # so its interface shows them, with a slider over the steps
+    sent = sorted(
+        (
+            int(file.path.split("+")[2]),
+            Image.open(client.download_artifacts(run.info.run_id, file.path)).getpixel((0, 0)),
+        )
+        for file in client.list_artifacts(run.info.run_id, "images")
+        if file.path.endswith(".png")
+    )
+    assert sent == [(step, (grey,) * 3) for step, grey in ((10, 1), (20, 1), (20, 2), (30, 1))]
     assert sorted(path.name for path in (run_dir / "pictures").glob("*.png")) == [picture_name(10), picture_name(20)]
     names = [name for name, _ in json.loads((run_dir / "mlflow.json").read_text())["pictures"]]
     assert names == [picture_name(step) for step in (10, 20, 30, 20)]
@@ -154,6 +159,22 @@ def test_a_dead_server_costs_no_time_and_no_row(tmp_path: Path, capfd: pytest.Ca
     tracker.close()
     assert len(read_rows(tmp_path / "a" / "metrics.jsonl")) == 200
     assert capfd.readouterr().err.count("does not answer") == 1
+
+
+def test_a_store_without_room_for_pictures_has_everything_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "no folder").touch()
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    MlflowClient(uri).create_experiment("test", (tmp_path / "no folder").as_uri())
+    capfd.readouterr()
+    track(tmp_path / "a", uri=uri, steps=(1, 2), grey=1)
+    run = only_run(uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["train/loss"] == 0.5
+    said = capfd.readouterr().err
+    assert said.count("takes no pictures") == 1
+    assert "does not answer" not in said
 
 
 def test_mlflow_can_be_off_and_other_ranks_write_nothing(tmp_path: Path) -> None:
