@@ -3,6 +3,7 @@
 python benchmarks/startup.py
 """
 
+import argparse
 import resource
 import statistics
 import subprocess
@@ -27,6 +28,7 @@ def cpu_seconds(name: str, command: list[str]) -> float:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     recipe = ROOT / "configs" / "quickstart" / "pretrain.yaml"
     with tempfile.TemporaryDirectory() as folder:
         wrong = Path(folder) / "wrong.yaml"

@@ -129,6 +129,7 @@ RESHARDED = {  # what was saved -> how it is continued
     "muon3": ("muon0", OTHERS["muon0"]),
     "distil2": ("distil1", OTHERS["distil1"]),
 }
+IN_MLFLOW = "mae3"
 SPEEDS = {
     "time",
     "probe/seconds",
@@ -172,6 +173,7 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
     whole_dir, resumed_dir = folder / name / "whole", folder / name / "resumed"
     settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *overrides]
     settings += [] if name == "ten" else ["data.num_workers=0"]
+    settings += [f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"] if name == IN_MLFLOW else []
     _, positions = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
     weights, averages = ({}, {}) if not distributed.is_main() else both_kinds(whole_dir)
     seen = {

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.data.index import DatasetInfo
 from pretrain.evaluation import GAP
+from pretrain.tracking.tracker import picture_name
 from pretrain.train import StopSignal
 from tests.launching import ROOT, TINY, Shell, free_port
-from tests.pretrain.ranks_train import COMPILED_ELSEWHERE, RESHARDED
+from tests.pretrain.ranks_train import COMPILED_ELSEWHERE, IN_MLFLOW, RESHARDED
 
 SCRIPT = ROOT / "tests" / "pretrain" / "ranks_train.py"
 STAGES = ["stage0", "stage1", "stage2", "stage3"]
@@ -190,6 +192,22 @@ def test_a_masked_autoencoder_shows_what_it_rebuilds(seen: dict[int, Seen]) -> N
     assert np.abs(picture - image).max() <= 1
     assert len(heads) == 2
     assert all(head.max() == 255 for head in heads)
+
+
+def test_mlflow_shows_all_that_is_probed_and_drawn(seen: dict[int, Seen]) -> None:
+    client = MlflowClient(f"sqlite:///{seen[2]['folder']}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("tessera").experiment_id])
+    [run] = [run for run in runs if run.info.run_name == "whole"]
+    for name in ("knn_top1", "linear_top1", "feature_rank", "feature_spread", "seconds"):
+        points = client.get_metric_history(run.info.run_id, f"probe/{name}")
+        assert [point.step for point in points] == [4, 8]
+    sent = [file.path for file in client.list_artifacts(run.info.run_id, "images") if file.path.endswith(".png")]
+    assert sorted(int(path.split("+")[2]) for path in sent) == [4, 8]
+    for path in sent:
+        picture = Path(seen[2]["folder"]) / IN_MLFLOW / "whole" / "pictures" / picture_name(int(path.split("+")[2]))
+        assert np.array_equal(
+            np.asarray(Image.open(client.download_artifacts(run.info.run_id, path))), np.asarray(Image.open(picture))
+        )
 
 
 def cut(page: Path) -> list[NDArray[np.int64]]:

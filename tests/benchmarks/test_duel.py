@@ -1,0 +1,20 @@
+"""A duel of a few steps: both sides learn, and what was measured is not measured again."""
+
+import json
+import sys
+
+from tests.launching import ROOT, Shell
+
+
+def test_both_sides_learn(shell: Shell) -> None:
+    results = shell.folder / "results.jsonl"
+    command = [sys.executable, ROOT / "benchmarks" / "duel.py", "--objective", "mae", "--seeds", "0", "--batch", "8"]
+    command += ["--steps", "12", "--results", results]
+    done = shell(command)
+    assert done.code == 0, done.err[-3000:]
+    [row] = [json.loads(line) for line in results.read_text().splitlines()]
+    assert all(0 < row[side] < 1.2 for side in ("ours", "theirs"))
+    assert row["ratio"] > 0
+    again = shell(command)
+    assert again.out == done.out
+    assert len(results.read_text().splitlines()) == 1
