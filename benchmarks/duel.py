@@ -1,9 +1,9 @@
 """The same images, steps and budget: our objectives under DeepSpeed ZeRO-1, beside the field's in a plain torch loop.
 
 Masked autoencoding meets transformers' `ViTMAEForPreTraining`, supervised learning timm's `VisionTransformer`. Both see
-the same augmented digits in the same order, with the same masks, AdamW, schedule and clipping, and begin from weights
-that each draws in its own way. They take turns, some steps each, so that a busy machine slows both. Given are the mean
-loss of the last tenth of the steps, over seeds, and the ratio of their images a second.
+the same augmented digits in the same order, with the same masks, AdamW, schedule and clipping, and begin from the same
+weights (`--own-weights`: each from such as it draws itself). They take turns, some steps each, so that a busy machine
+slows both. Given are the mean loss of the last tenth of the steps, over seeds, and the ratio of their images a second.
 
     python benchmarks/duel.py --objective mae
     python benchmarks/duel.py --objective supervised            # wants timm: pip install -r benchmarks/requirements.txt
@@ -14,6 +14,7 @@ A long one goes on where it was stopped with `--results FILE`: what the file has
 """
 
 import argparse
+import copy
 import gc
 import statistics
 import sys
@@ -49,10 +50,12 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources import list_digits
 from pretrain.engine import build_engine, set_learning_rate, start_distributed
-from pretrain.export.vit_mae import hugging_face_config
+from pretrain.export.vit import to_hugging_face
+from pretrain.export.vit_mae import decoder_to_hugging_face, hugging_face_config
 from pretrain.model.vit import ViT, compile_blocks, sincos_positions
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
+from pretrain.objectives.objective import Objective
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import to_device
 
@@ -77,6 +80,16 @@ TURN = 10  # steps
 PROFILED = 20  # steps
 CLASSES = 10
 CONTENDERS = ("ours", "theirs")
+TIMM_NAMES = (
+    ("layers.", "blocks."),
+    ("attention.o_proj.", "attn.proj."),
+    *((f"attention.{name}_proj.", "attn.qkv.") for name in "qkv"),
+    ("norm_before.", "norm1."),
+    ("norm_after.", "norm2."),
+    ("patch_embedding.", "patch_embed.proj."),
+    ("position_embedding", "pos_embed"),
+    ("classifier.", "head."),
+)
 
 Inputs = tuple[Tensor, Tensor]  # normalised images, and labels or the order of the patches
 Step = Callable[[Inputs, float], Tensor]
@@ -106,9 +119,8 @@ class TheirMAE(nn.Module):
 
 
 @contextmanager
-def our_step(model: ModelConfig, config: ObjectiveConfig, batch: int, *, compiled: bool) -> Iterator[Step]:
+def our_step(objective: Objective, batch: int, *, compiled: bool) -> Iterator[Step]:
     """Our step under DeepSpeed, as `train.py` takes it."""
-    objective = build_objective(config, ViT(model), [1 / CLASSES] * CLASSES, PREPROCESSING)
     if compiled:
         compile_blocks(objective)
     whole = OurMAE(objective) if isinstance(objective, MAEObjective) else Classifier(objective.logits, objective)
@@ -132,17 +144,31 @@ def our_step(model: ModelConfig, config: ObjectiveConfig, batch: int, *, compile
     engine.destroy()  # else its hooks keep the model for good
 
 
-def their_step(model: ModelConfig, config: ObjectiveConfig, *, compiled: bool) -> Step:
-    """A plain loop: bf16 autocast on a GPU, fused AdamW, clipping at 1; weights are decayed as in ours."""
+def build_ours(model: ModelConfig, config: ObjectiveConfig) -> Objective:
+    return build_objective(config, ViT(model), [1 / CLASSES] * CLASSES, PREPROCESSING)
+
+
+def their_step(
+    model: ModelConfig, config: ObjectiveConfig, weights: dict[str, Tensor] | None, *, compiled: bool
+) -> Step:
+    """A plain loop: bf16 autocast on a GPU, fused AdamW, clipping at 1; weights are decayed as in ours.
+
+    It begins from our `weights`, or from its own.
+    """
     if isinstance(config, MAEConfig):
         theirs = transformers.ViTMAEForPreTraining(hugging_face_config(model, config))
         side = model.image_size // model.patch_size
         # transformers 5.23 leaves those of a new model at zero, and never trains them: it would learn next to nothing.
         theirs.vit.embeddings.position_embeddings.data = sincos_positions(side, model.hidden_size)
         theirs.decoder.decoder_pos_embed.data = sincos_positions(side, config.decoder_hidden_size)
+        if weights:
+            encoder = {f"vit.{name}": each for name, each in to_hugging_face(part(weights, "encoder."), model).items()}
+            theirs.load_state_dict(encoder | decoder_to_hugging_face(part(weights, "decoder."), model))
         module: nn.Module = TheirMAE(torch.compile(theirs) if compiled else theirs)
     else:
         module = build_timm(model, compiled=compiled, classes=CLASSES)
+        if weights:
+            module.owner.load_state_dict(to_timm(weights, model))  # type: ignore[union-attr]
     module = module.to(DEVICE).train()
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -165,12 +191,29 @@ def their_step(model: ModelConfig, config: ObjectiveConfig, *, compiled: bool) -
     return step
 
 
+def part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def to_timm(weights: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Rename a classifier's weights to those of timm's VisionTransformer."""
+    renamed: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        theirs = name.removeprefix("encoder.")
+        for ours, other in TIMM_NAMES:
+            theirs = theirs.replace(ours, other)
+        if theirs == "patch_embed.proj.weight":
+            weight = weight.reshape(-1, model.num_channels, model.patch_size, model.patch_size)  # noqa: PLW2901
+        renamed[theirs] = torch.cat([renamed[theirs], weight]) if theirs in renamed else weight  # q, k, v are one
+    return renamed
+
+
 def load_batches(
     shards: Path, model: ModelConfig, config: ObjectiveConfig, seed: int, batch: int, steps: int
 ) -> list[Batch]:
     """Load everything beforehand, so that only the steps are compared; uint8 in the host's memory."""
     samples = open_samples(str(shards))
-    objective = build_objective(config, ViT(model), samples.class_shares, PREPROCESSING)
+    objective = build_ours(model, config)
     batches = training_batches(
         samples,
         objective.train_view(model.image_size),
@@ -224,8 +267,10 @@ def measure(shards: Path, config: ObjectiveConfig, seed: int, arguments: argpars
     model = model_of(arguments)
     batches = load_batches(shards, model, config, seed, arguments.batch, arguments.steps)
     torch.manual_seed(seed)
-    with our_step(model, config, arguments.batch, compiled=arguments.compile) as ours:
-        steps = {"ours": ours, "theirs": their_step(model, config, compiled=arguments.compile)}
+    objective = build_ours(model, config)
+    weights = None if arguments.own_weights else copy.deepcopy(objective.state_dict())
+    with our_step(objective, arguments.batch, compiled=arguments.compile) as ours:
+        steps = {"ours": ours, "theirs": their_step(model, config, weights, compiled=arguments.compile)}
         losses, seconds = fight(steps, batches, config)
     last = {whose: float(torch.stack(values[-(len(values) // 10) :]).mean()) for whose, values in losses.items()}
     return {**last, "ratio": seconds["theirs"] / seconds["ours"]}
@@ -245,9 +290,10 @@ def show_profile(shards: Path, config: ObjectiveConfig, arguments: argparse.Name
     [batch] = load_batches(shards, model, config, 0, arguments.batch, steps=1)
     inputs = to_inputs(batch, config)
     if arguments.profile == "ours":
-        build: AbstractContextManager[Step] = our_step(model, config, arguments.batch, compiled=arguments.compile)
+        ours = build_ours(model, config)
+        build: AbstractContextManager[Step] = our_step(ours, arguments.batch, compiled=arguments.compile)
     else:
-        build = nullcontext(their_step(model, config, compiled=arguments.compile))
+        build = nullcontext(their_step(model, config, None, compiled=arguments.compile))
     with build as step:
         profile(lambda: step(inputs, RATE), PROFILED, TURN)
 
@@ -264,6 +310,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--own-weights", action="store_true", help="each side begins from weights that it draws itself")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
     parser.add_argument("--profile", choices=CONTENDERS, help="show where the time of one goes, instead")
     arguments = parser.parse_args()
@@ -272,7 +319,7 @@ def main() -> None:
     decoder = SMALL_DECODER if arguments.model == "small" else MAEConfig(augment=SMALL_DECODER.augment)
     config: ObjectiveConfig = decoder if arguments.objective == "mae" else SUPERVISED
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
-    names = ("objective", "model", "batch", "steps", "compile")
+    names = ("objective", "model", "batch", "steps", "compile", "own_weights")
     settings = {**{name: getattr(arguments, name) for name in names}, "where": where}
     start_distributed()
     results = Results(arguments.results)
@@ -292,6 +339,7 @@ def main() -> None:
         values = [row[whose] for row in rows]
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         print(f"{whose}: last loss {statistics.mean(values):.4f} ± {deviation:.4f}")
+    print(f"of one seed, they differ by at most {max(abs(row['ours'] - row['theirs']) for row in rows):.4f}")
     print(f"images a second, ours to theirs: {statistics.median(row['ratio'] for row in rows):.2f}")
 
 
