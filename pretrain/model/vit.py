@@ -91,9 +91,9 @@ class ViT(nn.Module):
         return tokens
 
     def _initialize(self) -> None:
-        """Draw the weights; the patches' so that small patches are as loud beside their positions as those of 16 pixels.
+        """Draw the weights; the patches' so that those of any size are as loud beside their positions.
 
-        A convolution's usual bound does that. Of 768 inputs it has the deviation of all the others, of 48 four times it.
+        A convolution's usual bound does that: of 768 inputs it has the deviation of all the others, of 48 four times it.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
