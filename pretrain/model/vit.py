@@ -93,7 +93,7 @@ class ViT(nn.Module):
     def _initialize(self) -> None:
         """Draw the weights; the patches' so that those of any size are as loud beside their positions.
 
-        A convolution's usual bound does that: of 768 inputs it has the deviation of all the others, of 48 four times it.
+        A convolution's usual bound does: of 768 inputs it has the deviation of all the others, of 48 four times it.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
