@@ -91,16 +91,10 @@ class ViT(nn.Module):
         return tokens
 
     def _initialize(self) -> None:
-        """Draw the weights; the patches' so that those of any size are as loud beside their positions.
-
-        A convolution's usual bound does: of 768 inputs it has the deviation of all the others, of 48 four times it.
-        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=INITIAL_STD)
                 nn.init.zeros_(module.bias)
-        bound = self.patch_embedding.in_features**-0.5
-        nn.init.uniform_(self.patch_embedding.weight, -bound, bound)
         nn.init.trunc_normal_(self.cls_token, std=INITIAL_STD)
         if isinstance(self.position_embedding, nn.Parameter):
             nn.init.trunc_normal_(self.position_embedding, std=INITIAL_STD)
