@@ -25,7 +25,7 @@ from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker
 
 MLFLOW_STATUS = {Outcome.DONE: "FINISHED", Outcome.STOPPED: "KILLED", Outcome.DIVERGED: "RUNNING"}
-SECONDS_AFTER_STOP = 5.0  # for MLflow to catch up: a launcher waits for 30 in all
+SECONDS_AFTER_STOP = 10.0  # for MLflow to catch up: a launcher waits for 30 in all
 
 
 def main(command: CommandLine[PretrainConfig]) -> int:

@@ -1,11 +1,13 @@
-"""A tiny recipe, and commands that always end."""
+"""A tiny recipe, commands that always end, and waits that do."""
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +79,17 @@ def end(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
+def wait_for(condition: Callable[[], object], timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
 def free_port() -> str:
-    """Return a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """Return a port that nobody listens on, below those that the system gives to any connection made meanwhile."""
+    chance = random.SystemRandom()  # tests that run at once would draw the same from a seed
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", chance.randrange(20_000, 32_000)))
+            return str(free.getsockname()[1])

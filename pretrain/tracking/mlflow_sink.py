@@ -29,6 +29,7 @@ from PIL import Image
 POLL_SECONDS = 1.0
 LAST_TRIES = 3
 RUNNING = "RUNNING"
+SQLITE = "sqlite:///"
 MAX_METRICS = 1000
 MAX_PARAMS = 100
 
@@ -38,7 +39,6 @@ class Sink:
 
     def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
         self.run_dir = run_dir
-        self.client = MlflowClient(uri)
         self.state: dict[str, Any] = {"uri": uri, "experiment": experiment, "run_id": None}
         self.state |= {"last_step": -1, "last_names": []}  # what was sent last: a step may have several rows
         self.state |= {"pictures": []}  # name and time of each that was sent; one that is drawn anew is sent anew
@@ -104,12 +104,15 @@ class Sink:
             self.client.set_terminated(self.state["run_id"], status)
 
     def _start(self) -> None:
-        """Find or make the experiment and the run."""
+        """Find or make the store, the experiment and the run."""
+        uri = self.state["uri"]
+        if uri.startswith(SQLITE):
+            _make_store(Path(uri.removeprefix(SQLITE)))
+        self.client = MlflowClient(uri)
         if self.state["run_id"] is None:
             experiment = self.client.get_experiment_by_name(self.state["experiment"])
             if experiment is None:
-                is_local = self.state["uri"].startswith("sqlite:")
-                artifacts = (self.run_dir.parent / "mlartifacts").as_uri() if is_local else None
+                artifacts = (self.run_dir.parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
                 experiment_id = self.client.create_experiment(self.state["experiment"], artifacts)
             else:
                 experiment_id = experiment.experiment_id
@@ -159,6 +162,21 @@ def main(run_dir: str, uri: str, experiment: str) -> None:
                 print(f"MLflow at {uri} {problem} ({_first_line(error)}); all is kept in {run_dir}", file=sys.stderr)
                 complaints.add(problem)
         tries -= 0 if open_input else 1
+
+
+def _make_store(path: Path) -> None:
+    """Make an SQLite store, if there is none, whole or not at all: MLflow refuses one that was killed in its making."""
+    if path.exists():
+        return
+    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    MlflowClient(SQLITE + str(aside))
+    try:
+        os.link(aside, path)
+    except FileExistsError:  # another run has made it meanwhile
+        pass
+    except OSError:  # a file system without hard links
+        aside.replace(path)
+    aside.unlink(missing_ok=True)
 
 
 def _messages(file: io.FileIO, timeout: float) -> Iterator[dict[str, Any] | None]:

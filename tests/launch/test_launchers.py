@@ -27,7 +27,7 @@ from pretrain.journal import read_rows
 from pretrain.tracking.tracker import git_commit
 from pretrain.watching.beats import START, Beat, read_beat
 from tests.finetune.test_backbone import families, folder_of
-from tests.launching import ROOT, Shell, end, free_port
+from tests.launching import ROOT, Shell, end, free_port, wait_for
 
 PRETRAIN, FINETUNE = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "finetune.py"
 FINETUNE_YAML = """
@@ -174,7 +174,7 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     """One rank is asked to stop; then, under a supervisor, it is stopped by force, and once more killed."""
     settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=20", "health.hang_seconds=3"]
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, *settings]
-    whole = shell([*deepspeed, f"run_dir={tmp_path}/whole", "tracking.uri=off"])
+    whole = shell([*deepspeed, f"run_dir={tmp_path}/runs/whole"])  # and makes MLflow's store
     assert whole.code == 0, whole.err[-3000:]
 
     run_dir = tmp_path / "runs" / "stopped"
@@ -214,7 +214,7 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     assert "stuck for longer than health.hang_seconds; the run is ended, and can be continued" in err
     assert len(re.findall(r"supervise: exit code -?\d+ at step \d+; again in 1 s from step \d+", err)) == 2, err[-3000:]
     assert re.search(r"goodput \d+.\d% of \d+ s, 2 restarts: compute \d+ s, ", err)
-    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert losses(run_dir) == losses(tmp_path / "runs" / "whole")
     run = mlflow_runs(tmp_path)["stopped"]
     assert run.info.status == "FINISHED"
     assert run.data.tags["goodput.restart"].endswith(" s")
@@ -268,13 +268,6 @@ def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: To
     assert "steps in a row could not be taken, the loss is nan, and there is no checkpoint to go back" in diverged.err
     assert "0 restarts" in diverged.err  # it would diverge again
     assert "Traceback" not in diverged.err
-
-
-def wait_for(condition: Callable[[], bool], timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
 
 
 @pytest.fixture

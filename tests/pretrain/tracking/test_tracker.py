@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sqlite3
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pretrain.journal import read_rows
 from pretrain.tracking.mlflow_sink import Sink
 from pretrain.tracking.progress import ProgressLine, duration
 from pretrain.tracking.tracker import ROOT, Tracker, default_uri, git_commit, picture_name, tag_run
+from tests.launching import wait_for
 
 
 def track(
@@ -130,6 +132,38 @@ def test_a_killed_run_has_failed_and_tags_can_follow(tmp_path: Path) -> None:
     run = only_run(default_uri(run_dir))
     assert (run.info.status, run.data.tags["exported_folder"]) == ("FAILED", "/x")
     tag_run(tmp_path / "runs" / "untracked", a="b")
+
+
+def test_a_store_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Runs begin at the same moment, where there is no store yet; one is killed while it makes it."""
+    run_dirs = [tmp_path / "runs" / name for name in "abc"]
+    trackers = [Tracker(folder, uri=None, experiment="test", config_text="", params={}, tags={}) for folder in run_dirs]
+    killed = trackers[0].sink
+    assert killed is not None
+    aside = tmp_path / "runs" / f"mlflow.db.{killed.pid}.partial"
+    wait_for(lambda: aside.exists() and aside.stat().st_size > 0)
+    killed.kill()
+    for tracker in trackers[1:]:
+        tracker.close()
+    track(run_dirs[0], steps=(1,))
+    client = MlflowClient(default_uri(run_dirs[0]))
+    experiment = client.get_experiment_by_name("test")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted(str(run.info.run_name) for run in runs) == ["a", "b", "c"]
+    assert list((tmp_path / "runs").glob("*.partial")) == [aside]
+
+
+def test_an_older_mlflows_store_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    track(tmp_path / "a")
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        store.execute("UPDATE alembic_version SET version_num = '75868b020152'")
+    before = (tmp_path / "mlflow.db").read_bytes()
+    track(tmp_path / "b", steps=(1,))
+    said = capfd.readouterr().err
+    assert said.count("does not answer (Detected out-of-date database schema") == 1
+    assert "Traceback" not in said
+    assert (tmp_path / "mlflow.db").read_bytes() == before
 
 
 def test_a_new_run_in_an_old_folder_is_a_new_run(tmp_path: Path) -> None:

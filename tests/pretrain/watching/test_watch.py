@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from pretrain.watching.beats import LEAVE, STOP, give_order, read_beat
 from pretrain.watching.diagnosis import SILENT_SECONDS
 from pretrain.watching.watch import Watch, recent
+from tests.launching import wait_for
 
 NAMED_WITHIN = 10.0  # seconds
 WORLD_SIZE = 3
@@ -60,13 +61,6 @@ def ranks(run_dir: Path, slow: int = -1, hangs: int = -1, hang_seconds: float = 
         for process in processes:
             process.kill()
             process.join()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 40
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("victim", [0, 2])
