@@ -1,8 +1,10 @@
 """The masked autoencoder against transformers' own, and by learning something."""
 
 import numpy as np
+import pytest
 import torch
 import transformers
+from torch import nn
 
 from pretrain.config import MAEConfig, ModelConfig, PreprocessingConfig
 from pretrain.export.vit import to_hugging_face
@@ -76,9 +78,24 @@ def test_loss_and_gradients_equal_transformers() -> None:
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_first_loss_is_one() -> None:
-    """Each target has mean 0 and deviation 1, and a decoder that begins near zero says nothing."""
-    assert abs(float(build().train()(batch(16))["loss"]) - 1.0) < 0.05
+def test_weights_begin_as_the_papers() -> None:
+    """Its code has one layer for queries, keys and values, and torch's Xavier for every layer."""
+    objective = build()
+    for name, module in objective.named_modules():
+        if isinstance(module, nn.Linear):
+            times = 3 if name.endswith(("q_proj", "k_proj", "v_proj")) else 1
+            theirs = nn.init.xavier_uniform_(torch.empty(times * module.out_features, module.in_features))
+            weight = module.weight.detach()
+            assert float(weight.std()) == pytest.approx(float(theirs.std()), rel=0.05), name
+            assert float(weight.abs().max()) == pytest.approx(float(theirs.abs().max()), rel=0.02), name
+            assert not module.bias.any()
+
+
+def test_the_first_loss_is_that_of_a_guess() -> None:
+    """Targets have mean 0 and deviation 1; the guess has that of the last layer's weights, its input that of a norm."""
+    width, pixels = DECODER["decoder_hidden_size"], 3 * 8 * 8
+    expected = 1 + width * 2 / (width + pixels)
+    assert float(build().train()(batch(64))["loss"]) == pytest.approx(expected, rel=0.05)
 
 
 def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
