@@ -41,6 +41,12 @@ class Shell:
         process = self.start(command, **env)
         try:
             out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            let_speak(process)
+            out, err = process.communicate(timeout=60)
+            raise AssertionError(
+                f"after {timeout} s, still running: {command}\n{out[-3000:]}\n{err[-20_000:]}"
+            ) from None
         finally:
             end(process)
         return Finished(process.returncode, out, err)
@@ -49,7 +55,7 @@ class Shell:
         return subprocess.Popen(
             [str(part) for part in command],
             cwd=self.folder,
-            env={**os.environ, "PYTHONWARNINGS": "ignore", **env},
+            env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1", **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -64,6 +70,14 @@ class Finished:
     code: int
     out: str
     err: str
+
+
+def let_speak(process: "subprocess.Popen[str]") -> None:
+    """End a process and all that it started, each Python telling where all of its threads are."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGABRT)
 
 
 def end(process: "subprocess.Popen[str]") -> None:
