@@ -29,7 +29,7 @@ def cpu_seconds(name: str, command: list[str]) -> float:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    recipe = ROOT / "configs" / "quickstart" / "pretrain.yaml"
+    recipe = ROOT / "configs" / "quickstart" / "supervised.yaml"
     with tempfile.TemporaryDirectory() as folder:
         wrong = Path(folder) / "wrong.yaml"
         wrong.write_text(recipe.read_text(encoding="utf-8") + "sead: 1\n", encoding="utf-8")

@@ -43,7 +43,7 @@ from pretrain.probes import predict_by_linear_probe, predict_by_neighbours
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 # Of configs/quickstart.
-RECIPES = {"supervised": "pretrain.yaml", "mae": "mae.yaml", "self_distillation": "self_distillation.yaml"}
+RECIPES = {"supervised": "supervised.yaml", "mae": "pretrain.yaml", "self_distillation": "self_distillation.yaml"}
 SCRATCH = "from scratch"
 MEASURES = ("fine-tuned", "k-NN", "linear")
 

@@ -9,7 +9,7 @@ from finetune.config import FinetuneConfig
 from launch import quickstart
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
-from pretrain.tracking.tracker import default_uri
+from pretrain.tracking.tracker import default_uri, picture_name
 
 
 def test_every_command_names_what_the_one_before_it_wrote(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,14 +19,14 @@ def test_every_command_names_what_the_one_before_it_wrote(monkeypatch: pytest.Mo
     )
     assert pretrain[0] == "deepspeed"
     pretrained = load_config(PretrainConfig, Path(pretrain[pretrain.index("--config") + 1])).config
-    assert Path(pretrained.data.train) == Path(pretrain_shards[4]) / "train"
+    assert pretrained.data.train == [str(Path(command[4]) / "train") for command in (pretrain_shards, finetune_shards)]
     assert Path(export[2]) == pretrained.run_dir
     runs = [load_config(FinetuneConfig, Path(command[3]), command[4:]).config for command in (finetune, twin)]
     for run in runs:
         assert run.model == Path(export[3])
         assert Path(run.data.train) == Path(finetune_shards[4]) / "train"
         assert Path(str(run.data.validation)) == Path(finetune_shards[4]) / "validation"
-    same = {"from_scratch", "run_dir", "optimizer"}
+    same = {"from_scratch", "run_dir"}
     assert runs[0].model_dump(exclude=same) == runs[1].model_dump(exclude=same)
     assert (runs[0].from_scratch, runs[1].from_scratch) == (False, True)
     assert Path(predict[2]) == runs[0].run_dir / "model"
@@ -41,8 +41,18 @@ def test_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         run_dir.mkdir(parents=True)
         rows = [{"validation/top1": 0.99}, {"train/loss": 1.0}, {"validation/top1": top1}, {"train/loss": 0.5}]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step in (500, 1500):
+        picture = quickstart.RUN / "pictures" / picture_name(step)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        picture.touch()
     quickstart.summarize(114.0)
     out = capsys.readouterr().out
-    for expected in ("Done in 1.9 minutes", "top-1 78.1%", "top-1 65.8%", "runs/quickstart-finetune/model"):
+    for expected in (
+        "Done in 1.9 minutes",
+        "top-1 78.1%",
+        "top-1 65.8%",
+        "runs/quickstart-finetune/model",
+        "00001500.png",
+    ):
         assert expected in out
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/runs/mlflow.db" in out
