@@ -5,8 +5,8 @@ without. Beside what is made of them stands a twin of the same architecture from
 augmentations and steps, and the better of the same learning rates for each. Frozen features are probed by k-NN and by
 a linear classifier on the same labels.
 
-    python benchmarks/transfer.py --labels 1 2 4 --seeds 0 1 2
-    python benchmarks/transfer.py --objectives supervised mae self_distillation --results objectives.jsonl
+    python benchmarks/transfer.py --labels 1 2 4 --results transfer.jsonl
+    python benchmarks/transfer.py --objectives mae --seeds 0    # the quickstart's
 
 What `--results` names is not measured again.
 """
@@ -119,7 +119,7 @@ def probe(loaded: Loaded[FinetuneConfig]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", choices=list(RECIPES), default=["supervised"])
+    parser.add_argument("--objectives", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--labels", type=int, nargs="+", default=[2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")

@@ -22,7 +22,7 @@ RUNS = Path("runs")
 SHARDS = RUNS / "quickstart-shards"
 IMAGES = RUNS / "quickstart-images"
 RUN, FINETUNED, TWIN = RUNS / "quickstart", RUNS / "quickstart-finetune", RUNS / "quickstart-from-scratch"
-PREDICTED = [IMAGES / f"a-{digit}.png" for digit in (5, 7, 8)]
+PREDICTED = [IMAGES / f"a-{digit}.png" for digit in range(5, 10)]
 STEP_SECONDS = 1200
 CPU_RANKS = 2
 
@@ -77,7 +77,7 @@ def steps() -> list[tuple[str, list[str]]]:
             [*finetune, "from_scratch=true", f"run_dir={TWIN}"],
         ),
         (
-            "Classify three test images; the files are named by the truth",
+            "Classify a test image of each class; the files are named by the truth",
             ["tessera", "predict", str(FINETUNED / "model"), *(str(image) for image in PREDICTED)],
         ),
     ]

@@ -30,7 +30,7 @@ def test_every_command_names_what_the_one_before_it_wrote(monkeypatch: pytest.Mo
     assert runs[0].model_dump(exclude=same) == runs[1].model_dump(exclude=same)
     assert (runs[0].from_scratch, runs[1].from_scratch) == (False, True)
     assert Path(predict[2]) == runs[0].run_dir / "model"
-    assert len(predict[3:]) == 3
+    assert len(predict[3:]) == 5
     stores = {default_uri(config.run_dir) for config in (pretrained, *runs)}
     assert stores == {quickstart.store()}
 
