@@ -78,6 +78,7 @@ def let_speak(process: "subprocess.Popen[str]") -> None:
         for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.send_signal(signal.SIGABRT)
+                time.sleep(0.5)  # one after the other, or their words would be mixed
 
 
 def end(process: "subprocess.Popen[str]") -> None:
