@@ -117,7 +117,7 @@ def summarize(seconds: float) -> None:
     print(f"\n\033[1mDone in {seconds / 60:.1f} minutes\033[0m")
     print(f"  fine-tuned from the pretrained model  top-1 {last_top1(FINETUNED):.1%}  ({few})")
     print(f"  the same network from scratch         top-1 {last_top1(TWIN):.1%}  (the same)")
-    print(f"  what it rebuilds                      {sorted((RUN / 'pictures').glob('*.png'))[-1]}")
+    print(f"  what it rebuilds                      {RUN / 'pictures'}")
     print(f"  Hugging Face folder                   {model}")
     print(f"  every curve                           {os.path.relpath(BIN)}/mlflow ui --backend-store-uri {store()}")
 

@@ -304,7 +304,7 @@ def test_bf16_moves_the_masters_as_the_optimizer_says(seen: dict[int, Seen], wor
     """DeepSpeed itself would take a step before the first one at stage 0."""
     start, expected, found = seen[1]["start"], seen[1][IN_BF16[setting]], seen[world_size][setting]
     assert column(found, "train/loss") == pytest.approx(expected["losses"], abs=0.01)
-    share = 0.3 if setting.startswith(("lamb", "muon")) else 0.1  # whole parameters move with one's rounding
+    share = 0.3 if setting.startswith("lamb") else 0.1  # a factor of its whole parameters moves with the rounding
     assert distance(found["weights"], expected["weights"]) < share * distance(start["weights"], expected["weights"])
 
 
@@ -313,8 +313,9 @@ def test_a_teacher_moves_in_bf16_by_less_than_bf16_can_tell(seen: dict[int, Seen
     start, exact = seen[1]["distil-start"]["weights"], seen[1]["distil2"]["weights"]
     found = seen[world_size]["distil-bf16"]["weights"]
     matrices = [name for name in start if name.startswith("encoder.") and "norm" not in name and "bias" not in name]
-    first, fp32, bf16 = ({name: weights[name] for name in matrices} for weights in (start, exact, found))
-    assert distance(bf16, fp32) < 0.3 * distance(fp32, first)
+    for name in matrices:
+        first, fp32, bf16 = ({name: weights[name]} for weights in (start, exact, found))
+        assert distance(bf16, fp32) < 0.5 * distance(fp32, first), name
 
 
 def distance(one: dict[str, list[float]], other: dict[str, list[float]]) -> float:
