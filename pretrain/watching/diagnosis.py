@@ -29,7 +29,7 @@ class Diagnosis:
 
         Args:
             beats: the last one of each rank.
-            now: seconds of this process's own clock.
+            now: seconds for which this process itself has been awake.
         """
         found = {(beat.rank, what): sentence for beat, what, sentence in self._findings(beats, now)}
         self._told = {key: since for key, since in self._told.items() if key in found}
@@ -69,13 +69,14 @@ class Diagnosis:
         some_wait = len({beat.waits for beat in beats}) == 2  # for those that do not, however far they have come
         for beat in beats:
             behind = not beat.waits if some_wait else beat.turns < farthest
+            if beat.rank in silent or not behind:  # whoever was stopped has not hung when it wakes
+                self._behind.pop(beat.rank, None)
+                continue
             patience = FIRST_STEPS_SECONDS if beat.work is None else max(BEHIND_SECONDS, beat.work)
-            if beat.rank not in silent and behind and self._waited_for(beat, now) >= patience:
+            if self._waited_for(beat, now) >= patience:
                 what = "saves" if beat.phase == "save" else "hangs"  # a disk may take its time
                 sentence = f"{beat} {what}: {beat.since:.0f} s in {beat.phase} of step {beat.step}, the others wait"
                 yield beat, what, _with_stack(sentence, beat)
-            elif not behind:
-                self._behind.pop(beat.rank, None)
         timed = {beat.rank: beat.work for beat in beats if beat.work is not None}
         for beat in beats:
             others = [work for rank, work in timed.items() if rank != beat.rank]

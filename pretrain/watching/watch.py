@@ -36,6 +36,7 @@ from pretrain.watching.diagnosis import SILENT_SECONDS, Diagnosis
 STEPS_TIMED = 8  # at most; fewer where they last long, so that a slow rank is named soon
 LEAST_STEPS_TIMED, SECONDS_TIMED = 3, 2.0
 FRAMES = 12  # of a stack, the innermost
+SECONDS_AT_ONCE = 2.0  # between two looks; more of it was this rank's own sleep, which says nothing of the others
 OWN_WORK = ("data", "forward")  # what no other rank is waited for in; at ZeRO 3 its gathers are part of it
 
 
@@ -121,11 +122,14 @@ class Watch:
         return float(done[-1][0].elapsed_time(done[-1][1])) / 1000 if done else 0.0
 
     def _go(self) -> None:
+        awake, last = 0.0, time.monotonic()  # a run that is suspended as a whole, as Slurm can, goes on in peace
         while not self._ended.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            awake, last = awake + min(now - last, SECONDS_AT_ONCE), now
             try:
                 self._obey()
                 if self._beat():
-                    self._look(time.monotonic())
+                    self._look(awake)
             except Exception as error:  # a watch that stumbles goes on, or its rank would be called silent
                 with contextlib.suppress(OSError):
                     self.say(f"rank {self.rank}: its watch has stumbled: {error!r}")

@@ -101,6 +101,18 @@ def test_who_is_not_in_the_collective_is_who_hangs() -> None:
     assert not seconds_long(Diagnosis(), long_steps, 0, 29)
 
 
+def test_a_rank_that_was_stopped_has_not_hung_when_it_wakes() -> None:
+    """Its first beat may come before its main thread has got on."""
+    diagnosis = Diagnosis()
+    waits, stopped = beat(0, stack=IN_COLLECTIVE), beat(1, beats=1)
+    told = [diagnosis.look([replace(waits, beats=now), stopped], float(now)) for now in range(9)]
+    assert [sentences for sentences in told if sentences] == [told[6]]
+    assert "has been silent for 6 s" in told[6][0]
+    awake = replace(stopped, since=9.0)
+    assert not seconds_long(diagnosis, [waits, awake], 9, 15)
+    assert "hangs: 9 s" in seconds_long(diagnosis, [waits, awake], 15, 17)[0]  # if it then gets on no further
+
+
 def test_a_rank_that_is_through_is_not_missed() -> None:
     diagnosis = Diagnosis()
     beats = [beat(0, phase="end"), beat(1, phase="end")]

@@ -106,10 +106,15 @@ def test_an_order_reaches_every_rank(tmp_path: Path, order: str, code: int) -> N
         assert [process.exitcode for process in processes] == [code] * WORLD_SIZE
 
 
-def test_healthy_ranks_are_left_in_peace(tmp_path: Path) -> None:
-    with ranks(tmp_path) as (_, said):
-        time.sleep(SILENT_SECONDS + 3)
+def test_healthy_ranks_are_left_in_peace_also_after_a_suspension(tmp_path: Path) -> None:
+    """Slurm suspends a job's processes, a laptop sleeps: nobody has been silent."""
+    with ranks(tmp_path, hang_seconds=1.0) as (processes, said):
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in processes:
+                os.kill(process.pid, number)
+            time.sleep(SILENT_SECONDS + 3)
         assert said.empty()
+        assert all(process.is_alive() for process in processes)
 
 
 def test_a_beat_can_be_read_at_any_moment(tmp_path: Path) -> None:
