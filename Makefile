@@ -1,5 +1,6 @@
 PYTHON ?= python3
-WORKERS ?= 2
+# One more than the smallest machine has cores: many tests wait.
+WORKERS ?= 3
 VENV := .venv
 INSTALLED := $(VENV)/installed
 # Without an NVIDIA driver: the torch that the tests use. With one: whatever pip finds newest.
