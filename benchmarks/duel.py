@@ -7,8 +7,10 @@ slows both. Given are the mean loss of the last tenth of the steps, over seeds, 
 
     python benchmarks/duel.py --objective mae
     python benchmarks/duel.py --objective supervised            # wants timm: pip install -r benchmarks/requirements.txt
-    python benchmarks/duel.py --objective mae --model B/16 --batch 256 --steps 200 --compile    # on a GPU
-    python benchmarks/duel.py --objective mae --profile ours                                    # where the time goes
+    python benchmarks/duel.py --objective mae --model B/16 --batch 256 --steps 200 --compile           # on a GPU
+    python benchmarks/duel.py --objective mae --model L/16 --batch 128 --steps 200 --compile           # the same
+    python benchmarks/duel.py --objective supervised --model B/16 --batch 256 --steps 200 --compile    # the same
+    python benchmarks/duel.py --objective mae --model B/16 --batch 256 --compile --profile ours        # where time goes
 
 A long one goes on where it was stopped with `--results FILE`: what the file has is not measured again.
 """

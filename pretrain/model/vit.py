@@ -188,7 +188,7 @@ class DropPath(nn.Module):
     """Add a branch to its input, scaled up, for some samples alone (stochastic depth, arXiv 1603.09382).
 
     At a high rate the branch is computed for those samples alone that have it, a fixed share of the micro-batch
-    (arXiv 2304.07193); at a low one picking them would cost more than it saves.
+    (arXiv 2304.07193); at a low one it is computed for all, since little could be saved.
     """
 
     def __init__(self, rate: float) -> None:

@@ -51,8 +51,9 @@ DISTIL = [
     "evaluation.probe_samples=50",
 ]
 DECAYED = "optimizer.layer_decay=0.7"
-LAMB = ["optimizer.name=lamb", "optimizer.learning_rate=1e-2"]
+LAMB = ["optimizer.name=lamb", "optimizer.learning_rate=1e-2", DECAYED, "schedule.name=linear"]
 MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-2", DECAYED]
+MUON += ["schedule.name=wsd", "schedule.cooldown_steps=3"]
 OTHERS = {
     **{f"distil{stage}": [*DISTIL, f"engine.zero_stage={stage}"] for stage in range(3)},
     "distil-bf16": [*DISTIL, "engine.precision=bf16"],
@@ -72,6 +73,7 @@ OTHERS = {
         "schedule.image_sizes=[[0.25, 16], [0.75, 24]]",
         "data.repeats=2",
     ],
+    **{f"decayed{stage}": [DECAYED, f"engine.zero_stage={stage}"] for stage in range(4)},
     **{f"lamb{stage}": [*LAMB, f"engine.zero_stage={stage}"] for stage in range(4)},
     **{f"muon{stage}": [*MUON, f"engine.zero_stage={stage}"] for stage in range(4)},
     "dropout": NOISY,
@@ -101,6 +103,10 @@ NOT_RESUMED = {
     "mae2",
     "distil0",
     "distil1",
+    "decayed0",
+    "decayed1",
+    "decayed2",
+    "decayed3",
     "lamb0",
     "lamb1",
     "lamb2",
@@ -144,20 +150,21 @@ EMA_DECAY = 0.3  # more than the first steps' own, less than the last ones'
 MIDDLE, LAST = "step-00000004", "step-00000008"
 
 
-def run_to_end(config: PretrainConfig) -> tuple[int, list[int]]:
-    """Train to the last step; return the step it began at and every position that this rank trained on."""
-    positions = []
+def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
+    """Train to the last step; return the step it began at, each position and each micro-batch's pixels on this rank."""
+    positions, pixels = [], []
 
     def note(batch: Batch, device: torch.device) -> Batch:
         if run.objective.training:
             positions.extend(batch["position"].tolist())
+            pixels.extend([batch["image"].shape[-1]] if "image" in batch else [])
         return to_device(batch, device)
 
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
         first = run.manifest.step
         assert optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
         run.watch.outcome = tracked(run, "", StopSignal())
-    return first, positions
+    return first, positions, pixels
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
@@ -174,11 +181,12 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
     settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *overrides]
     settings += [] if name == "ten" else ["data.num_workers=0"]
     settings += [f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"] if name == IN_MLFLOW else []
-    _, positions = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
+    _, positions, pixels = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
     weights, averages = ({}, {}) if not distributed.is_main() else both_kinds(whole_dir)
     seen = {
         "rows": rows_of(whole_dir),
         "distinct_samples": len(set(positions)),
+        "image_sizes": pixels,
         "weights": {name: digest(weight) for name, weight in weights.items()},
         "averages": {name: digest(average) for name, average in averages.items()},
     }
@@ -188,7 +196,7 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
         shutil.copytree(whole_dir / "checkpoints" / MIDDLE, resumed_dir / "checkpoints" / MIDDLE)
         shutil.copy(whole_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
     distributed.wait_for_all()
-    first, repeated = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
+    first, repeated, _ = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
     if not distributed.is_main():
         return {}
     pairs = zip((weights, averages), both_kinds(resumed_dir), strict=True)
@@ -225,7 +233,7 @@ def reshard(recipe: Path, folder: Path, source: Path) -> dict[str, dict[str, Any
         ]
         held: dict[str, int] = {}
         with mock.patch("pretrain.checkpoint.restore.Reader", counting(held)):
-            first, _ = run_to_end(load_config(PretrainConfig, recipe, settings).config)
+            first, *_ = run_to_end(load_config(PretrainConfig, recipe, settings).config)
         if distributed.is_main():
             assert first == 4
             weights, averages = both_kinds(run_dir)
@@ -340,7 +348,10 @@ def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
         "tracking.uri=off",
     ]
     if path.stem.startswith("dinov2"):
-        settings += ["objective.prototypes=64", "objective.local_image_size=32"]
+        settings += ["objective.prototypes=64", "objective.head_hidden_size=24", "objective.local_image_size=32"]
+    if path.stem.startswith("mae"):
+        settings += ["objective.decoder_hidden_size=16", "objective.decoder_num_hidden_layers=1"]
+        settings += ["objective.decoder_num_attention_heads=2", "objective.decoder_intermediate_size=32"]
     config = load_config(PretrainConfig, path, settings).config
     run_to_end(config)
     return [row["train/loss"] for row in rows_of(config.run_dir) if "train/loss" in row]
@@ -411,6 +422,8 @@ def reference(recipe: Path, *overrides: str, steps: int | None = None) -> dict[s
             final=schedule.final_learning_rate,
             warmup_steps=schedule.warmup_steps,
             total_steps=schedule.total_steps,
+            name=schedule.name,
+            cooldown_steps=schedule.cooldown_steps,
         )
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("share", 1.0)

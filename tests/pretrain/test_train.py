@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ EVERY = [
     "uneven3",
     "unclipped",
 ]
+DECAYED = ["decayed0", "decayed1", "decayed2", "decayed3"]
 LAMB = ["lamb0", "lamb1", "lamb2", "lamb3"]
 MUON = ["muon0", "muon1", "muon2", "muon3"]
 DISTIL = ["distil0", "distil1", "distil2"]
@@ -106,12 +108,12 @@ def test_losses_equal_a_plain_torch_loop(seen: dict[int, Seen], world_size: int,
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("stage", [*LAMB, *MUON, "lamb-offload", "muon-offload"])
-def test_lamb_and_muon_see_whole_parameters_wherever_zero_has_cut_them(
+@pytest.mark.parametrize("stage", [*DECAYED, *LAMB, *MUON, "lamb-offload", "muon-offload"])
+def test_optimizers_and_schedules_are_the_same_wherever_zero_has_cut_the_parameters(
     seen: dict[int, Seen], world_size: int, stage: str
 ) -> None:
-    """Muon with layer-wise decay, which the plain loop has by a group for each parameter."""
-    expected, found = seen[1][f"{stage[:4]}-reference"], seen[world_size][stage]
+    """AdamW by cosine, LAMB linear, Muon by wsd; the plain loop has layer-wise decay by a group for each parameter."""
+    expected, found = seen[1][f"{stage.rstrip('0123').split('-')[0]}-reference"], seen[world_size][stage]
     assert column(found, "train/loss") == pytest.approx(expected["losses"], abs=1e-5)
     for name in expected["weights"]:
         assert found["weights"][name] == pytest.approx(expected["weights"][name], abs=2e-4), name
@@ -162,6 +164,7 @@ def test_a_whole_recipe_learns_the_same_on_any_topology(seen: dict[int, Seen], n
     assert column(seen[2]["recipe"], name) == pytest.approx(expected, rel=1e-4)
     assert expected != pytest.approx(column(seen[1]["stage1"], name), rel=1e-2)
     assert max(column(seen[1]["recipe"], "optim/learning_rate")) == pytest.approx(1e-3)  # scaled to the batch
+    assert [size for size, _ in groupby(seen[1]["recipe"]["image_sizes"])] == [16, 24, 32]
     assert "learning rate 0.001 (0.016 x 16 / 256)" in seen[1]["said"]
 
 
@@ -305,7 +308,8 @@ def test_bf16_moves_the_masters_as_the_optimizer_says(seen: dict[int, Seen], wor
     start, expected, found = seen[1]["start"], seen[1][IN_BF16[setting]], seen[world_size][setting]
     assert column(found, "train/loss") == pytest.approx(expected["losses"], abs=0.01)
     share = 0.3 if setting.startswith("lamb") else 0.1  # a factor of its whole parameters moves with the rounding
-    assert distance(found["weights"], expected["weights"]) < share * distance(start["weights"], expected["weights"])
+    for kind in ("weights", "averages"):
+        assert distance(found[kind], expected[kind]) < share * distance(start[kind], expected[kind]), kind
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -355,6 +359,10 @@ def test_each_published_recipe_takes_its_first_steps(seen: dict[int, Seen]) -> N
         "vit_s16_in1k_90ep",
     }
     assert expected <= seen[1]["recipes"].keys()
+    for name in expected:
+        header = (ROOT / "configs" / "pretrain" / f"{name}.yaml").read_text().split("\nrun_dir")[0]
+        for word in ("launch/pretrain.py --config", "arXiv", "Published: ", "Images seen: ", "FLOPs: ", "not yet run"):
+            assert word in header, (name, word)
     for name, losses in seen[1]["recipes"].items():
         assert len(losses) == 3, name
         at_most = (

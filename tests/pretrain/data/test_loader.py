@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from pretrain.config import AugmentConfig
-from pretrain.data.augment import EvalView, TrainView
+from pretrain.data.augment import EvalView, MaskedView, TrainView, View
 from pretrain.data.index import DataError
 from pretrain.data.loader import Loaded, evaluation_batches, training_batches
 from pretrain.data.samples import FewLabels, Samples
@@ -27,7 +27,7 @@ VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, cutmix=1.0, erasing=0.
 GLOBAL_BATCH = 24
 
 
-def batches(samples: Samples, **changes: Any) -> Generator[Loaded, None, None]:
+def batches(samples: Samples, view: View = VIEW, **changes: Any) -> Generator[Loaded, None, None]:
     settings: dict[str, Any] = {
         "seed": 0,
         "window": 3,
@@ -39,7 +39,7 @@ def batches(samples: Samples, **changes: Any) -> Generator[Loaded, None, None]:
         "world_size": 1,
         "num_workers": 0,
     }
-    return training_batches(samples, VIEW, **(settings | changes))
+    return training_batches(samples, view, **(settings | changes))
 
 
 def by_position(batches: Iterable[Loaded]) -> dict[int, tuple[int, bytes]]:
@@ -108,6 +108,22 @@ def test_the_second_epoch_has_the_same_samples_but_not_the_same_pixels(digits: P
     labels = [seen[p][0] for p in range(2 * count)]
     assert sorted(labels[:count]) == sorted(labels[count:])
     assert not {seen[p][1] for p in range(count)} & {seen[p][1] for p in range(count, 2 * count)}
+
+
+def test_a_masks_key_is_seed_epoch_and_sample(digits: Path) -> None:
+    samples = open_samples(digits / "validation")
+    count = sum(samples.shard_sizes)
+    settings = {"stop": 2 * count, "global_batch_size": count, "accumulation_steps": 1}
+    orders = [
+        [
+            order.tobytes()
+            for loaded in batches(samples, MaskedView(VIEW, 16), seed=seed, **settings)
+            for order in loaded.tensors["patch_order"].numpy()
+        ]
+        for seed in (0, 0, 1)
+    ]
+    assert orders[0] == orders[1]
+    assert len({*orders[0], *orders[2]}) == 4 * count  # each sample its own, in each epoch and by each seed
 
 
 @pytest.mark.parametrize(("world_size", "batch_size", "workers"), [(1, 7, 0), (2, 5, 1), (3, 64, 0), (5, 4, 0)])

@@ -143,7 +143,9 @@ def test_muon_moves_matrices_of_blocks_alone_and_passes_over_bad_steps() -> None
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
-def test_layer_decay_is_a_group_for_each_layer(name: Literal["adamw", "lamb", "muon"]) -> None:
+def test_layer_decay_does_what_a_group_for_each_layer_would(
+    name: Literal["adamw", "lamb", "muon"],
+) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 16}
     model = nn.ModuleDict({"encoder": ViT(ModelConfig.model_validate(sizes)), "classifier": nn.Linear(16, 3)})
@@ -151,7 +153,9 @@ def test_layer_decay_is_a_group_for_each_layer(name: Literal["adamw", "lamb", "m
     names = [name for name, _ in model.named_parameters()]
     config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
     ours, theirs = build_optimizer(model, config), build_optimizer(reference, config)
+    groups = len(ours.param_groups)
     decay_by_layer(ours, Placement.of_whole(model.named_parameters()), 0.5)
+    assert len(ours.param_groups) == groups <= 3
     shares = {"encoder.layers.2.": 0.5, "encoder.layers.1.": 0.25, "encoder.layers.0.": 0.125, "encoder.norm": 1.0}
     shares |= {"encoder.": 0.0625, "classifier.": 1.0}
     split = []
