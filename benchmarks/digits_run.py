@@ -8,13 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-from launch.supervise import is_alive
+from launch.supervisor.supervisor import is_alive
 from pretrain.checkpoint.history import list_remains
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources import keep_classes, list_digits
-from pretrain.watching.beats import END, START, Beat, read_beats
-from tests.launching import free_port
+from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.heartbeat.beats import END, START, Beat, read_beats
+from tests.support.launching import free_port
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
 CONFIG = """

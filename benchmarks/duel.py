@@ -45,13 +45,13 @@ from pretrain.config import (
     PreprocessingConfig,
     SupervisedConfig,
 )
-from pretrain.data.augment import augment
-from pretrain.data.loader import Batch, training_batches
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.loader import Batch, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources import list_digits
-from pretrain.engine import build_engine, set_learning_rate, start_distributed
+from pretrain.data.sources.source import list_digits
+from pretrain.data.transforms.views import augment
+from pretrain.engine.deepspeed import build_engine, set_learning_rate, start_distributed
 from pretrain.export.vit import to_hugging_face
 from pretrain.export.vit_mae import decoder_to_hugging_face, hugging_face_config
 from pretrain.model.vit import ViT, compile_blocks, sincos_positions
@@ -93,7 +93,7 @@ TIMM_NAMES = (
     ("classifier.", "head."),
 )
 
-Inputs = tuple[Tensor, Tensor]  # normalised images, and labels or the order of the patches
+Inputs = tuple[Tensor, Tensor]  # normalized images, and labels or the order of the patches
 Step = Callable[[Inputs, float], Tensor]
 
 
@@ -214,7 +214,7 @@ def load_batches(
     shards: Path, model: ModelConfig, config: ObjectiveConfig, seed: int, batch: int, steps: int
 ) -> list[Batch]:
     """Load everything beforehand, so that only the steps are compared; uint8 in the host's memory."""
-    samples = open_samples(str(shards))
+    samples = open_dataset(str(shards))
     objective = build_ours(model, config)
     batches = training_batches(
         samples,

@@ -29,21 +29,22 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from pretrain.config import AugmentConfig
-from pretrain.data.augment import TrainView
-from pretrain.data.cache import Cache
-from pretrain.data.index import DatasetInfo
-from pretrain.data.loader import training_batches
-from pretrain.data.order import Order, Part, micro_batches
-from pretrain.data.remote import FetchPolicy
-from pretrain.data.samples import BadSampleError, Encoded, Samples
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.dataset import Dataset, EncodedSample
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.dataset.order import Order, Part, micro_batches
+from pretrain.data.loading.loader import training_batches
 from pretrain.data.shards.bench import SIZE, Row, compare, loader_rate
 from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources import list_folder
-from tests.faults import epoch, make_small_set, trials, webdataset_images
-from tests.servers import Hostile, serve
+from pretrain.data.sources.source import list_folder
+from pretrain.data.storage.cache import Cache
+from pretrain.data.storage.index import DatasetInfo
+from pretrain.data.storage.remote import FetchPolicy
+from pretrain.data.transforms.views import TrainView
+from pretrain.errors import BadSampleError
+from tests.support.faults import epoch, make_small_set, trials, webdataset_images
+from tests.support.servers import Hostile, serve
 
 SECONDS_TIMED = 5.0
 FAULTS = 1000
@@ -63,7 +64,7 @@ def make_photos(folder: Path, count: int) -> None:
             piece.save(folder / name / f"{i:05d}.jpg", quality=int(random.integers(90, 96)))
 
 
-def scaling(samples: Samples, workers: int) -> list[Row]:
+def scaling(samples: Dataset, workers: int) -> list[Row]:
     """The loader with one worker and with all, once they run; what the training process has to do with it."""
     one, all_of_them = (loader_rate(samples, SIZE, count, SECONDS_TIMED) for count in (1, workers))
     started = time.process_time()
@@ -77,10 +78,10 @@ def scaling(samples: Samples, workers: int) -> list[Row]:
 
 def slow_disk(folder: Path) -> list[Row]:
     """One worker where every read takes 10 ms, as over a network, with one thread and with sixteen."""
-    slow = open_samples(folder)
+    slow = open_dataset(folder)
     fetch = slow.fetch
 
-    def late(shard: int, row: int) -> Encoded:
+    def late(shard: int, row: int) -> EncodedSample:
         time.sleep(0.010)
         return fetch(shard, row)
 
@@ -117,7 +118,7 @@ def starting(work: Path) -> list[Row]:
     for path in (work / "shards" / "train").glob("shard-*"):
         (folder / path.name).hardlink_to(path)
     started = time.perf_counter()
-    samples = open_samples(folder)
+    samples = open_dataset(folder)
     loading = training_batches(
         samples,
         TrainView(AugmentConfig(), SIZE),
@@ -154,7 +155,7 @@ def losing(work: Path) -> list[Row]:
         (folder / tar.name).write_bytes(data)
         reader = webdataset.WebDataset(str(folder / tar.name), shardshuffle=False, handler=webdataset.reraise_exception)
         seen = sum(1 for _ in reader)
-        unusable = _count_unusable(open_samples(folder), 0)
+        unusable = _count_unusable(open_dataset(folder), 0)
         findings = list(check_set(str(folder)))
         ours = f"{unusable} of {len(members)} replaced and named; `shards check` lists {len(findings)}"
         rows.append(Row(f"a flipped byte in a tar's {what}", ours, f"webdataset: {len(members) - seen} lost, no error"))
@@ -186,7 +187,7 @@ def misbehaving(work: Path) -> list[Row]:
     server = Hostile(whole, unavailable=0.05, reset=0.02, slow=0.10)
     with serve(server):
         cache = Cache(work / "cache", 10**10, FetchPolicy(piece_bytes=1 << 20))
-        samples = open_samples(server.url, cache=cache)
+        samples = open_dataset(server.url, cache=cache)
         num_bytes = sum(shard.num_bytes + shard.index_bytes for shard in DatasetInfo.load(whole).shards)
         read = sum(
             1 for shard, size in enumerate(samples.shard_sizes) for row in range(size) if samples.read(shard, row)
@@ -202,7 +203,7 @@ def misbehaving(work: Path) -> list[Row]:
     return [Row("a server that fails as networks do", ours, f"webdataset: {seen} samples, {error}")]
 
 
-def _count_unusable(samples: Samples, shard: int) -> int:
+def _count_unusable(samples: Dataset, shard: int) -> int:
     count = 0
     for row in range(samples.shard_sizes[shard]):
         try:
@@ -267,7 +268,7 @@ def main() -> None:
         make_shards(list_folder(work / "photos"), work / "shards", Recipe(validation=0.0, shard_bytes=10**7))
         rows = [
             *compare(made, arguments.images, arguments.workers, arguments.rounds),
-            *scaling(open_samples(made), arguments.workers),
+            *scaling(open_dataset(made), arguments.workers),
             *slow_disk(made),
             *seeking(),
             *starting(work),
@@ -277,7 +278,7 @@ def main() -> None:
             *even_steps(work),
             *shuffling(),
         ]
-    print("| | Tessera | beside it |\n|---|---|---|")
+    print("| | Vitrail | beside it |\n|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
     if arguments.json:

@@ -1,11 +1,11 @@
-"""A run whose ranks are killed again and again, under `tessera supervise`: is anything lost, and what does it cost?
+"""A run whose ranks are killed again and again, under `vitrail supervise`: is anything lost, and what does it cost?
 
     python benchmarks/kills.py --kills 50 --seconds 4 --steps 1200           # what is lost
     python benchmarks/kills.py --kills 15 --seconds 60 --steps 9000 --cost   # what it costs, with a failure a minute
 
 Two ranks under the `deepspeed` launcher train a small ViT on scikit-learn's digits; a random rank gets SIGKILL about
 every so many seconds of training. What is lost: a run that nobody disturbs is compared with it, every row of losses and
-the weights. What it costs: `tessera supervise` is disturbed, and then a shell's restart loop, on a machine that should
+the weights. What it costs: `vitrail supervise` is disturbed, and then a shell's restart loop, on a machine that should
 do nothing else. Achievable is what only the steps would take, each as long as their mean, and a start for each kill, as
 long as the shorter one of the two ways' first: to notice, to pause, to load and to do steps again comes on top.
 """
@@ -31,7 +31,7 @@ from pretrain.checkpoint.pieces import load_weights
 from pretrain.journal import read_rows
 
 SUPERVISE = [
-    str(Path(sys.executable).parent / "tessera"),
+    str(Path(sys.executable).parent / "vitrail"),
     "supervise",
     "--max-failures",
     "99",
@@ -76,7 +76,7 @@ def what_is_lost(work: Path, arguments: argparse.Namespace) -> None:
 
 def what_it_costs(work: Path, arguments: argparse.Namespace) -> None:
     """Disturb a supervised run, then a restart loop; say how near each is to the achievable."""
-    ways = {"tessera supervise": SUPERVISE, "a restart loop": ["bash", "-c", 'until "$@"; do sleep 1; done', "loop"]}
+    ways = {"vitrail supervise": SUPERVISE, "a restart loop": ["bash", "-c", 'until "$@"; do sleep 1; done', "loop"]}
     seen = {}
     for number, (way, words) in enumerate(ways.items()):
         place = work / str(number)

@@ -1,4 +1,4 @@
-"""How much memory `tessera export` takes, beside what the model's weights and the whole checkpoint are.
+"""How much memory `vitrail export` takes, beside what the model's weights and the whole checkpoint are.
 
     python benchmarks/memory.py                 # ViT-B/16 and L/16, saved by eight ranks, about a minute
 
@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from pretrain.checkpoint.manifest import Manifest, SavedTensor
-from pretrain.checkpoint.pieces import WEIGHT, Layout, Piece, write_file
+from pretrain.checkpoint.pieces import Layout, Piece, write_file
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
+from pretrain.engine.partitions import WEIGHT
 from pretrain.export.folder import export
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective

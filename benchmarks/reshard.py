@@ -27,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources import keep_classes, list_digits
+from pretrain.data.sources.source import keep_classes, list_digits
 
 WORLD_SIZES, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
 SAVED_AT, STEPS = 4, 14
@@ -116,8 +116,8 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
     """Return "" if DeepSpeed loads, on every rank, what `ours` holds, saved at the same moment; else what is wrong."""
     from pretrain import distributed
     from pretrain.checkpoint.manifest import Manifest
-    from pretrain.checkpoint.partitions import held
     from pretrain.checkpoint.pieces import Reader
+    from pretrain.engine.partitions import held
 
     if not folder.exists():
         return "not converted"
@@ -196,7 +196,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.task:
         from pretrain.distributed import leave
-        from pretrain.engine import start_distributed
+        from pretrain.engine.deepspeed import start_distributed
 
         start_distributed()
         task = {"train": train_all, "convert": convert_all, "load": load_all}[arguments.task]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.save import Saver
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig
-from pretrain.engine import build_engine, start_distributed
+from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.model.vit import ViT
 
 STEPS_BETWEEN = 3

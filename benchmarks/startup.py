@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESSERA = Path(sys.executable).parent / "tessera"
+VITRAIL = Path(sys.executable).parent / "vitrail"
 ROUNDS = 7
 PROMISED_SECONDS = 0.5
 
@@ -41,9 +41,9 @@ def main() -> None:
             "pretrain.py --print-config": [*pretrain, "--config", str(recipe), "--print-config"],
             "pretrain.py --help": [*pretrain, "--help"],
             "finetune.py --help": [*finetune, "--help"],
-            "tessera --help": [str(TESSERA), "--help"],
+            "vitrail --help": [str(VITRAIL), "--help"],
             **{
-                f"tessera {verb} --help": [str(TESSERA), *verb.split(), "--help"]
+                f"vitrail {verb} --help": [str(VITRAIL), *verb.split(), "--help"]
                 for verb in ("shards", "shards make", "shards index", "export", "predict")
             },
         }

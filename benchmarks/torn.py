@@ -47,10 +47,10 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint import save as our_save
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.partitions import held, refresh
 from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engine import build_engine, start_distributed
+from pretrain.engine.deepspeed import build_engine, start_distributed
+from pretrain.engine.partitions import held, refresh
 
 KINDS = ("killed", "disk full", "cut", "bit flipped", "missing", "manifest torn")
 OUTCOMES = {0: "right", 1: "wrong"}  # by the exit code of the process that loads; all others mean "refused"

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, PreprocessingConfig, SupervisedConfig
-from pretrain.engine import build_engine, start_distributed
+from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 

@@ -33,12 +33,12 @@ from benchmarks.results import Results
 from finetune.config import FinetuneConfig
 from finetune.train import build_run, open_tracker, train
 from pretrain.configfile import Loaded, load_config
-from pretrain.data.loader import evaluation_batches
+from pretrain.data.loading.loader import evaluation_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources import keep_classes, list_digits
+from pretrain.data.sources.source import keep_classes, list_digits
 from pretrain.export.folder import export
-from pretrain.probes import predict_by_linear_probe, predict_by_neighbours
+from pretrain.metrics.probes import predict_by_linear_probe, predict_by_neighbors
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -113,7 +113,7 @@ def probe(loaded: Loaded[FinetuneConfig]) -> dict[str, float]:
         features = [backbone(tensors["image"]).last_hidden_state[:, 0][kept] for tensors, kept in parts]
         found += [torch.cat(features), torch.cat([tensors["label"][kept] for tensors, kept in parts])]
     known, labels, unknown, truth = found
-    guesses = {"k-NN": predict_by_neighbours, "linear": predict_by_linear_probe}
+    guesses = {"k-NN": predict_by_neighbors, "linear": predict_by_linear_probe}
     return {name: float((guess(known, labels, unknown) == truth).float().mean()) for name, guess in guesses.items()}
 
 

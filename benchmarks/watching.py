@@ -27,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.digits_run import prepare, start
 from pretrain.config import PretrainConfig
 from pretrain.configfile import read_command_line
-from pretrain.watching.beats import Beat, read_beat
-from pretrain.watching.watch import STEPS_TIMED
+from pretrain.heartbeat.beats import Beat, read_beat
+from pretrain.heartbeat.watch import STEPS_TIMED
 
 NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|saves|has been silent)[^\n]*\n +File ")
 GIVEN_UP = 30.0  # seconds without being named
 SLICE = 0.005  # seconds that a slowed rank runs, between twice as long of standing still
-WATCHED = "TESSERA_BENCHMARK_WATCHED"  # in the environment of a rank
+WATCHED = "VITRAIL_BENCHMARK_WATCHED"  # in the environment of a rank
 EVALUATED = ["evaluation.every_steps=200", "evaluation.probe_every_steps=400"]
 LARGER = ["model.image_size=64", "model.hidden_size=192", "model.num_hidden_layers=6"]
 

@@ -14,8 +14,8 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from pretrain import UserError
-from pretrain.data.decode import Pixels
+from pretrain.data.transforms.decode import Pixels
+from pretrain.errors import UserError
 
 transformers.utils.logging.set_verbosity_error()  # what its load report would say is checked below
 transformers.utils.logging.disable_progress_bar()
@@ -172,7 +172,7 @@ def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").exists():
-        raise ModelError(f"{folder}: no Hugging Face folder here (config.json is missing); `tessera export` writes one")
+        raise ModelError(f"{folder}: no Hugging Face folder here (config.json is missing); `vitrail export` writes one")
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:

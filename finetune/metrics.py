@@ -6,18 +6,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from pretrain.data.augment import View
-from pretrain.data.index import DataError
-from pretrain.data.loader import Fault, evaluation_batches
-from pretrain.data.quarantine import Quarantine
-from pretrain.data.samples import Samples
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.loading.loader import Fault, evaluation_batches
+from pretrain.data.loading.quarantine import Quarantine
+from pretrain.data.transforms.views import View
 from pretrain.distributed import gather, rank, sum_over_ranks, world_size
+from pretrain.errors import DataError
 
 
 @torch.no_grad()
 def evaluate(
     model: Any,
-    samples: Samples,
+    samples: Dataset,
     view: View,
     *,
     batch_size: int,

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from finetune.backbone import load_classifier, load_preprocessor
-from pretrain.data.decode import DecodeError, Pixels, decode
-from pretrain.data.index import DataError
+from pretrain.data.transforms.decode import DecodeError, Pixels, decode
 from pretrain.distributed import device
+from pretrain.errors import DataError
 
 BATCH_SIZE = 32
 

@@ -17,20 +17,21 @@ from torch import Tensor
 from finetune.backbone import Preprocessor, load_preprocessor, new_classifier, save_folder
 from finetune.config import FinetuneConfig
 from finetune.metrics import evaluate
-from pretrain import EXIT_MISTAKE, MachineError, UserError, distributed
+from pretrain import distributed
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
-from pretrain.data.augment import TrainView, augment
-from pretrain.data.index import DataError
-from pretrain.data.loader import Batch, Fault, Loaded, training_batches
-from pretrain.data.mixing import cross_entropy, mix_neighbours, mixed_loss
-from pretrain.data.order import random_bits
-from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.samples import FewLabels, Samples
-from pretrain.data.sets import open_cache, open_samples
+from pretrain.data.dataset.dataset import Dataset, LabelSubset
+from pretrain.data.dataset.open import open_cache, open_dataset
+from pretrain.data.dataset.order import random_bits
+from pretrain.data.loading.loader import Batch, Fault, Loaded, training_batches
+from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
+from pretrain.data.transforms.mixup import cross_entropy, mix_neighbors, mixed_loss
+from pretrain.data.transforms.views import TrainView, augment
 from pretrain.distributed import on_all_ranks
+from pretrain.errors import DataError, MachineError, UserError
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import decay_by_layer
 from pretrain.optimizers.placement import Placement
+from pretrain.outcome import EXIT_MISTAKE
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
@@ -41,12 +42,12 @@ EXIT_DONE, EXIT_FAILED = 0, 1
 CARD = """---
 library_name: transformers
 pipeline_tag: image-classification
-tags: [vision, tessera]
+tags: [vision, vitrail]
 ---
 
 # {name}
 
-{origin} `{model}`, fine-tuned with Tessera on {samples} images of {classes} classes.
+{origin} `{model}`, fine-tuned with Vitrail on {samples} images of {classes} classes.
 Top-1 on {count} validation images: {top1:.4f} (epoch {epoch} of {epochs}, the best).
 """
 
@@ -61,13 +62,13 @@ class Run:
     model: Any  # the same, wrapped for training on all ranks
     optimizer: Any
     preprocessor: Preprocessor
-    training: Samples
-    validation: Samples
+    training: Dataset
+    validation: Dataset
     quarantine: Quarantine
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Dataset of an epoch."""
         return sum(self.training.shard_sizes)
 
     def steps_after(self, epochs: float) -> int:
@@ -136,7 +137,7 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine)
 
 
-def open_data(config: FinetuneConfig) -> tuple[Samples, Samples]:
+def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
     """Open the training and the validation data.
 
     Raises:
@@ -144,14 +145,14 @@ def open_data(config: FinetuneConfig) -> tuple[Samples, Samples]:
     """
     check_run_dir(config)
     cache = open_cache(config.data)
-    training = open_samples(config.data.train, cache=cache)
-    validation = open_samples(config.data.validation, cache=cache)
+    training = open_dataset(config.data.train, cache=cache)
+    validation = open_dataset(config.data.validation, cache=cache)
     if validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
     if not training.class_names:
         raise DataError(f"{config.data.train}: has no labels, fine-tuning needs them")
     if config.data.labels_per_class:
-        training = FewLabels(training, config.data.labels_per_class, config.seed)
+        training = LabelSubset(training, config.data.labels_per_class, config.seed)
     return training, validation
 
 
@@ -293,7 +294,7 @@ def _loss(run: Run, batch: Batch) -> Tensor:
     labels, smoothing = batch["label"], run.config.label_smoothing
     if not run.config.augment.mixes:
         return F.cross_entropy(run.model(pixel_values=images).logits.float(), labels, label_smoothing=smoothing)
-    images, own_share = mix_neighbours(images, batch)
+    images, own_share = mix_neighbors(images, batch)
     logits = run.model(pixel_values=images).logits.float()
     return mixed_loss(lambda target: cross_entropy(logits, target, smoothing), labels, own_share)
 
@@ -315,7 +316,7 @@ def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Loaded], float]]
         world_size=world_size,
         num_workers=config.data.num_workers,
         num_threads=config.data.num_threads,
-        together=2 if config.augment.mixes else 1,
+        group_size=2 if config.augment.mixes else 1,
     )
     while True:
         start = time.perf_counter()

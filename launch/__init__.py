@@ -1,1 +1,1 @@
-"""What a user starts: the scripts that launchers run, and the `tessera` command."""
+"""What a user starts: the scripts that launchers run, and the `vitrail` command."""

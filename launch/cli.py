@@ -1,4 +1,4 @@
-"""The `tessera` command: one verb, one function.
+"""The `vitrail` command: one verb, one function.
 
 Stages are imported when their verb runs, so that `--help` and a user's mistakes don't wait for torch.
 """
@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from launch import checkpoints, shards
-from launch.terminal import mistakes, stage
+from launch.commands import checkpoints, shards
+from launch.commands.terminal import mistakes, stage
 
 app = typer.Typer(
     help="Pretrain Vision Transformers on your images, export them to Hugging Face, fine-tune them.\n\n"
@@ -35,7 +35,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into a Hugging Face folder that is proved to give the same numbers.
 
-    Example: tessera export runs/quickstart runs/quickstart/export
+    Example: vitrail export runs/quickstart runs/quickstart/export
     """
     with mistakes():
         checkpoint = stage("pretrain.checkpoint.history").find_checkpoint(run)
@@ -53,7 +53,7 @@ def predict(
 ) -> None:
     """Print the likeliest classes of images, with their probabilities.
 
-    Example: tessera predict runs/quickstart-finetune/model cat.jpg dog.png
+    Example: vitrail predict runs/quickstart-finetune/model cat.jpg dog.png
     """
     with mistakes():
         for prediction in stage("finetune.predict").predict(folder, images, top_k):
@@ -76,10 +76,10 @@ def supervise(
 
     SIGTERM, SIGUSR1 and Ctrl-C let it save and stop with exit code 75; the same command goes on.
 
-    Example: tessera supervise -- deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml
+    Example: vitrail supervise -- deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml
     """
     with mistakes():
-        module = stage("launch.supervise")
+        module = stage("launch.supervisor.supervisor")
         supervisor = module.Supervisor(command, max_failures, fewer_after, module.say)
     code = supervisor.run()
     shares = {f"goodput.{name}": f"{seconds:.1f} s" for name, seconds in supervisor.goodput.shares().items()}

@@ -46,7 +46,7 @@ def main() -> int:
 
 def steps() -> list[tuple[str, list[str]]]:
     """Return each step's title and command, as a user would type it."""
-    make = ["tessera", "shards", "make", "digits"]
+    make = ["vitrail", "shards", "make", "digits"]
     finetune = ["python", "launch/finetune.py", "--config", "configs/quickstart/finetune.yaml"]
     ranks = str(min(count_gpus(), CPU_RANKS) or CPU_RANKS)
     return [
@@ -70,7 +70,7 @@ def steps() -> list[tuple[str, list[str]]]:
                 "configs/quickstart/pretrain.yaml",
             ],
         ),
-        ("Export the checkpoint as a Hugging Face folder", ["tessera", "export", str(RUN), str(RUN / "export")]),
+        ("Export the checkpoint as a Hugging Face folder", ["vitrail", "export", str(RUN), str(RUN / "export")]),
         ("Fine-tune it on two labels of each of the digits 5 to 9", finetune),
         (
             "Train its twin from scratch on the same labels",
@@ -78,7 +78,7 @@ def steps() -> list[tuple[str, list[str]]]:
         ),
         (
             "Classify a test image of each class; the files are named by the truth",
-            ["tessera", "predict", str(FINETUNED / "model"), *(str(image) for image in PREDICTED)],
+            ["vitrail", "predict", str(FINETUNED / "model"), *(str(image) for image in PREDICTED)],
         ),
     ]
 

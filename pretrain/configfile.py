@@ -19,8 +19,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticUndefined
 
-from pretrain import EXIT_MISTAKE, UserError
 from pretrain.config import Section
+from pretrain.errors import UserError
+from pretrain.outcome import EXIT_MISTAKE
 
 Config = TypeVar("Config", bound=Section)
 Key = tuple[str | int, ...]
@@ -342,22 +343,22 @@ def _expected_one_of(expected: str, value: Any) -> str:
 
 
 def _suggestion(location: Key, key: Key, config_class: type[Section]) -> str:
-    """Return the likely word for an unknown key: a neighbour, or the same name in another section."""
+    """Return the likely word for an unknown key: a neighbor, or the same name in another section."""
     word = SYNONYMS.get(str(key[-1]), str(key[-1]))
     sections = _sections(config_class, location[:-1])
-    neighbours = [name for section in sections for name in section.model_fields]
+    neighbors = [name for section in sections for name in section.model_fields]
     others = {name: _name(section) for section in _sections(config_class, key[:-1]) for name in section.model_fields}
     everywhere = {str(leaf[-1]): _dotted(leaf) for leaf, _ in _leaves(config_class)}
-    if word in neighbours:
+    if word in neighbors:
         return f"; did you mean {word}?"
     if word in everywhere and word not in others:
         return f"; did you mean {everywhere[word]}?"
-    if near := difflib.get_close_matches(word, [*neighbours, *others], n=1):
-        other = "" if near[0] in neighbours else f", which {_dotted((*key[:-1], 'name'))}={others[near[0]]} has"
+    if near := difflib.get_close_matches(word, [*neighbors, *others], n=1):
+        other = "" if near[0] in neighbors else f", which {_dotted((*key[:-1], 'name'))}={others[near[0]]} has"
         return f"; did you mean {near[0]}{other}?"
     if near := difflib.get_close_matches(word, list(everywhere), n=1, cutoff=0.75):
         return f"; did you mean {everywhere[near[0]]}?"
-    return f"; the keys here are {', '.join(neighbours)}" if neighbours else ""
+    return f"; the keys here are {', '.join(neighbors)}" if neighbors else ""
 
 
 def _delete(values: Any, key: Key) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain import MachineError, UserError
+from pretrain.errors import MachineError, UserError
 
 Result = TypeVar("Result")
 
@@ -126,7 +126,7 @@ def wait_for_all() -> None:
 
 
 def leave() -> None:
-    """Leave the group, all together, when all work is done: gloo's threads may abort a process whose peers are gone."""
+    """Leave the process group after a barrier: gloo's threads may abort a process whose peers are gone."""
     if dist.is_initialized():
         wait_for_all()
         dist.destroy_process_group()

@@ -13,19 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.data.index import DataError
-from pretrain.data.loader import Fault, Loaded, evaluation_batches
-from pretrain.data.samples import Samples
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.loading.loader import Fault, Loaded, evaluation_batches
+from pretrain.errors import DataError
+from pretrain.metrics.probes import effective_rank, feature_spread, predict_by_linear_probe, predict_by_neighbors
 from pretrain.outcome import Outcome
-from pretrain.probes import effective_rank, feature_spread, predict_by_linear_probe, predict_by_neighbours
 from pretrain.run import Run
 from pretrain.steps import to_device
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker, picture_name
 
 NUM_PICTURES, LEAST_PICTURE = 8, 96  # pixels of its height; smaller ones are enlarged
-GAP, PAPER = 4, 1.0  # pixels between pictures, and their colour
-PROBES = {"knn_top1": predict_by_neighbours, "linear_top1": predict_by_linear_probe}
+GAP, PAPER = 4, 1.0  # pixels between pictures, and their color
+PROBES = {"knn_top1": predict_by_neighbors, "linear_top1": predict_by_linear_probe}
 
 
 class _StoppedError(Exception):
@@ -98,7 +98,7 @@ def _frozen(run: Run) -> Iterator[None]:
 
 
 def _batches(
-    run: Run, samples: Samples, stopping: Callable[[], bool], at_most: int | None = None
+    run: Run, samples: Dataset, stopping: Callable[[], bool], at_most: int | None = None
 ) -> Iterator[tuple[Loaded, dict[str, Tensor]]]:
     """Yield this rank's batches and what the objective answers."""
     batches = evaluation_batches(
@@ -121,7 +121,7 @@ def _batches(
     run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
 
 
-def _validate(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[str, float]:
+def _validate(run: Run, validation: Dataset, stopping: Callable[[], bool]) -> dict[str, float]:
     """Go through the validation set, every sample once over all ranks."""
     sums: dict[str, Tensor] = {}
     for loaded, answers in _batches(run, validation, stopping):
@@ -135,7 +135,7 @@ def _validate(run: Run, validation: Samples, stopping: Callable[[], bool]) -> di
     return {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
 
 
-def _probe(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[str, float]:
+def _probe(run: Run, validation: Dataset, stopping: Callable[[], bool]) -> dict[str, float]:
     """Ask what the features are good for; each rank answers for its own part of the validation set."""
     own = _features(run, run.data.training, stopping, run.config.evaluation.probe_samples)
     unknown, truth, _ = _features(run, validation, stopping)
@@ -155,7 +155,7 @@ def _probe(run: Run, validation: Samples, stopping: Callable[[], bool]) -> dict[
 
 
 def _features(
-    run: Run, samples: Samples, stopping: Callable[[], bool], at_most: int | None = None
+    run: Run, samples: Dataset, stopping: Callable[[], bool], at_most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return features [N, D], labels [N] and positions [N] of this rank's usable samples."""
     run.objective.answers = "features"
@@ -168,7 +168,7 @@ def _features(
     return torch.cat(features), torch.cat(labels).to(run.engine.device), torch.cat(positions)
 
 
-def _draw(run: Run, validation: Samples) -> None:
+def _draw(run: Run, validation: Dataset) -> None:
     """Draw the same images each time; every rank computes them, since ZeRO 3 needs all of them."""
     run.objective.answers = "pictures"
     view, number = run.objective.evaluation_view(), NUM_PICTURES

@@ -2,7 +2,10 @@
 
 from enum import Enum
 
-from pretrain import EXIT_MISTAKE, EXIT_RESUMABLE, MachineError, UserError
+from pretrain.errors import DivergedError, MachineError, UserError
+
+EXIT_MISTAKE = 2  # of every command that a UserError ends
+EXIT_RESUMABLE = 75  # stopped from outside; the same command goes on where it was
 
 
 class Outcome(str, Enum):
@@ -18,10 +21,6 @@ class Outcome(str, Enum):
     def exit_code(self) -> int:
         """Return the exit code of a process that ends so."""
         return {Outcome.DONE: 0, Outcome.STOPPED: EXIT_RESUMABLE, Outcome.MISTAKE: EXIT_MISTAKE}.get(self, 1)
-
-
-class DivergedError(Exception):
-    """A run that cannot go on: its steps are not fit to be taken, and going back did not help."""
 
 
 def outcome_of(error: BaseException) -> Outcome:

@@ -1,11 +1,7 @@
 """A run: what it holds, how it begins or goes on from a checkpoint, and how it goes back to one."""
 
 import json
-import os
-import shutil
-import socket
 import sys
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,44 +10,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain import UserError, distributed
-from pretrain.checkpoint.history import list_remains
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
-from pretrain.checkpoint.partitions import held, shapes
+from pretrain import distributed
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.checkpoint.warm_start import warm_start
-from pretrain.config import OptimizerConfig, PretrainConfig
-from pretrain.data.device_decode import Decoder, build_decoder
-from pretrain.data.index import DataError
-from pretrain.data.order import past
-from pretrain.data.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.samples import Samples
-from pretrain.data.sets import open_cache, open_samples
+from pretrain.config import PretrainConfig
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.open import open_cache, open_dataset
+from pretrain.data.dataset.order import past
+from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
+from pretrain.data.transforms.device_decode import Decoder, build_decoder
 from pretrain.distributed import on_all_ranks
-from pretrain.ema import Ema
-from pretrain.engine import Engine, build_engine, guard
+from pretrain.engine.deepspeed import Engine, build_engine, guard
+from pretrain.engine.ema import Ema
+from pretrain.engine.placement import bind_optimizer
+from pretrain.errors import CheckpointError, DataError, DivergedError
 from pretrain.health import SKIPPED_FILE, Health, Ledger
+from pretrain.heartbeat.watch import Watch
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
-from pretrain.optimizers.lamb import LAMB
-from pretrain.optimizers.layer_decay import decay_by_layer
-from pretrain.optimizers.muon import Muon
-from pretrain.optimizers.placement import Placement, Range
-from pretrain.outcome import DivergedError
+from pretrain.run_folder import claim
 from pretrain.tracking.tracker import git_commit
-from pretrain.watching.beats import GO_ON, beats_folder, find_living, give_order
-from pretrain.watching.watch import Watch
-
-MAIN_RANK = "main"  # beside the beats: which process is the main rank
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run starts from."""
 
-    training: Samples
-    validation: Samples | None
+    training: Dataset
+    validation: Dataset | None
 
     @property
     def digests(self) -> dict[str, str]:
@@ -105,45 +93,6 @@ def open_run(config: PretrainConfig, *, insist_on_resume: bool = False) -> Itera
         yield prepare(config, watch, insist_on_resume)
 
 
-def claim(run_dir: Path) -> None:
-    """Make the run's folder on the main rank, and make sure that it is the same one for every rank."""
-    main = distributed.gather(f"{socket.gethostname()} {os.getpid()}")[0]
-    on_all_ranks(lambda: make_run_dir(run_dir, main))
-    on_all_ranks(lambda: find_main(run_dir, main))
-
-
-def make_run_dir(run_dir: Path, main: str) -> None:
-    """Make the run's folder, on the main rank, and clear what saves that never ended and earlier ranks have left.
-
-    Raises:
-        UserError: another run is at work in it.
-    """
-    if not distributed.is_main():
-        return
-    if other := find_living(run_dir):
-        raise UserError(f"{run_dir}: {other} is training into it; end that run, or choose another run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    for remains in (*list_remains(run_dir), beats_folder(run_dir)):
-        shutil.rmtree(remains, ignore_errors=True)
-    beats_folder(run_dir).mkdir()
-    (beats_folder(run_dir) / MAIN_RANK).write_text(main, encoding="utf-8")
-    give_order(run_dir, GO_ON)
-
-
-def find_main(run_dir: Path, main: str) -> None:
-    """Make sure that this rank sees what the main rank has written.
-
-    Raises:
-        UserError: it does not.
-    """
-    path = beats_folder(run_dir) / MAIN_RANK
-    if not path.exists() or path.read_text(encoding="utf-8") != main:
-        raise UserError(
-            f"{run_dir}: what the main rank writes there is not seen by rank {distributed.rank()} on "
-            f"{socket.gethostname()}; put run_dir on a file system that all machines share"
-        )
-
-
 def prepare(config: PretrainConfig, watch: Watch, insist_on_resume: bool) -> Run:
     """Open the data, build the model under its engine, and continue from the newest checkpoint that is whole."""
     data = on_all_ranks(lambda: open_data(config))
@@ -164,13 +113,13 @@ def open_data(config: PretrainConfig) -> Data:
         DataError: a set cannot be used, or the two sets' classes differ.
     """
     cache = open_cache(config.data)
-    labelled = config.objective.needs_labels
-    training = open_samples(config.data.train, config.data.weights, cache, labelled)
+    labeled = config.objective.needs_labels
+    training = open_dataset(config.data.train, config.data.weights, cache, labeled)
     training.check_room(config.data.shuffle_window)
-    validation = open_samples(config.data.validation, cache=cache) if config.data.validation else None
-    if labelled and validation and validation.class_names != training.class_names:
+    validation = open_dataset(config.data.validation, cache=cache) if config.data.validation else None
+    if labeled and validation and validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
-    if labelled and not training.class_names:
+    if labeled and not training.class_names:
         raise DataError(f"{config.data.train}: has no labels, objective.name={config.objective.name} needs them")
     return Data(training, validation)
 
@@ -226,39 +175,6 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
     )
     guard(engine, run.judge)
     return run
-
-
-def bind_optimizer(engine: Engine, config: OptimizerConfig) -> None:
-    """Tell an optimizer that asks for it which parameters its flat tensors hold."""
-    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if config.name == "adamw" and config.layer_decay == 1:
-        return
-    placement = place(engine)
-    if isinstance(optimizer, LAMB | Muon):
-        optimizer.placement = placement
-    if config.layer_decay < 1:
-        decay_by_layer(optimizer, placement, config.layer_decay)
-
-
-def place(engine: Engine) -> Placement:
-    """Say which parameters the tensors of an engine's optimizer hold."""
-    whole = shapes(engine)
-    numbers = {name: number for number, name in enumerate(whole)}
-    ranges: dict[Tensor, list[Range]] = defaultdict(list)
-    is_cut = False
-    for fragment in held(engine):
-        if fragment.moments is not None:
-            number = numbers[fragment.name]
-            ranges[fragment.master].append(Range(number, fragment.start, fragment.offset, fragment.numel))
-            is_cut = is_cut or not fragment.shared
-    placement = Placement([*whole], [*whole.values()], ranges)
-    if not is_cut:
-        return placement
-    return replace(placement, total=_sum_on_device, rank=distributed.rank(), world_size=distributed.world_size())
-
-
-def _sum_on_device(values: Tensor) -> Tensor:
-    return distributed.sum_over_ranks(values.to(distributed.device())).to(values.device)
 
 
 def go_back(run: Run) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.data.device_decode import unpack
-from pretrain.data.loader import Batch, Fault, Loaded, training_batches
-from pretrain.data.meters import Meter, metrics
-from pretrain.data.order import Repeats, stretches
-from pretrain.data.samples import BadSampleError
+from pretrain.data.dataset.order import Repeats, stretches
+from pretrain.data.loading.loader import Batch, Fault, Loaded, training_batches
+from pretrain.data.loading.meters import Meter, metrics
+from pretrain.data.transforms.device_decode import unpack
+from pretrain.errors import BadSampleError
 from pretrain.health import Verdict
 from pretrain.run import Run
 from pretrain.schedules import stretches_by_size
@@ -63,7 +63,7 @@ class Batches:
             num_workers=run.config.data.num_workers,
             num_threads=run.config.data.num_threads,
             decode_here=self.decoder is None,
-            together=run.objective.together,
+            group_size=run.objective.group_size,
             views=run.config.data.repeats,
         )
         return self._stretch

@@ -7,17 +7,17 @@ from types import FrameType
 
 import torch
 
-from pretrain import MachineError, UserError, distributed
+from pretrain import distributed
 from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, flatten
-from pretrain.data.index import DataError
-from pretrain.data.meters import verdict
-from pretrain.data.order import random_bits
-from pretrain.engine import gradient_norm, set_learning_rate, start_distributed
+from pretrain.data.dataset.order import random_bits
+from pretrain.data.loading.meters import verdict
+from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
+from pretrain.errors import DataError, DivergedError, MachineError, UserError
 from pretrain.evaluation import evaluate, is_due, is_owed
 from pretrain.objectives.objective import Objective
-from pretrain.outcome import DivergedError, Outcome, outcome_of
+from pretrain.outcome import Outcome, outcome_of
 from pretrain.run import Run, go_back, open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import Batches, Interval

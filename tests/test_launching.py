@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import Shell
+from tests.support.launching import Shell
 
 REST = """
 import time

@@ -6,7 +6,8 @@ A checkpoint is a folder with a manifest. It gets its name last, by a rename, so
 import shutil
 from pathlib import Path
 
-from pretrain.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
+from pretrain.checkpoint.manifest import MANIFEST, Manifest
+from pretrain.errors import CheckpointError
 
 PARTIAL = ".partial"  # of a folder that is being written, or whose writer died
 DAMAGED = ".damaged"  # of a checkpoint that did not prove itself, set aside
@@ -39,7 +40,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         CheckpointError: neither.
-        VersionError: another version of Tessera wrote the newest.
+        VersionError: another version of Vitrail wrote the newest.
     """
     path = path.resolve()
     if (path / MANIFEST).exists():

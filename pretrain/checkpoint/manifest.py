@@ -11,18 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain import UserError
+from pretrain.errors import CheckpointError, VersionError
 
 VERSION = 3
 MANIFEST = "manifest.json"
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used here: the message names it and the fix."""
-
-
-class VersionError(UserError):
-    """A checkpoint of another version of Tessera: it is not damaged, and nothing older may take its place."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Manifest:
             raise CheckpointError(f"{folder / MANIFEST}: damaged (its checksum differs)")
         if content.get("version") != VERSION:
             version = content.get("version")
-            raise VersionError(f"{folder}: its format is {version}, this version of Tessera reads {VERSION}")
+            raise VersionError(f"{folder}: its format is {version}, this version of Vitrail reads {VERSION}")
         del content["version"]
         content["files"] = [SavedFile(**file) for file in content["files"]]
         content["tensors"] = {name: SavedTensor(**tensor) for name, tensor in content["tensors"].items()}

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from pretrain.checkpoint.manifest import CheckpointError, Manifest, SavedFile
+from pretrain.checkpoint.manifest import Manifest, SavedFile
+from pretrain.engine.partitions import EMA, WEIGHT
+from pretrain.errors import CheckpointError
 
-WEIGHT = "weight"  # beside it stand the optimizer's own kinds, such as exp_avg
-EMA = "ema"  # and the average of the weights, where one is kept
 CHUNK = 8 << 20  # bytes
 
 
@@ -158,7 +158,7 @@ def find_faults(
         progress: called with the bytes read since the last call.
 
     Raises:
-        VersionError: another version of Tessera wrote it.
+        VersionError: another version of Vitrail wrote it.
     """
     try:
         manifest = Manifest.load(folder)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.history import list_checkpoints, set_aside
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
-from pretrain.checkpoint.partitions import held, make_moments, refresh, shapes
-from pretrain.checkpoint.pieces import WEIGHT, Reader, find_faults
+from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.pieces import Reader, find_faults
 from pretrain.distributed import gather, is_main, on_all_ranks, rank, wait_for_all, world_size
-from pretrain.engine import Engine
+from pretrain.engine.deepspeed import Engine
+from pretrain.engine.partitions import WEIGHT, held, make_moments, refresh, shapes
+from pretrain.errors import CheckpointError
 
 # What makes a run that run: changing one of these in mid-run would make its curve a lie.
 IDENTITY = (
@@ -31,7 +32,7 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
 
     Raises:
         CheckpointError: there are checkpoints, but none is whole; to begin anew would be to forget the run.
-        VersionError: another version of Tessera wrote the newest.
+        VersionError: another version of Vitrail wrote the newest.
     """
     found: list[str] = []
     damaged: list[Path] = []

@@ -16,10 +16,10 @@ import torch
 
 from pretrain.checkpoint.history import PARTIAL, checkpoints_folder, remove, superfluous
 from pretrain.checkpoint.manifest import Manifest, SavedFile, SavedTensor
-from pretrain.checkpoint.partitions import optimizer_steps, owned, shapes
 from pretrain.checkpoint.pieces import Layout, NotFiniteError, Piece, write_file
 from pretrain.distributed import gather, is_main, rank
-from pretrain.engine import Engine
+from pretrain.engine.deepspeed import Engine
+from pretrain.engine.partitions import optimizer_steps, owned, shapes
 
 PAUSES = (1.0, 5.0, 20.0)  # seconds before a failed write is tried again
 POLL_SECONDS = 0.02

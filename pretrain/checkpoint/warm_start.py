@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.checkpoint.history import find_checkpoint
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import find_faults, load_weights
+from pretrain.errors import CheckpointError
 from pretrain.model.vit import resize_positions
 
 POSITIONS = "encoder.position_embedding"

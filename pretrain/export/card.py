@@ -9,12 +9,12 @@ from pretrain.export.proof import Proof
 CARD = """---
 library_name: transformers
 pipeline_tag: {task}
-tags: [vision, vit, tessera]
+tags: [vision, vit, vitrail]
 ---
 
 # {title}
 
-A Vision Transformer pretrained with Tessera: {layers} layers of width {width}, patches of {patch} pixels, images of
+A Vision Transformer pretrained with Vitrail: {layers} layers of width {width}, patches of {patch} pixels, images of
 {size} x {size}.
 
 {usage}

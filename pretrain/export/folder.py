@@ -7,9 +7,10 @@ from pathlib import Path
 import transformers
 
 from pretrain.checkpoint.history import find_checkpoint
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import find_faults, load_weights
 from pretrain.config import PretrainConfig
+from pretrain.errors import CheckpointError
 from pretrain.export.card import model_card
 from pretrain.export.proof import Proof
 from pretrain.export.vit import Vit

@@ -11,10 +11,10 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from pretrain import UserError
 from pretrain.config import PretrainConfig
-from pretrain.data.augment import EvalView
-from pretrain.data.colour import normalize
+from pretrain.data.transforms.color import normalize
+from pretrain.data.transforms.views import EvalView
+from pretrain.errors import UserError
 
 transformers.utils.logging.set_verbosity_error()  # its load report would warn of the head that AutoModel leaves out
 transformers.utils.logging.disable_progress_bar()

@@ -8,8 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain import UserError
 from pretrain.config import MAEConfig, ModelConfig, PretrainConfig
+from pretrain.errors import UserError
 from pretrain.export.proof import LOADING, Proof, ProofError, pixels_in_evaluation, proof_images
 from pretrain.export.vit import LAYER_NAMES, encoder_config, fold_layer_scale, native_encoder, to_hugging_face
 from pretrain.model.mae_decoder import MAEDecoder

@@ -24,7 +24,7 @@ MOST_GRAPHS = 32
 
 
 class ViT(nn.Module):
-    """Images in, normalised tokens out. Heads belong to the objectives."""
+    """Images in, normalized tokens out. Heads belong to the objectives."""
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ViT(nn.Module):
         """[B, C, H, W] -> [B, T, D]; of the patches `visible` alone, [B, V] -> [B, 1 + V, D], if that is given.
 
         Args:
-            images: normalised; at another size than the config's, positions are interpolated.
+            images: normalized; at another size than the config's, positions are interpolated.
             visible: the patches that are taken in, [B, V]; all without it.
             instead: the patches, bool [B, N], in whose place a token [1, 1, D] stands.
             attends: answer what each head of the last block takes into CLS from each patch, [B, h, N].
@@ -101,7 +101,7 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each on normalised tokens and each added to its input."""
+    """Attention, then an MLP, each on normalized tokens and each added to its input."""
 
     def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import MAEConfig, PreprocessingConfig
-from pretrain.data.augment import EvalView, MaskedView, TrainView, View, augment
-from pretrain.data.colour import denormalize
+from pretrain.data.transforms.color import denormalize
+from pretrain.data.transforms.views import EvalView, MaskedView, TrainView, View, augment
 from pretrain.model.mae_decoder import MAEDecoder
 from pretrain.model.vit import ViT, patchify, take, unpatchify
 from pretrain.objectives.objective import Objective
@@ -19,7 +19,7 @@ ONE_OF_THREE = 0.5**0.5  # gain of queries, keys and values: the paper draws the
 class MAEObjective(Objective):
     """Rebuild the hidden patches; the loss is the mean squared error of their pixels.
 
-    Targets are normalised patch by patch, so a decoder that says nothing has a loss near 1.
+    Targets are normalized patch by patch, so a decoder that says nothing has a loss near 1.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class MAEObjective(Objective):
         """Return each sample's loss.
 
         Args:
-            images: normalised, [B, C, H, W].
+            images: normalized, [B, C, H, W].
             patch_order: [B, N].
 
         Returns:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig
-from pretrain.data.augment import View
-from pretrain.data.colour import normalize
+from pretrain.data.transforms.color import normalize
+from pretrain.data.transforms.views import View
 from pretrain.model.vit import ViT
 
 
@@ -22,13 +22,13 @@ class Objective(nn.Module):
     Attributes:
         encoder: whose weights leave the run.
         preprocessing: of images in evaluation.
-        together: samples that must be in one micro-batch.
+        group_size: samples that must be in one micro-batch.
         answers: what is asked for.
     """
 
     encoder: ViT
     preprocessing: PreprocessingConfig
-    together: int = 1
+    group_size: int = 1
     answers: Literal["losses", "features", "pictures"] = "losses"
 
     @abstractmethod

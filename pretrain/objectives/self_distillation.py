@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SelfDistillationConfig
-from pretrain.data.augment import EvalView, TrainView, View, augment
-from pretrain.data.crops import NUM_LARGE, CropsView
+from pretrain.data.transforms.multi_crop import NUM_LARGE, CropsView
+from pretrain.data.transforms.views import EvalView, TrainView, View, augment
 from pretrain.distributed import gather_rows, sum_over_ranks
 from pretrain.model.projection_head import ProjectionHead
 from pretrain.model.vit import INITIAL_STD, ViT, take
@@ -28,7 +28,7 @@ class SelfDistillationObjective(Objective):
     The teacher, `encoder` and its heads, is an average of the student in fp32 that no gradient reaches; it lies in
     buffers, so an optimizer never sees it, and it is what leaves the run. In bf16 it follows the student's working
     weights, rounded as they are. Its answers are balanced over all images of a micro-step and all ranks, and so does
-    KoLeo look for neighbours there: the losses are the same on any number of ranks that takes as many micro-steps.
+    KoLeo look for neighbors there: the losses are the same on any number of ranks that takes as many micro-steps.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class SelfDistillationObjective(Objective):
 
     @torch.no_grad()
     def after_step(self, bad: Tensor) -> None:
-        """Move the teacher towards the student, by less and less as the run goes on."""
+        """Move the teacher toward the student, by less and less as the run goes on."""
         share = (1 - self.config.teacher_momentum) * (1 + math.cos(math.pi * self._progress)) / 2 * (1 - bad.float())
         for teacher, student in self._pairs:
             averages = dict(teacher.named_buffers())
@@ -209,10 +209,10 @@ def koleo_loss(features: Tensor, positions: Tensor) -> Tensor:
     """Return the mean of -log of the distance to the nearest other image, on the unit sphere (arXiv 1806.03198).
 
     Args:
-        features: of this rank's crops, [B, crops, D]; for each of the crops by itself, neighbours are looked for on all
+        features: of this rank's crops, [B, crops, D]; for each of the crops by itself, neighbors are looked for on all
             ranks, and are moved as well. The crops' means are added up.
         positions: of the images in the run, [B]. A rank without images of its own has a copy of another's, which is
-            no neighbour of it.
+            no neighbor of it.
     """
     rows = F.normalize(features, dim=-1)
     all_rows, first = gather_rows(rows)

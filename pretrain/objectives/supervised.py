@@ -6,10 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pretrain import UserError
 from pretrain.config import PreprocessingConfig, SupervisedConfig
-from pretrain.data.augment import EvalView, MaskedView, TrainView, View, augment
-from pretrain.data.mixing import binary_cross_entropy, cross_entropy, mix_neighbours, mixed_loss
+from pretrain.data.transforms.mixup import binary_cross_entropy, cross_entropy, mix_neighbors, mixed_loss
+from pretrain.data.transforms.views import EvalView, MaskedView, TrainView, View, augment
+from pretrain.errors import UserError
 from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
 
@@ -32,7 +32,7 @@ class SupervisedObjective(Objective):
         self.preprocessing = preprocessing
         self.encoder = encoder
         self.loss = LOSSES[config.loss, config.loss_reduction]
-        self.together = 2 if config.augment.mixes else 1
+        self.group_size = 2 if config.augment.mixes else 1
         self.class_weights: Tensor
         self.register_buffer("class_weights", weigh(config.class_weights, class_shares), persistent=False)
         self.classifier = nn.Linear(encoder.config.hidden_size, len(class_shares))
@@ -62,7 +62,7 @@ class SupervisedObjective(Objective):
         images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
         mixes, own_share = self.config.augment.mixes, torch.empty(0)
         if mixes:
-            images, own_share = mix_neighbours(images, batch)
+            images, own_share = mix_neighbors(images, batch)
         visible = None
         if self.config.patch_dropout:
             num_patches = batch["patch_order"].shape[1]

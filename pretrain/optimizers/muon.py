@@ -12,8 +12,8 @@ from pretrain.distributed import gather
 from pretrain.optimizers.adam import adam_direction, taken
 from pretrain.optimizers.placement import Placement
 
-MATRICES = "matrices"  # marks the group whose parameters are orthogonalised
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pushes all singular values towards 1
+MATRICES = "matrices"  # marks the group whose parameters are orthogonalized
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that pushes all singular values toward 1
 ROUNDS = 5
 EPSILON = 1e-7
 ADAMS_SIZE = 0.2  # the usual root mean square of AdamW's step, so that its learning rates and decays fit
@@ -23,7 +23,7 @@ BUCKET_SIZE = 25_000_000  # elements of whole matrices that are brought together
 class Muon(Optimizer):
     """Muon on the groups marked `matrices`, AdamW on the others.
 
-    A matrix is orthogonalised whole: the ranks that hold its pieces bring them together, each does some of the
+    A matrix is orthogonalized whole: the ranks that hold its pieces bring them together, each does some of the
     matrices, and all take their own pieces of the answer. With `found_inf` of 1 a step moves nothing.
 
     Args:

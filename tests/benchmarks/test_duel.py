@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.launching import ROOT, Shell
+from tests.support.launching import ROOT, Shell
 
 
 def test_both_sides_learn(shell: Shell) -> None:

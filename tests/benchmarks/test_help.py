@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.launching import ROOT, Shell
+from tests.support.launching import ROOT, Shell
 
 HELP_OF_EACH = """
 import runpy, sys

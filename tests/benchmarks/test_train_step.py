@@ -3,7 +3,7 @@
 import json
 import sys
 
-from tests.launching import ROOT, Shell
+from tests.support.launching import ROOT, Shell
 
 
 def test_our_contender_takes_a_step(shell: Shell) -> None:

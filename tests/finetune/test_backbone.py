@@ -1,4 +1,4 @@
-"""Any Hugging Face backbone under a new head; nothing is re-initialised in silence."""
+"""Any Hugging Face backbone under a new head; nothing is re-initialized in silence."""
 
 import json
 from pathlib import Path

@@ -12,10 +12,10 @@ from torch import nn
 
 from finetune.metrics import evaluate
 from pretrain.config import FaultBudget
-from pretrain.data.augment import EvalView
-from pretrain.data.index import DataError
-from pretrain.data.quarantine import Quarantine
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.quarantine import Quarantine
+from pretrain.data.transforms.views import EvalView
+from pretrain.errors import DataError
 from pretrain.journal import read_rows
 
 
@@ -43,7 +43,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
 def test_equals_scikit_learn(digits: Path, tmp_path: Path, batch_size: int) -> None:
-    samples, model = open_samples(digits / "validation"), Linear().train()
+    samples, model = open_dataset(digits / "validation"), Linear().train()
     measured = evaluate(model, samples, EvalView(32), batch_size=batch_size, **settings(tmp_path))
     assert model.training
     records = [samples.read(shard, row) for shard, size in enumerate(samples.shard_sizes) for row in range(size)]
@@ -64,7 +64,7 @@ def test_samples_that_cannot_be_used_do_not_count_and_are_named(digits: Path, tm
     data = bytearray(tar.read_bytes())
     data[600] ^= 1
     tar.write_bytes(data)
-    samples = open_samples(tmp_path / "data")
+    samples = open_dataset(tmp_path / "data")
     measured = evaluate(Linear(), samples, EvalView(32), batch_size=7, **settings(tmp_path))
     assert measured["count"] == sum(samples.shard_sizes) - 1
     [fault] = read_rows(tmp_path / "quarantine.jsonl")

@@ -13,9 +13,9 @@ from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.predict import predict
 from finetune.train import Run, build_run, open_tracker, train
-from pretrain import UserError
 from pretrain.configfile import load_config
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
+from pretrain.errors import UserError
 from tests.finetune.test_backbone import families, folder_of
 
 RECIPE = """
@@ -59,7 +59,7 @@ def test_the_best_model_is_kept_and_predicts(recipe: Path, digits: Path, tmp_pat
         "preprocessor_config.json",
         "README.md",
     }
-    samples, right = open_samples(digits / "validation"), 0
+    samples, right = open_dataset(digits / "validation"), 0
     paths = []
     for shard, row in [(shard, row) for shard, size in enumerate(samples.shard_sizes) for row in range(size)]:
         record = samples.read(shard, row)
@@ -142,7 +142,7 @@ def test_bf16_trains(recipe: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_neighbours_that_are_mixed_are_not_parted(recipe: Path) -> None:
+def test_neighbors_that_are_mixed_are_not_parted(recipe: Path) -> None:
     with pytest.raises(UserError, match="so 9 must be even"):
         load_config(FinetuneConfig, recipe, ["engine.global_batch_size=9", "augment.cutmix=1"])
 

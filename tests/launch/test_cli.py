@@ -1,4 +1,4 @@
-"""The `tessera` command: quick help, clear answers."""
+"""The `vitrail` command: quick help, clear answers."""
 
 import re
 import subprocess
@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pretrain.data.index import DatasetInfo
-from tests.launching import Shell
+from pretrain.data.storage.index import DatasetInfo
+from tests.support.launching import Shell
 
 VERBS = [[], ["shards"], ["shards", "make"], ["shards", "index"], ["export"], ["predict"]]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=" ".join)
 def test_help_is_light_and_teaches(verb: list[str], tool: Callable[[str], str]) -> None:
-    command = [sys.executable, "-X", "importtime", tool("tessera"), *verb, "--help"]
+    command = [sys.executable, "-X", "importtime", tool("vitrail"), *verb, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"\|\s+typer\b", done.stderr)
     assert not re.search(r"\|\s+(torch|numpy|transformers|deepspeed|mlflow|yaml)\b", done.stderr)
     if len(verb) == 2 or verb in (["export"], ["predict"]):
-        assert "Example: tessera " + " ".join(verb) in done.stdout
+        assert "Example: vitrail " + " ".join(verb) in done.stdout
 
 
 def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
@@ -31,7 +31,7 @@ def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], 
         for i in range(10):
             Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(tmp_path / "in" / name / f"{i}.png")
     (tmp_path / "in" / "cat" / "bad.png").write_text("not an image")
-    make = [tool("tessera"), "shards", "make", "in", "out", "--validation", "0.3"]
+    make = [tool("vitrail"), "shards", "make", "in", "out", "--validation", "0.3"]
     refused = shell(make)
     assert refused.code == 2
     assert "1 unreadable file:\n  cat/bad.png: not an image of a known format" in refused.err
@@ -43,15 +43,15 @@ def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], 
     assert "out/train: 15 images in 2 classes, 1 shard, 0.0 MB" in done.out
     dataset = (tmp_path / "out" / "train" / "dataset.json").read_bytes()
     (tmp_path / "out" / "train" / "dataset.json").unlink()
-    indexed = shell([tool("tessera"), "shards", "index", "out/train"])
+    indexed = shell([tool("vitrail"), "shards", "index", "out/train"])
     assert indexed.code == 0, indexed.err
     assert (tmp_path / "out" / "train" / "dataset.json").read_bytes() == dataset
     (tmp_path / "classes.txt").write_text("kitten\npuppy\n")
-    renamed = shell([tool("tessera"), "shards", "index", "out/train", "--class-names", "classes.txt"])
+    renamed = shell([tool("vitrail"), "shards", "index", "out/train", "--class-names", "classes.txt"])
     assert renamed.code == 0, renamed.err
     assert DatasetInfo.load(tmp_path / "out" / "train").class_names == ["kitten", "puppy"]
     (tmp_path / "out" / "train" / "more.tar.gz").touch()
-    refused = shell([tool("tessera"), "shards", "index", "out/train"])
+    refused = shell([tool("vitrail"), "shards", "index", "out/train"])
     assert refused.code == 2
     assert "1 compressed tars, the first is more.tar.gz" in refused.err
 
@@ -70,7 +70,7 @@ def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], 
     ],
 )
 def test_mistakes(shell: Shell, tool: Callable[[str], str], arguments: list[str], code: int, expected: str) -> None:
-    done = shell([tool("tessera"), *arguments])
+    done = shell([tool("vitrail"), *arguments])
     assert done.code == code
     assert expected in done.err
     assert "Traceback" not in done.err

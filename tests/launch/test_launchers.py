@@ -21,13 +21,13 @@ from finetune.metrics import evaluate
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.config import FaultBudget
-from pretrain.data.quarantine import Quarantine
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.quarantine import Quarantine
+from pretrain.heartbeat.beats import START, Beat, read_beat
 from pretrain.journal import read_rows
 from pretrain.tracking.tracker import git_commit
-from pretrain.watching.beats import START, Beat, read_beat
 from tests.finetune.test_backbone import families, folder_of
-from tests.launching import ROOT, Shell, end, free_port, wait_for
+from tests.support.launching import ROOT, Shell, end, free_port, wait_for
 
 PRETRAIN, FINETUNE = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "finetune.py"
 FINETUNE_YAML = """
@@ -67,7 +67,7 @@ def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool
     assert re.search(r"step 8/8  loss \d\.\d+  \d+ images/s  waiting for data \d+%  ETA 0:00:00", done.out)
     assert "2 ranks on cpu, ZeRO 2, fp32, batch 16, from step 0" in done.out
 
-    exported = shell([tool("tessera"), "export", run_dir, run_dir / "export"])
+    exported = shell([tool("vitrail"), "export", run_dir, run_dir / "export"])
     assert exported.code == 0, exported.err
     assert "loads strictly with transformers" in exported.out
 
@@ -90,16 +90,16 @@ def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool
     image = next((digits / "validation").glob("*.tar"))
     shutil.unpack_archive(image, tmp_path / "images", "tar", filter="data")
     images = sorted((tmp_path / "images").rglob("*.png"))[:5]
-    done = shell([tool("tessera"), "predict", tmp_path / "runs" / "finetune" / "model", *images, "--json"])
+    done = shell([tool("vitrail"), "predict", tmp_path / "runs" / "finetune" / "model", *images, "--json"])
     assert done.code == 0, done.err
     predicted = [json.loads(line) for line in done.out.splitlines()]
     assert [Path(row["image"]) for row in predicted] == images
     for row in predicted:
         assert sum(item["probability"] for item in row["classes"]) == pytest.approx(1.0, abs=1e-4)
         assert {item["class"] for item in row["classes"]} == {"0", "1", "2"}
-    done = shell([tool("tessera"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], "--top-k", "2"])
+    done = shell([tool("vitrail"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], "--top-k", "2"])
     assert re.fullmatch(rf"{re.escape(str(images[0]))}: [012] \d+\.\d%, [012] \d+\.\d%\n", done.out)
-    done = shell([tool("tessera"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], tiny])
+    done = shell([tool("vitrail"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], tiny])
     assert done.code == 2
     assert f"{tiny}: is no usable image: not an image of a known format" in done.err
 
@@ -125,7 +125,7 @@ def test_other_architectures_on_two_ranks(shell: Shell, digits: Path, tool: Tool
         assert done.code == 0, done.err[-3000:]
         measured = evaluate(
             load_classifier(run_dir / "model"),
-            open_samples(digits / "validation"),
+            open_dataset(digits / "validation"),
             load_preprocessor(run_dir / "model"),
             batch_size=8,
             num_workers=0,
@@ -197,7 +197,7 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     assert manifest.git_commit == git_commit()
     assert manifest.data_digests.keys() == {"training", "validation"}
 
-    process = shell.start([tool("tessera"), "supervise", "--", *deepspeed, f"run_dir={run_dir}", "--resume"])
+    process = shell.start([tool("vitrail"), "supervise", "--", *deepspeed, f"run_dir={run_dir}", "--resume"])
     try:
         wait_for(lambda: len(losses(run_dir)) >= stopped_at + 15)
         hanging = process_of(run_dir, 1)
@@ -236,7 +236,7 @@ def process_of(run_dir: Path, rank: int, other_than: int = 0) -> int:
 def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: Tool, tmp_path: Path) -> None:
     """Under a supervisor, whom a terminal's Ctrl-C reaches as well as the rank; and where going on makes no sense."""
     run = [sys.executable, "-u", PRETRAIN, "--config", tiny, "tracking.uri=off", "schedule.total_steps=5000"]
-    supervise = [tool("tessera"), "supervise", "--"]
+    supervise = [tool("vitrail"), "supervise", "--"]
     process = shell.start([*supervise, *run, f"run_dir={tmp_path}/stopped"])
     try:
         wait_for(lambda: len(losses(tmp_path / "stopped")) >= 2)
@@ -275,7 +275,7 @@ def two_nodes() -> Iterator[tuple[str, str]]:
     """Two network namespaces, each with an address of its own, joined by a cable."""
     if shutil.which("ip") is None:
         pytest.skip("needs `ip` (iproute2) to make network namespaces")
-    names = f"tessera{os.getpid()}a", f"tessera{os.getpid()}b"
+    names = f"vitrail{os.getpid()}a", f"vitrail{os.getpid()}b"
     cable = f"tsa{os.getpid()}", f"tsb{os.getpid()}"
     commands = [["ip", "netns", "add", name] for name in names]
     commands += [["ip", "link", "add", cable[0], "type", "veth", "peer", "name", cable[1]]]

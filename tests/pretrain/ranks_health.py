@@ -14,11 +14,11 @@ from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
-from pretrain.data.loader import Batch
-from pretrain.engine import start_distributed
+from pretrain.data.loading.loader import Batch
+from pretrain.engine.deepspeed import start_distributed
+from pretrain.errors import DivergedError
 from pretrain.journal import read_rows
 from pretrain.objectives.supervised import SupervisedObjective
-from pretrain.outcome import DivergedError
 from pretrain.run import go_back, open_run
 from pretrain.steps import to_device
 from pretrain.train import Outcome, StopSignal, tracked

@@ -17,15 +17,15 @@ from torch.optim.swa_utils import AveragedModel
 from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import SavedFile
-from pretrain.checkpoint.partitions import optimizer_steps
 from pretrain.checkpoint.pieces import Reader, load_weights, write_file
 from pretrain.checkpoint.restore import newest_whole
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
-from pretrain.data.loader import Batch, training_batches
-from pretrain.data.meters import STAGES as STAGES_OF_INPUT
-from pretrain.data.sets import open_samples
-from pretrain.engine import start_distributed
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.loader import Batch, training_batches
+from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
+from pretrain.engine.deepspeed import start_distributed
+from pretrain.engine.partitions import optimizer_steps
 from pretrain.journal import read_rows
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
@@ -391,7 +391,7 @@ def split_by_layer(
 def reference(recipe: Path, *overrides: str, steps: int | None = None) -> dict[str, Any]:
     """The losses and weights of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
     config = load_config(PretrainConfig, recipe, ["run_dir=unused", *overrides]).config
-    training = open_samples(config.data.train)
+    training = open_dataset(config.data.train)
     torch.manual_seed(config.seed)
     encoder = ViT(config.model)
     objective = build_objective(config.objective, encoder, training.class_shares, config.preprocessing).train()

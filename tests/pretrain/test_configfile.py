@@ -64,7 +64,11 @@ MISTAKES = [
         [],
         "objective.loss_reduction: cross_entropy has one term, nothing to add up; use mean",
     ),
-    ("objective: {augment: {three_augment: true, blur: 0.1}}", [], "already takes grey, solarize or blur; leave their"),
+    (
+        "objective: {augment: {three_augment: true, blur: 0.1}}",
+        [],
+        "already takes grayscale, solarize or blur; leave their",
+    ),
     (
         "objective: {name: mae, decoder_hidden_size: 50, decoder_num_attention_heads: 2}",
         [],

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from pretrain.config import HealthConfig
-from pretrain.data.index import DatasetInfo
-from pretrain.data.order import past, stretches
+from pretrain.data.dataset.order import past, stretches
+from pretrain.data.storage.index import DatasetInfo
 from pretrain.health import FEWEST_STEPS, WINDOW, Health
-from tests.launching import ROOT, TINY, Shell, free_port
 from tests.pretrain.ranks_health import AFTER_A_SAVE, BATCH, FAULTS, IN_A_ROW, SETTINGS, STEPS
+from tests.support.launching import ROOT, TINY, Shell, free_port
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.journal import Journal, read_rows
-from tests.disk import full_disk
+from tests.support.disk import full_disk
 
 
 def journal(path: Path, last: int = 99, *, writes: bool = True) -> Journal:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import UserError
+from pretrain.errors import UserError
+from pretrain.heartbeat.beats import read_beats
+from pretrain.heartbeat.watch import Watch
 from pretrain.outcome import Outcome
-from pretrain.run import claim, find_main
-from pretrain.watching.beats import read_beats
-from pretrain.watching.watch import Watch
+from pretrain.run_folder import claim, find_main
 
 
 def test_a_folder_into_which_another_run_trains_is_refused(tmp_path: Path) -> None:

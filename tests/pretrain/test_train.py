@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pretrain.checkpoint.history import list_checkpoints
-from pretrain.data.index import DatasetInfo
+from pretrain.data.storage.index import DatasetInfo
 from pretrain.evaluation import GAP
 from pretrain.tracking.tracker import picture_name
 from pretrain.train import StopSignal
-from tests.launching import ROOT, TINY, Shell, free_port
 from tests.pretrain.ranks_train import COMPILED_ELSEWHERE, IN_MLFLOW, RESHARDED
+from tests.support.launching import ROOT, TINY, Shell, free_port
 
 SCRIPT = ROOT / "tests" / "pretrain" / "ranks_train.py"
 STAGES = ["stage0", "stage1", "stage2", "stage3"]
@@ -242,7 +242,7 @@ def test_a_resumed_run_repeats_every_row_and_weight_exactly(
     result = seen[world_size][setting]
     assert result["resumed_at"] == 4
     assert result["same_samples"]
-    # Ten samples are five pairs of neighbours: the main rank of two has two of them.
+    # Ten samples are five pairs of neighbors: the main rank of two has two of them.
     share = {1: 10, 2: 4}[world_size] if setting in TEN else 16 / world_size
     assert result["distinct_samples"] == 8 * share
     assert result["resumed"] == result["rows"]
@@ -398,7 +398,7 @@ def test_several_shard_sets_of_other_classes_are_refused(
     tiny: Path, digits: Path, shell: Shell, tool: Callable[[str], str]
 ) -> None:
     other = shell.folder / "other"
-    made = shell([tool("tessera"), "shards", "make", "digits", other, "--classes", "4,5"])
+    made = shell([tool("vitrail"), "shards", "make", "digits", other, "--classes", "4,5"])
     assert made.code == 0, made.err
     assert DatasetInfo.load(other / "train").class_names == ["4", "5"]
     run = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", tiny, f"data.validation={other}/train"]

@@ -1,1 +1,1 @@
-"""What `tessera shards` does, a file for each verb: shards are made, indexed, checked, counted and tried out."""
+"""What `vitrail shards` does, a file for each verb: shards are made, indexed, checked, counted and tried out."""

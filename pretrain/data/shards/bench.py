@@ -24,19 +24,20 @@ import numpy.typing as npt
 import torch
 import webdataset
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from pretrain.config import AugmentConfig
-from pretrain.data.augment import TrainView, crop_box, resize
-from pretrain.data.decode import Pixels, decode, to_rgb
-from pretrain.data.index import DataError
-from pretrain.data.loader import Loaded, training_batches
-from pretrain.data.samples import Encoded, Samples
-from pretrain.data.sets import open_samples
-from pretrain.data.shard_set import ShardSet
+from pretrain.data.dataset.dataset import Dataset, EncodedSample
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.dataset.sharded import ShardDataset
+from pretrain.data.loading.loader import Loaded, training_batches
 from pretrain.data.shards.encoding import Stored
 from pretrain.data.shards.scan import IMAGE_EXTENSIONS
 from pretrain.data.shards.writer import ShardWriter
+from pretrain.data.transforms.decode import Pixels, decode, to_rgb
+from pretrain.data.transforms.views import TrainView, crop_box, resize
+from pretrain.errors import DataError
 
 SIZE, BATCH = 224, 64
 IMAGES_DECODED = 300
@@ -70,9 +71,9 @@ def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> It
     Raises:
         DataError: it is no shard set of this machine.
     """
-    samples = open_samples(folder)
-    if not isinstance(samples, ShardSet):
-        raise DataError(f"{folder}: a plain folder; make shards of it first, with `tessera shards make`")
+    samples = open_dataset(folder)
+    if not isinstance(samples, ShardDataset):
+        raise DataError(f"{folder}: a plain folder; make shards of it first, with `vitrail shards make`")
     tars = [folder / entry.name for entry in samples.entries]
     encoded = [samples.fetch(*place[1:]) for place in _places(samples, min(num_samples, IMAGES_DECODED))]
     yield from reading(samples, tars, num_samples, rounds)
@@ -81,7 +82,7 @@ def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> It
     yield from whole_loaders(samples, tars, num_samples, num_workers, rounds)
 
 
-def reading(samples: Samples, tars: Sequence[Path], num_samples: int, rounds: int) -> Iterator[Row]:
+def reading(samples: Dataset, tars: Sequence[Path], num_samples: int, rounds: int) -> Iterator[Row]:
     """Compare raw bytes, before any decoding: ours in random order, the others from front to back."""
     places = _places(samples, num_samples)
 
@@ -121,7 +122,7 @@ def decoding(folder: Path, encoded: list[bytes], rounds: int) -> Iterator[Row]:
         yield Row(f"  {name}", speeds[name], f"ours {_ratio(took, name):.2f}x as fast")
 
 
-def writing(encoded: Sequence[Encoded], rounds: int) -> Iterator[Row]:
+def writing(encoded: Sequence[EncodedSample], rounds: int) -> Iterator[Row]:
     """Compare images to a tar; ours with a checksum of every image and of the tar, and the index."""
     images = [Image.open(io.BytesIO(one.data)) for one in encoded]
     stored = [
@@ -155,7 +156,7 @@ def writing(encoded: Sequence[Encoded], rounds: int) -> Iterator[Row]:
 
 
 def whole_loaders(
-    samples: Samples, tars: Sequence[Path], num_samples: int, num_workers: int, rounds: int
+    samples: Dataset, tars: Sequence[Path], num_samples: int, num_workers: int, rounds: int
 ) -> Iterator[Row]:
     """Compare the way from the disk to batches of 64 crops in the training process, by the clock."""
     count = min(num_samples, sum(samples.shard_sizes))
@@ -190,7 +191,7 @@ def whole_loaders(
         yield Row(f"  {other}", speeds[other], f"ours {_ratio(took, other):.2f}x as fast")
 
 
-def loader_rate(samples: Samples, image_size: int, num_workers: int, seconds: float, num_threads: int = 1) -> float:
+def loader_rate(samples: Dataset, image_size: int, num_workers: int, seconds: float, num_threads: int = 1) -> float:
     """Return the images a second that a loader makes once its workers run, with the default crop."""
     batch = min(BATCH, sum(samples.shard_sizes))
     loading = _batches(samples, image_size, batch, FOREVER * batch, num_workers, num_threads)
@@ -204,7 +205,7 @@ def loader_rate(samples: Samples, image_size: int, num_workers: int, seconds: fl
 
 
 def _batches(
-    samples: Samples, image_size: int, batch: int, stop: int, num_workers: int, num_threads: int = 1
+    samples: Dataset, image_size: int, batch: int, stop: int, num_workers: int, num_threads: int = 1
 ) -> Generator[Loaded, None, None]:
     return training_batches(
         samples,
@@ -256,7 +257,7 @@ def _ratio(took: dict[str, list[float]], name: str) -> float:
     return statistics.median(theirs / ours for theirs, ours in zip(took[name], took["ours"], strict=True))
 
 
-def _places(samples: Samples, count: int) -> list[tuple[int, int, int]]:
+def _places(samples: Dataset, count: int) -> list[tuple[int, int, int]]:
     order = samples.order(0, 64)
     return [order.locate(position) for position in range(min(count, sum(samples.shard_sizes)))]
 
@@ -289,7 +290,7 @@ def _crop_of_sample(sample: dict[str, Any]) -> npt.NDArray[np.uint8]:
     return _crop(image.convert("RGB"), np.random.default_rng()).transpose(2, 0, 1).copy()
 
 
-class _Folder(Dataset[npt.NDArray[np.uint8]]):
+class _Folder(TorchDataset[npt.NDArray[np.uint8]]):
     """What a user writes without a library: Pillow over a folder of files."""
 
     def __init__(self, folder: Path) -> None:
@@ -325,7 +326,7 @@ def _pillow(folder: Path, count: int, tuning: dict[str, str]) -> Iterator[Callab
 
 def _answer(folder: Path, count: int) -> None:
     """Time Pillow each time that a line is read."""
-    samples = open_samples(folder)
+    samples = open_dataset(folder)
     encoded = [samples.fetch(shard, row).data for _, shard, row in _places(samples, count)]
     for _ in sys.stdin:
         print(in_turn({"pillow": lambda: len(by_pillow(encoded))}, 1)["pillow"][0], flush=True)

@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pretrain.data.decode import DeepGreyError, Pixels, decode
+from pretrain.data.transforms.decode import DeepGrayscaleError, Pixels, decode
 
 Format = Literal["jpg", "png", "webp"]
 
@@ -49,7 +49,7 @@ class Encoding:
         """
         try:
             pixels, usable = decode(data), True
-        except DeepGreyError:
+        except DeepGrayscaleError:
             pixels, usable = decode(data, scales=True), False
         height, width = pixels.shape[:2]
         known = _format_of(data)

@@ -15,12 +15,13 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.data.index import NO_LABEL, DataError, DatasetInfo, ShardEntry, index_name, write_json
 from pretrain.data.shards.encoding import Encoding, Stored
 from pretrain.data.shards.plan import PLAN_FILE, READERS, UNUSABLE, Recipe, plan_shards
 from pretrain.data.shards.units import run_units
 from pretrain.data.shards.writer import ShardWriter
-from pretrain.data.sources import NAMES_SHOWN, Content, Integers, Source, SourceImage
+from pretrain.data.sources.source import NAMES_SHOWN, Content, Integers, Source, SourceImage
+from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, index_name, write_json
+from pretrain.errors import DataError
 
 READ_AHEAD = 32
 LEFT_OUT_FILE = "left_out.txt"

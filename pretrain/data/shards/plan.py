@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.data.decode import DecodeError
-from pretrain.data.index import NO_LABEL, DataError, write_json
-from pretrain.data.order import permutation
-from pretrain.data.shards.archive import BLOCK
+from pretrain.data.dataset.order import permutation
 from pretrain.data.shards.encoding import Encoding
-from pretrain.data.sources import Integers, Source, SourceImage
+from pretrain.data.sources.source import Integers, Source, SourceImage
+from pretrain.data.storage.archive import BLOCK
+from pretrain.data.storage.index import NO_LABEL, write_json
+from pretrain.data.transforms.decode import DecodeError
+from pretrain.errors import DataError
 
 SPLITS = ("train", "validation")
 PLAN_FILE = "plan.json"
@@ -71,7 +72,7 @@ def plan_shards(source: Source, recipe: Recipe, folder: Path) -> dict[str, list[
 def split(source: Source, validation: float, seed: int) -> tuple[Integers, Integers]:
     """Split each class by itself, by a draw that depends on the class's name and size alone; return the rows."""
     train, held_out = [], []
-    classes = [*enumerate(source.class_names)] or [(NO_LABEL, "unlabelled")]
+    classes = [*enumerate(source.class_names)] or [(NO_LABEL, "unlabeled")]
     order = np.argsort(source.labels, kind="stable")
     ends = np.searchsorted(source.labels[order], [label for label, _ in classes], side="right")
     starts = np.searchsorted(source.labels[order], [label for label, _ in classes], side="left")

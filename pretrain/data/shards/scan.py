@@ -11,13 +11,14 @@ from typing import Any
 
 from zlib_ng.zlib_ng import crc32
 
-from pretrain.data.decode import DecodeError, decode
-from pretrain.data.index import NO_LABEL, DataError, DatasetInfo, ShardEntry, ShardIndex, index_name
-from pretrain.data.remote import FetchPolicy, is_remote
-from pretrain.data.shards.archive import Archive, Member, open_tar
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
 from pretrain.data.shards.units import run_units
-from pretrain.data.sources import NAMES_SHOWN
+from pretrain.data.sources.source import NAMES_SHOWN
+from pretrain.data.storage.archive import Archive, Member, open_tar
+from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, ShardIndex, index_name
+from pretrain.data.storage.remote import FetchPolicy, is_remote
+from pretrain.data.transforms.decode import DecodeError, decode
+from pretrain.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -184,7 +185,7 @@ def label_of(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], l
     except (TypeError, ValueError):
         raise DataError(
             f"{tar}: sample {key} has no label: expected a number in .cls or in .json at {label_key!r}, got {value!r}; "
-            "if none has one, pass --unlabelled"
+            "if none has one, pass --unlabeled"
         ) from None
     if label < 0:
         raise DataError(f"{tar}: sample {key} has the label {label}; labels count from 0")

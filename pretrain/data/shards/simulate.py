@@ -9,10 +9,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.index import DataError
-from pretrain.data.order import Order, Part, permutation
-from pretrain.data.samples import Samples
-from pretrain.data.shard_set import ShardSet
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.order import Order, Part, permutation
+from pretrain.data.dataset.sharded import ShardDataset
+from pretrain.errors import DataError
 
 BATCHES_DRAWN = 50
 
@@ -32,7 +32,7 @@ class Simulation:
 
 
 def simulate(
-    samples: Samples,
+    samples: Dataset,
     *,
     global_batch_size: int,
     ranks: int,
@@ -53,8 +53,8 @@ def simulate(
     Raises:
         DataError: it is no shard set.
     """
-    if not isinstance(samples, ShardSet):
-        raise DataError("a plain folder has no shards; make them first, with `tessera shards make`")
+    if not isinstance(samples, ShardDataset):
+        raise DataError("a plain folder has no shards; make them first, with `vitrail shards make`")
     shard_bytes = [entry.num_bytes for entry in samples.entries]
     order = samples.order(0, window)
     labels = lru_cache(maxsize=2 * window)(samples.labels)
@@ -120,14 +120,14 @@ def downloaded_bytes(part: Part, shard_bytes: Sequence[int], cache_bytes: int) -
     return downloaded[0], downloaded[2]
 
 
-def _by_part(samples: Samples, shard_bytes: Sequence[int]) -> list[tuple[Part, Sequence[int]]]:
+def _by_part(samples: Dataset, shard_bytes: Sequence[int]) -> list[tuple[Part, Sequence[int]]]:
     ends = np.cumsum([len(part.shard_sizes) for part in samples.parts])
     return [
         (part, shard_bytes[end - len(part.shard_sizes) : end]) for part, end in zip(samples.parts, ends, strict=True)
     ]
 
 
-def _expected_classes(samples: Samples, global_batch_size: int) -> float:
+def _expected_classes(samples: Dataset, global_batch_size: int) -> float:
     """Return how many classes a batch would have if all samples were shuffled at once, none drawn twice."""
     if not samples.class_names:
         return 1.0

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from pretrain.data.index import DataError
-from pretrain.data.order import permutation
-from pretrain.data.samples import Encoded, Samples
-from pretrain.data.shard_set import ShardSet
+from pretrain.data.dataset.dataset import Dataset, EncodedSample
+from pretrain.data.dataset.order import permutation
+from pretrain.data.dataset.sharded import ShardDataset
+from pretrain.errors import DataError
 
 SHOWN = 5
 PERCENTILES = {"smallest": 0, "5%": 5, "median": 50, "95%": 95, "largest": 100}
@@ -38,14 +38,14 @@ class Stats:
     conflicts: list[list[str]]
 
 
-def read_stats(samples: Samples, progress: Callable[[int], None] = lambda _: None) -> Stats:
+def read_stats(samples: Dataset, progress: Callable[[int], None] = lambda _: None) -> Stats:
     """Read every index of a set; `progress` is called with 1 after each.
 
     Raises:
         DataError: it is no shard set, or an index cannot be used.
     """
-    if not isinstance(samples, ShardSet):
-        raise DataError("a plain folder has no index; make shards of it first, with `tessera shards make`")
+    if not isinstance(samples, ShardDataset):
+        raise DataError("a plain folder has no index; make shards of it first, with `vitrail shards make`")
     columns: dict[str, list[int]] = defaultdict(list)
     extensions: dict[str, int] = defaultdict(int)
     places: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
@@ -73,16 +73,16 @@ def read_stats(samples: Samples, progress: Callable[[int], None] = lambda _: Non
     )
 
 
-def _same_bytes(samples: Samples, places: list[tuple[int, int]]) -> list[list[Encoded]]:
+def _same_bytes(samples: Dataset, places: list[tuple[int, int]]) -> list[list[EncodedSample]]:
     """Return those whose bytes are truly the same, not their checksums alone."""
-    groups: dict[bytes, list[Encoded]] = defaultdict(list)
+    groups: dict[bytes, list[EncodedSample]] = defaultdict(list)
     for shard, row in places:
         encoded = samples.fetch(shard, row)
         groups[encoded.data].append(encoded)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _keys(group: list[Encoded]) -> list[str]:
+def _keys(group: list[EncodedSample]) -> list[str]:
     return sorted(encoded.key for encoded in group)
 
 
@@ -121,7 +121,7 @@ def _percentiles(values: npt.NDArray[Any]) -> dict[str, Any]:
     return {name: values.dtype.type(np.percentile(values, percent)).item() for name, percent in PERCENTILES.items()}
 
 
-def draw(samples: Samples, stats: Stats, path: Path) -> None:
+def draw(samples: Dataset, stats: Stats, path: Path) -> None:
     """Draw a mosaic of samples over histograms of classes, sizes, shapes and bytes."""
     import matplotlib as mpl
 
@@ -166,7 +166,7 @@ def _draw_classes(axes: Any, stats: Stats) -> None:
         axes.set_xlabel("")
 
 
-def _mosaic(samples: Samples) -> npt.NDArray[np.uint8]:
+def _mosaic(samples: Dataset) -> npt.NDArray[np.uint8]:
     """Return tiles of samples drawn over all shards, each fitted into a square."""
     ends = np.cumsum(samples.shard_sizes)
     drawn = permutation(int(ends[-1]), "mosaic")[: MOSAIC_ROWS * MOSAIC_COLUMNS].tolist()

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
 
-from pretrain.data.index import DataError
+from pretrain.errors import DataError
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
@@ -62,7 +62,7 @@ def run_units_on_ray(work: Callable[[Unit], Result], units: Iterable[Unit]) -> G
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
     except ImportError:
-        raise DataError("--engine ray needs Ray: pip install 'tessera-vit[ray]'") from None
+        raise DataError("--engine ray needs Ray: pip install 'vitrail[ray]'") from None
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(log_to_driver=False, logging_level="error")

@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 from zlib_ng.zlib_ng import crc32
 
-from pretrain.data.index import NO_LABEL, ShardIndex
 from pretrain.data.shards.encoding import Stored
+from pretrain.data.storage.index import NO_LABEL, ShardIndex
 
 BLOCK = 512
 NAME_BYTES = 100

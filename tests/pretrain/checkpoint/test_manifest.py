@@ -7,8 +7,9 @@ import pytest
 
 from pretrain.checkpoint import manifest as manifest_module
 from pretrain.checkpoint.history import find_checkpoint, list_checkpoints, list_damaged
-from pretrain.checkpoint.manifest import CheckpointError, Manifest, VersionError
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_whole, restore
+from pretrain.errors import CheckpointError, VersionError
 
 MANIFEST = Manifest(
     step=4,
@@ -69,7 +70,7 @@ def test_a_checkpoint_of_another_version_is_neither_damaged_nor_passed_over(
     with monkeypatch.context() as patch:
         patch.setattr(manifest_module, "VERSION", 99)
         saved(tmp_path, 8)
-    sentence = r"step-00000008: its format is 99, this version of Tessera reads 3"
+    sentence = r"step-00000008: its format is 99, this version of Vitrail reads 3"
     for find in (find_checkpoint, newest_whole):
         with pytest.raises(VersionError, match=sentence):
             find(tmp_path)

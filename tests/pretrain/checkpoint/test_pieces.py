@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 from pretrain.checkpoint import pieces as pieces_module
 from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.history import list_checkpoints
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import Layout, NotFiniteError, Piece, Reader, find_faults, load_weights, write_file
 from pretrain.checkpoint.restore import newest_whole
 from pretrain.checkpoint.save import Saver
-from tests.checkpoints import write_checkpoint
-from tests.disk import full_disk
+from pretrain.errors import CheckpointError
 from tests.pretrain.checkpoint.test_manifest import MANIFEST
 from tests.pretrain.checkpoint.test_save import ALONE, Engine
+from tests.support.checkpoints import write_checkpoint
+from tests.support.disk import full_disk
 
 
 @settings(max_examples=50, deadline=None)

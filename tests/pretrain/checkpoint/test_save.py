@@ -17,8 +17,8 @@ from pretrain.checkpoint.manifest import SavedFile
 from pretrain.checkpoint.pieces import find_faults, load_weights, write_file
 from pretrain.checkpoint.restore import restore
 from pretrain.checkpoint.save import Saver
-from tests.disk import full_disk
 from tests.pretrain.checkpoint.test_manifest import MANIFEST
+from tests.support.disk import full_disk
 
 ALONE = replace(MANIFEST, world_size=1)
 

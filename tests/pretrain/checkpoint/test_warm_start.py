@@ -7,15 +7,15 @@ import pytest
 import torch
 import transformers
 
-from pretrain.checkpoint.manifest import CheckpointError
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import ModelConfig, PreprocessingConfig, SupervisedConfig
+from pretrain.errors import CheckpointError
 from pretrain.export.vit import encoder_config, fold_layer_scale, to_hugging_face
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
-from tests.checkpoints import write_checkpoint
 from tests.pretrain.checkpoint.test_manifest import MANIFEST
+from tests.support.checkpoints import write_checkpoint
 
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
 NAMES = ["cat", "dog"]

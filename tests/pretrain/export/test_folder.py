@@ -13,14 +13,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
-from pretrain.checkpoint.manifest import CheckpointError, Manifest
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
+from pretrain.errors import CheckpointError
 from pretrain.export.folder import export
 from pretrain.export.proof import ProofError, pixels_in_evaluation, proof_images
 from pretrain.export.vit import Vit
 from pretrain.model.vit import ViT
-from tests.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 NAMES = ["tabby cat", "dog", "鳥"]
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
@@ -114,7 +115,7 @@ def test_the_pipeline_and_the_cards_own_code_work(
 
 
 def test_names_on_disk_are_those_that_every_version_reads(folder: Path) -> None:
-    """transformers 5 has other names in memory; 4.57 reads these and re-initialises what it does not find."""
+    """transformers 5 has other names in memory; 4.57 reads these and re-initializes what it does not find."""
     names = set(safetensors.torch.load_file(folder / "model.safetensors"))
     layer = "vit.encoder.layer.0."
     assert {

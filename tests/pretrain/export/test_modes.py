@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 from transformers.image_utils import load_image
 
 from pretrain.config import DataConfig, PretrainConfig, ScheduleConfig
-from pretrain.data.decode import decode
+from pretrain.data.transforms.decode import decode
 from pretrain.export.folder import build_processor
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[:120, :180])
@@ -27,7 +27,7 @@ TURNED[0x0112] = 6
         (PHOTO.convert("L"), "PNG", {}),
         (PHOTO.convert("P"), "PNG", {}),
     ],
-    ids=["colour", "exif", "cmyk", "grey", "palette"],
+    ids=["color", "exif", "cmyk", "grayscale", "palette"],
 )
 def test_transformers_sees_what_training_sees(
     tmp_path: Path, image: Image.Image, kind: str, options: dict[str, object]

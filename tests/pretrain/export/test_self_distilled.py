@@ -12,8 +12,8 @@ from pretrain.config import DataConfig, PretrainConfig, ScheduleConfig, Supervis
 from pretrain.export.folder import export
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
-from tests.checkpoints import write_checkpoint
 from tests.pretrain.objectives.test_self_distillation import MODEL, build
+from tests.support.checkpoints import write_checkpoint
 
 
 def test_the_teacher_leaves_the_run(tmp_path: Path) -> None:

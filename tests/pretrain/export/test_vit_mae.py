@@ -10,18 +10,18 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from finetune.backbone import ModelError, load_classifier, new_classifier
-from pretrain import UserError
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import DataConfig, MAEConfig, ModelConfig, PretrainConfig, ScheduleConfig, SupervisedConfig
+from pretrain.errors import UserError
 from pretrain.export.folder import export
 from pretrain.export.proof import ProofError
 from pretrain.export.vit import fold_layer_scale
 from pretrain.export.vit_mae import VitMae
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
-from tests.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_checkpoint
 
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
 OBJECTIVE = MAEConfig(

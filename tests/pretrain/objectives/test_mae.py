@@ -12,7 +12,7 @@ from pretrain.export.vit_mae import decoder_to_hugging_face, hugging_face_config
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
-from tests.overfitting import overfit
+from tests.support.overfitting import overfit
 
 MODEL = ModelConfig(
     hidden_size=48,

@@ -12,8 +12,8 @@ from scipy.special import logsumexp
 from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig, PreprocessingConfig, SelfDistillationConfig
-from pretrain.data.augment import augment
-from pretrain.data.crops import draw_hidden
+from pretrain.data.transforms.multi_crop import draw_hidden
+from pretrain.data.transforms.views import augment
 from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.self_distillation import (
@@ -23,7 +23,7 @@ from pretrain.objectives.self_distillation import (
     koleo_loss,
     sinkhorn_knopp,
 )
-from tests.overfitting import overfit
+from tests.support.overfitting import overfit
 
 MODEL = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=32
@@ -100,7 +100,7 @@ def test_koleo_looks_at_the_nearest_other() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_koleo_takes_no_copy_for_a_neighbour() -> None:
+def test_koleo_takes_no_copy_for_a_neighbor() -> None:
     torch.manual_seed(0)
     once = torch.randn(4, 2, 8)
     twice = torch.cat([once[:1], once]).requires_grad_()

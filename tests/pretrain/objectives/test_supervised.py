@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 
-from pretrain import UserError
 from pretrain.config import AugmentConfig, ModelConfig, PreprocessingConfig, PretrainConfig, SupervisedConfig
 from pretrain.configfile import load_config
-from pretrain.data.mixing import neighbours
+from pretrain.data.transforms.mixup import neighbors
+from pretrain.errors import UserError
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
-from tests.overfitting import overfit
+from tests.support.overfitting import overfit
 
 ROOT = Path(__file__).resolve().parents[3]
 MODEL = ModelConfig(
@@ -56,9 +56,9 @@ def test_label_smoothing_equals_torch() -> None:
 
 def test_mixup_is_the_cross_entropy_with_the_mixed_label() -> None:
     objective, data = build(mixup=0.8).train(), batch(8, own_share=0.7)
-    own, other = F.one_hot(data["label"], 10), F.one_hot(neighbours(data["label"]), 10)
+    own, other = F.one_hot(data["label"], 10), F.one_hot(neighbors(data["label"]), 10)
     pixels = _normalized(data)
-    logits = objective.logits(0.7 * pixels + 0.3 * neighbours(pixels))  # type: ignore[operator]
+    logits = objective.logits(0.7 * pixels + 0.3 * neighbors(pixels))  # type: ignore[operator]
     expected = F.cross_entropy(logits, 0.7 * own + 0.3 * other)
     assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
 
@@ -68,8 +68,8 @@ def test_cutmix_is_the_cross_entropy_by_the_share_of_pixels() -> None:
     data["cut_box"] = torch.tensor([[0.0, 0.0, 0.5, 0.25]]).repeat(8, 1)  # the upper half of the left quarter
     pixels = _normalized(data)
     mixed = pixels.clone()
-    mixed[:, :, :16, :8] = neighbours(pixels)[:, :, :16, :8]
-    own, other = F.one_hot(data["label"], 10), F.one_hot(neighbours(data["label"]), 10)
+    mixed[:, :, :16, :8] = neighbors(pixels)[:, :, :16, :8]
+    own, other = F.one_hot(data["label"], 10), F.one_hot(neighbors(data["label"]), 10)
     expected = F.cross_entropy(objective.logits(mixed), 0.875 * own + 0.125 * other)  # type: ignore[operator]
     assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
 
@@ -83,8 +83,8 @@ def test_binary_cross_entropy_equals_torch_on_mixed_and_smoothed_targets() -> No
     assert abs(first - math.log(2)) < 0.02
     smooth = 0.8 * F.one_hot(data["label"], 10) + 0.02
     pixels = _normalized(data)
-    logits = objective.logits(0.7 * pixels + 0.3 * neighbours(pixels))  # type: ignore[operator]
-    expected = F.binary_cross_entropy_with_logits(logits, 0.7 * smooth + 0.3 * neighbours(smooth))
+    logits = objective.logits(0.7 * pixels + 0.3 * neighbors(pixels))  # type: ignore[operator]
+    expected = F.binary_cross_entropy_with_logits(logits, 0.7 * smooth + 0.3 * neighbors(smooth))
     assert first == pytest.approx(float(expected), abs=1e-6)
     sums = objective.eval()({**data, "weight": torch.ones(8)})
     plain = F.binary_cross_entropy_with_logits(_logits(objective, data), F.one_hot(data["label"], 10).float())
@@ -101,9 +101,9 @@ def test_a_mixed_image_counts_as_its_classes_do(loss: str) -> None:
     objective = build_objective(config, ViT(MODEL), [0.1] * 10, PreprocessingConfig()).train()
     data = batch(8, own_share=0.7)
     pixels = _normalized(data)
-    logits = objective.logits(0.7 * pixels + 0.3 * neighbours(pixels))  # type: ignore[operator]
+    logits = objective.logits(0.7 * pixels + 0.3 * neighbors(pixels))  # type: ignore[operator]
     expected = torch.zeros(8)
-    for share, labels in ((0.7, data["label"]), (0.3, neighbours(data["label"]))):
+    for share, labels in ((0.7, data["label"]), (0.3, neighbors(data["label"]))):
         targets = 0.8 * F.one_hot(labels, 10) + 0.02
         if loss == "cross_entropy":
             losses = F.cross_entropy(logits, targets, reduction="none")

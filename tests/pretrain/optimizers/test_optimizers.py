@@ -83,7 +83,7 @@ def test_lamb_is_the_papers_also_in_pieces_and_passes_over_bad_steps() -> None:
 
 
 def test_muon_is_torchs_but_for_its_precision() -> None:
-    """Torch orthogonalises in bf16."""
+    """Torch orthogonalizes in bf16."""
     torch.manual_seed(0)
     for shape in ((24, 16), (16, 40)):
         module = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(*shape, bias=False)])})

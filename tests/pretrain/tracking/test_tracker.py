@@ -15,11 +15,15 @@ from pretrain.journal import read_rows
 from pretrain.tracking.mlflow_sink import Sink
 from pretrain.tracking.progress import ProgressLine, duration
 from pretrain.tracking.tracker import ROOT, Tracker, default_uri, git_commit, picture_name, tag_run
-from tests.launching import wait_for
+from tests.support.launching import wait_for
 
 
 def track(
-    run_dir: Path, uri: str | None = None, resume_step: int = 0, steps: tuple[int, ...] = (), grey: int | None = None
+    run_dir: Path,
+    uri: str | None = None,
+    resume_step: int = 0,
+    steps: tuple[int, ...] = (),
+    grayscale: int | None = None,
 ) -> str:
     tracker = Tracker(
         run_dir,
@@ -33,10 +37,10 @@ def track(
     with tracker:
         for step in steps:
             tracker.log({"train/loss": 1.0 / step}, step)
-            if grey is not None:
+            if grayscale is not None:
                 path = run_dir / "pictures" / picture_name(step)
                 path.parent.mkdir(exist_ok=True)
-                Image.new("RGB", (4, 4), (grey,) * 3).save(path)
+                Image.new("RGB", (4, 4), (grayscale,) * 3).save(path)
         tracker.status = "FINISHED"
     return default_uri(run_dir)
 
@@ -68,9 +72,9 @@ def test_a_resumed_run_is_one_run_with_no_step_doubled(tmp_path: Path) -> None:
 def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     """Also one that is drawn anew, since its first time did not last; what did not last and is not is gone."""
     run_dir = tmp_path / "runs" / "a"
-    track(run_dir, steps=(10, 20, 30), grey=1)
+    track(run_dir, steps=(10, 20, 30), grayscale=1)
     (run_dir / "pictures" / "step-00000020.partial").write_bytes(b"half")
-    uri = track(run_dir, steps=(20,), resume_step=10, grey=2)
+    uri = track(run_dir, steps=(20,), resume_step=10, grayscale=2)
     run, client = only_run(uri), MlflowClient(uri)
     assert run.data.tags["mlflow.loggedImages"] == "True"  # so its interface shows them, with a slider over the steps
     sent = sorted(
@@ -81,7 +85,7 @@ def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
         for file in client.list_artifacts(run.info.run_id, "images")
         if file.path.endswith(".png")
     )
-    assert sent == [(step, (grey,) * 3) for step, grey in ((10, 1), (20, 1), (20, 2), (30, 1))]
+    assert sent == [(step, (grayscale,) * 3) for step, grayscale in ((10, 1), (20, 1), (20, 2), (30, 1))]
     assert sorted(path.name for path in (run_dir / "pictures").glob("*.png")) == [picture_name(10), picture_name(20)]
     names = [name for name, _ in json.loads((run_dir / "mlflow.json").read_text())["pictures"]]
     assert names == [picture_name(step) for step in (10, 20, 30, 20)]
@@ -202,7 +206,7 @@ def test_a_store_without_room_for_pictures_has_everything_else(
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     MlflowClient(uri).create_experiment("test", (tmp_path / "no folder").as_uri())
     capfd.readouterr()
-    track(tmp_path / "a", uri=uri, steps=(1, 2), grey=1)
+    track(tmp_path / "a", uri=uri, steps=(1, 2), grayscale=1)
     run = only_run(uri)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/loss"] == 0.5

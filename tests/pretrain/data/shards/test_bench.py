@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.data.index import DataError
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.bench import ROWS, by_pillow, by_us, compare
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources import list_digits, list_folder
+from pretrain.data.sources.source import list_digits, list_folder
+from pretrain.errors import DataError
 
 
 def test_both_make_the_same_crops(digits: Path) -> None:
-    samples = open_samples(digits / "train")
+    samples = open_dataset(digits / "train")
     encoded = [samples.fetch(0, row).data for row in range(8)]
     for ours, theirs in zip(by_us(encoded), by_pillow(encoded), strict=True):
         assert np.abs(ours.numpy().transpose(1, 2, 0).astype(int) - theirs).max() <= 2
 
 
 def test_the_command_measures_a_users_shards(digits: Path, tool: Callable[[str], str]) -> None:
-    command = [tool("tessera"), "shards", "bench", str(digits / "train"), "--samples", "64", "--rounds", "1", "--json"]
+    command = [tool("vitrail"), "shards", "bench", str(digits / "train"), "--samples", "64", "--rounds", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -49,5 +49,5 @@ def test_a_folder_is_no_shard_set(tmp_path: Path) -> None:
     (tmp_path / "in" / "a" / "x.png").write_bytes(list_digits().image(0).read().image)
     with pytest.raises(DataError, match="a plain folder; make shards of it first"):
         list(compare(tmp_path / "in", 64, 1, 1))
-    make_shards(list_folder(tmp_path / "in", labelled=False), tmp_path / "out", Recipe(validation=0.0))
-    assert len(list(compare(tmp_path / "out" / "train", 64, 1, 1))) == ROWS  # one sample, unlabelled
+    make_shards(list_folder(tmp_path / "in", labeled=False), tmp_path / "out", Recipe(validation=0.0))
+    assert len(list(compare(tmp_path / "out" / "train", 64, 1, 1))) == ROWS  # one sample, unlabeled

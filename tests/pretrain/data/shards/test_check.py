@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.index import DataError, DatasetInfo, ShardIndex
 from pretrain.data.shards.check import Finding, check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.shards.units import run_units
-from pretrain.data.sources import keep_classes, list_digits
-from tests.faults import DAMAGES, webdataset_images
-from tests.servers import Hostile, serve
+from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.storage.index import DatasetInfo, ShardIndex
+from pretrain.errors import DataError
+from tests.support.faults import DAMAGES, webdataset_images
+from tests.support.servers import Hostile, serve
 
 FAULTS = 300
 
@@ -170,7 +171,7 @@ def test_remote_tars_are_checked_too(digits: Path, tmp_path: Path) -> None:
 
 def test_the_command_lists_and_exits_with_1(folder: Path, tool: Callable[[str], str]) -> None:
     def run(*options: str) -> "subprocess.CompletedProcess[str]":
-        command = [tool("tessera"), "shards", "check", str(folder), *options]
+        command = [tool("vitrail"), "shards", "check", str(folder), *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     sound = run()
@@ -192,4 +193,4 @@ def test_the_command_lists_and_exits_with_1(folder: Path, tool: Callable[[str], 
     folder.mkdir()
     nothing = run()
     assert nothing.returncode == 2
-    assert "dataset.json: not there; `tessera shards make` writes it" in nothing.stderr
+    assert "dataset.json: not there; `vitrail shards make` writes it" in nothing.stderr

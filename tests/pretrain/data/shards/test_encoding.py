@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from pretrain.data.decode import DecodeError, decode
 from pretrain.data.shards.encoding import Encoding
+from pretrain.data.transforms.decode import DecodeError, decode
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg"))  # 640 x 427
 

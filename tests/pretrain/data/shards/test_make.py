@@ -19,13 +19,14 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_image
 
-from pretrain.data.index import DataError, DatasetInfo, ShardIndex
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.encoding import Encoding
 from pretrain.data.shards.make import Made, Record, Unit, make_shards
 from pretrain.data.shards.plan import Recipe, split
 from pretrain.data.shards.units import run_units, run_units_on_ray
-from pretrain.data.sources import Source, keep_classes, list_digits, list_folder
+from pretrain.data.sources.source import Source, keep_classes, list_digits, list_folder
+from pretrain.data.storage.index import DatasetInfo, ShardIndex
+from pretrain.errors import DataError
 
 
 def make(source: Source, out: Path, **options: Any) -> Made:
@@ -72,7 +73,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path, photos: Path, extension:
         sample["__key__"]: (sample[extension].tobytes(), sample["cls"], sample["json"]["class"])
         for sample in webdataset.WebDataset(sorted(map(str, folder.glob("*.tar"))), shardshuffle=False).decode("rgb8")
     }
-    ours = open_samples(folder)
+    ours = open_dataset(folder)
     records = [ours.read(shard, row) for shard, size in enumerate(ours.shard_sizes) for row in range(size)]
     assert len(records) == len(theirs) == DatasetInfo.load(folder).num_samples
     for record in records:
@@ -96,7 +97,7 @@ def test_a_folder_keeps_its_bytes_and_names(tmp_path: Path, photos: Path) -> Non
     assert source.remarks == ["1 not an image, left out: notes.txt"]
     make(source, tmp_path / "out", validation=0)
     assert not (tmp_path / "out" / "validation").exists()
-    samples = open_samples(tmp_path / "out" / "train")
+    samples = open_dataset(tmp_path / "out" / "train")
     assert samples.class_names == ["china", "flower"]
     keys = {samples.read(i, row).key for i, size in enumerate(samples.shard_sizes) for row in range(size)}
     assert {"china/crop_3", "china/deep/crop", "flower/scan"} <= keys
@@ -114,7 +115,7 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(folder / f"{'長' * 60}.png")
     make(list_folder(folder.parent), tmp_path / "out", validation=0)
-    samples = open_samples(tmp_path / "out" / "train")
+    samples = open_dataset(tmp_path / "out" / "train")
     assert samples.read(0, 0).key == f"鳥類/{'長' * 60}"
     tar = tmp_path / "out" / "train" / "shard-000000.tar"
     [theirs] = webdataset.WebDataset(str(tar), shardshuffle=False)
@@ -259,13 +260,13 @@ def test_a_dataset_edited_by_hand_is_noticed(tmp_path: Path) -> None:
     content["class_names"] = ["three"]
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="edited by hand"):
-        open_samples(path.parent)
+        open_dataset(path.parent)
     path.write_text("{")
     with pytest.raises(DataError, match="damaged"):
-        open_samples(path.parent)
+        open_dataset(path.parent)
     path.write_text('{"version": 99}')
-    with pytest.raises(DataError, match="version 99, this Tessera reads 3"):
-        open_samples(path.parent)
+    with pytest.raises(DataError, match="version 99, this Vitrail reads 3"):
+        open_dataset(path.parent)
 
 
 def test_pngs_of_digits_are_the_digits() -> None:
@@ -392,7 +393,7 @@ def test_shards_of_resized_images_have_the_asked_size_too(tmp_path: Path) -> Non
     sizes = [shard.num_bytes for shard in made.splits["train"].shards]
     assert len(sizes) > 2
     assert all(60_000 < size < 110_000 for size in sizes)
-    sample = open_samples(tmp_path / "out" / "train").fetch(0, 0)
+    sample = open_dataset(tmp_path / "out" / "train").fetch(0, 0)
     assert sample.data.startswith(b"\xff\xd8")
     assert min(Image.open(io.BytesIO(sample.data)).size) == 64
 
@@ -404,9 +405,9 @@ def test_sizes_are_not_guessed_from_nothing(tmp_path: Path, photos: Path) -> Non
         make(list_folder(photos), tmp_path / "out", encoding=Encoding(shorter_side=40), skip_bad=True)
 
 
-def test_unlabelled_images_at_any_depth(tmp_path: Path, photos: Path) -> None:
+def test_unlabeled_images_at_any_depth(tmp_path: Path, photos: Path) -> None:
     Image.new("RGB", (8, 8)).save(photos / "stray.png")
-    source = list_folder(photos, labelled=False)
+    source = list_folder(photos, labeled=False)
     assert not source.faults
     made = make_shards(source, tmp_path / "out", Recipe())
     assert made.splits["train"].class_names == []

@@ -12,12 +12,12 @@ import pytest
 import webdataset
 from PIL import Image
 
-from pretrain.data.index import DataError
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.scan import Scanned
 from pretrain.data.shards.scan import index_shards as index_tars
 from pretrain.data.shards.units import run_units
-from tests.servers import Hostile, serve
+from pretrain.errors import DataError
+from tests.support.servers import Hostile, serve
 
 
 def index_shards(tars: list[Path], class_names: list[str] | None = None, label_key: str | None = "label") -> Scanned:
@@ -51,7 +51,7 @@ def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
     scanned = index_shards([tmp_path / "a.tar"])
     assert scanned.info.class_counts == [2, 2, 1]
     assert scanned.remarks == ["5 members .caption.txt, left as they are"]
-    samples = open_samples(tmp_path)
+    samples = open_dataset(tmp_path)
     assert [samples.read(0, row).label for row in range(5)] == [0, 1, 2, 0, 1]
     assert samples.read(0, 4).image[0, 0].tolist() == [4, 0, 0]
 
@@ -141,22 +141,22 @@ def test_labels_of_another_name(tmp_path: Path) -> None:
 
 def test_an_index_needs_its_tars(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", sample("x", 0))
-    with pytest.raises(DataError, match="run `tessera shards index"):
-        open_samples(tmp_path)
+    with pytest.raises(DataError, match="run `vitrail shards index"):
+        open_dataset(tmp_path)
     index_shards([tmp_path / "a.tar"])
     (tmp_path / "a.index.json").unlink()
-    with pytest.raises(DataError, match=r"a.index.json: not there; `tessera shards index` writes it"):
-        open_samples(tmp_path).read(0, 0)
+    with pytest.raises(DataError, match=r"a.index.json: not there; `vitrail shards index` writes it"):
+        open_dataset(tmp_path).read(0, 0)
     assert json.loads((tmp_path / "dataset.json").read_text())["num_samples"] == 1
 
 
 def test_images_without_labels_are_data_too(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.txt", b"a black square")])
-    with pytest.raises(DataError, match=r"sample x has no label.*if none has one, pass --unlabelled"):
+    with pytest.raises(DataError, match=r"sample x has no label.*if none has one, pass --unlabeled"):
         index_shards([tar])
     scanned = index_shards([tar], label_key=None)
     assert (scanned.info.class_names, scanned.remarks) == ([], ["1 members .txt, left as they are"])
-    assert open_samples(tmp_path).read(0, 0).label == -1
+    assert open_dataset(tmp_path).read(0, 0).label == -1
 
 
 def test_a_tar_is_read_once_and_forwards_only(tmp_path: Path) -> None:

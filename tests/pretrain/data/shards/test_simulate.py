@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import Order, Part
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.dataset.order import Order, Part
 from pretrain.data.shards.simulate import classes_in_a_batch, downloaded_bytes, expected_classes
 
 
@@ -51,11 +51,11 @@ def test_downloads_are_bounded_by_the_set_and_spared_by_the_cache(sizes: list[in
 
 def test_the_command_tells_what_the_order_does(digits: Path, tool: Callable[[str], str]) -> None:
     def run(*options: str) -> str:
-        command = [tool("tessera"), "shards", "simulate", str(digits / "train"), "--global-batch-size", "50", *options]
+        command = [tool("vitrail"), "shards", "simulate", str(digits / "train"), "--global-batch-size", "50", *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
     answer = json.loads(run("--ranks", "8", "--json", "--shuffle-window", "4"))
-    samples = open_samples(digits / "train")
+    samples = open_dataset(digits / "train")
     assert answer["samples"] == sum(samples.shard_sizes)
     assert answer["steps_per_epoch"] == pytest.approx(answer["samples"] / 50)
     assert answer["samples_per_rank"] == [6, 7]

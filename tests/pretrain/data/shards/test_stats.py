@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from pretrain.data.index import DataError
-from pretrain.data.sets import open_samples
+from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.shards.stats import draw, read_stats, summary
-from pretrain.data.sources import list_folder
+from pretrain.data.sources.source import list_folder
+from pretrain.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_numbers_are_those_of_the_files(photos: Path) -> None:
-    samples = open_samples(photos / "out" / "train")
+    samples = open_dataset(photos / "out" / "train")
     stats = read_stats(samples)
     files = sorted((photos / "in").rglob("*.jpg"))
     assert Counter(zip(stats.widths.tolist(), stats.heights.tolist(), strict=True)) == Counter(
@@ -59,11 +59,11 @@ def test_the_numbers_are_those_of_the_files(photos: Path) -> None:
     assert found["width"]["median"] == int(np.median([Image.open(path).width for path in files]))
     assert stats.duplicates == stats.conflicts == [["china/3", "flower/copy"]]
     with pytest.raises(DataError, match="a plain folder has no index; make shards of it first"):
-        read_stats(open_samples(photos / "in"))
+        read_stats(open_dataset(photos / "in"))
 
 
 def test_the_picture_shows_samples_and_histograms(photos: Path) -> None:
-    samples = open_samples(photos / "out" / "train")
+    samples = open_dataset(photos / "out" / "train")
     draw(samples, read_stats(samples), photos / "stats.png")
     with Image.open(photos / "stats.png") as picture:
         assert picture.width > 1500
@@ -72,7 +72,7 @@ def test_the_picture_shows_samples_and_histograms(photos: Path) -> None:
 
 
 def test_the_command(photos: Path, tool: Callable[[str], str]) -> None:
-    command = [tool("tessera"), "shards", "stats", str(photos / "out" / "train")]
+    command = [tool("vitrail"), "shards", "stats", str(photos / "out" / "train")]
     text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert re.search("the same bytes +china/3  flower/copy", text)
     assert re.search("in several classes +china/3  flower/copy", text)

@@ -93,5 +93,5 @@ def _wait(is_true: object, seconds: float) -> None:
 
 def test_ray_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(Exception, match=r"--engine ray needs Ray: pip install 'tessera-vit\[ray\]'"):
+    with pytest.raises(Exception, match=r"--engine ray needs Ray: pip install 'vitrail\[ray\]'"):
         list(run_units_on_ray(late_square, range(3)))

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.index import NO_LABEL
 from pretrain.data.shards.encoding import Stored
 from pretrain.data.shards.writer import LONGEST_FILE, ShardWriter, header
+from pretrain.data.storage.index import NO_LABEL
 
 PLAIN = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=100).filter(
     lambda name: not name.endswith("/")

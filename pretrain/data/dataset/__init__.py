@@ -1,0 +1,1 @@
+"""Labeled images by (shard, row), and the order in which they are visited."""

@@ -1,0 +1,175 @@
+"""The shards of one or more sets as samples, wherever they stand: every byte is proved as it is read."""
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import copy
+from functools import lru_cache
+from itertools import chain
+from math import inf
+from pathlib import Path
+
+import numpy as np
+from zlib_ng.zlib_ng import crc32
+
+from pretrain.data.dataset.dataset import Dataset, EncodedSample
+from pretrain.data.dataset.order import Part
+from pretrain.data.storage.cache import Cache, RemoteObject
+from pretrain.data.storage.index import DATASET_FILE, DatasetInfo, ShardIndex, index_name
+from pretrain.data.storage.local import read_range
+from pretrain.data.storage.remote import FetchPolicy, MissingObjectError, StalledFetchError, fetch_bytes, is_remote
+from pretrain.errors import BadSampleError, DataError
+
+INDEXES_IN_MEMORY = 256
+
+
+def load_info(place: str, policy: FetchPolicy | None = None) -> DatasetInfo:
+    """Read the `dataset.json` of a set, wherever it stands.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    if not is_remote(place):
+        return DatasetInfo.load(Path(place))
+    url = f"{place}/{DATASET_FILE}"
+    return DatasetInfo.parse(fetch_bytes(url, policy or FetchPolicy()), url)
+
+
+def _class_shares(infos: Sequence[DatasetInfo], weights: Sequence[float] | None) -> list[float]:
+    """Return the share of each class in what is drawn from some sets."""
+    counts = np.array([info.class_counts for info in infos], dtype=np.float64)
+    totals = counts.sum(axis=1, keepdims=True)
+    often = totals if weights is None else np.array(weights)[:, None]
+    shares: list[float] = (often / (often.sum() or 1.0) * counts / np.maximum(totals, 1)).sum(axis=0).tolist()
+    return shares
+
+
+class ShardDataset(Dataset):
+    """The shards of one or more sets: one after the other as if they were one set, or mixed by weight."""
+
+    def __init__(
+        self,
+        places: Sequence[str],
+        weights: Sequence[float] | None = None,
+        cache: Cache | None = None,
+        labeled: bool = True,
+    ) -> None:
+        self.cache = cache
+        self.are_few = False
+        infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in places]
+        self.class_names = infos[0].class_names
+        for place, info in zip(places, infos, strict=True):
+            if info.class_names != infos[0].class_names:
+                if labeled:
+                    raise DataError(f"{place}: its classes differ from those of {places[0]}")
+                self.class_names = []
+        self.class_shares = _class_shares(infos, weights) if self.class_names else []
+        self.entries = [shard for info in infos for shard in info.shards]
+        self.places = [place for place, info in zip(places, infos, strict=True) for _ in info.shards]
+        self.parts = [Part(info.digest, [shard.num_samples for shard in info.shards]) for info in infos]
+        if weights is None:
+            digest = "+".join(part.digest for part in self.parts)
+            self.parts = [Part(digest, [shard.num_samples for shard in self.entries])]
+        else:
+            self.weights = tuple(weights)
+        self.index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "index"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self.index = lru_cache(maxsize=INDEXES_IN_MEMORY)(self._load_index)
+
+    def fetch(self, shard: int, row: int) -> EncodedSample:
+        tar = self._tar(shard)
+        try:
+            index = self.index(shard)
+        except StalledFetchError:
+            raise
+        except DataError as error:
+            raise BadSampleError(tar.url, f"at row {row}", str(error)) from None
+        key, size, label = index.key[row], index.size[row], index.label[row]
+        data = self._read(tar, key, index.offset[row], size)
+        if len(data) < size:
+            raise BadSampleError(tar.url, key, f"truncated: the shard should have {index.num_bytes} bytes")
+        if crc32(data) != index.crc32[row]:
+            raise BadSampleError(tar.url, key, "damaged: its checksum is off")
+        if not 0 <= label < len(self.class_names) and self.class_names:
+            raise BadSampleError(
+                tar.url, key, f"label {label} is out of range: there are {len(self.class_names)} classes"
+            )
+        return EncodedSample(tar.url, key, data, label)
+
+    def labels(self, shard: int) -> Sequence[int]:
+        return self.index(shard).label
+
+    def expect(self, distance: Callable[[int], float], upcoming: Callable[[], Iterable[int]]) -> None:
+        if self.cache is None or not any(is_remote(self._tar(shard).url) for shard in range(len(self.entries))):
+            return
+        shards = {entry.index_sha256: shard for shard, entry in enumerate(self.entries)}
+        shards |= {entry.sha256: shard for shard, entry in enumerate(self.entries)}
+        self.cache.distance = lambda sha256: distance(shards[sha256]) if sha256 in shards else inf
+        self.cache.prefetch(lambda: chain.from_iterable(map(self._remote, upcoming())))
+
+    def few(self) -> Dataset:
+        chosen = copy(self)
+        chosen.are_few = True
+        return chosen
+
+    def check_room(self, window: int) -> None:
+        """Make sure that the cache can hold the shards of two windows, the one being read and the next.
+
+        Raises:
+            DataError: it cannot.
+        """
+        remote = sorted(sum(wanted.num_bytes for wanted in self._remote(i)) for i in range(len(self.entries)))
+        needed = sum(remote[-2 * window :])
+        if self.cache is not None and needed > self.cache.limit_bytes:
+            raise DataError(
+                f"data.cache_bytes: {self.cache.limit_bytes} bytes cannot hold two windows of {window} shards, "
+                f"{needed} bytes; raise it, or lower data.shuffle_window"
+            )
+
+    def take_counts(self) -> dict[str, int]:
+        return self.cache.take_counts() if self.cache else {}
+
+    def _tar(self, shard: int) -> RemoteObject:
+        """Return where a shard stands and what it must be, remote or not."""
+        entry, place = self.entries[shard], self.places[shard]
+        name = entry.name if is_remote(entry.name) else f"{place}/{entry.name}"
+        return RemoteObject(name, entry.sha256, entry.num_bytes)
+
+    def _index_file(self, shard: int) -> RemoteObject:
+        entry = self.entries[shard]
+        return RemoteObject(f"{self.places[shard]}/{index_name(entry.name)}", entry.index_sha256, entry.index_bytes)
+
+    def _remote(self, shard: int) -> list[RemoteObject]:
+        """Return what a cache has to hold of a shard."""
+        return [wanted for wanted in (self._index_file(shard), self._tar(shard)) if is_remote(wanted.url)]
+
+    def _read(self, tar: RemoteObject, key: str, offset: int, size: int) -> bytes:
+        try:
+            if is_remote(tar.url):
+                return self._cached(tar.url).read_range(tar, offset, size, alone=self.are_few)
+            return read_range(Path(tar.url), offset, size)
+        except OSError as error:
+            raise BadSampleError(tar.url, key, f"cannot be read: {error.strerror}") from None
+        except MissingObjectError as error:
+            raise BadSampleError(tar.url, key, str(error)) from None
+
+    def _load_index(self, shard: int) -> ShardIndex:
+        wanted = self._index_file(shard)
+        if is_remote(wanted.url):
+            data = self._cached(wanted.url).read_range(wanted, 0, wanted.num_bytes)
+        else:
+            try:
+                data = Path(wanted.url).read_bytes()
+            except FileNotFoundError:
+                raise DataError(f"{wanted.url}: not there; `vitrail shards index` writes it") from None
+            except OSError as error:
+                raise DataError(f"{wanted.url}: cannot be read: {error.strerror}") from None
+        return ShardIndex.parse(data, wanted.url, wanted.sha256)
+
+    def _cached(self, url: str) -> Cache:
+        if self.cache is None:
+            raise DataError(f"{url}: a remote set needs a cache; give open_dataset one")
+        return self.cache

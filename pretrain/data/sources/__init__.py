@@ -1,0 +1,1 @@
+"""Images before they become shards: folders, tables, tars and the digits."""

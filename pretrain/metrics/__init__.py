@@ -1,0 +1,1 @@
+"""Pure functions of tensors that measure what a model has learned."""

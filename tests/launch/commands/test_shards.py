@@ -1,0 +1,91 @@
+"""`vitrail shards` as it is typed: tables, tars, what a stop leaves, what goes on."""
+
+import csv
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pretrain.data.storage.index import DatasetInfo
+from tests.support.launching import Shell, end
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_table_resized_then_cut_anew(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
+    (tmp_path / "in").mkdir()
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["where", "species", "note"])
+        for i in range(12):
+            Image.new("RGB", (60, 40 + i), (20 * i, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
+            rows.writerow([f"in/{i}.bmp", ["ibis", "heron"][i % 2], f"number {i}"])
+        rows.writerow(["in/gone.jpg", "ibis", ""])
+    make = [tool("vitrail"), "shards", "make", "t.csv", "out", "--resize", "32", "--format", "jpg"]
+    refused = shell(make)
+    assert refused.code == 2
+    assert "t.csv: no column path or url or image or" in refused.err
+    assert "it has where, species, note. Name one with --image-column" in refused.err
+    done = shell([*make, "--image-column", "where", "--label-column", "species", "--skip-bad"])
+    assert done.code == 0, done.err
+    assert "left out: in/gone.jpg: [Errno 2] No such file or directory" in done.out
+    info = DatasetInfo.load(tmp_path / "out" / "train")
+    assert info.class_names == ["heron", "ibis"]
+    again = shell([tool("vitrail"), "shards", "make", "out/train", "again", "--validation", "0", "--unlabeled"])
+    assert again.code == 0, again.err
+    assert f"again/train: {info.num_samples} images, 1 shard" in again.out
+    checked = shell([tool("vitrail"), "shards", "check", "again/train"])
+    assert checked.code == 0, checked.err
+
+
+@pytest.mark.parametrize(("how", "times"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
+def test_a_stopped_command_goes_on(
+    tmp_path: Path, shell: Shell, tool: Callable[[str], str], how: signal.Signals, times: int
+) -> None:
+    """Stopped at random moments, with workers at work, the same command ends with the same bytes."""
+    make = [tool("vitrail"), "shards", "make", "digits", "--shard-size", "60kB", "--workers", "2"]
+    whole = shell([*make, "whole", "--workers", "1"])
+    assert whole.code == 0, whole.err
+    chance, stopped = random.Random(0), 0
+    for _ in range(times):
+        process = shell.start([*make, "out"])
+        begun, deadline = tmp_path / "out.partial" / "out" / "train", time.monotonic() + 30
+        before = len(list(begun.glob("*.tar")))
+        while len(list(begun.glob("*.tar"))) == before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.2))
+        process.send_signal(how)
+        try:
+            _, err = process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            end(process)
+            raise
+        if (tmp_path / "out").exists():  # it was quicker
+            break
+        stopped += 1
+        if how == signal.SIGINT:
+            assert process.returncode == 75, err
+            assert "out: stopped; the same command goes on from here" in err
+    assert stopped
+    if not (tmp_path / "out").exists():
+        assert shell([*make, "out"]).code == 0
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_full_disk_is_a_sentence_and_costs_nothing(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
+    """A limit on the size of files stands in for the disk: nothing torn is taken for a shard, and then it goes on."""
+    make = [tool("vitrail"), "shards", "make", "digits", "out", "--shard-size", "2MB", "--workers", "2"]
+    full = shell(["bash", "-c", f"ulimit -f 1000; exec {' '.join(make)}"])
+    assert full.code == 1
+    assert "File too large" in full.err
+    assert "Traceback" not in full.err
+    assert not list((tmp_path / "out.partial").rglob("*.tar"))
+    assert shell(make).code == 0

@@ -1,0 +1,286 @@
+"""A set that stands on a server trains as if it stood on the disk."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.config import AugmentConfig, DataConfig
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.open import open_cache, open_dataset
+from pretrain.data.loading.loader import evaluation_batches, training_batches
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.storage.index import DatasetInfo
+from pretrain.data.storage.remote import StalledFetchError
+from pretrain.data.transforms.views import EvalView, TrainView
+from pretrain.errors import DataError
+from tests.pretrain.data.storage.test_cache import folder_size
+from tests.support.servers import Hostile, serve, serve_gs, serve_hub, serve_s3
+
+
+def opened(place: str, cache_dir: Path, **settings: object) -> Dataset:
+    config = DataConfig(train=place, cache_dir=cache_dir, **settings)  # type: ignore[arg-type]
+    return open_dataset(config.train, cache=open_cache(config))
+
+
+def epochs(samples: Dataset, num_workers: int = 2) -> dict[int, bytes]:
+    """Two epochs' pixels by position; no fault may occur."""
+    seen = {}
+    for loaded in training_batches(
+        samples,
+        TrainView(AugmentConfig(), 8),
+        seed=0,
+        window=3,
+        start=0,
+        stop=2 * sum(samples.shard_sizes) // 16 * 16,
+        global_batch_size=16,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        num_workers=num_workers,
+    ):
+        assert not loaded.faults
+        for i, position in enumerate(loaded.tensors["position"].tolist()):
+            seen[position] = loaded.tensors["image"][i].numpy().tobytes()
+    return seen
+
+
+@contextmanager
+def watched(folder: Path, limit_bytes: int) -> Iterator[None]:
+    """Watch a cache while the block runs: never over its limit, and what has a final name is whole."""
+    done = threading.Event()
+    wrong: list[str] = []
+
+    def watch() -> None:
+        seen: set[str] = set()
+        while not done.wait(0.01):
+            if folder.exists() and folder_size(folder) > limit_bytes:
+                wrong.append(f"{folder_size(folder)} bytes")
+            for path in folder.iterdir() if folder.exists() else []:
+                if not path.suffix and path.name not in {"lock", *seen}:
+                    with suppress(FileNotFoundError):
+                        if hashlib.sha256(path.read_bytes()).hexdigest() != path.name:
+                            wrong.append(path.name)
+                    seen.add(path.name)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong
+
+
+def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
+    """A quick and a slow one, each with its own set and future, in a cache that holds two windows of both."""
+    served, window = tmp_path / "served", 3
+    shutil.copytree(digits / "train", served / "a")
+    source = keep_classes(list_digits(), ["3", "4", "5"])
+    make_shards(source, tmp_path / "made", Recipe(validation=0.0, shard_bytes=50_000))
+    (tmp_path / "made" / "train").rename(served / "b")
+    totals = {name: DatasetInfo.load(served / name) for name in ("a", "b")}
+    limit = sum(
+        sum(sorted(shard.num_bytes + shard.index_bytes for shard in info.shards)[-2 * window :])
+        for info in totals.values()
+    )
+    everything = sum(shard.num_bytes + shard.index_bytes for info in totals.values() for shard in info.shards)
+    with serve(Hostile(served)) as server, watched(tmp_path / "cache", limit):
+        context = multiprocessing.get_context("fork")
+        runs = [
+            context.Process(
+                target=read_some, args=(f"{server.url}/{name}", tmp_path / "cache", limit, window, samples, seconds)
+            )
+            for name, samples, seconds in (("a", 400, 0.005), ("b", 100, 0.02))
+        ]
+        for run in runs:
+            run.start()
+        try:
+            for run in runs:
+                run.join(60)
+            assert [run.exitcode for run in runs] == [0, 0]
+        finally:
+            for run in runs:
+                run.kill()
+        sent = {name: count for name, count in server.requests.items() if name.endswith((".tar", ".index.json"))}
+        assert set(sent.values()) == {1}
+        assert server.sent <= 1.05 * everything
+
+
+def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count: int, seconds: float) -> None:
+    """Read some samples, each in so many seconds; fewer than an epoch, whose end would ask for the next one."""
+    samples = opened(place, cache_dir, cache_bytes=cache_bytes)
+    order = samples.order(seed=0, window=window)
+    position = 0
+    samples.expect(lambda shard: order.distance(shard, position), lambda: order.upcoming(position))
+    for position in range(count):
+        _, shard, row = order.locate(position)
+        samples.fetch(shard, row)
+        time.sleep(seconds)
+
+
+def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
+    expected = epochs(open_dataset(digits / "train"), 0)
+    total = sum(path.stat().st_size for path in (digits / "train").iterdir())
+    with serve(Hostile(digits / "train", unavailable=0.05, reset=0.02, slow=0.1)) as server:
+        samples = opened(server.url, tmp_path / "cache")
+        assert epochs(samples) == expected
+        assert server.sent <= 1.05 * total
+        batches = evaluation_batches(samples, EvalView(8), batch_size=16, rank=0, world_size=1, num_workers=1)
+        assert sum(int(loaded.tensors["weight"].sum()) for loaded in batches) == sum(samples.shard_sizes)
+        assert server.sent <= 1.05 * total
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, tmp_path: Path, ranges: bool) -> None:
+    """As a probe reads them; once a shard is here, they are read from it."""
+
+    def few(samples: Dataset) -> list[bytes]:
+        batches = evaluation_batches(
+            samples, EvalView(8), batch_size=4, rank=0, world_size=1, num_workers=1, at_most=12
+        )
+        return [loaded.tensors["image"].numpy().tobytes() for loaded in batches]
+
+    info = DatasetInfo.load(digits / "train")
+    indexes = sum(shard.index_bytes for shard in info.shards) + (digits / "train" / "dataset.json").stat().st_size
+    expected = few(open_dataset(digits / "train"))
+    with serve(Hostile(digits / "train", ranges=ranges, unavailable=0.1)) as server:
+        samples = opened(server.url, tmp_path / "cache")
+        assert few(samples) == expected
+        asked = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
+        assert [*asked.values()] == [1] * 12  # of 36 shards
+        if ranges:
+            assert server.sent < indexes + 12 * 1000
+        epochs(samples)
+        sent = server.sent
+        assert few(samples) == expected
+        assert server.sent == sent
+
+
+def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path, tmp_path: Path) -> None:
+    info = DatasetInfo.load(digits / "train")
+    per_shard = max(shard.num_bytes + shard.index_bytes for shard in info.shards)
+    with serve(Hostile(digits / "train")) as server:
+        samples = opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard)
+        samples.check_room(window=3)
+        assert epochs(samples) == epochs(open_dataset(digits / "train"), 0)
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 6 * per_shard
+        with pytest.raises(
+            DataError, match=r"data.cache_bytes: \d+ bytes cannot hold two windows of 4 shards, \d+ byt"
+        ):
+            opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard).check_room(window=4)
+
+
+def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path) -> None:
+    with serve(Hostile(digits / "train", stalled={"shard-000001.tar"})) as server:
+        samples = opened(server.url, tmp_path / "cache", stall_seconds=1.0)
+        with pytest.raises(DataError, match=r"shard-000001.tar: nothing from 127.0.0.1:\d+ for \d+ seconds"):
+            epochs(samples)
+        with pytest.raises(StalledFetchError):
+            samples.fetch(1, 0)
+
+
+def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sum(path.stat().st_size for path in (digits / "train").iterdir())
+    per_shard = max(shard.num_bytes + shard.index_bytes for shard in DatasetInfo.load(digits / "train").shards)
+    server = Hostile(tmp_path, unavailable=0.05, reset=0.02, slow=0.1)
+    with serve_s3(digits / "train", "bucket", server) as access:
+        for name, value in access.items():
+            monkeypatch.setenv(name, value)
+        samples = opened("s3://bucket", tmp_path / "cache", cache_bytes=total + per_shard)
+        with watched(tmp_path / "cache", total + per_shard):
+            assert epochs(samples) == epochs(open_dataset(digits / "train"), 0)
+        assert server.sent <= 1.05 * total
+
+
+def test_google_storage_sends_the_same_samples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_gs(digits / "train", "bucket") as access:
+        for name, value in access.items():
+            monkeypatch.setenv(name, value)
+        assert epochs(opened("gs://bucket", tmp_path / "cache")) == epochs(open_dataset(digits / "train"), 0)
+
+
+def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
+    with serve_hub(digits / "train") as url:
+        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}  # read when the package is imported
+        program = (
+            "import sys; from pathlib import Path\n"
+            "from tests.pretrain.data.dataset.test_remote_dataset import epochs, opened\n"
+            "from pretrain.data.dataset.open import open_dataset\n"
+            "seen = epochs(opened('hf://datasets/user/set', Path(sys.argv[2])))\n"
+            "assert seen == epochs(open_dataset(Path(sys.argv[1])), 0)"
+        )
+        command = [sys.executable, "-c", program, str(digits / "train"), str(tmp_path / "cache")]
+        subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], check=True, timeout=60)
+
+
+@pytest.fixture
+def vitrail(tool: Callable[[str], str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
+        command = [tool("vitrail"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    return run
+
+
+def test_remote_tars_are_indexed_where_they_stand(
+    digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    with serve(Hostile(digits / "train", unavailable=0.05, reset=0.02)) as server:
+        last = len(list((digits / "train").glob("*.tar"))) - 1
+        url = f"{server.url}/shard-{{000000..{last:06d}}}.tar"
+        assert "name one with --out" in vitrail("shards", "index", url).stderr
+        done = vitrail("shards", "index", url, "--out", str(tmp_path / "indexed"))
+        assert done.returncode == 0, done.stderr
+        info, ours = DatasetInfo.load(tmp_path / "indexed"), DatasetInfo.load(digits / "train")
+        assert [shard.sha256 for shard in info.shards] == [shard.sha256 for shard in ours.shards]
+        server.sent = 0
+        samples = opened(str(tmp_path / "indexed"), tmp_path / "cache")
+        assert samples.fetch(1, 2).data == open_dataset(digits / "train").fetch(1, 2).data
+        assert server.sent <= 2 * ours.shards[1].num_bytes  # the index was at hand
+
+
+def test_a_set_that_is_all_remote_is_examined_where_it_stands(
+    digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where the cache goes
+    shutil.copytree(digits / "validation", tmp_path / "served")
+    with serve(Hostile(tmp_path / "served", unavailable=0.05)) as server:
+        sound = vitrail("shards", "check", server.url)
+        assert sound.returncode == 0, sound.stderr
+        assert "every byte as it should be" in sound.stdout
+        counted = vitrail("shards", "stats", server.url, "--json")
+        assert json.loads(counted.stdout)["samples"] == DatasetInfo.load(digits / "validation").num_samples
+        assert "steps an epoch" in vitrail("shards", "simulate", server.url, "--global-batch-size", "8").stdout
+        (tmp_path / "served" / "shard-000001.tar").unlink()
+        broken = vitrail("shards", "check", server.url)
+        assert (broken.returncode, broken.stdout) == (1, "shard-000001.tar  not there\n")
+
+
+def test_a_command_as_a_shard(
+    digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"]
+) -> None:
+    source = f"pipe:cat {digits}/validation/shard-000000.tar"
+    refused = vitrail("shards", "index", source, "--out", str(tmp_path / "indexed"))
+    assert (refused.returncode, "allow it with" in refused.stderr) == (2, True)
+    assert vitrail("shards", "index", source, "--out", str(tmp_path / "indexed"), "--allow-pipe").returncode == 0
+    with pytest.raises(DataError, match=r"data.allow_pipe"):
+        opened(str(tmp_path / "indexed"), tmp_path / "cache").fetch(0, 0)
+    samples = opened(str(tmp_path / "indexed"), tmp_path / "cache", allow_pipe=True)
+    assert samples.fetch(0, 0).data == open_dataset(digits / "validation").fetch(0, 0).data

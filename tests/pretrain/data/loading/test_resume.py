@@ -1,0 +1,117 @@
+"""Killed at any moment and continued on any number of ranks: the same samples and the same pixels, step by step."""
+
+import hashlib
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import AugmentConfig
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.loader import training_batches
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.transforms.views import TrainView
+
+VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, erasing=0.3), 16)
+GLOBAL_BATCH, STEPS = 26, 40  # 13 pairs of neighbors: no number of ranks below divides them
+Seen = dict[int, tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Three sets of the same classes, of different sizes, drawn 3 : 2 : 1; one has fewer shards than any world."""
+    folder = tmp_path_factory.mktemp("mix")
+    source = keep_classes(list_digits(), ["0", "1", "2"])
+    for i, shard_bytes in enumerate([20_000, 60_000, 10**9]):
+        make_shards(source, folder / str(i), Recipe(validation=0.2 * i, shard_bytes=shard_bytes, seed=i))
+    return open_dataset([folder / str(i) / "train" for i in range(3)], [3.0, 2.0, 1.0])
+
+
+def run_rank(samples: Dataset, log: Path, start: int, rank: int, world_size: int, num_workers: int) -> None:
+    """Write down every sample of this rank, a line each."""
+    loading = training_batches(
+        samples,
+        VIEW,
+        seed=1,
+        window=4,
+        start=start,
+        stop=STEPS * GLOBAL_BATCH,
+        global_batch_size=GLOBAL_BATCH,
+        accumulation_steps=2,
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        group_size=2,
+    )
+    order = samples.order(1, 4)
+    with log.open("a") as file:
+        for loaded in loading:
+            batch = loaded.tensors
+            for i, position in enumerate(batch["position"].tolist() if loaded.weight else []):
+                _, shard, row = order.locate(position)
+                key = samples.fetch(shard, row).key
+                pixels = b"".join(batch[name][i].numpy().tobytes() for name in sorted(batch))
+                file.write(json.dumps([position, f"{shard}/{key}", hashlib.sha256(pixels).hexdigest()]) + "\n")
+            file.flush()
+
+
+def read_log(log: Path) -> Seen:
+    """Read what a rank wrote; a kill may have cut its last line off."""
+    seen = {}
+    for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
+        if line.endswith("\n"):
+            position, key, pixels = json.loads(line)
+            assert position not in seen
+            seen[position] = (key, pixels)
+    return seen
+
+
+def run_world(samples: Dataset, folder: Path, start: int, world_size: int, num_workers: int, kill: bool) -> Seen:
+    """Run all ranks; kill -9 them while they are under way. Return what they saw, each sample once."""
+    context = multiprocessing.get_context("fork")
+    logs = [folder / f"{world_size}-{rank}.jsonl" for rank in range(world_size)]
+    ranks = [
+        context.Process(target=run_rank, args=(samples, log, start, rank, world_size, num_workers))
+        for rank, log in enumerate(logs)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 120
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if kill and sum(len(read_log(log)) for log in logs) > random.Random(world_size).randint(30, 200):
+            for process in ranks:
+                process.kill()
+        time.sleep(0.01)
+    for process in ranks:
+        process.kill()
+        process.join()
+    seen: Seen = {}
+    for log in logs:
+        mine = read_log(log)
+        assert not mine.keys() & seen.keys()
+        seen |= mine
+    return seen
+
+
+def test_eight_then_six_five_one_and_sixteen_ranks_see_what_one_run_would(mix: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = run_world(mix, tmp_path / "whole", 0, 2, 0, kill=False)
+    assert sorted(whole) == list(range(STEPS * GLOBAL_BATCH))
+    seen: Seen = {}
+    start = 0
+    for world_size, num_workers in [(8, 0), (6, 1), (5, 0), (1, 2), (16, 0)]:
+        found = run_world(mix, tmp_path, start, world_size, num_workers, kill=world_size != 16)
+        # A checkpoint holds whole steps: up to the first that some rank had not finished.
+        steps = start // GLOBAL_BATCH
+        while all(p in found for p in range(steps * GLOBAL_BATCH, (steps + 1) * GLOBAL_BATCH)):
+            steps += 1
+        seen |= {position: what for position, what in found.items() if position < steps * GLOBAL_BATCH}
+        start = steps * GLOBAL_BATCH
+    assert start == STEPS * GLOBAL_BATCH
+    assert seen == whole

@@ -1,0 +1,117 @@
+"""Tables of images: rows become samples, and no row is lost in silence."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import csv, parquet
+
+from pretrain.data.sources.source import Source
+from pretrain.data.sources.table import Columns, list_table
+from pretrain.data.storage.index import NO_LABEL
+from pretrain.data.storage.remote import FetchPolicy
+from pretrain.errors import DataError
+from tests.support.servers import Hostile, serve
+
+
+def listed(path: Path, image: str | None = None, label: str | None = None, **options: object) -> Source:
+    settings = {"class_names": None, "labeled": True, "policy": FetchPolicy(), **options}
+    return list_table(path, Columns(image, label), **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        Image.new("RGB", (8 + i, 8), (i, 0, 0)).save(tmp_path / "in" / f"{i}.png")
+    return tmp_path
+
+
+def write(path: Path, columns: dict[str, list[object]]) -> Path:
+    table = pa.table(columns)
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        csv.write_csv(table, path, csv.WriteOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
+def test_rows_become_samples(images: Path, suffix: str) -> None:
+    columns: dict[str, list[object]] = {
+        "path": [f"in/{i}.png" for i in range(6)],
+        "class": ["owl", "cat", "owl", "dog", "cat", "owl"],
+        "caption": ["an owl, at night", "a cat", None, "ein Hund", "猫", "x"],
+    }
+    source = listed(write(images / f"t.{suffix}", columns))
+    assert source.class_names == ["cat", "dog", "owl"]
+    assert source.labels.tolist() == [2, 0, 2, 1, 0, 2]
+    assert source.sizes.tolist() == [(images / "in" / f"{i}.png").stat().st_size for i in range(6)]
+    assert not source.faults
+    image = source.image(4)
+    assert (image.key, image.label, image.origin) == ("000000004", 0, "in/4.png")
+    content = image.read()
+    assert content.image == (images / "in" / "4.png").read_bytes()
+    assert content.metadata == {"caption": "猫"}
+    missing = source.image(2).read().metadata
+    assert missing == ({"caption": ""} if suffix != "parquet" else {})  # CSV knows no null text
+
+
+def test_numbers_are_labels_and_a_list_names_them(images: Path) -> None:
+    table = write(images / "t.csv", {"file_name": ["in/0.png", "in/1.png"], "target": [3, 1]})
+    assert listed(table).class_names == ["0", "1", "2", "3"]
+    assert listed(table, class_names=["a", "b", "c", "d"]).labels.tolist() == [3, 1]
+    with pytest.raises(DataError, match="column target: label 3 is out of range: there are 2 class names"):
+        listed(table, class_names=["a", "b"])
+    unlabeled = listed(table, labeled=False)
+    assert (unlabeled.class_names, unlabeled.labels.tolist()) == ([], [NO_LABEL, NO_LABEL])
+    assert unlabeled.image(0).read().metadata == {"target": 3}
+
+
+def test_rows_that_would_be_lost_are_faults(images: Path) -> None:
+    columns: dict[str, list[object]] = {"path": ["in/0.png", None, "in/2.png", "in/gone.png"], "label": [0, 1, None, 1]}
+    source = listed(write(images / "t.parquet", columns))
+    assert source.faults == ["1 row without an image: row 2", "1 row without a label: row 3"]
+    assert [source.image(i).key for i in range(len(source))] == ["000000000", "000000003"]
+    assert source.sizes.tolist()[1] == 0
+    with pytest.raises(FileNotFoundError):
+        source.image(1).read()
+
+
+def test_urls_are_fetched(images: Path) -> None:
+    with serve(Hostile(images / "in", unavailable=0.3)) as server:
+        table = write(images / "t.csv", {"link": [f"{server.url}/{i}.png" for i in range(6)], "label": [0] * 6})
+        source = listed(table, image="link")
+        assert source.sizes.tolist() == [0] * 6
+        for i in range(6):
+            assert source.image(i).read().image == (images / "in" / f"{i}.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"picture": ["a"], "label": [0]}, "no column path or url .* has picture, label. Name one with --image-column"),
+        ({"path": ["a"], "kind": ["x"]}, "no column label or class .* has path, kind. Name one with --label-column"),
+        ({"path": ["a"], "label": [0.5]}, "column label: holds double; expected the classes' names, or whole numbers"),
+        ({"path": ["a"], "label": [-1]}, "column label: has the label -1; labels count from 0"),
+        ({"path": [b"png"], "label": [0]}, "column path holds binary; expected paths or URLs"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path: Path, columns: dict[str, list[object]], expected: str) -> None:
+    with pytest.raises(DataError, match=expected):
+        listed(write(tmp_path / "t.parquet", columns))
+
+
+def test_files_that_are_no_tables(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"t.csv: no such file"):
+        listed(tmp_path / "t.csv")
+    (tmp_path / "empty.csv").write_text("path,label\n")
+    with pytest.raises(DataError, match=r"empty.csv: has no rows"):
+        listed(tmp_path / "empty.csv")
+    (tmp_path / "t.parquet").write_bytes(b"no table")
+    with pytest.raises(DataError, match="not a readable table"):
+        listed(tmp_path / "t.parquet")
+    table = write(tmp_path / "u.csv", {"path": ["a"], "label": ["owl"]})
+    with pytest.raises(DataError, match="1 class without a name: owl"):
+        listed(table, class_names=["cat"])

@@ -1,0 +1,181 @@
+"""The node's cache: one download each, the limit always held, nothing unproved under a final name."""
+
+import hashlib
+import multiprocessing
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pretrain.data.storage.cache import Cache, RemoteObject
+from pretrain.data.storage.remote import FetchPolicy
+from pretrain.errors import DataError
+from tests.support.servers import Hostile, serve
+
+POLICY = FetchPolicy(request_seconds=5, stall_seconds=20, piece_bytes=50_000)
+SIZE = 200_000
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Hostile]:
+    (tmp_path / "served").mkdir()
+    for i in range(30):
+        (tmp_path / "served" / f"{i:02d}.bin").write_bytes(np.random.default_rng(i).bytes(SIZE))
+    with serve(Hostile(tmp_path / "served")) as running:
+        yield running
+
+
+def objects(server: Hostile) -> list[RemoteObject]:
+    paths = sorted(server.folder.iterdir())
+    return [
+        RemoteObject(f"{server.url}/{p.name}", hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_size)
+        for p in paths
+    ]
+
+
+def folder_size(folder: Path) -> int:
+    total = 0
+    for path in folder.iterdir() if folder.exists() else []:
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def check_names(folder: Path) -> None:
+    """Whatever has a final name is what the name says."""
+    for path in folder.iterdir():
+        if not path.suffix and path.name != "lock":
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                continue
+            assert hashlib.sha256(data).hexdigest() == path.name
+
+
+def read_all(cache: Cache, wanted: list[RemoteObject], contents: Path, seed: int, passes: int) -> None:
+    """Read every object at random places, in an order of this process's own."""
+    chance = random.Random(seed)
+    for _ in range(passes):
+        for one in chance.sample(wanted, len(wanted)):
+            offset = chance.randrange(one.num_bytes)
+            whole = (contents / one.url.rpartition("/")[2]).read_bytes()
+            assert cache.read_range(one, offset, 1000) == whole[offset : offset + 1000]
+
+
+def run_processes(cache: Cache, server: Hostile, passes: int) -> None:
+    """Read in four processes, watching the folder all the while."""
+    context = multiprocessing.get_context("fork")
+    wanted = objects(server)
+    processes = [
+        context.Process(target=read_all, args=(cache, wanted, server.folder, seed, passes)) for seed in range(4)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes):
+            assert folder_size(cache.folder) <= cache.limit_bytes
+            if cache.folder.exists():
+                check_names(cache.folder)
+            time.sleep(0.002)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_one_download_each_over_all_processes(server: Hostile, tmp_path: Path) -> None:
+    server.unavailable, server.reset, server.slow = 0.05, 0.02, 0.1
+    run_processes(Cache(tmp_path / "cache", 10**9, POLICY), server, passes=2)
+    assert server.sent <= 1.05 * 30 * SIZE
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.name != "lock"]) == 30
+
+
+def test_the_limit_holds_whatever_happens(server: Hostile, tmp_path: Path) -> None:
+    server.unavailable, server.reset = 0.05, 0.02
+    run_processes(Cache(tmp_path / "cache", 6 * SIZE, POLICY), server, passes=1)
+
+
+def test_the_future_decides_what_is_evicted(server: Hostile, tmp_path: Path) -> None:
+    wanted = objects(server)
+    cache = Cache(tmp_path / "cache", 4 * SIZE, POLICY)
+    order = {one.sha256: i for i, one in enumerate(wanted)}
+    now = 0
+    cache.distance = lambda sha256: (order[sha256] - now) % 30
+    for i in (0, 20, 2, 10):
+        now = i
+        cache.read_range(wanted[i], 0, 1)
+    now = 1
+    cache.read_range(wanted[1], 0, 1)
+    kept = {wanted.index(one) for one in wanted if (tmp_path / "cache" / one.sha256).exists()}
+    assert kept == {20, 2, 10, 1}  # 0 is 29 steps ahead, the farthest
+    assert cache.take_counts() == {"hits": 0, "downloads": 5, "downloaded_bytes": 5 * SIZE, "retries": 0}
+    assert cache.take_counts()["downloads"] == 0
+
+
+def test_what_is_open_is_not_evicted(server: Hostile, tmp_path: Path) -> None:
+    wanted = objects(server)
+    impatient = FetchPolicy(stall_seconds=0.5)
+    reader, other = (Cache(tmp_path / "cache", 2 * SIZE, impatient) for _ in range(2))
+    reader.distance = lambda sha256: 0.0  # needed now, all of it
+    reader.read_range(wanted[0], 0, 1)
+    reader.read_range(wanted[1], 0, 1)
+    with pytest.raises(DataError, match=r"no room for .*02.bin \(200000 bytes\): all 400000 bytes are in use; raise"):
+        other.read_range(wanted[2], 0, 1)
+    with pytest.raises(DataError, match=r"more than the whole cache: raise data\.cache_bytes"):
+        Cache(tmp_path / "tiny", SIZE - 1, POLICY).read_range(wanted[0], 0, 1)
+
+
+def test_another_takes_over_when_a_downloader_is_killed(server: Hostile, tmp_path: Path) -> None:
+    server.slow = 1.0  # 0.2 seconds a piece: time to be killed in
+    [wanted, *_] = objects(server)
+    cache = Cache(tmp_path / "cache", 10**9, POLICY)
+    victim = multiprocessing.get_context("fork").Process(target=cache.read_range, args=(wanted, 0, 1))
+    victim.start()
+    partial = tmp_path / "cache" / f"{wanted.sha256}.partial"
+    while not partial.exists():
+        time.sleep(0.005)
+    threading.Timer(0.3, victim.kill).start()
+    assert cache.read_range(wanted, 7, 3) == (server.folder / "00.bin").read_bytes()[7:10]
+    victim.join()
+    assert not partial.exists()
+
+
+def test_a_copy_that_is_not_what_was_promised(server: Hostile, tmp_path: Path) -> None:
+    [wanted, *_] = objects(server)
+    cache = Cache(tmp_path / "cache", 10**9, POLICY)
+    with pytest.raises(DataError, match=rf"00.bin: its sha256 is {wanted.sha256}, the index promises 0000"):
+        cache.read_range(wanted._replace(sha256="0" * 64), 0, 1)
+    assert sorted(path.name for path in cache.folder.iterdir()) == ["lock"]
+
+
+def test_what_comes_next_is_there_before_it_is_read(server: Hostile, tmp_path: Path) -> None:
+    wanted = objects(server)
+    cache = Cache(tmp_path / "cache", 10**9, POLICY)
+    cache.prefetch(lambda: wanted[:5])
+    deadline = time.monotonic() + 20
+    while cache.counts.downloads < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    cache.read_range(wanted[3], 0, 1)
+    assert (cache.counts.downloads, cache.counts.hits) == (5, 1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_named(server: Hostile, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=100k tmpfs {small}"):
+        pytest.skip("this machine mounts nothing")
+    try:
+        with pytest.raises(DataError, match=r"small: No space left on device; move data.cache_dir, or lower"):
+            Cache(small, 10**9, POLICY).read_range(objects(server)[0], 0, 1)
+        assert [path.name for path in small.iterdir()] == ["lock"]
+    finally:
+        os.system(f"umount {small}")

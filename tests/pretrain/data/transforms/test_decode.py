@@ -1,0 +1,98 @@
+"""Decoding: what Pillow shows a person, whatever the format; nothing hostile gets far."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from pretrain.data.shards.encoding import Encoding
+from pretrain.data.transforms import decode as decode_module
+from pretrain.data.transforms.decode import DecodeError, DeepGrayscaleError, Jpeg, decode, decode_unless_jpeg
+
+PHOTO = Image.fromarray(load_sample_image("flower.jpg")[:90, :130])
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_lossless_formats_give_the_pixels_back() -> None:
+    for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {})):
+        assert np.array_equal(decode(encoded(PHOTO, kind, **options)), np.asarray(PHOTO))
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_jpeg_equals_pillow(subsampling: int) -> None:
+    data = encoded(PHOTO, "JPEG", quality=92, subsampling=subsampling)
+    theirs = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert abs(decode(data).astype(int) - theirs).mean() < 0.1  # two builds of libjpeg-turbo round alike, nearly
+
+
+def test_modes() -> None:
+    grayscale = PHOTO.convert("L")
+    assert np.array_equal(decode(encoded(grayscale, "PNG")), np.asarray(grayscale.convert("RGB")))
+    assert decode(encoded(grayscale, "JPEG")).shape == (90, 130, 3)
+    palette = PHOTO.convert("P")
+    assert np.array_equal(decode(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    cmyk = decode(encoded(PHOTO.convert("CMYK"), "JPEG", quality=95)).astype(int)
+    assert abs(cmyk - np.asarray(PHOTO).astype(int)).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_deep_grayscale_is_refused_or_scaled(kind: str) -> None:
+    deep = encoded(Image.fromarray(np.full((4, 5), 0x8000, dtype=np.uint16)), kind)
+    with pytest.raises(DeepGrayscaleError, match="vitrail shards make scales it to 8 bits"):
+        decode(deep)
+    assert np.unique(decode(deep, scales=True)).tolist() == [0x80]
+    stored = Encoding()(deep)
+    assert stored.extension == "png"
+    assert np.unique(decode(stored.data)).tolist() == [0x80]
+    for dtype in (np.int32, np.float32):
+        with pytest.raises(DecodeError, match="grayscale of 32 bits"):
+            decode(encoded(Image.fromarray(np.ones((4, 5), dtype)), "TIFF"), scales=True)
+
+
+def test_transparency_is_put_on_white() -> None:
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert decode(encoded(half, "PNG"))[0, 0].tolist() == [255, 127, 127]
+    assert decode(encoded(Image.new("LA", (4, 4), (0, 0)), "PNG"))[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(PHOTO, "JPEG", quality=95, exif=exif)
+    upright = {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1, 7: 1, 8: 1}[orientation]
+    assert decode(data).shape == ((130, 90, 3) if upright else (90, 130, 3))
+    assert isinstance(decode_unless_jpeg(data), Jpeg) == (orientation == 1)
+    if orientation == 6:
+        turned = np.rot90(np.asarray(PHOTO), k=-1).astype(int)
+        assert abs(decode(data).astype(int) - turned).mean() < 3
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_what_is_no_image_is_a_decode_error(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_cut_image_is_a_decode_error(kind: str) -> None:
+    data = encoded(PHOTO, kind)
+    with pytest.raises(DecodeError):
+        decode(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_decompression_bomb_is_refused_before_decoding(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(decode_module, "MAX_PIXELS", 90 * 130 - 1)
+    with pytest.raises(DecodeError, match="130 x 90 pixels, more than the limit"):
+        decode(encoded(PHOTO, kind))

@@ -1,0 +1,101 @@
+"""JPEGs left to the device give the crops that the workers would give; torchvision itself is tried where it is."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import simplejpeg
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+
+from pretrain.config import AugmentConfig
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.loader import Loaded, training_batches
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources.source import list_folder
+from pretrain.data.transforms.decode import DecodeError, Jpeg, decode_unless_jpeg
+from pretrain.data.transforms.device_decode import build_decoder, torchvision_decoder, unpack
+from pretrain.data.transforms.views import TrainView
+from pretrain.errors import DataError
+
+CPU = torch.device("cpu")
+SIZE = 48
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """JPEGs in color and grayscale, some that must be turned, and PNGs."""
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "in" / "a").mkdir(parents=True)
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    for i in range(24):
+        piece = photo.crop((10 * i, 5 * i, 10 * i + 200, 5 * i + 150))
+        exif = Image.Exif()
+        exif[0x0112] = 6 if i % 4 == 1 else 1  # turned by a quarter, or upright
+        image = piece.convert("L") if i % 4 == 2 else piece
+        image.save(folder / "in" / "a" / f"{i}.{'png' if i % 4 == 3 else 'jpg'}", exif=exif)
+    make_shards(list_folder(folder / "in"), folder / "out", Recipe(validation=0.0))
+    return open_dataset(folder / "out" / "train")
+
+
+def by_simplejpeg(jpegs: list[Tensor]) -> list[Tensor]:
+    decoded = [simplejpeg.decode_jpeg(jpeg.numpy().tobytes(), colorspace="RGB") for jpeg in jpegs]
+    return [torch.from_numpy(pixels).permute(2, 0, 1) for pixels in decoded]
+
+
+def refuse(jpegs: list[Tensor]) -> list[Tensor]:
+    raise RuntimeError("nvJPEG cannot read this")
+
+
+def load(samples: Dataset, **options: Any) -> list[Loaded]:
+    view = TrainView(AugmentConfig(brightness=0.2), SIZE)
+    shape = {"global_batch_size": 8, "accumulation_steps": 1, "rank": 0, "world_size": 1}
+    return list(training_batches(samples, view, seed=0, window=9, start=0, stop=48, num_workers=1, **shape, **options))
+
+
+@pytest.mark.parametrize("decoder", [by_simplejpeg, refuse])
+def test_the_same_crops_wherever_they_are_made(mixed: Dataset, decoder: Any) -> None:
+    for here, later in zip(load(mixed), load(mixed, decode_here=False), strict=True):
+        assert "image" not in later.tensors or len(later.tensors["image"]) < 8
+        batch = unpack(later.tensors, SIZE, CPU, decoder)
+        assert batch.keys() == here.tensors.keys()
+        difference = (batch["image"].int() - here.tensors["image"].int()).abs()
+        assert difference.max() <= 2  # one resizes in uint8, the other in float
+        assert difference.float().mean() < 0.1
+        assert all(torch.equal(batch[name], here.tensors[name]) for name in ("label", "position", "flip", "brightness"))
+
+
+def test_a_batch_without_jpegs_is_left_as_it_is(digits: Path) -> None:
+    [first, *_] = load(open_dataset(digits / "train"), decode_here=False)
+    assert unpack(first.tensors, SIZE, CPU, refuse) is first.tensors
+
+
+def test_what_is_left_to_the_device() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(buffer, "JPEG")
+    left = decode_unless_jpeg(buffer.getvalue())
+    assert isinstance(left, Jpeg)
+    assert (left.height, left.width) == (20, 30)
+    with pytest.raises(DecodeError):
+        decode_unless_jpeg(b"\xff\xd8 no header follows")
+    Image.new("CMYK", (30, 20)).save(buffer := io.BytesIO(), "JPEG")
+    assert not isinstance(decode_unless_jpeg(buffer.getvalue()), Jpeg)
+
+
+def test_torchvision_or_a_sentence(mixed: Dataset) -> None:
+    with pytest.raises(DataError, match="gpu needs a CUDA device, this run is on cpu; leave it at cpu"):
+        build_decoder(CPU)
+    try:
+        decoder = torchvision_decoder(CPU)
+    except DataError as error:
+        assert f"gpu needs a torchvision that fits torch {torch.__version__}" in str(error)
+        assert "pip install 'vitrail[gpu-decode]'" in str(error)
+        return
+    for here, later in zip(load(mixed), load(mixed, decode_here=False), strict=True):
+        batch = unpack(later.tensors, SIZE, CPU, decoder)
+        assert (batch["image"].float() - here.tensors["image"].float()).abs().mean() < 1

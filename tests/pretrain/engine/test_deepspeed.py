@@ -1,0 +1,38 @@
+"""DeepSpeed's config, derived from ours."""
+
+import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.config import EngineConfig
+from pretrain.engine.deepspeed import deepspeed_config
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
+def test_accumulation_is_what_is_left(world_size: int, micro: int, accumulation: int) -> None:
+    config = EngineConfig(micro_batch_size=micro, global_batch_size=world_size * micro * accumulation)
+    derived = deepspeed_config(config, world_size, on_gpu=False)
+    assert derived["gradient_accumulation_steps"] == accumulation
+    assert derived["train_micro_batch_size_per_gpu"] == micro
+    assert derived["train_batch_size"] == world_size * micro * accumulation
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_deepspeed_accepts_it(stage: int, precision: str, on_gpu: bool) -> None:
+    config = EngineConfig(zero_stage=stage, precision=precision, offload_optimizer=stage > 0)  # type: ignore[arg-type]
+    derived = deepspeed_config(config, 1, on_gpu=on_gpu)
+    if stage:
+        assert derived["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": on_gpu}
+    parsed = DeepSpeedConfig(derived)
+    assert parsed.zero_optimization_stage == stage
+    assert parsed.zero_config.overlap_comm is False  # one rank has nothing to overlap
+    assert parsed.bfloat16_config.check_grad_overflow is False
+
+
+def test_a_batch_that_the_ranks_do_not_divide_takes_one_more_micro_batch() -> None:
+    derived = deepspeed_config(EngineConfig(global_batch_size=64, micro_batch_size=8), 3, on_gpu=False)
+    assert derived["gradient_accumulation_steps"] == 3
+    assert derived["train_batch_size"] == 72  # DeepSpeed's own arithmetic: the product of the three

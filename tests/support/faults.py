@@ -1,0 +1,108 @@
+"""Faults in tars and indexes, one after another: what the loader makes of each, and webdataset beside it."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import webdataset
+
+from pretrain.config import AugmentConfig
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.loader import Fault, training_batches
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import Recipe
+from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.transforms.views import TrainView
+
+VIEW = TrainView(AugmentConfig(), 8)
+BATCH = 8
+
+Damage = Callable[[bytes, random.Random], bytes | None]
+DAMAGES: dict[str, Damage] = {
+    "flip": lambda data, chance: _at(data, chance.randrange(len(data)), lambda byte: byte ^ (1 << chance.randrange(8))),
+    "cut": lambda data, chance: data[: chance.randrange(len(data))],
+    "missing": lambda data, chance: None,
+    "zeros": lambda data, chance: _zeroed(data, chance.randrange(len(data)), chance.randrange(1, 4000)),
+    "shifted": lambda data, chance: b"x" + data,
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One damaged file in a set that is otherwise whole, and an epoch over it."""
+
+    kind: str
+    victim: Path
+    changed: bool
+    seen: dict[int, bytes]  # each position's label and pixels
+    faults: list[Fault]
+
+
+def make_small_set(folder: Path) -> Path:
+    """Write forty digits in five or more shards; returns the folder of the shards."""
+    source = keep_classes(list_digits(), ["0", "1"])
+    source = source.take(range(0, len(source), 9))
+    make_shards(source, folder, Recipe(validation=0.0, shard_bytes=3_000, seed=0))
+    return folder / "train"
+
+
+def trials(whole: Path, work: Path, count: int) -> Iterator[Trial]:
+    """Damage one file after another, each in a set of its own, and read an epoch."""
+    files = sorted(path for path in whole.iterdir() if path.name != "dataset.json")
+    chance = random.Random(0)
+    for number in range(count):
+        folder = work / str(number)
+        folder.mkdir()
+        for path in whole.iterdir():
+            (folder / path.name).hardlink_to(path)
+        victim = folder / chance.choice(files).name
+        kind = chance.choice(list(DAMAGES))
+        before = victim.read_bytes()
+        after = DAMAGES[kind](before, chance)
+        victim.unlink()
+        if after is not None:
+            victim.write_bytes(after)
+        yield Trial(kind, victim, after != before, *epoch(folder))
+
+
+def epoch(folder: Path) -> tuple[dict[int, bytes], list[Fault]]:
+    """Every sample's label and pixels by position, and the faults."""
+    samples = open_dataset(folder)
+    total = sum(samples.shard_sizes) // BATCH * BATCH
+    seen, faults = {}, []
+    for loaded in training_batches(
+        samples,
+        VIEW,
+        seed=0,
+        window=99,
+        start=0,
+        stop=total,
+        global_batch_size=BATCH,
+        accumulation_steps=1,
+        rank=0,
+        world_size=1,
+        num_workers=0,
+    ):
+        faults += loaded.faults
+        for i, position in enumerate(loaded.tensors["position"].tolist()):
+            label = bytes([loaded.tensors["label"][i]])
+            seen[position] = label + loaded.tensors["image"][i].numpy().tobytes()
+    return seen, faults
+
+
+def webdataset_images(folder: Path) -> list[bytes] | None:
+    """Return the images of a folder's tars as webdataset reads them; None where it raises."""
+    tars = [str(path) for path in sorted(folder.glob("*.tar"))]
+    try:
+        return [sample["png"] for sample in webdataset.WebDataset(tars, shardshuffle=False) if "png" in sample]
+    except Exception:
+        return None
+
+
+def _at(data: bytes, place: int, change: Callable[[int], int]) -> bytes:
+    return data[:place] + bytes([change(data[place])]) + data[place + 1 :]
+
+
+def _zeroed(data: bytes, start: int, count: int) -> bytes:
+    return data[:start] + b"\0" * len(data[start : start + count]) + data[start + count :]
