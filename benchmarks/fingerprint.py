@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 600
 STEPS = ["schedule.total_steps=50", "schedule.warmup_steps=10", "logging.every_steps=1", "evaluation.every_steps=25"]
+STEPS += ["data.num_workers=0", "tracking.uri=off"]
 PROBES = ["evaluation.probe_every_steps=25", "evaluation.probe_samples=100"]
 RECIPES = {  # recipe -> overrides, ZeRO stages that it supports
     "supervised": (["ema.decay=0.9"], range(4)),
@@ -62,6 +63,7 @@ def record(recipe: str, overrides: list[str], world_size: int, folder: Path) -> 
     config = ["--config", str(ROOT / "configs" / "quickstart" / f"{recipe}.yaml")]
     command = [sys.executable, *(launcher if world_size > 1 else []), __file__, *config, *overrides]
     environment = {**os.environ, HASHES: str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["PYTHONWARNINGS"] = "ignore"
     subprocess.run(command, env=environment, cwd=folder, check=True, timeout=TIMEOUT_SECONDS, stdout=subprocess.DEVNULL)
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [
@@ -104,7 +106,7 @@ def main() -> int:
                     folder = shards / name.replace(" ", "-")
                     folder.mkdir()
                     (folder / "runs").symlink_to(shards / "runs")
-                    settings = [f"run_dir={folder / 'run'}", f"engine.zero_stage={stage}", "tracking.uri=off"]
+                    settings = [f"run_dir={folder / 'run'}", f"engine.zero_stage={stage}"]
                     found[name] = record(recipe, [*settings, *STEPS, *PROBES, *overrides], world_size, folder)
                     print(f"{name}: loss {found[name]['rows'][-2].get('train/loss')}", flush=True)
     arguments.out.write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -227,7 +227,7 @@ def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
             "assert seen == epochs(open_dataset(Path(sys.argv[1])), 0)"
         )
         command = [sys.executable, "-c", program, str(digits / "train"), str(tmp_path / "cache")]
-        subprocess.run(command, env=environment, cwd=Path(__file__).parents[3], check=True, timeout=60)
+        subprocess.run(command, env=environment, cwd=Path(__file__).parents[4], check=True, timeout=60)
 
 
 @pytest.fixture
