@@ -36,7 +36,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
         with open_run(command.config, insist_on_resume=command.resume) as run:
             while (outcome := tracked(run, command.text, stop)) is Outcome.DIVERGED:
                 go_back(run)
-            run.watch.outcome = outcome
+            run.watch.finish(outcome)
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
         print(error.sentence, file=sys.stderr, flush=True)
         return outcome_of(error).exit_code

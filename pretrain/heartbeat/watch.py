@@ -50,9 +50,6 @@ class Watch:
         hang_seconds: after so long the run is ended, for a supervisor to start again; 0: never.
         say: is told what is wrong; by default it goes to stderr.
         on_gpu: whether the device, and not this process, does the work.
-
-    Attributes:
-        outcome: how the run ends here, to be set before the watch ends, unless an error says it.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class Watch:
         self.hang_seconds = hang_seconds
         self.say = say or partial(print, file=sys.stderr, flush=True)
         self.on_gpu = on_gpu
-        self.outcome = Outcome.FAILED
+        self._outcome = Outcome.FAILED  # for a process that leaves the watch without `finish` or an error
         self._main = threading.get_ident()
         self._turns = self._step = self._beats = 0
         self._phase, self._entered = START, time.monotonic()
@@ -103,13 +100,17 @@ class Watch:
         self._phase, self._entered = phase, now
         self._turns += 1
 
+    def finish(self, outcome: Outcome) -> None:
+        """Record how the run ended. The last beat, which is written when the watch closes, reports it."""
+        self._outcome = outcome
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """End the beats; the last one stays."""
         if error is not None:
-            self.outcome = outcome_of(error)
+            self._outcome = outcome_of(error)
         self.enter(END)
         self._ended.set()
         self._thread.join()
@@ -178,7 +179,7 @@ class Watch:
             work=statistics.median(recent(work)) if len(work := [*self._work]) == STEPS_TIMED else None,
             seconds={name: round(seconds, 3) for name, seconds in self._seconds.copy().items()},
             stack=stack,
-            outcome=self.outcome.value if self._phase == END else None,
+            outcome=self._outcome.value if self._phase == END else None,
         )
         try:
             write_beat(self.run_dir, beat)

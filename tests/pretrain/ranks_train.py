@@ -163,7 +163,7 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
         first = run.manifest.step
         assert optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
-        run.watch.outcome = tracked(run, "", StopSignal())
+        run.watch.finish(tracked(run, "", StopSignal()))
     return first, positions, pixels
 
 

@@ -16,7 +16,7 @@ def test_a_folder_into_which_another_run_trains_is_refused(tmp_path: Path) -> No
     with Watch(tmp_path / "run", 0, 1) as watch:
         with pytest.raises(UserError, match=r"run: rank 0 \(process \d+ on .*\) is training into it; end that run"):
             claim(tmp_path / "run")
-        watch.outcome = Outcome.STOPPED
+        watch.finish(Outcome.STOPPED)
     assert [beat.outcome for beat in read_beats(tmp_path / "run")] == ["stopped"]
     claim(tmp_path / "run")
     assert not read_beats(tmp_path / "run")
