@@ -31,13 +31,12 @@ from pretrain.errors import DataError, MachineError, UserError
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import decay_by_layer
 from pretrain.optimizers.placement import Placement
-from pretrain.outcome import EXIT_MISTAKE
+from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import Tracker, git_commit
 
 MODEL_FOLDER = "model"
-EXIT_DONE, EXIT_FAILED = 0, 1
 
 CARD = """---
 library_name: transformers
@@ -106,8 +105,8 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             best = train(run, tracker)
             tracker.status = "FINISHED"
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(error.sentence, file=sys.stderr, flush=True)
-        return EXIT_FAILED if isinstance(error, MachineError) else EXIT_MISTAKE
+        print(error.message, file=sys.stderr, flush=True)
+        return EXIT_FAILED if isinstance(error, MachineError) else EXIT_USER_ERROR
     except (FloatingPointError, KeyboardInterrupt) as reason:
         if distributed.is_main():
             kept = f"; the best model so far is in {folder}" if folder.exists() else ""

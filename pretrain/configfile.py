@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 
 from pretrain.config import Section
 from pretrain.errors import UserError
-from pretrain.outcome import EXIT_MISTAKE
+from pretrain.outcome import EXIT_USER_ERROR
 
 Config = TypeVar("Config", bound=Section)
 Key = tuple[str | int, ...]
@@ -118,7 +118,7 @@ def exit_with_mistake(message: str) -> NoReturn:
     """Print a user's mistake, once however many ranks there are, and exit with code 2."""
     if is_first_rank():
         print(message, file=sys.stderr, flush=True)
-    sys.exit(EXIT_MISTAKE)
+    sys.exit(EXIT_USER_ERROR)
 
 
 def is_first_rank() -> bool:

@@ -1,25 +1,35 @@
-"""Every error that one package raises and another handles."""
+"""The errors that one package raises and another handles.
+
+A command prints the message of a `UserError` without a traceback and exits with code 2, because only the user can fix
+the cause. A `MachineError` exits with code 1, because the same command may succeed later.
+"""
 
 
 class UserError(Exception):
-    """What a user can mend: the message is one sentence that names the thing and the fix, and needs no traceback."""
+    """A mistake that the user can fix; the message is one sentence that names the thing, the problem and the fix."""
 
 
 class MachineError(Exception):
-    """What the machine is to blame for: a disk that is full, a host that sends nothing. Later it may go well."""
+    """A failure of the environment, such as a full disk or an unreachable host; a retry may succeed."""
 
 
 class DataError(UserError):
-    """Data that cannot be used as it is: the message names it and the fix."""
+    """A data set, index or image that cannot be used as it is."""
 
     @property
-    def sentence(self) -> str:
-        """The message; a loader's worker has put its traceback before it."""
+    def message(self) -> str:
+        """The message without the traceback that a PyTorch DataLoader puts before an error from a worker."""
         return str(self).rpartition(f"{type(self).__name__}: ")[2].strip()
 
 
 class BadSampleError(DataError):
-    """A sample that cannot be used, though its set can: which one, and why."""
+    """One sample that cannot be used; the rest of its data set can.
+
+    Args:
+        shard: Name of the shard.
+        key: Key of the sample within its shard.
+        reason: What is wrong with the sample.
+    """
 
     def __init__(self, shard: str, key: str, reason: str) -> None:
         super().__init__(f"{shard}: sample {key}: {reason}")
@@ -30,12 +40,15 @@ class BadSampleError(DataError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used here: the message names it and the fix."""
+    """A checkpoint that is missing, damaged, or does not fit the run or model that should load it."""
 
 
 class VersionError(UserError):
-    """A checkpoint of another version of Vitrail: it is not damaged, and nothing older may take its place."""
+    """A checkpoint that another version of Vitrail wrote.
+
+    It is not a `CheckpointError`: the checkpoint is intact, so an older one must not be used in its place.
+    """
 
 
 class DivergedError(Exception):
-    """A run that cannot go on: its steps are not fit to be taken, and going back did not help."""
+    """A run whose steps are skipped again and again, even after it rolled back to a checkpoint."""

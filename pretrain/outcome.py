@@ -1,30 +1,37 @@
-"""How a run ends, or a stretch of it."""
+"""How a run or a command ends, and the exit codes that report it."""
 
 from enum import Enum
 
 from pretrain.errors import DivergedError, MachineError, UserError
 
-EXIT_MISTAKE = 2  # of every command that a UserError ends
-EXIT_RESUMABLE = 75  # stopped from outside; the same command goes on where it was
+EXIT_DONE = 0
+EXIT_FAILED = 1  # a retry may succeed, except for a run that diverged
+EXIT_USER_ERROR = 2  # a retry fails in the same way until the user fixes the cause
+EXIT_RESUMABLE = 75  # stopped by a signal; the same command continues
+EXIT_INTERRUPTED = 130  # Ctrl-C in a command that cannot be resumed: 128 + SIGINT, as in shells
 
 
 class Outcome(str, Enum):
-    """How a run has ended. Only what has failed is worth starting again as it was."""
+    """How a run, or a part of it, ended. Only a run that FAILED is worth restarting without changes."""
 
     DONE = "done"
-    STOPPED = "stopped"  # as somebody asked
-    MISTAKE = "mistake"  # of the user
+    STOPPED = "stopped"  # by a signal
+    USER_ERROR = "user error"
     DIVERGED = "diverged"
     FAILED = "failed"
 
     @property
     def exit_code(self) -> int:
-        """Return the exit code of a process that ends so."""
-        return {Outcome.DONE: 0, Outcome.STOPPED: EXIT_RESUMABLE, Outcome.MISTAKE: EXIT_MISTAKE}.get(self, 1)
+        """The exit code of a process that ends with this outcome."""
+        return {
+            Outcome.DONE: EXIT_DONE,
+            Outcome.STOPPED: EXIT_RESUMABLE,
+            Outcome.USER_ERROR: EXIT_USER_ERROR,
+        }.get(self, EXIT_FAILED)
 
 
 def outcome_of(error: BaseException) -> Outcome:
-    """Say how a run has ended that raised an error."""
+    """Return the outcome of a run that ended with an error."""
     if isinstance(error, UserError) and not isinstance(error, MachineError):
-        return Outcome.MISTAKE
+        return Outcome.USER_ERROR
     return Outcome.DIVERGED if isinstance(error, DivergedError) else Outcome.FAILED

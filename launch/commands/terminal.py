@@ -9,9 +9,8 @@ from typing import Any
 import typer
 
 from pretrain.errors import UserError
-from pretrain.outcome import EXIT_MISTAKE
+from pretrain.outcome import EXIT_INTERRUPTED, EXIT_USER_ERROR
 
-EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -27,7 +26,7 @@ def mistakes() -> Iterator[None]:
         yield
     except UserError as error:
         print(error, file=sys.stderr)
-        raise typer.Exit(EXIT_MISTAKE) from None
+        raise typer.Exit(EXIT_USER_ERROR) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None

@@ -27,7 +27,7 @@ POLL_SECONDS = 0.2
 GRACE_SECONDS = 3.0  # for a launcher to end what is left when a rank has died
 LONGEST_PAUSE = 60.0  # seconds
 COMPUTE = ("forward", "backward", "step", "report")
-FINAL = {outcome.exit_code: outcome for outcome in (Outcome.DONE, Outcome.MISTAKE, Outcome.STOPPED)}
+FINAL = {outcome.exit_code: outcome for outcome in (Outcome.DONE, Outcome.USER_ERROR, Outcome.STOPPED)}
 
 
 @dataclass
@@ -271,7 +271,7 @@ def find_run_dir(command: Sequence[str]) -> Path:
 def outcome_of(code: int, beats: Sequence[Beat]) -> Outcome:
     """Say how an attempt ended, by its ranks' own words if they have said any, else by its exit code."""
     said = {beat.outcome for beat in beats}
-    for outcome in (Outcome.MISTAKE, Outcome.DIVERGED):
+    for outcome in (Outcome.USER_ERROR, Outcome.DIVERGED):
         if outcome in said:
             return outcome
     if beats and said <= {Outcome.DONE, Outcome.STOPPED}:

@@ -153,12 +153,12 @@ def test_the_time_of_all_attempts_is_accounted_for() -> None:
     ("code", "said", "outcome"),
     [
         (1, ["stopped", "stopped"], "stopped"),  # torchrun's code for ranks that have left with 75
-        (1, ["mistake", None], "mistake"),
+        (1, ["user error", None], "user error"),
         (1, ["diverged", "diverged"], "diverged"),
         (1, ["failed", None], "failed"),
         (0, [None, None], "failed"),  # killed, whatever the launcher thinks of it
         (0, ["done", "done"], "done"),
-        (2, [], "mistake"),
+        (2, [], "user error"),
         (75, [], "stopped"),
         (1, [], "failed"),
     ],

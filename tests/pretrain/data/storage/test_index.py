@@ -22,10 +22,10 @@ class Broken(TorchDataset[int]):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize(("error", "outcome"), [(DataError, Outcome.MISTAKE), (StalledFetchError, Outcome.FAILED)])
+@pytest.mark.parametrize(("error", "outcome"), [(DataError, Outcome.USER_ERROR), (StalledFetchError, Outcome.FAILED)])
 def test_a_workers_error_keeps_its_sentence(error: type[DataError], outcome: Outcome, num_workers: int) -> None:
     load = partial(next, iter(DataLoader(Broken(error), sampler=[0], num_workers=num_workers)))
     with pytest.raises(error) as caught:
         load()
-    assert caught.value.sentence == SENTENCE
+    assert caught.value.message == SENTENCE
     assert outcome_of(caught.value) is outcome  # a stalled host is not the user's mistake
