@@ -105,7 +105,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             best = train(run, tracker)
             tracker.status = "FINISHED"
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(error.message, file=sys.stderr, flush=True)
+        print(error.summary, file=sys.stderr, flush=True)
         return EXIT_FAILED if isinstance(error, MachineError) else EXIT_USER_ERROR
     except (FloatingPointError, KeyboardInterrupt) as reason:
         if distributed.is_main():

@@ -17,8 +17,11 @@ class DataError(UserError):
     """A data set, index or image that cannot be used as it is."""
 
     @property
-    def message(self) -> str:
-        """The message without the traceback that a PyTorch DataLoader puts before an error from a worker."""
+    def summary(self) -> str:
+        """The message without the traceback that a PyTorch DataLoader puts before an error from a worker.
+
+        PyTorch re-raises errors that have a `message` attribute in another way, so this one has another name.
+        """
         return str(self).rpartition(f"{type(self).__name__}: ")[2].strip()
 
 

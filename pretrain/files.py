@@ -2,9 +2,10 @@
 
 Readers see either the old content or the new, never a part of it. The temporary name is the final name plus `.partial`.
 
-Every function takes `durable`. With the default, True, the data and the rename are flushed to the disk with fsync before
-the function returns, so the result survives a power failure. Pass `durable=False` for files that are rewritten often or
-can be made again: the rename is still atomic for other processes, but after a power failure the file may be empty.
+The functions that rename take `durable`. With the default, True, the data and the rename are flushed to the disk with
+fsync before the function returns, so the result survives a power failure. Pass `durable=False` for files that are
+rewritten often or can be made again: the rename is still atomic for other processes, but after a power failure the file
+may be empty.
 """
 
 import os

@@ -38,7 +38,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
                 go_back(run)
             run.watch.finish(outcome)
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
-        print(error.message, file=sys.stderr, flush=True)
+        print(error.summary, file=sys.stderr, flush=True)
         return outcome_of(error).exit_code
     except (UserError, MachineError, DivergedError) as error:
         if distributed.is_main():

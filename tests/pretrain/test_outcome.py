@@ -43,10 +43,10 @@ def test_exit_code_of_an_outcome(outcome: Outcome, code: int) -> None:
     assert outcome.exit_code == code
 
 
-def test_message_is_without_the_traceback_of_a_data_worker() -> None:
+def test_summary_is_without_the_traceback_of_a_data_worker() -> None:
     error = DataError("Caught DataError in DataLoader worker process 0.\nTraceback ...\nDataError: cat.tar: is empty")
-    assert error.message == "cat.tar: is empty"
-    assert DataError("cat.tar: is empty").message == "cat.tar: is empty"
+    assert error.summary == "cat.tar: is empty"
+    assert DataError("cat.tar: is empty").summary == "cat.tar: is empty"
 
 
 def test_a_bad_sample_survives_the_way_from_a_worker() -> None:

@@ -27,5 +27,5 @@ def test_a_workers_error_keeps_its_sentence(error: type[DataError], outcome: Out
     load = partial(next, iter(DataLoader(Broken(error), sampler=[0], num_workers=num_workers)))
     with pytest.raises(error) as caught:
         load()
-    assert caught.value.message == SENTENCE
+    assert caught.value.summary == SENTENCE
     assert outcome_of(caught.value) is outcome  # a stalled host is not the user's mistake
