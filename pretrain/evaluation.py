@@ -17,6 +17,7 @@ from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import Fault, Loaded, evaluation_batches
 from pretrain.errors import DataError
 from pretrain.metrics.probes import effective_rank, feature_spread, predict_by_linear_probe, predict_by_neighbors
+from pretrain.objectives.objective import Output
 from pretrain.outcome import Outcome
 from pretrain.run import Run
 from pretrain.steps import to_device
@@ -93,12 +94,11 @@ def _frozen(run: Run) -> Iterator[None]:
     run.engine.eval()
     with torch.no_grad(), run.ema.in_place(), suppress(_StoppedError):
         yield
-    run.objective.answers = "losses"
     run.engine.train()
 
 
 def _batches(
-    run: Run, samples: Dataset, stopping: Callable[[], bool], at_most: int | None = None
+    run: Run, samples: Dataset, stopping: Callable[[], bool], output: Output, at_most: int | None = None
 ) -> Iterator[tuple[Loaded, dict[str, Tensor]]]:
     """Yield this rank's batches and what the objective answers."""
     batches = evaluation_batches(
@@ -117,14 +117,14 @@ def _batches(
             batches.close()
             raise _StoppedError
         faults += loaded.faults
-        yield loaded, run.engine(to_device(loaded.tensors, run.engine.device))
+        yield loaded, run.engine(to_device(loaded.tensors, run.engine.device), output=output)
     run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
 
 
 def _validate(run: Run, validation: Dataset, stopping: Callable[[], bool]) -> dict[str, float]:
     """Go through the validation set, every sample once over all ranks."""
     sums: dict[str, Tensor] = {}
-    for loaded, answers in _batches(run, validation, stopping):
+    for loaded, answers in _batches(run, validation, stopping, "losses"):
         count = loaded.tensors["weight"].sum().to(run.engine.device)
         for name, value in (answers | {"count": count}).items():
             sums[name] = sums.get(name, 0.0) + value.double()
@@ -158,9 +158,8 @@ def _features(
     run: Run, samples: Dataset, stopping: Callable[[], bool], at_most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return features [N, D], labels [N] and positions [N] of this rank's usable samples."""
-    run.objective.answers = "features"
     features, labels, positions = [], [], []
-    for loaded, answers in _batches(run, samples, stopping, at_most):
+    for loaded, answers in _batches(run, samples, stopping, "features", at_most):
         kept = loaded.tensors["weight"] > 0
         features.append(answers["features"][kept.to(run.engine.device)])
         labels.append(loaded.tensors["label"][kept])
@@ -170,13 +169,12 @@ def _features(
 
 def _draw(run: Run, validation: Dataset) -> None:
     """Draw the same images each time; every rank computes them, since ZeRO 3 needs all of them."""
-    run.objective.answers = "pictures"
     view, number = run.objective.evaluation_view(), NUM_PICTURES
     batches = evaluation_batches(
         validation, view, batch_size=number, rank=0, world_size=1, num_workers=0, at_most=number
     )
     for loaded in batches:
-        pictures = run.engine(to_device(loaded.tensors, run.engine.device))["pictures"]
+        pictures = run.engine(to_device(loaded.tensors, run.engine.device), output="pictures")["pictures"]
         if distributed.is_main():
             try:
                 _save_picture(lay_out(pictures.cpu()), run)

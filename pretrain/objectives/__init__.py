@@ -1,4 +1,4 @@
-"""What a model learns from an image: one file an objective."""
+"""Training objectives, one file each: supervised classification, masked autoencoding and self-distillation."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,12 +19,12 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 def build_objective(
     config: ObjectiveConfig, encoder: ViT, class_shares: Sequence[float], preprocessing: PreprocessingConfig
 ) -> Objective:
-    """Build the objective that the config names, around an encoder.
+    """Build the objective that the config names around an encoder.
 
     Args:
-        config: of the objective.
-        encoder: what is trained.
-        class_shares: of the training data; as many as it has classes.
-        preprocessing: of images in evaluation.
+        config: Section `objective` of the run's config.
+        encoder: Vision Transformer to train.
+        class_shares: Share of each class in the training data, one value per class; empty without labels.
+        preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
     """
     return OBJECTIVES[config.name](config, encoder, class_shares, preprocessing)

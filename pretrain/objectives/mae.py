@@ -1,4 +1,7 @@
-"""Masked autoencoding (arXiv 2111.06377): the encoder sees some patches, a light decoder rebuilds the others."""
+"""Masked autoencoding (MAE, arXiv 2111.06377): the encoder sees some patches, a small decoder predicts the others.
+
+Letters in shapes: B images, C channels, H height and W width in pixels, P patch size, N patches, V visible patches.
+"""
 
 from collections.abc import Sequence
 
@@ -12,14 +15,21 @@ from pretrain.model.mae_decoder import MAEDecoder
 from pretrain.model.vit import ViT, patchify, take, unpatchify
 from pretrain.objectives.objective import Objective
 
-LEAST_VARIANCE = 1e-6  # of a patch's pixels
-ONE_OF_THREE = 0.5**0.5  # gain of queries, keys and values: the paper draws them as one layer
+MIN_VARIANCE = 1e-6  # added to the variance of a patch's pixels
+QKV_GAIN = 0.5**0.5  # the paper initializes queries, keys and values as one layer, which halves the variance
 
 
 class MAEObjective(Objective):
-    """Rebuild the hidden patches; the loss is the mean squared error of their pixels.
+    """Predict the hidden patches; the loss is the mean squared error of their pixels.
 
-    Targets are normalized patch by patch, so a decoder that says nothing has a loss near 1.
+    Each patch's target has mean 0 and variance 1 (unless `normalize_targets` is off), so a decoder that predicts a
+    constant has a loss near 1.
+
+    Args:
+        config: Mask ratio, targets, augmentation and size of the decoder.
+        encoder: Vision Transformer to train.
+        class_shares: Not used, because this objective needs no labels.
+        preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
     """
 
     def __init__(
@@ -46,55 +56,61 @@ class MAEObjective(Objective):
         return {"loss": self.losses(images, batch["patch_order"]).mean()}
 
     def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"loss": (self.losses(self.normalized(batch), batch["patch_order"]) * batch["weight"]).sum()}
+        losses = self.losses(self.normalized_images(batch), batch["patch_order"])
+        return {"loss": (losses * batch["weight"]).sum()}
 
     def losses(self, images: Tensor, patch_order: Tensor) -> Tensor:
-        """Return each sample's loss.
+        """Return the loss of each sample.
 
         Args:
-            images: normalized, [B, C, H, W].
-            patch_order: [B, N].
+            images: Normalized images, float [B, C, H, W].
+            patch_order: Permutation of each image's patches, int [B, N]; the first V are visible to the encoder.
 
         Returns:
             float [B].
         """
-        predicted, targets = self.rebuild(images, patch_order)
-        mean, deviation = self.scale(targets)
-        losses: Tensor = (predicted - (targets - mean) / deviation).square().mean(dim=(1, 2))
+        predicted, targets = self.predict(images, patch_order)
+        mean, std = self.target_scale(targets)
+        losses: Tensor = (predicted - (targets - mean) / std).square().mean(dim=(1, 2))
         return losses
 
-    def rebuild(self, images: Tensor, patch_order: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the decoder says of the hidden patches, and the patches: both float [B, N - V, C * P * P]."""
+    def predict(self, images: Tensor, patch_order: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the decoder's prediction of the hidden patches and the patches, both float [B, N - V, C * P * P]."""
         visible, hidden = patch_order[:, : self.num_visible], patch_order[:, self.num_visible :]
         tokens = self.encoder(images.to(self.encoder.cls_token.dtype), visible)
         predicted: Tensor = self.decoder(tokens, patch_order)
         return predicted.float(), take(patchify(images, self.encoder.config.patch_size), hidden)
 
-    def scale(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each patch's mean and deviation [B, N - V, 1]; 0 and 1 if targets stay as they are."""
+    def target_scale(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation [B, N - V, 1] for normalizing patches; 0 and 1 if that is off."""
         if not self.config.normalize_targets:
             return torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
-        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + LEAST_VARIANCE).sqrt()
+        return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + MIN_VARIANCE).sqrt()
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return each image, what the encoder sees of it, what was rebuilt at each patch's brightness, attention."""
-        images, patch_order = self.normalized(batch), batch["patch_order"]
-        predicted, targets = self.rebuild(images, patch_order)
-        level, deviation = self.scale(targets)
-        places = patch_order[:, self.num_visible :, None].expand_as(predicted)
+        """Return four kinds of columns: the image, its visible patches, the reconstruction and the attention maps.
+
+        Predicted patches are shown with the mean and standard deviation of the true ones, because the decoder predicts
+        normalized pixels.
+        """
+        images, patch_order = self.normalized_images(batch), batch["patch_order"]
+        predicted, targets = self.predict(images, patch_order)
+        mean, std = self.target_scale(targets)
+        hidden = patch_order[:, self.num_visible :, None].expand_as(predicted)
         patches, size = patchify(images, self.encoder.config.patch_size), self.encoder.config.patch_size
-        seen = unpatchify(patches.scatter(1, places, torch.zeros_like(targets)), size)
-        rebuilt = unpatchify(patches.scatter(1, places, predicted * deviation + level), size)
-        mean, std = self.preprocessing.image_mean, self.preprocessing.image_std
-        columns = [denormalize(column, mean, std).clamp(0, 1) for column in (images, seen, rebuilt)]
+        visible = unpatchify(patches.scatter(1, hidden, torch.zeros_like(targets)), size)
+        reconstructed = unpatchify(patches.scatter(1, hidden, predicted * std + mean), size)
+        channels = self.preprocessing.image_mean, self.preprocessing.image_std
+        columns = [denormalize(column, *channels).clamp(0, 1) for column in (images, visible, reconstructed)]
         return torch.cat([torch.stack(columns, dim=1), super().pictures(batch)[:, 1:]], dim=1)
 
     def _initialize(self) -> None:
-        """Draw the weights by Xavier's uniform, as the paper (appendix A.1), so that small patches are not drowned.
+        """Initialize all linear layers with Xavier's uniform distribution (appendix A.1 of the paper).
 
-        With a deviation of 0.02, patches of 48 values are faint beside their positions, and hardly anything is learned.
+        With the encoder's usual standard deviation of 0.02, embeddings of small patches (48 values) are tiny compared
+        with the positions added to them, and the model hardly learns.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                is_third = name.endswith(("q_proj", "k_proj", "v_proj"))
-                nn.init.xavier_uniform_(module.weight, gain=ONE_OF_THREE if is_third else 1.0)
+                is_qkv = name.endswith(("q_proj", "k_proj", "v_proj"))
+                nn.init.xavier_uniform_(module.weight, gain=QKV_GAIN if is_qkv else 1.0)

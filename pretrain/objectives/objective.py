@@ -1,7 +1,11 @@
-"""What every objective offers to the loop, which knows none by name."""
+"""The interface between an objective and the training loop, which knows no objective by name.
 
-from abc import abstractmethod
-from typing import Literal
+Letters in shapes: B images in the batch, C channels, H height and W width in pixels, D hidden size, h attention heads,
+N patches.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,63 +15,81 @@ from pretrain.data.transforms.color import normalize
 from pretrain.data.transforms.views import View
 from pretrain.model.vit import ViT
 
+Output: TypeAlias = Literal["losses", "features", "pictures"]
 
-class Objective(nn.Module):
-    """A batch in, a dict of scalars with "loss" out.
 
-    In training mode the scalars are means over the batch. In evaluation mode they are sums over its samples, each
-    times its "weight", so that any number of ranks and batches adds up to the same mean. `answers` asks for something
-    else for a while: "features" [B, D], CLS of the encoder, or "pictures".
+class Objective(nn.Module, ABC):
+    """Base class of all objectives: a batch in, a dict of scalars with "loss" out.
+
+    A subclass sets `encoder` and `preprocessing` in its constructor and implements the four abstract methods. Python
+    refuses to instantiate one that lacks a method.
 
     Attributes:
-        encoder: whose weights leave the run.
-        preprocessing: of images in evaluation.
-        group_size: samples that must be in one micro-batch.
-        answers: what is asked for.
+        encoder: Vision Transformer whose weights are exported.
+        preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
+        group_size: Number of consecutive samples that must stay in one micro-batch, such as 2 for mixup.
     """
 
     encoder: ViT
     preprocessing: PreprocessingConfig
     group_size: int = 1
-    answers: Literal["losses", "features", "pictures"] = "losses"
 
     @abstractmethod
     def train_view(self, image_size: int) -> View:
-        """Return what a worker makes of an image for training, so many pixels a side; it must pickle."""
+        """Return the picklable transform that data workers apply to training images.
+
+        Args:
+            image_size: Height and width in pixels of the images that the model is given.
+        """
 
     @abstractmethod
     def evaluation_view(self) -> View:
-        """Return what a worker makes of an image for evaluation; it must pickle."""
+        """Return the picklable transform that data workers apply to images in evaluation."""
 
     @abstractmethod
     def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the loss and what else is worth a curve, as means."""
+        """Return "loss" and any further scalars worth logging, each the mean over the batch."""
 
     @abstractmethod
     def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the same as sums over the samples that have a weight."""
+        """Return "loss" and any further metrics, each summed over the samples after multiplying by "weight" [B]."""
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Answer as the mode asks: an engine, and ZeRO's hooks, know no other entry."""
-        if self.answers == "pictures":
+    def forward(self, batch: dict[str, Tensor], output: Output = "losses") -> dict[str, Tensor]:
+        """Compute one kind of output. DeepSpeed's engine and its ZeRO hooks support no other entry point.
+
+        Args:
+            batch: Batch on the model's device.
+            output: Kind of output to compute, one of the three under Returns.
+
+        Returns:
+            "losses": in training mode the means of `train_losses`; in evaluation mode the sums of `evaluation_sums`,
+                which add up to the same mean for any number of ranks and batches.
+            "features": "features", float [B, D], the CLS token of the encoder for the whole image.
+            "pictures": "pictures", float [B, columns, C, H, W] between 0 and 1.
+        """
+        if output == "pictures":
             return {"pictures": self.pictures(batch)}
-        if self.answers == "features":
-            encoder = self.encoder
-            return {"features": encoder(self.normalized(batch).to(encoder.cls_token.dtype))[:, 0].float()}
+        if output == "features":
+            images = self.normalized_images(batch).to(self.encoder.cls_token.dtype)
+            return {"features": self.encoder(images)[:, 0].float()}
         return self.train_losses(batch) if self.training else self.evaluation_sums(batch)
 
-    def normalized(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return images as evaluation and the exported processor have them, [B, C, H, W]."""
+    def normalized_images(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the images [B, C, H, W] normalized as the exported image processor does."""
         pixels = batch["image"].float() / 255
         return normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
 
     def pictures(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return each image and, beside it, what has been learned of it: [B, columns, C, H, W], from 0 to 1.
+        """Return each image followed by pictures of what the model has learned from it.
 
-        Here: what each head of the last block takes into CLS from where, the most as white.
+        This implementation shows one attention map per head of the last block: how much the CLS token attends to each
+        patch, scaled so that the largest value is white.
+
+        Returns:
+            float [B, 1 + h, C, H, W], between 0 and 1.
         """
         images, encoder = batch["image"].float() / 255, self.encoder
-        attention = encoder(self.normalized(batch).to(encoder.cls_token.dtype), attends=True).float()
+        attention = encoder(self.normalized_images(batch).to(encoder.cls_token.dtype), attends=True).float()
         size = encoder.config.patch_size
         maps = attention / attention.amax(dim=2, keepdim=True)  # [B, h, N]
         side = images.shape[-1] // size
@@ -75,15 +97,19 @@ class Objective(nn.Module):
         columns = [images, *(one[:, None].expand_as(images) for one in maps.unbind(dim=1))]
         return torch.stack(columns, dim=1)
 
-    def after_warm_start(self) -> None:
-        """Hear that `encoder` has been given the weights that the run starts from."""
+    def after_warm_start(self) -> None:  # only a teacher and its student need it
+        """Update whatever depends on the encoder's weights after they were loaded from `init_from`."""
 
-    def before_step(self, progress: float) -> None:
-        """Hear how much of the run is over, from 0 to 1, before each step."""
-
-    def after_step(self, bad: Tensor) -> None:
-        """Do what follows an optimizer step, such as moving an average of the weights.
+    def before_step(self, progress: float) -> None:  # only schedules of an objective's own need it
+        """Prepare an optimizer step.
 
         Args:
-            bad: 1 where the step was skipped, else 0; a scalar on the device.
+            progress: Share of the run's steps that are done, from 0 to 1.
+        """
+
+    def after_step(self, skipped: Tensor) -> None:  # only a teacher needs it
+        """Update whatever follows the weights after an optimizer step, such as a moving average of them.
+
+        Args:
+            skipped: 1 if the step was skipped, else 0; a scalar on the device.
         """

@@ -1,6 +1,7 @@
-"""Self-distillation (DINO, iBOT; arXiv 2304.07193): a student learns what its own slow average says of other views.
+"""Self-distillation (DINO, iBOT; arXiv 2304.07193): a student learns to match a moving average of itself.
 
-The letters: B images, K prototypes, D hidden size, M hidden patches of all large crops.
+Letters in shapes: B images, C channels, H height and W width in pixels, K prototypes, D hidden size, N patches,
+M masked patches of all large crops.
 """
 
 import math
@@ -18,17 +19,27 @@ from pretrain.model.projection_head import ProjectionHead
 from pretrain.model.vit import INITIAL_STD, ViT, take
 from pretrain.objectives.objective import Objective
 
-SINKHORN_ROUNDS = 3
-LEAST_DISTANCE = 1e-8
+SINKHORN_ITERATIONS = 3
+MIN_DISTANCE = 1e-8  # keeps the logarithm of a distance finite
+SAME_IMAGE_COSINE = -3.0  # below every cosine, so a copy of the same image is never the nearest neighbor
+OWN_COSINE = -2.0  # below every cosine, but above SAME_IMAGE_COSINE
 
 
 class SelfDistillationObjective(Objective):
-    """CLS of every crop says what the teacher's CLS of another large crop says; hidden patches say what it sees there.
+    """Match student to teacher: the CLS tokens of different crops (DINO) and the masked patches (iBOT).
 
-    The teacher, `encoder` and its heads, is an average of the student in fp32 that no gradient reaches; it lies in
-    buffers, so an optimizer never sees it, and it is what leaves the run. In bf16 it follows the student's working
-    weights, rounded as they are. Its answers are balanced over all images of a micro-step and all ranks, and so does
-    KoLeo look for neighbors there: the losses are the same on any number of ranks that takes as many micro-steps.
+    The teacher (`encoder` and its two heads) is an exponential moving average of the student in fp32. It is stored in
+    buffers, so no gradient or optimizer touches it, and its encoder is the one that is exported. With bf16 training the
+    average follows the student's rounded working weights.
+
+    Teacher outputs are balanced over all images of a micro-step on all ranks, and KoLeo searches for nearest neighbors
+    among the same images. The losses are therefore equal on any number of ranks with the same number of micro-steps.
+
+    Args:
+        config: Crops, masks, heads, temperatures, momentum and augmentation.
+        encoder: Vision Transformer to train, which becomes the student.
+        class_shares: Not used, because this objective needs no labels.
+        preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
     """
 
     def __init__(
@@ -43,13 +54,13 @@ class SelfDistillationObjective(Objective):
         self.preprocessing = preprocessing
         width = encoder.config.hidden_size
         sizes = (config.head_hidden_size, config.head_bottleneck_size, config.prototypes)
-        calm = {"drop_path": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
+        without_dropout = {"drop_path": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
         self.student = encoder
         self.student_cls_head = ProjectionHead(width, *sizes)
         self.student_patch_head = ProjectionHead(width, *sizes)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         nn.init.trunc_normal_(self.mask_token, std=INITIAL_STD)
-        self.encoder = ViT(encoder.config.model_copy(update=calm))
+        self.encoder = ViT(encoder.config.model_copy(update=without_dropout))
         self.cls_head = ProjectionHead(width, *sizes)
         self.patch_head = ProjectionHead(width, *sizes)
         self._pairs = (
@@ -59,7 +70,7 @@ class SelfDistillationObjective(Objective):
         )
         for teacher, student in self._pairs:
             teacher.load_state_dict(student.state_dict())
-            turn_into_buffers(teacher)
+            convert_to_buffers(teacher)
         self._progress = 0.0
 
     def train_view(self, image_size: int) -> View:
@@ -78,7 +89,7 @@ class SelfDistillationObjective(Objective):
         return EvalView(self.student.config.image_size, self.preprocessing.resize_ratio)
 
     def after_warm_start(self) -> None:
-        """Let the student begin where the teacher does."""
+        """Copy the teacher's weights, which were just loaded, to the student."""
         for teacher, student in self._pairs:
             student.load_state_dict(teacher.state_dict())
 
@@ -86,143 +97,170 @@ class SelfDistillationObjective(Objective):
         self._progress = progress
 
     @torch.no_grad()
-    def after_step(self, bad: Tensor) -> None:
-        """Move the teacher toward the student, by less and less as the run goes on."""
-        share = (1 - self.config.teacher_momentum) * (1 + math.cos(math.pi * self._progress)) / 2 * (1 - bad.float())
+    def after_step(self, skipped: Tensor) -> None:
+        """Move the teacher toward the student: teacher <- m * teacher + (1 - m) * student.
+
+        The momentum m grows from `teacher_momentum` to 1 over the run along a cosine.
+        """
+        share = (1 - self.config.teacher_momentum) * (1 + math.cos(math.pi * self._progress)) / 2
+        share_on_device = share * (1 - skipped.float())
         for teacher, student in self._pairs:
             averages = dict(teacher.named_buffers())
             for name, weight in student.named_parameters():
-                averages[name].lerp_(weight.float(), share)
+                averages[name].lerp_(weight.float(), share_on_device)
 
     @property
     def teacher_temperature(self) -> float:
-        """Return what the teacher's cosines are divided by; it grows over the first part of the run."""
+        """Return the current temperature of the teacher's softmax, which rises linearly at the start of the run."""
         first, last = self.config.first_teacher_temperature, self.config.teacher_temperature
         return first + (last - first) * min(1.0, self._progress / self.config.temperature_warmup)
 
     def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        hidden = batch["hidden"].flatten(0, 1)  # [2 B, N]
+        """Return the DINO, iBOT and KoLeo losses and "loss", their weighted sum."""
+        masked = batch["hidden"].flatten(0, 1)  # [2 B, N]
         large, small = (self._crops(batch, size) for size in ("large", "small"))
-        counts = counts_of(batch["position"]).repeat_interleave(NUM_LARGE)
-        cls_targets, patch_targets = self._targets(large, hidden, counts)
-        tokens = self.student(large, instead=(hidden, self.mask_token))
-        own = tokens[:, 0].reshape(-1, NUM_LARGE, tokens.shape[-1])  # [B, 2, D]
-        of_small = self.student(small)[:, 0].reshape(len(own), -1, tokens.shape[-1])
+        weights = sample_weights(batch["position"]).repeat_interleave(NUM_LARGE)
+        cls_targets, patch_targets = self._teacher_targets(large, masked, weights)
+        tokens = self.student(large, instead=(masked, self.mask_token))
+        large_cls = tokens[:, 0].reshape(-1, NUM_LARGE, tokens.shape[-1])  # [B, 2, D]
+        small_cls = self.student(small)[:, 0].reshape(len(large_cls), -1, tokens.shape[-1])  # [B, crops, D]
         losses = {
-            "dino": dino_loss(self._say(own), self._say(of_small), cls_targets.reshape(len(own), NUM_LARGE, -1)),
-            "ibot": self._patch_loss(tokens[:, 1:][hidden], patch_targets, hidden),
-            "koleo": koleo_loss(own.float(), batch["position"]),
+            "dino": dino_loss(
+                self._student_log_probs(large_cls),
+                self._student_log_probs(small_cls),
+                cls_targets.reshape(len(large_cls), NUM_LARGE, -1),
+            ),
+            "ibot": self._patch_loss(tokens[:, 1:][masked], patch_targets, masked),
+            "koleo": koleo_loss(large_cls.float(), batch["position"]),
         }
         loss = losses["dino"] + losses["ibot"] + self.config.koleo_weight * losses["koleo"]
         return {"loss": loss, **losses}
 
     def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How well the student, shown the whole image, says what the teacher says of it, always at one temperature."""
-        images = self.normalized(batch)
+        """Return the cross-entropy between teacher and student on whole images, at the final teacher temperature."""
+        images = self.normalized_images(batch)
         targets = (self.cls_head(self.encoder(images)[:, 0]) / self.config.teacher_temperature).softmax(dim=-1)
-        said = self._say(self.student(images.to(self.student.cls_token.dtype))[:, 0])
-        return {"loss": (-(targets * said).sum(-1) * batch["weight"]).sum()}
+        log_probs = self._student_log_probs(self.student(images.to(self.student.cls_token.dtype))[:, 0])
+        return {"loss": (-(targets * log_probs).sum(-1) * batch["weight"]).sum()}
 
     def _crops(self, batch: dict[str, Tensor], size: str) -> Tensor:
-        """Return all crops of a size, augmented, a sample's own one after the other: [B crops, C, H, W]."""
+        """Return all "large" or "small" crops, augmented; the crops of an image are adjacent: [B * crops, C, H, W]."""
         prefix = f"{size}."
         fields = {name.removeprefix(prefix): batch[name].flatten(0, 1) for name in batch if name.startswith(prefix)}
         images = augment(fields, self.preprocessing.image_mean, self.preprocessing.image_std)
         return images.to(self.student.cls_token.dtype)
 
     @torch.no_grad()
-    def _targets(self, large: Tensor, hidden: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the teacher says of CLS [2 B, K] and of the patches that are hidden from the student [M, K].
+    def _teacher_targets(self, large: Tensor, masked: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the teacher's balanced probabilities for CLS tokens [2 B, K] and for masked patches [M, K].
 
-        `counts` [2 B] says how much each crop does.
+        Args:
+            large: Large crops, [2 B, C, H, W].
+            masked: Whether a patch is masked for the student, bool [2 B, N].
+            weights: Weight of each crop, [2 B].
         """
-        low = large.dtype != torch.float32
-        with torch.autocast(large.device.type, torch.bfloat16, enabled=low):
+        is_low_precision = large.dtype != torch.float32
+        with torch.autocast(large.device.type, torch.bfloat16, enabled=is_low_precision):
             tokens = self.encoder(large)
-            of_cls, of_patches = self.cls_head(tokens[:, 0]), self.patch_head(tokens[:, 1:][hidden])
-        patch_counts = counts[:, None].expand_as(hidden)[hidden]
+            cls_logits, patch_logits = self.cls_head(tokens[:, 0]), self.patch_head(tokens[:, 1:][masked])
+        patch_weights = weights[:, None].expand_as(masked)[masked]
         return (
-            sinkhorn_knopp(of_cls / self.teacher_temperature, counts),
-            sinkhorn_knopp(of_patches / self.teacher_temperature, patch_counts),
+            sinkhorn_knopp(cls_logits / self.teacher_temperature, weights),
+            sinkhorn_knopp(patch_logits / self.teacher_temperature, patch_weights),
         )
 
-    def _say(self, cls: Tensor) -> Tensor:
-        """Return what the student says of CLS, as logarithms: [..., D] -> [..., K]."""
-        said: Tensor = (self.student_cls_head(cls) / self.config.student_temperature).log_softmax(dim=-1)
-        return said
+    def _student_log_probs(self, cls_tokens: Tensor) -> Tensor:
+        """Return the student's log-probabilities [..., K] for CLS tokens [..., D]."""
+        logits: Tensor = self.student_cls_head(cls_tokens) / self.config.student_temperature
+        return logits.log_softmax(dim=-1)
 
-    def _patch_loss(self, patches: Tensor, targets: Tensor, hidden: Tensor) -> Tensor:
-        """Return the mean over large crops of the mean cross-entropy of each one's hidden patches, [M, D], [M, K]."""
-        said = (self.student_patch_head(patches) / self.config.student_temperature).log_softmax(dim=-1)
-        counts = hidden.sum(dim=1, keepdim=True).clamp_min(1).expand_as(hidden)[hidden]
-        losses: Tensor = -(targets * said).sum(-1) / counts
-        return losses.sum() / len(hidden)
+    def _patch_loss(self, patches: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
+        """Return the mean over large crops of each crop's mean cross-entropy over its masked patches.
+
+        Args:
+            patches: The student's tokens of masked patches, [M, D].
+            targets: The teacher's probabilities for the same patches, [M, K].
+            masked: Whether a patch is masked, bool [2 B, N].
+        """
+        log_probs = (self.student_patch_head(patches) / self.config.student_temperature).log_softmax(dim=-1)
+        num_masked = masked.sum(dim=1, keepdim=True).clamp_min(1).expand_as(masked)[masked]
+        losses: Tensor = -(targets * log_probs).sum(-1) / num_masked
+        return losses.sum() / len(masked)
 
 
-def turn_into_buffers(module: nn.Module) -> None:
-    """Make every parameter a buffer of the same name."""
+def convert_to_buffers(module: nn.Module) -> None:
+    """Replace every parameter of a module by a buffer with the same name and value."""
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             delattr(part, name)
             part.register_buffer(name, parameter.detach().clone())
 
 
-def counts_of(positions: Tensor) -> Tensor:
-    """Return how much each of this rank's images counts, [B]: a rank without any has a copy, and both count half."""
+def sample_weights(positions: Tensor) -> Tensor:
+    """Return the weight [B] of each image of this rank: 1 / (number of its copies over all ranks).
+
+    A rank with too few images repeats another rank's image; together the copies count as one.
+
+    Args:
+        positions: Position of each image in the run, int [B].
+    """
     all_positions, _ = gather_rows(positions)
     return 1 / (positions[:, None] == all_positions).sum(dim=1)
 
 
-def dino_loss(said_of_large: Tensor, said_of_small: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy of all pairs of a crop and another, large one.
+def dino_loss(large_log_probs: Tensor, small_log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy -sum_k(target * log p) over all pairs of a crop and a different large crop.
 
     Args:
-        said_of_large: by the student, logarithms, [B, 2, K].
-        said_of_small: the same, [B, crops, K].
-        targets: what the teacher says of the large crops, [B, 2, K].
+        large_log_probs: The student's log-probabilities for large crops, [B, 2, K].
+        small_log_probs: The student's log-probabilities for small crops, [B, crops, K].
+        targets: The teacher's probabilities for large crops, [B, 2, K].
     """
-    of_large = (targets.flip(1) * said_of_large).sum(-1).sum(1)
-    of_small = (targets.sum(1, keepdim=True) * said_of_small).sum(-1).sum(1)
-    pairs = NUM_LARGE * (NUM_LARGE - 1 + said_of_small.shape[1])
-    return -(of_large + of_small).mean() / pairs
+    from_large = (targets.flip(1) * large_log_probs).sum(-1).sum(1)
+    from_small = (targets.sum(1, keepdim=True) * small_log_probs).sum(-1).sum(1)
+    pairs = NUM_LARGE * (NUM_LARGE - 1 + small_log_probs.shape[1])
+    return -(from_large + from_small).mean() / pairs
 
 
-def sinkhorn_knopp(logits: Tensor, counts: Tensor) -> Tensor:
-    """Balance the rows of all ranks over the prototypes (arXiv 2006.09882), so that no answer is the same for all.
+def sinkhorn_knopp(logits: Tensor, weights: Tensor) -> Tensor:
+    """Balance the rows of all ranks over the prototypes (arXiv 2006.09882), which prevents a collapse to one prototype.
 
     Args:
-        logits: of this rank's rows, [rows, K].
-        counts: how much each row does, [rows].
+        logits: Logits of this rank's rows, [rows, K].
+        weights: Weight of each row, [rows].
 
     Returns:
-        [rows, K]; each row adds up to 1, and each column, over all ranks, nearly to rows / K.
+        Probabilities [rows, K]. Each row sums to 1; each column sums, over all ranks, to approximately rows / K.
     """
     shares = logits.exp()
-    rows = sum_over_ranks(counts.sum())
-    for _ in range(SINKHORN_ROUNDS):
-        shares = shares / sum_over_ranks(counts @ shares) * rows / shares.shape[1]
+    rows = sum_over_ranks(weights.sum())
+    for _ in range(SINKHORN_ITERATIONS):
+        shares = shares / sum_over_ranks(weights @ shares) * rows / shares.shape[1]
         shares = shares / shares.sum(dim=1, keepdim=True)
     return shares
 
 
 def koleo_loss(features: Tensor, positions: Tensor) -> Tensor:
-    """Return the mean of -log of the distance to the nearest other image, on the unit sphere (arXiv 1806.03198).
+    """Return the mean of -log(distance to the nearest other image) on the unit sphere (KoLeo, arXiv 1806.03198).
+
+    Neighbors are searched on all ranks, separately for each crop index, and gradients also flow to the neighbors. The
+    means of the crop indices are summed.
 
     Args:
-        features: of this rank's crops, [B, crops, D]; for each of the crops by itself, neighbors are looked for on all
-            ranks, and are moved as well. The crops' means are added up.
-        positions: of the images in the run, [B]. A rank without images of its own has a copy of another's, which is
-            no neighbor of it.
+        features: Features of this rank's crops, [B, crops, D].
+        positions: Position of each image in the run, int [B]. Images with equal positions are copies (see
+            `sample_weights`) and are not neighbors of each other.
     """
     rows = F.normalize(features, dim=-1)
     all_rows, first = gather_rows(rows)
     all_positions, _ = gather_rows(positions)
-    own, everyone = rows.transpose(0, 1), all_rows.transpose(0, 1)  # [crops, B, D], of this rank and of all
-    places = torch.arange(len(rows), device=rows.device)
+    own, everyone = rows.transpose(0, 1), all_rows.transpose(0, 1)  # [crops, B, D] of this rank and of all ranks
+    indices = torch.arange(len(rows), device=rows.device)
     with torch.no_grad():
         cosines = own @ everyone.transpose(1, 2)
-        cosines.masked_fill_(positions[:, None] == all_positions, -3)
-        cosines[:, places, first + places] = -2  # an image alone is its own: a distance without a gradient
+        cosines.masked_fill_(positions[:, None] == all_positions, SAME_IMAGE_COSINE)
+        # An image without any other is its own neighbor, at a distance without a gradient.
+        cosines[:, indices, first + indices] = OWN_COSINE
         nearest = cosines.argmax(dim=2)
-    distances: Tensor = torch.linalg.vector_norm(own - take(everyone, nearest) + LEAST_DISTANCE, dim=2)
-    return -(distances + LEAST_DISTANCE).log().mean(dim=1).sum()
+    distances: Tensor = torch.linalg.vector_norm(own - take(everyone, nearest) + MIN_DISTANCE, dim=2)
+    return -(distances + MIN_DISTANCE).log().mean(dim=1).sum()

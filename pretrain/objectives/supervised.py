@@ -1,4 +1,7 @@
-"""Supervised classification of CLS: cross-entropy, plain or binary, with label smoothing, mixup and cutmix."""
+"""Supervised classification of the CLS token: softmax or binary cross-entropy, label smoothing, mixup and cutmix.
+
+Letters in shapes: B images, C channels, H height and W width in pixels, K classes, N patches, V visible patches.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,7 +25,16 @@ LOSSES: dict[tuple[str, str], Callable[[Tensor, Tensor, float], Tensor]] = {
 
 
 class SupervisedObjective(Objective):
-    """Classify the whole image. The head starts near zero, so the first loss is close to log(number of classes)."""
+    """Classify whole images with a linear head on the CLS token.
+
+    The head's weights start near zero, so the first cross-entropy is close to log(number of classes).
+
+    Args:
+        config: Loss, class weights, label smoothing, patch dropout and augmentation.
+        encoder: Vision Transformer to train.
+        class_shares: Share of each class in the training data; its length is the number of classes.
+        preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
+    """
 
     def __init__(
         self, config: SupervisedConfig, encoder: ViT, class_shares: Sequence[float], preprocessing: PreprocessingConfig
@@ -34,7 +46,8 @@ class SupervisedObjective(Objective):
         self.loss = LOSSES[config.loss, config.loss_reduction]
         self.group_size = 2 if config.augment.mixes else 1
         self.class_weights: Tensor
-        self.register_buffer("class_weights", weigh(config.class_weights, class_shares), persistent=False)
+        weights = build_class_weights(config.class_weights, class_shares)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.classifier = nn.Linear(encoder.config.hidden_size, len(class_shares))
         nn.init.trunc_normal_(self.classifier.weight, std=HEAD_STD)
         nn.init.constant_(self.classifier.bias, config.head_bias)
@@ -48,13 +61,18 @@ class SupervisedObjective(Objective):
         return EvalView(self.encoder.config.image_size, self.preprocessing.resize_ratio)
 
     def logits(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """[B, C, H, W] -> [B, classes], from CLS after the last norm."""
+        """Return the logits, float [B, K].
+
+        Args:
+            images: Normalized images, float [B, C, H, W].
+            visible: Indices of the patches that the encoder is given, int [B, V]; None for all patches.
+        """
         tokens = self.encoder(images.to(self.classifier.weight.dtype), visible)
         logits: Tensor = self.classifier(tokens[:, 0])
         return logits.float()
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return each sample's loss, [B], times the weight of its class."""
+        """Return the loss of each sample, float [B], multiplied by the weight of its class."""
         losses = self.loss(logits, labels, self.config.label_smoothing)
         return losses * self.class_weights[labels] if self.config.class_weights != "none" else losses
 
@@ -74,7 +92,7 @@ class SupervisedObjective(Objective):
 
     def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels, weight = batch["label"], batch["weight"]
-        logits = self.logits(self.normalized(batch))
+        logits = self.logits(self.normalized_images(batch))
         correct = (logits.argmax(dim=1) == labels).float()
         return {
             "loss": (self.loss(logits, labels, 0.0) * weight).sum(),
@@ -82,16 +100,23 @@ class SupervisedObjective(Objective):
         }
 
 
-def weigh(class_weights: str | list[float], class_shares: Sequence[float]) -> Tensor:
-    """Return each class's weight [K]: as given, or so that each counts as much as any other, 1 on average.
+def build_class_weights(class_weights: str | list[float], class_shares: Sequence[float]) -> Tensor:
+    """Return the loss weight of each class, float [K].
+
+    Args:
+        class_weights: "none" for ones; "balanced" for 1 / (K * share), the inverse frequency with mean 1 over the
+            samples; or a list with one weight per class.
+        class_shares: Share of each class in the training data.
 
     Raises:
-        UserError: not as many weights as classes.
+        UserError: If the list's length is not the number of classes.
     """
     if isinstance(class_weights, list):
         if len(class_weights) != len(class_shares):
-            given = f"objective.class_weights: {len(class_weights)} weights"
-            raise UserError(f"{given} for {len(class_shares)} classes; expected one for each")
+            raise UserError(
+                f"objective.class_weights: {len(class_weights)} weights for {len(class_shares)} classes; "
+                "give one weight per class"
+            )
         return torch.tensor(class_weights)
     shares = torch.tensor(class_shares).clamp_min(torch.finfo(torch.float32).tiny)
     return 1 / (len(class_shares) * shares) if class_weights == "balanced" else torch.ones_like(shares)

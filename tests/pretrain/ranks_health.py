@@ -18,6 +18,7 @@ from pretrain.data.loading.loader import Batch
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.errors import DivergedError
 from pretrain.journal import read_rows
+from pretrain.objectives.objective import Output
 from pretrain.objectives.supervised import SupervisedObjective
 from pretrain.run import go_back, open_run
 from pretrain.steps import to_device
@@ -60,8 +61,8 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
 
     forward = SupervisedObjective.forward
 
-    def poisoned(objective: SupervisedObjective, batch: Batch) -> dict[str, Tensor]:
-        losses = forward(objective, batch)
+    def poisoned(objective: SupervisedObjective, batch: Batch, output: Output = "losses") -> dict[str, Tensor]:
+        losses = forward(objective, batch, output)
         loss = losses["loss"]
         if factor == GRADIENT:
             return {**losses, "loss": loss + (loss - loss.detach()).abs().sqrt()}

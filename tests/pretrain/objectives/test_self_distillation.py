@@ -18,9 +18,9 @@ from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.self_distillation import (
     SelfDistillationObjective,
-    counts_of,
     dino_loss,
     koleo_loss,
+    sample_weights,
     sinkhorn_knopp,
 )
 from tests.support.overfitting import overfit
@@ -81,7 +81,7 @@ def test_sinkhorn_knopp_balances_as_in_log_space() -> None:
     assert (shares.sum(0) - 12 / 5).abs().max() < (logits.softmax(1).sum(0) - 12 / 5).abs().max() / 2
     assert sinkhorn_knopp(torch.empty(0, 5), torch.empty(0)).shape == (0, 5)
     copied = torch.cat([logits, logits[:1]])  # as on a rank that has no image of its own
-    counts = counts_of(torch.tensor([*range(12), 0])).double()
+    counts = sample_weights(torch.tensor([*range(12), 0])).double()
     assert counts.tolist() == [0.5] + 11 * [1.0] + [0.5]
     torch.testing.assert_close(sinkhorn_knopp(copied, counts)[:12], shares)
 
@@ -123,7 +123,9 @@ def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
     data = batch(objective, 6)
     first = float(objective(data)["loss"])
     last = overfit(objective, data, steps=150)
-    cls, patches = objective._targets(objective._crops(data, "large"), data["hidden"].flatten(0, 1), torch.ones(12))
+    cls, patches = objective._teacher_targets(
+        objective._crops(data, "large"), data["hidden"].flatten(0, 1), torch.ones(12)
+    )
     least = sum(float(-(t * t.clamp_min(1e-30).log()).sum(-1).mean()) for t in (cls, patches))  # the targets' entropy
     assert last - least < 0.35 * (first - least)
 

@@ -165,7 +165,9 @@ def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
     torch.testing.assert_close(
         build_objective(given, ViT(MODEL), [0.6, 0.3, 0.1], PreprocessingConfig()).class_weights, weights
     )
-    with pytest.raises(UserError, match=r"objective\.class_weights: 3 weights for 2 classes; expected one for each"):
+    with pytest.raises(
+        UserError, match=r"objective\.class_weights: 3 weights for 2 classes; give one weight per class"
+    ):
         build_objective(given, ViT(MODEL), [0.5, 0.5], PreprocessingConfig())
 
 
