@@ -12,7 +12,8 @@ from launch.supervisor.supervisor import is_alive
 from pretrain.checkpoint.history import list_remains
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.heartbeat.beats import END, START, Beat, read_beats
 from tests.support.launching import free_port
 

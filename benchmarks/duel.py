@@ -49,7 +49,7 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import Batch, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import list_digits
+from pretrain.data.sources.digits import list_digits
 from pretrain.data.transforms.views import augment
 from pretrain.engine.deepspeed import build_engine, set_learning_rate, start_distributed
 from pretrain.export.vit import to_hugging_face

@@ -37,7 +37,7 @@ from pretrain.data.shards.bench import SIZE, Row, compare, loader_rate
 from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import list_folder
+from pretrain.data.sources.folder import list_folder
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.data.storage.remote import FetchPolicy

@@ -27,7 +27,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 
 WORLD_SIZES, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
 SAVED_AT, STEPS = 4, 14

@@ -36,7 +36,8 @@ from pretrain.configfile import Loaded, load_config
 from pretrain.data.loading.loader import evaluation_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.export.folder import export
 from pretrain.metrics.probes import predict_by_linear_probe, predict_by_neighbors
 

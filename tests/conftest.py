@@ -16,7 +16,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from tests.support.launching import TINY, Shell
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # started with &, a shell has it ignored, here and in children

@@ -87,7 +87,8 @@ def make(
     """
     shard_bytes = parse_size(shard_size, "--shard-size")
     encoding, listing, making, plan, units = (
-        stage(f"pretrain.data.shards.{name}") for name in ("encoding", "listing", "make", "plan", "units")
+        stage(f"pretrain.data.{name}")
+        for name in ("shards.encoding", "sources.open", "shards.make", "shards.plan", "shards.units")
     )
     with mistakes():
         how = listing.Listing(

@@ -11,7 +11,7 @@ from pretrain.config import SourceConfig
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.order import Part
 from pretrain.data.dataset.sharded import ShardDataset
-from pretrain.data.sources.source import list_folder
+from pretrain.data.sources.folder import list_folder
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import FetchPolicy, expand_braces, is_remote

@@ -1,1 +1,1 @@
-"""What `vitrail shards` does, a file for each verb: shards are made, indexed, checked, counted and tried out."""
+"""Create and inspect shard sets: the work behind `vitrail shards`."""

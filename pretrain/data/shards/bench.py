@@ -33,8 +33,8 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.loading.loader import Loaded, training_batches
 from pretrain.data.shards.encoding import Stored
-from pretrain.data.shards.scan import IMAGE_EXTENSIONS
 from pretrain.data.shards.writer import ShardWriter
+from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS
 from pretrain.data.transforms.decode import Pixels, decode, to_rgb
 from pretrain.data.transforms.views import TrainView, crop_box, resize
 from pretrain.errors import DataError

@@ -12,12 +12,12 @@ from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.dataset.sharded import load_info
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
-from pretrain.data.shards.scan import IMAGE_EXTENSIONS
 from pretrain.data.shards.units import run_units
 from pretrain.data.storage.archive import Archive, Member, open_tar
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, fetch_bytes, is_remote
+from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS
 from pretrain.data.transforms.decode import DecodeError, decode
 from pretrain.errors import DataError
 

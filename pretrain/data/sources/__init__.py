@@ -1,1 +1,1 @@
-"""Images before they become shards: folders, tables, tars and the digits."""
+"""Where images come from before they are written as shards: folders, tables, tars and scikit-learn's digits."""

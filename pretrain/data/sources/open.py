@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain.data.sources.source import Source, list_digits, list_folder
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.folder import list_folder
+from pretrain.data.sources.source import Source
 from pretrain.data.sources.table import SUFFIXES, Columns, list_table
 from pretrain.data.sources.tar import list_tars
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pretrain.data.sources.source import Content, Integers, ReadFile, Source, SourceImage, counted
+from pretrain.data.sources.folder import ReadFile
+from pretrain.data.sources.source import Content, Integers, Source, SourceImage, counted
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.remote import FetchPolicy, fetch_bytes, is_remote
 from pretrain.errors import DataError

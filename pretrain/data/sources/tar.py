@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.shards.scan import image_of, label_of, metadata_of, name_classes, samples_of
 from pretrain.data.sources.source import Content, Source, SourceImage, counted
 from pretrain.data.storage.archive import BLOCK, Archive, open_tar
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, fetch_range, is_remote
+from pretrain.data.storage.webdataset import image_of, label_of, metadata_of, name_classes, samples_of
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Bytes on disk or far away: the index, tar archives, local and remote reads, the cache."""
+"""Bytes of shards, local or remote: the index format, tar reading, range reads, downloads and the node's cache."""

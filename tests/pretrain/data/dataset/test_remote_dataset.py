@@ -22,7 +22,8 @@ from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.loading.loader import evaluation_batches, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.data.storage.remote import StalledFetchError
 from pretrain.data.transforms.views import EvalView, TrainView

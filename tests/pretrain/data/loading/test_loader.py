@@ -19,7 +19,8 @@ from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.loading.loader import Loaded, evaluation_batches, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.views import EvalView, MaskedView, TrainView, View
 from pretrain.errors import DataError
 

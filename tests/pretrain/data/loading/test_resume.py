@@ -15,7 +15,8 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.views import TrainView
 
 VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, erasing=0.3), 16)

@@ -12,7 +12,8 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.bench import ROWS, by_pillow, by_us, compare
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import list_digits, list_folder
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.folder import list_folder
 from pretrain.errors import DataError
 
 

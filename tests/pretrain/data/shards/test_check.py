@@ -15,7 +15,8 @@ from pretrain.data.shards.check import Finding, check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.shards.units import run_units
-from pretrain.data.sources.source import keep_classes, list_digits
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.data.storage.index import DatasetInfo, ShardIndex
 from pretrain.errors import DataError
 from tests.support.faults import DAMAGES, webdataset_images

@@ -24,7 +24,9 @@ from pretrain.data.shards.encoding import Encoding
 from pretrain.data.shards.make import Made, Record, Unit, make_shards
 from pretrain.data.shards.plan import Recipe, split
 from pretrain.data.shards.units import run_units, run_units_on_ray
-from pretrain.data.sources.source import Source, keep_classes, list_digits, list_folder
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.folder import list_folder
+from pretrain.data.sources.source import Source, keep_classes
 from pretrain.data.storage.index import DatasetInfo, ShardIndex
 from pretrain.errors import DataError
 

@@ -17,7 +17,7 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.shards.stats import draw, read_stats, summary
-from pretrain.data.sources.source import list_folder
+from pretrain.data.sources.folder import list_folder
 from pretrain.errors import DataError
 
 

@@ -17,7 +17,7 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import Loaded, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.source import list_folder
+from pretrain.data.sources.folder import list_folder
 from pretrain.data.transforms.decode import DecodeError, Jpeg, decode_unless_jpeg
 from pretrain.data.transforms.device_decode import build_decoder, torchvision_decoder, unpack
 from pretrain.data.transforms.views import TrainView
