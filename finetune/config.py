@@ -1,4 +1,4 @@
-"""A fine-tuning run on one page. What it shares with pretraining has the same name and the same class."""
+"""The configuration of a fine-tuning run. What it shares with pretraining has the same name and the same class."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -24,41 +24,45 @@ from pretrain.config import (
 
 
 class FinetuneDataConfig(SourceConfig):
-    """Shard sets, or folders with a subfolder for each class."""
+    """Training and validation data: shard sets, or folders with one subfolder per class."""
 
-    validation: Location
-    labels_per_class: Count | None = Field(None, description="train on so many samples of each class, drawn by seed")
+    validation: Location = Field(description="Validation data: a path or URL.")
+    labels_per_class: Count | None = Field(
+        None, description="Training samples per class, chosen by the seed; null uses all of them."
+    )
 
 
 class FinetuneScheduleConfig(Section):
-    """Linear warm-up, then cosine decay to zero."""
+    """Linear warm-up followed by a cosine decay to zero."""
 
-    epochs: Count = 10
-    warmup_epochs: NonNegative = 0.0
+    epochs: Count = Field(10, description="Number of passes over the training data.")
+    warmup_epochs: NonNegative = Field(0.0, description="Epochs over which the learning rate rises to its peak.")
 
 
 class FinetuneEngineConfig(BatchConfig):
-    """How Accelerate runs a step."""
+    """Batch sizes and precision under Accelerate."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the forward and backward pass.")
 
 
 class FinetuneEvaluationConfig(Section):
-    """When the validation set is gone through: every so many epochs and at the end."""
+    """Frequency of validation. The last epoch is always validated."""
 
-    every_epochs: Count = 1
+    every_epochs: Count = Field(1, description="Epochs between validations.")
 
 
 class FinetuneConfig(Section):
     """A fine-tuning run."""
 
-    run_dir: UserPath
-    model: UserPath = Field(description="a Hugging Face folder")
-    from_scratch: bool = Field(False, description="take the folder's architecture but not its weights, as a baseline")
-    freeze_backbone: bool = Field(False, description="train the new head alone")
-    overwrite: bool = Field(False, description="replace the model that an earlier run left in run_dir")
-    seed: CountOrZero = 0
-    label_smoothing: Rate = 0.0
+    run_dir: UserPath = Field(description="Run folder for the fine-tuned model, its metrics and its report.")
+    model: UserPath = Field(description="Hugging Face folder of the model to fine-tune.")
+    from_scratch: bool = Field(
+        False, description="Whether to start from random weights in the model's architecture, as a baseline."
+    )
+    freeze_backbone: bool = Field(False, description="Whether to train only the new classification head.")
+    overwrite: bool = Field(False, description="Whether to replace the model that an earlier run left in run_dir.")
+    seed: CountOrZero = Field(0, description="Random seed for the new weights, data order and augmentation.")
+    label_smoothing: Rate = Field(0.0, description="Share of the target distributed evenly over all classes.")
     data: FinetuneDataConfig
     augment: AugmentConfig = AugmentConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -69,4 +73,4 @@ class FinetuneConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def problems(self) -> Iterator[Problem]:
-        yield from self.engine.problems_of_mixing(self.augment)
+        yield from self.engine.mixing_problems(self.augment)

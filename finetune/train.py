@@ -187,7 +187,7 @@ def train(run: Run, tracker: Tracker) -> Best:
     progress.note(
         f"{run.num_samples} training and {sum(run.validation.shard_sizes)} validation images, "
         f"{len(run.training.class_names)} classes, {accelerator.num_processes} x {accelerator.device.type}, "
-        f"{total_steps} steps, {config.optimizer.explained(config.engine.global_batch_size)}"
+        f"{total_steps} steps, {config.optimizer.describe_learning_rate(config.engine.global_batch_size)}"
     )
     batches = _batches(run, total_steps)
     interval = Interval()
@@ -196,7 +196,7 @@ def train(run: Run, tracker: Tracker) -> Best:
     for step in range(1, total_steps + 1):
         learning_rate = learning_rate_at(
             step - 1,
-            peak=config.optimizer.peak(config.engine.global_batch_size),
+            peak=config.optimizer.peak_learning_rate(config.engine.global_batch_size),
             final=0.0,
             warmup_steps=min(run.steps_after(config.schedule.warmup_epochs), total_steps - 1),
             total_steps=total_steps,

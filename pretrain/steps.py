@@ -72,7 +72,7 @@ class Batches:
         """End the workers, and hear of the last step, unless what was skipped before it decides what comes next."""
         if self._stretch is not None:
             self._stretch.close()
-        if len(self.run.skipped.in_a_row) < self.run.config.health.max_skipped_in_a_row:
+        if len(self.run.skipped.in_a_row) < self.run.config.health.max_consecutive_skips:
             self.note(self.run.health.flush())
 
     def note(self, judged: Verdict | None) -> None:

@@ -97,7 +97,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
             saver.give_up()
         if judged and judged.stop and step < total_steps:
             outcome = Outcome.STOPPED
-        if len(run.skipped.in_a_row) >= config.health.max_skipped_in_a_row:
+        if len(run.skipped.in_a_row) >= config.health.max_consecutive_skips:
             outcome = Outcome.DIVERGED
         ends = outcome is not Outcome.DONE or step == total_steps
         owed = owed or step % config.checkpoint.every_steps == 0
@@ -127,7 +127,7 @@ def prepare_step(run: Run) -> float:
     run.objective.before_step(step / config.schedule.total_steps)
     learning_rate = learning_rate_at(
         step,
-        peak=config.optimizer.peak(config.engine.global_batch_size),
+        peak=config.optimizer.peak_learning_rate(config.engine.global_batch_size),
         final=config.schedule.final_learning_rate,
         warmup_steps=config.schedule.warmup_steps,
         total_steps=config.schedule.total_steps,
@@ -193,5 +193,5 @@ def _summary(run: Run) -> str:
         f"{sum(run.data.training.shard_sizes)} images in {len(run.data.training.class_names)} classes, "
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
         f"{config.precision}, batch {config.global_batch_size}, from step {run.manifest.step}, "
-        f"{run.config.optimizer.explained(config.global_batch_size)}"
+        f"{run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
     )

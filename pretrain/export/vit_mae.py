@@ -54,13 +54,13 @@ autoencoder = ViTMAEForPreTraining.from_pretrained("{folder}")
         self.config = config
         self.objective = config.objective
         self.encoder = native_encoder(config.model, weights)
-        self.decoder = MAEDecoder(config.objective.decoder(config.model), config.model.hidden_size).eval()
+        self.decoder = MAEDecoder(config.objective.decoder_config(config.model), config.model.hidden_size).eval()
         own = {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name.startswith(PREFIX)}
         self.decoder.load_state_dict(own, strict=True)
 
     def predict(self, pixels: Tensor, patch_order: Tensor) -> Tensor:
         """Rebuild the hidden patches, [B, N - V, P * P * C]: the last dimension in transformers' order."""
-        visible = patch_order[:, : self.objective.num_visible(self.config.model)]
+        visible = patch_order[:, : self.objective.num_visible_patches(self.config.model)]
         predicted = self.decoder(self.encoder(pixels, visible), patch_order)
         rebuilt: Tensor = predicted[..., pixel_order(self.config.model)]
         return rebuilt
@@ -98,7 +98,7 @@ autoencoder = ViTMAEForPreTraining.from_pretrained("{folder}")
             pixels = pixels_in_evaluation(self.config, image)
             patch_order = torch.from_numpy(random.permutation(num_patches))[None]
             rebuilt = model(seen, noise=patch_order.argsort(dim=1).float())
-            hidden = patch_order[0, self.objective.num_visible(self.config.model) :]
+            hidden = patch_order[0, self.objective.num_visible_patches(self.config.model) :]
             proof.compare("rebuilt patches", rebuilt.logits[:, hidden], self.predict(pixels, patch_order))
             proof.compare("pixels", seen, pixels)
         return proof

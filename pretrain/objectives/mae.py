@@ -39,8 +39,8 @@ class MAEObjective(Objective):
         self.config = config
         self.preprocessing = preprocessing
         self.encoder = encoder
-        self.num_visible = config.num_visible(encoder.config)
-        self.decoder = MAEDecoder(config.decoder(encoder.config), encoder.config.hidden_size)
+        self.num_visible = config.num_visible_patches(encoder.config)
+        self.decoder = MAEDecoder(config.decoder_config(encoder.config), encoder.config.hidden_size)
         self._initialize()
 
     def train_view(self, image_size: int) -> View:

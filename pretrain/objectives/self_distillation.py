@@ -53,7 +53,7 @@ class SelfDistillationObjective(Objective):
         self.config = config
         self.preprocessing = preprocessing
         width = encoder.config.hidden_size
-        sizes = (config.head_hidden_size, config.head_bottleneck_size, config.prototypes)
+        sizes = (config.head_hidden_size, config.head_bottleneck_size, config.num_prototypes)
         without_dropout = {"drop_path": 0.0, "dropout": 0.0, "attention_dropout": 0.0}
         self.student = encoder
         self.student_cls_head = ProjectionHead(width, *sizes)
@@ -79,7 +79,7 @@ class SelfDistillationObjective(Objective):
         return CropsView(
             TrainView(config.augment, image_size),
             TrainView(small, config.local_image_size),
-            config.local_crops,
+            config.num_local_crops,
             image_size // self.student.config.patch_size,
             config.mask_probability,
             config.mask_ratios,
@@ -112,8 +112,8 @@ class SelfDistillationObjective(Objective):
     @property
     def teacher_temperature(self) -> float:
         """Return the current temperature of the teacher's softmax, which rises linearly at the start of the run."""
-        first, last = self.config.first_teacher_temperature, self.config.teacher_temperature
-        return first + (last - first) * min(1.0, self._progress / self.config.temperature_warmup)
+        first, last = self.config.initial_teacher_temperature, self.config.teacher_temperature
+        return first + (last - first) * min(1.0, self._progress / self.config.temperature_warmup_fraction)
 
     def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the DINO, iBOT and KoLeo losses and "loss", their weighted sum."""

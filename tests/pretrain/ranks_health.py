@@ -116,7 +116,7 @@ def main(recipe: Path, folder: Path) -> None:
     look("rolled back", IN_A_ROW, "checkpoint.every_steps=10")
     look("rolled back to their beginning", AFTER_A_SAVE, "checkpoint.every_steps=10", *SETTINGS["stage3"])
     always = {position: float("nan") for position in range(20 * BATCH, 200 * BATCH)}
-    look("hopeless", always, "checkpoint.every_steps=10", "health.max_rollbacks=2", "health.max_skipped_in_a_row=3")
+    look("hopeless", always, "checkpoint.every_steps=10", "health.max_rollbacks=2", "health.max_consecutive_skips=3")
     if distributed.is_main():
         (folder / "seen.json").write_text(json.dumps(seen))
 

@@ -43,7 +43,7 @@ MAE = (
     "decoder_num_attention_heads: 2, decoder_intermediate_size: 32}"
 )
 DISTIL = [
-    "objective={name: self_distillation, local_crops: 2, local_image_size: 16, prototypes: 32, "
+    "objective={name: self_distillation, num_local_crops: 2, local_image_size: 16, num_prototypes: 32, "
     "head_hidden_size: 32, head_bottleneck_size: 16, augment: {crop_scale: [0.5, 1.0], blur: 0.5, solarize: 0.2}}",
     "ema.decay=0",
     "engine.micro_batch_size=16",  # what is balanced together is a micro-step of all ranks
@@ -348,7 +348,7 @@ def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
         "tracking.uri=off",
     ]
     if path.stem.startswith("dinov2"):
-        settings += ["objective.prototypes=64", "objective.head_hidden_size=24", "objective.local_image_size=32"]
+        settings += ["objective.num_prototypes=64", "objective.head_hidden_size=24", "objective.local_image_size=32"]
     if path.stem.startswith("mae"):
         settings += ["objective.decoder_hidden_size=16", "objective.decoder_num_hidden_layers=1"]
         settings += ["objective.decoder_num_attention_heads=2", "objective.decoder_intermediate_size=32"]
@@ -418,7 +418,7 @@ def reference(recipe: Path, *overrides: str, steps: int | None = None) -> dict[s
     for step, loaded in enumerate(batches):
         rate = learning_rate_at(
             step,
-            peak=config.optimizer.peak(batch_size),
+            peak=config.optimizer.peak_learning_rate(batch_size),
             final=schedule.final_learning_rate,
             warmup_steps=schedule.warmup_steps,
             total_steps=schedule.total_steps,

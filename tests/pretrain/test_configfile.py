@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig, Section
-from pretrain.configfile import ConfigError, _leaves, flatten, load_config
+from pretrain.configfile import ConfigError, _dotted, _leaves, flatten, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "run_dir: runs/x\ndata: {train: shards}\nschedule: {total_steps: 100}\n"
@@ -40,14 +40,34 @@ MISTAKES = [
     ("engine: 3", [], "x.yaml:4: engine: expected a section of keys, got 3"),
     ("seed: 1\nseed: 2", [], "x.yaml:5: seed: duplicate key, first set on line 4"),
     ("data: {train: other}", [], "x.yaml:4: data: duplicate key, first set on line 2"),
-    ("model: {patch_size: 15}", [], "patches of 15 pixels don't divide an image of 224; image_size=210 would fit"),
-    ("model: {num_attention_heads: 7}", [], "7 heads don't divide hidden_size 768; 6 would"),
-    ("model: {hidden_size: 90, num_attention_heads: 9, position_embedding: sincos}", [], "multiple of 4, got 90"),
-    ("model: {mlp_ratio: 2, intermediate_size: 9}", [], "already sets the MLP's width; keep one of the two"),
-    ("", ["data.weights=[1, 2]"], "2 weights for 1 sets of train; expected one for each"),
-    ("engine: {zero_stage: 0, offload_optimizer: true}", [], "offloading needs zero_stage 1, 2 or 3"),
-    ("objective: {augment: {mixup: 0.8}}\nengine: {global_batch_size: 6, micro_batch_size: 3}", [], "must be even"),
-    ("objective: {augment: {crop_scale: [1.0, 0.5]}}", [], "expected [low, high] with 0 < low <= high, got [1.0, 0.5]"),
+    ("model: {patch_size: 15}", [], "model.patch_size: 15 does not divide image_size=224; image_size=210 would fit"),
+    ("model: {num_attention_heads: 7}", [], "model.num_attention_heads: 7 does not divide hidden_size=768; 6 would"),
+    (
+        "model: {hidden_size: 90, num_attention_heads: 9, position_embedding: sincos}",
+        [],
+        "multiple of 4 with position_embedding=sincos, got 90; ",
+    ),
+    (
+        "model: {mlp_ratio: 2, intermediate_size: 9}",
+        [],
+        "model.mlp_ratio: conflicts with intermediate_size; remove one of the two",
+    ),
+    ("", ["data.weights=[1, 2]"], "data.weights: has 2 values but data.train has 1; give one weight per training set"),
+    (
+        "engine: {zero_stage: 0, offload_optimizer: true}",
+        [],
+        "engine.offload_optimizer: requires zero_stage 1, 2 or 3; raise zero_stage",
+    ),
+    (
+        "objective: {augment: {mixup: 0.8}}\nengine: {global_batch_size: 6, micro_batch_size: 3}",
+        [],
+        "engine.micro_batch_size: must be even for mixup",
+    ),
+    (
+        "objective: {augment: {crop_scale: [1.0, 0.5]}}",
+        [],
+        "must be [low, high] with 0 < low <= high, got [1.0, 0.5]; correct",
+    ),
     (
         "objective: {name: mea, mask_ratio: 0.5}",
         [],
@@ -56,39 +76,96 @@ MISTAKES = [
     ("objective: {mask_ratio: 0.5}", [], "unknown key; did you mean mask_ratio, which objective.name=mae has?"),
     ("objective: {name: mae, label_smoothing: 0.1}", [], "label_smoothing, which objective.name=supervised has?"),
     ("objective: {name: mae, mask_ratio: 1}", [], "objective.mask_ratio: expected a number less than 1"),
-    ("objective: {name: mae, decoder_num_attention_heads: 7}", [], "7 heads don't divide decoder_hidden_size 512; 8"),
-    ("objective: {name: mae, augment: {mixup: 0.8}}", [], "mixup and cutmix mix labels, and mae has none"),
-    ("objective: {name: mae, mask_ratio: 0.999}", [], "objective.mask_ratio: hides all of the 196 patches; lower it"),
+    ("objective: {name: mae, decoder_num_attention_heads: 7}", [], "7 does not divide decoder_hidden_size=512; 8"),
+    (
+        "objective: {name: mae, augment: {mixup: 0.8}}",
+        [],
+        "mixup and cutmix mix labels, which mae does not use; set both to 0",
+    ),
+    (
+        "objective: {name: mae, mask_ratio: 0.999}",
+        [],
+        "objective.mask_ratio: hides all 196 patches of an image; lower it",
+    ),
     (
         "objective: {loss_reduction: sum}",
         [],
-        "objective.loss_reduction: cross_entropy has one term, nothing to add up; use mean",
+        "objective.loss_reduction: sum requires loss=binary_cross_entropy; use mean",
     ),
     (
         "objective: {augment: {three_augment: true, blur: 0.1}}",
         [],
-        "already takes grayscale, solarize or blur; leave their",
+        "already applies grayscale, solarize or blur; set these",
     ),
     (
         "objective: {name: mae, decoder_hidden_size: 50, decoder_num_attention_heads: 2}",
         [],
-        "objective.decoder_hidden_size: its sincos positions need a multiple of 4, got 50",
+        "objective.decoder_hidden_size: must be a multiple of 4 for its sincos position embedding, got 50; change it",
     ),
-    (DISTIL.format("mask_ratios: [0.5, 0.1]"), [], "mask_ratios: expected [low, high] with 0 < low <= high, got [0.5"),
-    (DISTIL.format("augment: {cutmix: 1}"), [], "mixup and cutmix mix labels, and there are none"),
-    (DISTIL.format("local_image_size: 100"), [], "patches of 16 pixels don't divide a small crop of 100"),
-    (DISTIL.format(""), ["engine.zero_stage=3"], "follows whole weights, which stage 3 cuts up; use 0, 1 or 2"),
-    (DISTIL.format(""), ["ema.decay=0.9"], "ema.decay: self_distillation's teacher is an average already; use 0"),
-    (DISTIL.format(""), ["data.decode=gpu"], "data.decode: self_distillation crops an image many times; use cpu"),
-    ("", ["schedule.image_sizes=[[0.5, 100]]"], "patches of 16 pixels don't divide an image of 100"),
-    ("", ["schedule.image_sizes=[[0.9, 192], [0.5, 128]]"], "the shares of the run must grow, got [0.9, 0.5]"),
-    ("", ["schedule.image_sizes=[[0.5, 192]]", "data.decode=gpu"], "data.decode: decodes to one size; use cpu"),
-    ("objective: {name: mae}", ["schedule.image_sizes=[[0.5, 192]]"], "the places of the patches, so images have one"),
-    ("", ["data.repeats=3"], "data.repeats: 3 views don't divide a batch of 256"),
-    ("", ["evaluation.probe_every_steps=5"], "data.validation: missing, and the probes are tested on it"),
-    ("", ["schedule.warmup_steps=100"], "100 steps of warm-up leave none of the 100 to decay"),
-    ("", ["schedule.name=wsd"], "schedule.cooldown_steps: wsd needs some, and nothing else has any"),
-    ("", ["schedule.name=wsd", "schedule.cooldown_steps=99", "schedule.warmup_steps=1"], "leave none between"),
+    (DISTIL.format("mask_ratios: [0.5, 0.1]"), [], "mask_ratios: must be [low, high] with 0 < low <= high, got [0.5"),
+    (
+        DISTIL.format("augment: {cutmix: 1}"),
+        [],
+        "mixup and cutmix mix labels, which self_distillation does not use; set",
+    ),
+    (
+        DISTIL.format("local_image_size: 100"),
+        [],
+        "local_image_size: model.patch_size=16 does not divide 100; choose a multiple",
+    ),
+    (
+        DISTIL.format(""),
+        ["engine.zero_stage=3"],
+        "objective.name=self_distillation supports ZeRO stages up to 2; lower it",
+    ),
+    (
+        DISTIL.format(""),
+        ["ema.decay=0.9"],
+        "ema.decay: objective.name=self_distillation already averages its weights; set it",
+    ),
+    (
+        DISTIL.format(""),
+        ["data.decode=gpu"],
+        "objective.name=self_distillation does not support decoding on the gpu; use cpu",
+    ),
+    (
+        "",
+        ["schedule.image_sizes=[[0.5, 100]]"],
+        "schedule.image_sizes: model.patch_size=16 does not divide 100; use a multiple of it",
+    ),
+    (
+        "",
+        ["schedule.image_sizes=[[0.9, 192], [0.5, 128]]"],
+        "fractions of the run must be in ascending order, got [0.9, 0.5]; sort",
+    ),
+    ("", ["schedule.image_sizes=[[0.5, 192]]", "data.decode=gpu"], "data.decode: gpu decodes to a single size, but"),
+    (
+        "objective: {name: mae}",
+        ["schedule.image_sizes=[[0.5, 192]]"],
+        "objective.name=mae supports only one image size; ",
+    ),
+    ("", ["data.repeats=3"], "data.repeats: 3 does not divide engine.global_batch_size=256; change"),
+    (
+        "",
+        ["evaluation.probe_every_steps=5"],
+        "data.validation: required by evaluation.probe_every_steps but missing; set",
+    ),
+    (
+        "",
+        ["schedule.warmup_steps=100"],
+        "schedule.warmup_steps: 100 steps of warm-up leave none of total_steps=100; lower it",
+    ),
+    ("", ["schedule.name=wsd"], "schedule.cooldown_steps: must be greater than 0 with name=wsd; set it or"),
+    (
+        "",
+        ["schedule.cooldown_steps=9"],
+        "schedule.cooldown_steps: must be 0 with name=cosine; remove it or use name=wsd",
+    ),
+    (
+        "",
+        ["schedule.name=wsd", "schedule.cooldown_steps=99", "schedule.warmup_steps=1"],
+        "1 steps of warm-up and 99 of cool-down leave none of total_steps=100; ",
+    ),
     ("", ["engine.zero_stage=9"], "command line: engine.zero_stage: expected 0, 1, 2 or 3, got 9"),
     ("", ["seed"], "command line: expected key.path=value, got 'seed'"),
     ("", ["seed.x=1", "seed.y.z=1"], "command line: seed: expected a whole number"),
@@ -102,8 +179,16 @@ MISTAKES = [
     ("optimizer: {learning_rate: 1e999}", [], "optimizer.learning_rate: input should be a finite number"),
     ("tracking: {experiment: 5}", [], "x.yaml:4: tracking.experiment: expected text, got 5"),
     ("", ["engine.zero_stage=["], "command line: engine.zero_stage: not valid YAML: "),
-    ("model: {mlp_ratio: 1e-4}", [], "an MLP of 0.0001 x 768 has no width"),
-    ("optimizer: {name: lamb, weight_decay: 0}", [], "lamb adapts what is decayed, and nothing is; name adamw"),
+    (
+        "model: {mlp_ratio: 1e-4}",
+        [],
+        "mlp_ratio x hidden_size must be at least 1, got 0.0001 x 768; increase mlp_ratio",
+    ),
+    (
+        "optimizer: {name: lamb, weight_decay: 0}",
+        [],
+        "optimizer.weight_decay: LAMB needs a value above 0; increase it or use name=adamw",
+    ),
 ]
 
 
@@ -201,6 +286,11 @@ def test_nearly_every_typo_of_one_letter_finds_its_key(data: st.DataObject) -> N
 
 def _recipe(config_class: type[Section]) -> str:
     return "pretrain.yaml" if config_class is PretrainConfig else "finetune.yaml"
+
+
+@pytest.mark.parametrize("config_class", [PretrainConfig, FinetuneConfig])
+def test_every_key_has_a_description(config_class: type[Section]) -> None:
+    assert [_dotted(key) for key, field in _leaves(config_class) if not field.description] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)

@@ -53,9 +53,9 @@ def test_a_wsd_run_can_be_lengthened_before_its_cool_down() -> None:
 def test_the_peak_is_scaled_by_the_batch_as_asked_and_said() -> None:
     for scaling, expected in (("none", 1.5e-4), ("linear", 2.4e-3), ("sqrt", 6e-4)):
         config = OptimizerConfig.model_validate({"learning_rate": 1.5e-4, "scaling": scaling})
-        assert config.peak(4096) == pytest.approx(expected)
-    assert config.explained(4096) == "learning rate 0.0006 (0.00015 x sqrt(4096 / 256))"
-    assert OptimizerConfig().explained(64) == "learning rate 0.0001"
+        assert config.peak_learning_rate(4096) == pytest.approx(expected)
+    assert config.describe_learning_rate(4096) == "learning rate 0.0006 (0.00015 x sqrt(4096 / 256))"
+    assert OptimizerConfig().describe_learning_rate(64) == "learning rate 0.0001"
 
 
 def test_warmup_rises_to_the_peak_and_the_end_is_the_final_rate() -> None:

@@ -29,9 +29,9 @@ MODEL = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=32
 )
 SMALL = {
-    "local_crops": 3,
+    "num_local_crops": 3,
     "local_image_size": 16,
-    "prototypes": 48,
+    "num_prototypes": 48,
     "head_hidden_size": 32,
     "head_bottleneck_size": 16,
     "mask_probability": 1.0,
@@ -55,7 +55,7 @@ def batch(objective: SelfDistillationObjective, size: int) -> dict[str, torch.Te
 
 
 def test_the_first_losses_are_those_of_a_student_that_says_nothing() -> None:
-    objective = build(prototypes=4096, head_bottleneck_size=256)
+    objective = build(num_prototypes=4096, head_bottleneck_size=256)
     losses = objective(batch(objective, 8))
     for name in ("dino", "ibot"):
         assert float(losses[name]) == pytest.approx(math.log(4096), rel=0.05)

@@ -1,0 +1,71 @@
+"""The `data` section: where training and validation data comes from and how it is read."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pretrain.config.section import Count, CountOrZero, Fraction, Location, Positive, Problem, Section, UserPath
+
+
+class FaultBudget(Section):
+    """Limits for unusable samples. Each one is replaced by another sample and listed in quarantine.jsonl."""
+
+    max_bad_fraction: Fraction = Field(
+        0.01, description="Fraction of unusable samples above which the run stops; 0 stops at the first one."
+    )
+    max_bad_consecutive: Count = Field(100, description="Number of consecutive unusable samples above which it stops.")
+
+
+class SourceConfig(FaultBudget):
+    """Location of the data and resources for reading it. Shards behind a URL are cached on each machine's disk."""
+
+    train: Location | list[Location] = Field(
+        description="Training data: a path or URL (http, s3, gs, hf), or a list of several."
+    )
+    num_workers: CountOrZero = Field(
+        4, description="Processes per rank that read, decode and crop; increase when training waits for data."
+    )
+    num_threads: Count = Field(1, description="Reader threads per data worker; increase for slow or remote storage.")
+    cache_dir: UserPath = Field(
+        Path("~/.cache/vitrail").expanduser(),
+        description="Folder for cached remote shards; choose one on a local disk of each machine.",
+    )
+    cache_bytes: Count = Field(
+        100_000_000_000, description="Size limit of the cache in bytes, shared by all runs that use the same folder."
+    )
+    stall_seconds: Positive = Field(
+        60.0, description="Seconds without data from a remote host before the run ends; increase for a slow host."
+    )
+    allow_pipe: bool = Field(False, description="Whether a shard may be a shell command, written as pipe:COMMAND.")
+
+
+class DataConfig(SourceConfig):
+    """Training and validation data: shard sets from `vitrail shards make` or `vitrail shards index`."""
+
+    weights: list[Positive] | None = Field(
+        None,
+        description="Relative sampling frequency of each training set; null concatenates them into a single set.",
+    )
+    validation: Location | None = Field(
+        None, description="Validation data: a path or URL; null trains without validation."
+    )
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu",
+        description="Device that decodes training JPEGs; gpu relieves busy workers and needs the extra [gpu-decode].",
+    )
+    shuffle_window: Count = Field(
+        64, description="Number of shards whose samples are shuffled together; more mixes better and caches more."
+    )
+    repeats: Count = Field(
+        1, description="Augmented views of each image in a global batch (repeated augmentation, arXiv 1901.09335)."
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        num_sets = len(self.train) if isinstance(self.train, list) else 1
+        if self.weights is not None and len(self.weights) != num_sets:
+            yield Problem(
+                ("weights", "train"),
+                f"has {len(self.weights)} values but data.train has {num_sets}; give one weight per training set",
+            )

@@ -1,0 +1,14 @@
+"""The `tracking` section."""
+
+from pydantic import Field
+
+from pretrain.config.section import Section
+
+
+class TrackingConfig(Section):
+    """MLflow tracking. By default runs go to an SQLite database next to the run folder, without a server."""
+
+    uri: str | None = Field(
+        None, description="MLflow tracking URI; null uses the SQLite database, off writes only metrics.jsonl."
+    )
+    experiment: str = Field("vitrail", description="MLflow experiment of the run.")
