@@ -51,6 +51,7 @@ from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.engine.partitions import held, refresh
+from pretrain.state import TrainState
 
 KINDS = ("killed", "disk full", "cut", "bit flipped", "missing", "manifest torn")
 OUTCOMES = {0: "right", 1: "wrong"}  # by the exit code of the process that loads; all others mean "refused"
@@ -66,7 +67,7 @@ class Ours:
 
     def save(self, engine: Any, run: Path, step: int) -> bool:
         saver = our_save.Saver(run, keep_last=2)
-        saver.begin(engine, Manifest(step, step, 1, {"training": ""}, [], {}, None))
+        saver.begin(engine, Manifest(TrainState(step), 1, {"training": ""}, [], {}, None))
         return saver.finish()
 
     def load(self, engine: Any, run: Path) -> bool:

@@ -50,7 +50,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
 
 def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
     """Train, with MLflow told how it ended."""
-    progress = ProgressLine(run.config.schedule.total_steps, run.manifest.step, enabled=distributed.is_main())
+    progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
     progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
     with open_tracker(run, config_text) as tracker:
         if is_owed(run, tracker.journal.kept if tracker.enabled else []):
@@ -73,8 +73,8 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
     interval = Interval(engine.device, batches.per_step)
     outcome, owed = Outcome.DONE, False
     engine.train()
-    while run.manifest.step < total_steps and outcome is Outcome.DONE:
-        step, samples = run.manifest.step, run.manifest.samples
+    while run.state.step < total_steps and outcome is Outcome.DONE:
+        step, samples = run.state.step, run.state.position
         learning_rate = prepare_step(run)
         for batch, weight, is_last in batches.next_step():
             losses = engine(batch)
@@ -90,7 +90,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
         run.ema.update(step, run.health.bad)
         interval.end_step(run.health.bad, gradient_norm(engine))
         run.advance()
-        step = run.manifest.step
+        step = run.state.step
 
         batches.note(judged)
         if judged and judged.save_failed:
@@ -108,7 +108,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
             report(run, interval.close(run, batches) | {"optim/learning_rate": learning_rate}, tracker, progress)
             if due_save and outcome is not Outcome.DIVERGED:
                 watch.enter("save")
-                saver.begin(engine, run.moment(tracker.mlflow_run_id()))
+                saver.begin(engine, run.manifest(tracker.mlflow_run_id()))
                 owed = False
             if due_evaluation:
                 finished = evaluate(run, tracker, progress, lambda: stop.asked)
@@ -123,7 +123,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
 
 def prepare_step(run: Run) -> float:
     """Set and return the learning rate, and make the step's dropout a function of the step and the rank."""
-    config, step = run.config, run.manifest.step
+    config, step = run.config, run.state.step
     run.objective.before_step(step / config.schedule.total_steps)
     learning_rate = learning_rate_at(
         step,
@@ -141,10 +141,10 @@ def prepare_step(run: Run) -> float:
 
 def report(run: Run, row: dict[str, float], tracker: Tracker, progress: ProgressLine) -> None:
     """Write a row of metrics, show it, and hold the data to its budget."""
-    tracker.log(row, run.manifest.step)
-    progress.show(row, run.manifest.step)
+    tracker.log(row, run.state.step)
+    progress.show(row, run.state.step)
     progress.judge(verdict(row, run.config.data.num_workers))
-    run.quarantine.check(run.manifest.samples)
+    run.quarantine.check(run.state.position)
 
 
 class StopSignal:
@@ -175,10 +175,10 @@ def open_tracker(run: Run, config_text: str) -> Tracker:
         params=flatten(run.config),
         tags={
             "stage": "pretrain",
-            "git_commit": str(run.manifest.git_commit),
-            "data_digest": run.manifest.data_digests["training"],
+            "git_commit": str(run.identity.git_commit),
+            "data_digest": run.identity.data_digests["training"],
         },
-        resume_step=run.manifest.step,
+        resume_step=run.state.step,
         enabled=distributed.is_main(),
     )
 
@@ -192,6 +192,6 @@ def _summary(run: Run) -> str:
     return (
         f"{sum(run.data.training.shard_sizes)} images in {len(run.data.training.class_names)} classes, "
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
-        f"{config.precision}, batch {config.global_batch_size}, from step {run.manifest.step}, "
+        f"{config.precision}, batch {config.global_batch_size}, from step {run.state.step}, "
         f"{run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
     )

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "pretrain.configfile": {"pretrain.config", "pretrain.errors", "pretrain.outcome"},
     "pretrain.schedules": set(),
     "pretrain.distributed": {"pretrain.errors"},
-    "pretrain.state": {"pretrain.config"},
+    "pretrain.state": set(),
     "pretrain.metrics": set(),
     "pretrain.data": LEAVES,
     "pretrain.model": LEAVES,

@@ -74,7 +74,7 @@ class Saver:
         if is_main():
             self._shapes = shapes(engine)
             manifest = replace(manifest, optimizer_steps=optimizer_steps(engine))
-        self._save = _Save(manifest, checkpoints_folder(self.run_dir) / f"step-{manifest.step:08d}")
+        self._save = _Save(manifest, checkpoints_folder(self.run_dir) / f"step-{manifest.state.step:08d}")
         self._thread = threading.Thread(target=self._work, args=[self._save], name="checkpoint", daemon=True)
         self._thread.start()
 

@@ -161,7 +161,7 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
         return to_device(batch, device)
 
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
-        first = run.manifest.step
+        first = run.state.step
         assert optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
         run.watch.finish(tracked(run, "", StopSignal()))
     return first, positions, pixels
@@ -303,8 +303,8 @@ def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
 
     def note(batch: Batch, device: torch.device) -> Batch:
         names = sorted(path.name for path in (folder / "full" / "checkpoints").glob("*"))
-        seen_after[run.manifest.step] = names
-        time.sleep(0.3 if run.manifest.step in (4, 5) else 0)  # the failure has time to be known
+        seen_after[run.state.step] = names
+        time.sleep(0.3 if run.state.step in (4, 5) else 0)  # the failure has time to be known
         return to_device(batch, device)
 
     config = load_config(PretrainConfig, recipe, settings).config
