@@ -70,7 +70,9 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Calla
         outcome = Outcome.DONE
     if row and outcome is Outcome.DONE:
         tracker.log(row, run.state.step)
-        progress.note(f"step {run.state.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
+        progress.print_message(
+            f"step {run.state.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+        )
     return outcome
 
 

@@ -22,7 +22,7 @@ from pretrain.run import Run, go_back, open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import Batches, Interval
 from pretrain.tracking.progress import ProgressLine
-from pretrain.tracking.tracker import Tracker
+from pretrain.tracking.tracker import RunDescription, Tracker
 
 MLFLOW_STATUS = {Outcome.DONE: "FINISHED", Outcome.STOPPED: "KILLED", Outcome.DIVERGED: "RUNNING"}
 SECONDS_AFTER_STOP = 10.0  # for MLflow to catch up: a launcher waits for 30 in all
@@ -51,15 +51,13 @@ def main(command: CommandLine[PretrainConfig]) -> int:
 def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
     """Train, with MLflow told how it ended."""
     progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
-    progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
+    progress.print_message(f"{_millions(run.objective)} parameters, {_summary(run)}")
     with open_tracker(run, config_text) as tracker:
-        if is_owed(run, tracker.journal.kept if tracker.enabled else []):
+        if is_owed(run, tracker.kept_rows):
             outcome = evaluate(run, tracker, progress, lambda: stop.asked)
         else:
             outcome = train(run, tracker, progress, stop)
-        tracker.status = MLFLOW_STATUS[outcome]
-        if outcome is Outcome.STOPPED:
-            tracker.timeout_seconds = SECONDS_AFTER_STOP
+        tracker.finish(MLFLOW_STATUS[outcome], SECONDS_AFTER_STOP if outcome is Outcome.STOPPED else None)
     if outcome is Outcome.STOPPED and distributed.is_main():
         print("stopped as asked; the same command continues from here", flush=True)
     return outcome
@@ -69,7 +67,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
     """Train until the last step, or until someone asks to stop, or too many steps in a row were skipped."""
     config, engine, watch, total_steps = run.config, run.engine, run.watch, run.config.schedule.total_steps
     batches = Batches(run)
-    saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.say)
+    saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.print_warning)
     interval = Interval(engine.device, batches.per_step)
     outcome, owed = Outcome.DONE, False
     engine.train()
@@ -142,8 +140,8 @@ def prepare_step(run: Run) -> float:
 def report(run: Run, row: dict[str, float], tracker: Tracker, progress: ProgressLine) -> None:
     """Write a row of metrics, show it, and hold the data to its budget."""
     tracker.log(row, run.state.step)
-    progress.show(row, run.state.step)
-    progress.judge(verdict(row, run.config.data.num_workers))
+    progress.print_metrics(row, run.state.step)
+    progress.print_bottleneck(verdict(row, run.config.data.num_workers))
     run.quarantine.check(run.state.position)
 
 
@@ -169,15 +167,8 @@ def open_tracker(run: Run, config_text: str) -> Tracker:
     """Start tracking on the main rank."""
     return Tracker(
         run.config.run_dir,
-        uri=run.config.tracking.uri,
-        experiment=run.config.tracking.experiment,
-        config_text=config_text,
-        params=flatten(run.config),
-        tags={
-            "stage": "pretrain",
-            "git_commit": str(run.identity.git_commit),
-            "data_digest": run.identity.data_digests["training"],
-        },
+        run.config.tracking,
+        RunDescription("pretrain", run.identity.data_digests["training"], config_text, flatten(run.config)),
         resume_step=run.state.step,
         enabled=distributed.is_main(),
     )
