@@ -118,11 +118,11 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
     from pretrain import distributed
     from pretrain.checkpoint.manifest import Manifest
     from pretrain.checkpoint.pieces import Reader
-    from pretrain.engine.partitions import held
+    from pretrain.engine.partitions import local_fragments
 
     if not folder.exists():
         return "not converted"
-    for fragment in held(engine):  # which may hold the very values already
+    for fragment in local_fragments(engine):  # which may hold the very values already
         for kind in fragment.kinds:
             fragment.view(kind).zero_()
     try:
@@ -132,7 +132,7 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
         problem = type(error).__name__
     if not any(distributed.gather(problem)):
         reader = Reader(ours, Manifest.load(ours))
-        for fragment in held(engine):
+        for fragment in local_fragments(engine):
             for kind in fragment.kinds:
                 there = torch.empty(fragment.numel)
                 reader.copy(kind, fragment.name, fragment.start, there)

@@ -29,7 +29,7 @@ from pretrain.data.transforms.views import TrainView, augment
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import DataError, MachineError, UserError
 from pretrain.optimizers import build_optimizer
-from pretrain.optimizers.layer_decay import decay_by_layer
+from pretrain.optimizers.layer_decay import apply_layer_decay
 from pretrain.optimizers.placement import Placement
 from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from pretrain.schedules import learning_rate_at
@@ -130,7 +130,9 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     preprocessor, classifier = on_all_ranks(lambda: open_model(config, training.class_names))
     optimizer = build_optimizer(classifier, config.optimizer)
     if config.optimizer.layer_decay < 1:
-        decay_by_layer(optimizer, Placement.of_whole(classifier.named_parameters()), config.optimizer.layer_decay)
+        apply_layer_decay(
+            optimizer, Placement.unpartitioned(classifier.named_parameters()), config.optimizer.layer_decay
+        )
     model, optimizer = accelerator.prepare(classifier, optimizer)
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
     return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine)

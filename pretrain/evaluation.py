@@ -94,7 +94,7 @@ def _is_last(run: Run) -> bool:
 def _frozen(run: Run) -> Iterator[None]:
     """Hold the model still, with the average of its weights in their place, until all is done or a stop is asked."""
     run.engine.eval()
-    with torch.no_grad(), run.ema.in_place(), suppress(_StoppedError):
+    with torch.no_grad(), run.ema.swapped_in(), suppress(_StoppedError):
         yield
     run.engine.train()
 

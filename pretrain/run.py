@@ -20,9 +20,9 @@ from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.transforms.device_decode import Decoder, build_decoder
 from pretrain.distributed import on_all_ranks
-from pretrain.engine.deepspeed import Engine, build_engine, guard
+from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
-from pretrain.engine.placement import bind_optimizer
+from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import CheckpointError, DataError, DivergedError
 from pretrain.health import SKIPPED_FILE, Health, Ledger
 from pretrain.heartbeat.watch import Watch
@@ -60,7 +60,7 @@ class Run:
     config: PretrainConfig
     watch: Watch
     objective: Objective
-    engine: Engine
+    engine: TrainingEngine
     data: Data
     identity: Manifest
     state: TrainState
@@ -163,7 +163,6 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         git_commit=git_commit(),
     )
     engine = build_engine(objective, config.engine, config.optimizer)
-    bind_optimizer(engine, config.optimizer)
     state = restore(engine, checkpoint, identity).state if checkpoint else TrainState()
     main = distributed.is_main()
     run = Run(
@@ -180,7 +179,7 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         skipped=Ledger(config.run_dir / SKIPPED_FILE, state.step, writes=main),
         decoder=build_decoder(engine.device) if config.data.decode == "gpu" else None,
     )
-    guard(engine, run.judge)
+    guard_updates(engine, run.judge)
     return run
 
 

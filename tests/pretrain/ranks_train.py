@@ -25,7 +25,7 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import Batch, training_batches
 from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
 from pretrain.engine.deepspeed import start_distributed
-from pretrain.engine.partitions import optimizer_steps
+from pretrain.engine.partitions import count_optimizer_steps
 from pretrain.journal import read_rows
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
@@ -162,7 +162,7 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
 
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
         first = run.state.step
-        assert optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
+        assert count_optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
         run.watch.finish(tracked(run, "", StopSignal()))
     return first, positions, pixels
 
