@@ -105,7 +105,8 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
     from pretrain.config import PretrainConfig
     from pretrain.configfile import load_config
     from pretrain.run import open_run
-    from pretrain.train import StopSignal, tracked
+    from pretrain.stop_signal import StopSignal
+    from pretrain.train import tracked
 
     overrides = [f"run_dir={run_dir}", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     with open_run(load_config(PretrainConfig, work / "config.yaml", overrides).config) as run:

@@ -1,9 +1,6 @@
 """The pretraining loop. Accumulation, every host synchronisation and every save are visible here; ZeRO is not."""
 
-import signal
 import sys
-import time
-from types import FrameType
 
 import torch
 
@@ -21,6 +18,7 @@ from pretrain.outcome import Outcome, outcome_of
 from pretrain.run import Run, go_back, open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import Batches, Interval
+from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import RunDescription, Tracker
 
@@ -48,13 +46,13 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     return outcome.exit_code
 
 
-def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
+def tracked(run: Run, config_text: str, stop: StopSignal) -> Outcome:
     """Train, with MLflow told how it ended."""
     progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
     progress.print_message(f"{_millions(run.objective)} parameters, {_summary(run)}")
     with open_tracker(run, config_text) as tracker:
         if is_owed(run, tracker.kept_rows):
-            outcome = evaluate(run, tracker, progress, lambda: stop.asked)
+            outcome = evaluate(run, tracker, progress, lambda: stop.is_requested)
         else:
             outcome = train(run, tracker, progress, stop)
         tracker.finish(MLFLOW_STATUS[outcome], SECONDS_AFTER_STOP if outcome is Outcome.STOPPED else None)
@@ -63,7 +61,7 @@ def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
     return outcome
 
 
-def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal") -> Outcome:
+def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
     """Train until the last step, or until someone asks to stop, or too many steps in a row were skipped."""
     config, engine, watch, total_steps = run.config, run.engine, run.watch, run.config.schedule.total_steps
     batches = Batches(run)
@@ -80,7 +78,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
             engine.backward(losses["loss"] * weight)
             interval.add(losses, weight)
             if is_last:
-                run.health.meet(interval.step_loss(), samples, stop=stop.asked, save_failed=saver.has_failed)
+                run.health.meet(interval.step_loss(), samples, stop=stop.is_requested, save_failed=saver.has_failed)
             watch.enter("step")
             engine.step()  # after the last micro-batch: the weights move, unless `health` objects
         judged = run.health.close(gradient_norm(engine), step, samples)
@@ -109,7 +107,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
                 saver.begin(engine, run.manifest(tracker.mlflow_run_id()))
                 owed = False
             if due_evaluation:
-                finished = evaluate(run, tracker, progress, lambda: stop.asked)
+                finished = evaluate(run, tracker, progress, lambda: stop.is_requested)
                 outcome = finished if step == total_steps else outcome
             interval = Interval(engine.device, batches.per_step)
     batches.close()
@@ -143,24 +141,6 @@ def report(run: Run, row: dict[str, float], tracker: Tracker, progress: Progress
     progress.print_metrics(row, run.state.step)
     progress.print_bottleneck(verdict(row, run.config.data.num_workers))
     run.quarantine.check(run.state.position)
-
-
-class StopSignal:
-    """Notes that someone wants the run to stop (SIGTERM, SIGUSR1, Ctrl-C); a second Ctrl-C stops at once.
-
-    A terminal and a launcher pass the same Ctrl-C on, so what comes within a second is not a second one.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.asked_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT and time.monotonic() > self.asked_at + 1:
-            raise KeyboardInterrupt
-        self.asked, self.asked_at = True, time.monotonic()
 
 
 def open_tracker(run: Run, config_text: str) -> Tracker:

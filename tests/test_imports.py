@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "pretrain.config": set(),
     "pretrain.configfile": {"pretrain.config", "pretrain.errors", "pretrain.outcome"},
     "pretrain.schedules": set(),
+    "pretrain.stop_signal": set(),
     "pretrain.distributed": {"pretrain.errors"},
     "pretrain.state": set(),
     "pretrain.metrics": set(),
@@ -87,6 +88,7 @@ MAY_IMPORT = {
         "pretrain.run",
         "pretrain.run_folder",
         "pretrain.steps",
+        "pretrain.stop_signal",
         "pretrain.state",
         "pretrain.engine",
         "pretrain.checkpoint",
@@ -109,6 +111,7 @@ MAY_IMPORT = {
         "pretrain.metrics",
         "pretrain.optimizers",
         "pretrain.schedules",
+        "pretrain.stop_signal",
     },
     "launch": {"pretrain", "finetune"},
 }

@@ -22,7 +22,8 @@ from pretrain.objectives.objective import Output
 from pretrain.objectives.supervised import SupervisedObjective
 from pretrain.run import go_back, open_run
 from pretrain.steps import to_device
-from pretrain.train import Outcome, StopSignal, tracked
+from pretrain.stop_signal import StopSignal
+from pretrain.train import Outcome, tracked
 
 STEPS, BATCH = 60, 16
 GRADIENT = 0.0  # the loss stays as it is, its gradient becomes NaN

@@ -33,7 +33,8 @@ from pretrain.optimizers import build_optimizer
 from pretrain.run import open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import to_device
-from pretrain.train import StopSignal, tracked
+from pretrain.stop_signal import StopSignal
+from pretrain.train import tracked
 
 PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=4", "evaluation.probe_samples=50"]
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}", *PROBED] for stage in range(4)}
@@ -270,7 +271,7 @@ def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
     def ask(batch: Batch, device: torch.device) -> Batch:
         nonlocal evaluated
         evaluated += 1
-        stop.asked = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
+        stop.is_requested = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
         return to_device(batch, device)
 
     config = load_config(PretrainConfig, recipe, settings).config
