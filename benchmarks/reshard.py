@@ -105,8 +105,7 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
     from pretrain.config import PretrainConfig
     from pretrain.configfile import load_config
     from pretrain.run import open_run
-    from pretrain.stop_signal import StopSignal
-    from pretrain.train import tracked
+    from pretrain.train import StopSignal, tracked
 
     overrides = [f"run_dir={run_dir}", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     with open_run(load_config(PretrainConfig, work / "config.yaml", overrides).config) as run:
@@ -119,11 +118,11 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
     from pretrain import distributed
     from pretrain.checkpoint.manifest import Manifest
     from pretrain.checkpoint.pieces import Reader
-    from pretrain.engine.partitions import local_fragments
+    from pretrain.engine.partitions import held
 
     if not folder.exists():
         return "not converted"
-    for fragment in local_fragments(engine):  # which may hold the very values already
+    for fragment in held(engine):  # which may hold the very values already
         for kind in fragment.kinds:
             fragment.view(kind).zero_()
     try:
@@ -133,7 +132,7 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
         problem = type(error).__name__
     if not any(distributed.gather(problem)):
         reader = Reader(ours, Manifest.load(ours))
-        for fragment in local_fragments(engine):
+        for fragment in held(engine):
             for kind in fragment.kinds:
                 there = torch.empty(fragment.numel)
                 reader.copy(kind, fragment.name, fragment.start, there)

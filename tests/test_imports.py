@@ -21,9 +21,8 @@ MAY_IMPORT = {
     "pretrain.config": set(),
     "pretrain.configfile": {"pretrain.config", "pretrain.errors", "pretrain.outcome"},
     "pretrain.schedules": set(),
-    "pretrain.stop_signal": set(),
     "pretrain.distributed": {"pretrain.errors"},
-    "pretrain.state": set(),
+    "pretrain.state": {"pretrain.config"},
     "pretrain.metrics": set(),
     "pretrain.data": LEAVES,
     "pretrain.model": LEAVES,
@@ -88,7 +87,6 @@ MAY_IMPORT = {
         "pretrain.run",
         "pretrain.run_folder",
         "pretrain.steps",
-        "pretrain.stop_signal",
         "pretrain.state",
         "pretrain.engine",
         "pretrain.checkpoint",
@@ -111,7 +109,6 @@ MAY_IMPORT = {
         "pretrain.metrics",
         "pretrain.optimizers",
         "pretrain.schedules",
-        "pretrain.stop_signal",
     },
     "launch": {"pretrain", "finetune"},
 }
@@ -162,7 +159,10 @@ def test_rooms_import_only_what_they_may(path: Path) -> None:
     for module, in_function in imports(path):
         if module.partition(".")[0] not in PACKAGES:
             continue
-        assert not in_function, f"{module} is imported inside a function"
+        is_verb = (
+            path.parent == ROOT / "launch" / "commands"
+        )  # a verb imports its stage when it runs: --help stays quick
+        assert is_verb or not in_function, f"{module} is imported inside a function"
         allowed = covers(room, module) or any(covers(other, module) for other in MAY_IMPORT[room])
         if room == "launch":
             allowed = module.partition(".")[0] in PACKAGES

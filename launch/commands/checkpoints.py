@@ -1,113 +1,125 @@
-"""`vitrail checkpoints`: what a run has saved, whether it is whole, and what may go."""
+"""`vitrail checkpoints`: list, verify and prune the checkpoints of a run."""
 
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from launch.commands.terminal import mistakes, progress_bar, stage
+from launch.commands.terminal import progress_bar, report_errors
+from pretrain.outcome import EXIT_FAILED
 
 app = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Run = Annotated[Path, typer.Argument(help="Run folder.")]
 
 
 @app.command("list")
 def list_(run: Run) -> None:
-    """Print each checkpoint: its step, age, size, what wrote it, and whether it looks whole; bytes are not compared.
+    """Print the step, age, size, origin and state of each checkpoint.
+
+    The state is "complete" if all files exist with their full size. Checksums are compared by `vitrail checkpoints
+    verify`.
 
     Example: vitrail checkpoints list runs/quickstart
     """
-    with mistakes():
-        history, manifests = stage("pretrain.checkpoint.history"), stage("pretrain.checkpoint.manifest")
-        rows = []
-        for folder in found(run):
-            try:
-                manifest = manifests.Manifest.load(folder)
-            except (manifests.CheckpointError, manifests.VersionError) as error:
-                rows.append([folder.name, "", "", "", str(error)])
-                continue
-            engine = manifest.config["engine"]
-            ranks = f"{manifest.world_size} {'rank' if manifest.world_size == 1 else 'ranks'}"
-            wrote = f"{ranks}, ZeRO {engine['zero_stage']}, {engine['precision']}"
-            size = f"{sum(file.num_bytes for file in manifest.files) / 1e6:.1f} MB"
-            lacking = [file.name for file in manifest.files if not is_there(folder / file.name, file.num_bytes)]
-            state = f"not whole: {', '.join(lacking)}" if lacking else "whole"
-            age = time.time() - (folder / manifests.MANIFEST).stat().st_mtime
-            rows.append([folder.name, duration(age) + " ago", size, wrote, state])
-        for folder in history.list_remains(run):
-            rows.append([folder.name, "", "", "", "left by a save that never ended"])
-        for folder in history.list_damaged(run):
-            rows.append([folder.name, "", "", "", "damaged, set aside when the run was continued"])
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    from pretrain.checkpoint.history import list_damaged, list_remains
+
+    with report_errors():
+        rows = [describe(folder) for folder in existing_checkpoints(run)]
+        rows += [[folder.name, "", "", "", "incomplete: the save was interrupted"] for folder in list_remains(run)]
+        rows += [[folder.name, "", "", "", "damaged: set aside when the run resumed"] for folder in list_damaged(run)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command("verify")
 def verify(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints/step-*.")],
+    run: Annotated[Path, typer.Argument(help="Run folder, or one of its checkpoints/step-* folders.")],
 ) -> None:
-    """Read every byte of every checkpoint and compare it with its checksum; exit code 1 if any is not whole.
+    """Compare every byte of every checkpoint with its checksum; the exit code is 1 if one is damaged.
 
     Example: vitrail checkpoints verify runs/quickstart
     """
-    with mistakes():
-        manifests, pieces = stage("pretrain.checkpoint.manifest"), stage("pretrain.checkpoint.pieces")
-        folders = [run] if (run / manifests.MANIFEST).exists() else found(run)
+    from pretrain.checkpoint.manifest import MANIFEST
+
+    faults: dict[Path, list[str]] = {}
+    with report_errors():
+        folders = [run] if (run / MANIFEST).exists() else existing_checkpoints(run)
+        from pretrain.checkpoint.pieces import find_faults  # imports torch, so a wrong path is reported before it
+
         total = sum(path.stat().st_size for folder in folders for path in folder.glob("rank-*"))
-        faults: dict[Path, list[str]] = {}
         with progress_bar("verifying", total, "bytes") as advance:
             for folder in folders:
-                faults[folder] = list(pieces.find_faults(folder, progress=advance))
-        for folder, sentences in faults.items():
-            print("\n".join(sentences or [f"{folder.name}: whole"]))
+                faults[folder] = list(find_faults(folder, progress=advance))
+    for folder, sentences in faults.items():
+        print("\n".join(sentences or [f"{folder.name}: complete"]))
     if any(faults.values()):
-        raise typer.Exit(1)
+        sys.exit(EXIT_FAILED)
 
 
 @app.command("prune")
 def prune(
     run: Run,
-    keep_last: Annotated[int, typer.Option(min=1, help="How many of the newest stay.")] = 1,
-    keep_every: Annotated[int, typer.Option(min=0, help="Those at multiples of so many steps stay too; 0: none.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    keep_last: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")] = 1,
+    keep_every: Annotated[
+        int, typer.Option(min=0, help="Also keep checkpoints at multiples of this many steps; 0 keeps no others.")
+    ] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be removed and remove nothing.")] = False,
 ) -> None:
-    """Remove old checkpoints, damaged ones, and what saves that never ended have left. Not for a run that is going on.
+    """Remove old checkpoints, damaged ones, and the remains of interrupted saves.
+
+    Do not prune a run while it is training.
 
     Example: vitrail checkpoints prune runs/quickstart --keep-last 1 --keep-every 10000
     """
-    with mistakes():
-        history = stage("pretrain.checkpoint.history")
-        found(run)
-        old = history.superfluous(run, keep_last, keep_every)
-        doomed = [*old, *history.list_damaged(run), *history.list_remains(run)]
+    from pretrain.checkpoint.history import list_damaged, list_remains, remove, superfluous
+
+    with report_errors():
+        existing_checkpoints(run)
         freed = 0
-        for folder in doomed:
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            print(f"{'would remove' if dry_run else 'removed'} {folder.name}, {size / 1e6:.1f} MB")
-            freed += size
+        for folder in [*superfluous(run, keep_last, keep_every), *list_damaged(run), *list_remains(run)]:
+            num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            print(f"{'would remove' if dry_run else 'removed'} {folder.name}, {num_bytes / 1e6:.1f} MB")
+            freed += num_bytes
             if not dry_run:
-                history.remove(folder)
-        print(f"{freed / 1e6:.1f} MB {'would be ' if dry_run else ''}freed")
+                remove(folder)
+    print(f"{freed / 1e6:.1f} MB {'would be ' if dry_run else ''}freed")
 
 
-def found(run: Path) -> list[Path]:
-    """Return a run's checkpoints; there must be one."""
-    history = stage("pretrain.checkpoint.history")
-    history.find_checkpoint(run)
-    folders: list[Path] = history.list_checkpoints(run)
-    return folders
+def existing_checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first; a run without any is an error."""
+    from pretrain.checkpoint.history import find_checkpoint, list_checkpoints
+
+    find_checkpoint(run)
+    return list_checkpoints(run)
 
 
-def is_there(path: Path, num_bytes: int) -> bool:
-    """Say whether a file is there, as long as it should be."""
+def describe(checkpoint: Path) -> list[str]:
+    """Return what `list` prints for a checkpoint: name, age, size, origin, state."""
+    from pretrain.checkpoint.manifest import MANIFEST, Manifest
+    from pretrain.errors import CheckpointError, VersionError
+    from pretrain.tracking.progress import duration
+
+    try:
+        manifest = Manifest.load(checkpoint)
+    except (CheckpointError, VersionError) as error:
+        return [checkpoint.name, "", "", "", str(error)]
+    age = time.time() - (checkpoint / MANIFEST).stat().st_mtime
+    size = sum(file.num_bytes for file in manifest.files)
+    engine = manifest.config["engine"]
+    ranks = f"{manifest.world_size} {'rank' if manifest.world_size == 1 else 'ranks'}"
+    missing = [file.name for file in manifest.files if not has_size(checkpoint / file.name, file.num_bytes)]
+    return [
+        checkpoint.name,
+        f"{duration(age)} ago",
+        f"{size / 1e6:.1f} MB",
+        f"{ranks}, ZeRO {engine['zero_stage']}, {engine['precision']}",
+        f"incomplete: {', '.join(missing)}" if missing else "complete",
+    ]
+
+
+def has_size(path: Path, num_bytes: int) -> bool:
+    """Return whether a file exists and has a given size."""
     return path.is_file() and path.stat().st_size == num_bytes
-
-
-def duration(seconds: float) -> str:
-    """Write an age as a person would."""
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds"

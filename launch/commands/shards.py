@@ -1,42 +1,51 @@
-"""`vitrail shards`: one verb, one function."""
+"""`vitrail shards`: turn images into shards, and check, describe and measure them."""
 
 import json
 import os
 import sys
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launch.commands.terminal import mistakes, parse_size, progress_bar, stage
+from launch.commands.terminal import parse_size, progress_bar, report_errors
 from pretrain.errors import UserError
-from pretrain.outcome import EXIT_RESUMABLE
+from pretrain.outcome import EXIT_FAILED, EXIT_RESUMABLE
 
-CORES = os.cpu_count() or 1
-SHOWN = 5
-SECONDS_TIMED = 2.0
+if TYPE_CHECKING:
+    from pretrain.data.dataset.dataset import Dataset
+    from pretrain.data.storage.index import DatasetInfo
+
+NUM_CORES = os.cpu_count() or 1
+NUM_SHOWN = 5  # lines of a long list that are printed
+MEASURED_SECONDS = 2.0
 COLUMN = 30  # where values begin
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
+Split = Annotated[str, typer.Argument(help="Folder or URL of one split, where its dataset.json is.")]
+NumWorkers = Annotated[
+    int, typer.Option(min=1, show_default="number of CPU cores", help="Number of processes that share the work.")
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file with one class name per line, for labels that are numbers; the first line names label 0."
+    ),
+]
+Unlabeled = Annotated[
+    bool, typer.Option("--unlabeled", help="Ignore labels; for images without classes, such as image-caption pairs.")
+]
+AllowPipe = Annotated[
+    bool,
+    typer.Option("--allow-pipe", help="Allow shards of the form pipe:COMMAND. Only for sources that you trust."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, for scripts.")]
 
-class ImageFormat(str, Enum):
-    """How images can be stored."""
-
-    JPG = "jpg"
-    PNG = "png"
-    WEBP = "webp"
-
-
-class EngineName(str, Enum):
-    """What runs the units of work."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
-app = typer.Typer(help="Make and index shards: WebDataset tars that are read in any order.", no_args_is_help=True)
+app = typer.Typer(
+    help="Turn images into shards (indexed WebDataset tars), and check, describe and measure them.",
+    no_args_is_help=True,
+)
 
 
 @app.command("make")
@@ -44,40 +53,75 @@ def make(
     source: Annotated[
         str,
         typer.Argument(
-            help="A folder with a subfolder for each class; a .csv or .parquet of paths or URLs and labels; tars, as a "
-            "folder or with {000..123}; or `digits`."
+            help="Where the images are: a folder with one subfolder per class; a .csv, .tsv or .parquet table of paths "
+            "or URLs; WebDataset tars, as a folder or a pattern with {000..123}; or the built-in set `digits`."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="A new folder; gets train/ and validation/.")],
-    validation: Annotated[float, typer.Option(min=0, max=0.9, help="Share of each class held out.")] = 0.1,
-    shard_size: Annotated[str, typer.Option(help="Bytes of a shard at most, with kB, MB or GB.")] = "256MB",
+    out: Annotated[Path, typer.Argument(help="Folder to create; it gets the subfolders train/ and validation/.")],
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Fraction of each class to hold out for validation; 0 for none.")
+    ] = 0.1,
+    shard_size: Annotated[
+        str,
+        typer.Option(
+            help="Maximum size of a shard, with kB, MB or GB. Choose it so that there are several shards per GPU."
+        ),
+    ] = "256MB",
     resize: Annotated[
-        int | None, typer.Option(min=1, help="Shrink images to this shorter side, in pixels; 256 suits crops of 224.")
+        int | None,
+        typer.Option(
+            min=1,
+            show_default="keep the size",
+            help="Shrink larger images to this length of the shorter side, in pixels; 256 suits training at 224.",
+        ),
     ] = None,
     image_format: Annotated[
-        ImageFormat | None, typer.Option("--format", help="Encode every image anew; else only what must be.")
+        Literal["jpg", "png", "webp"] | None,
+        typer.Option(
+            "--format",
+            show_default="keep JPEG, PNG and WebP; others become PNG",
+            help="Format in which to store all images.",
+        ),
     ] = None,
-    quality: Annotated[int, typer.Option(min=1, max=100, help="Of what is encoded anew as JPEG or WebP.")] = 90,
-    classes: Annotated[str | None, typer.Option(help="Only these classes, separated by commas.")] = None,
-    unlabeled: Annotated[bool, typer.Option("--unlabeled", help="Images without classes.")] = False,
-    class_names: Annotated[
-        Path | None, typer.Option(help="A file with a class name a line, in label order, where labels are numbers.")
+    quality: Annotated[
+        int, typer.Option(min=1, max=100, help="JPEG or WebP quality of images that are resized or converted.")
+    ] = 90,
+    classes: Annotated[
+        str | None, typer.Option(show_default="all", help="Classes to use, separated by commas.")
     ] = None,
-    image_column: Annotated[str | None, typer.Option(help="A table's column of paths or URLs.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="A table's column of classes.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split and of the order in the shards.")] = 0,
+    unlabeled: Unlabeled = False,
+    class_names: ClassNames = None,
+    image_column: Annotated[
+        str | None,
+        typer.Option(
+            show_default="path, url, image, file_name, filename or file", help="Column of a table with the images."
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(show_default="label, class, category or target", help="Column of a table with the classes."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Random seed for the train/validation split and for the order within the shards.")
+    ] = 0,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out what cannot be used, counted and named.")
+        bool,
+        typer.Option(
+            "--skip-bad", help="Leave out unreadable images and list them, instead of stopping with an error."
+        ),
     ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; as many as there are cores.")] = CORES,
+    workers: NumWorkers = NUM_CORES,
     engine: Annotated[
-        EngineName, typer.Option(help="Where the work is done; a Ray cluster must see the source and OUT.")
-    ] = EngineName.LOCAL,
+        Literal["local", "ray"],
+        typer.Option(
+            help="Where to run: on this machine, or on a Ray cluster, whose machines must all see SOURCE and OUT."
+        ),
+    ] = "local",
 ) -> None:
-    """Write images as shards with an index, shuffled, split into train/ and validation/.
+    """Write images as shuffled shards with an index, split into train/ and validation/.
 
-    The same source, seed, size and encoding give the same bytes, on any number of workers. A command that was stopped
-    or killed goes on where it was when it is typed again.
+    The same source, seed, shard size and encoding give identical files with any number of workers. If the command is
+    interrupted or killed, run it again: it continues with the shards that are still missing.
 
     Example: vitrail shards make photos/ shards/photos --resize 256
 
@@ -86,91 +130,89 @@ def make(
     Example: vitrail shards make 's3://bucket/part-{000..127}.tar' shards/mixed --unlabeled --validation 0
     """
     shard_bytes = parse_size(shard_size, "--shard-size")
-    encoding, listing, making, plan, units = (
-        stage(f"pretrain.data.{name}")
-        for name in ("shards.encoding", "sources.open", "shards.make", "shards.plan", "shards.units")
-    )
-    with mistakes():
-        how = listing.Listing(
-            labeled=not unlabeled,
-            class_names=read_class_names(class_names) if class_names else None,
-            columns=stage("pretrain.data.sources.table").Columns(image_column, label_column),
-        )
-        making.refuse_used(out)
+    from pretrain.data.shards.encoding import Encoding
+    from pretrain.data.shards.make import LEFT_OUT_FILE, make_shards, refuse_used
+    from pretrain.data.shards.plan import Recipe
+    from pretrain.data.shards.units import run_units, run_units_on_ray
+    from pretrain.data.sources.open import Listing, list_source
+    from pretrain.data.sources.source import keep_classes
+    from pretrain.data.sources.table import Columns
+
+    recipe = Recipe(validation, shard_bytes, seed, Encoding(resize, image_format, quality))
+    with report_errors():
+        names = read_class_names(class_names) if class_names else None
+        listing = Listing(labeled=not unlabeled, class_names=names, columns=Columns(image_column, label_column))
+        refuse_used(out)
         with progress_bar("listing", None, "images") as advance:
-            listed = listing.list_source(source, how, advance)
+            images = list_source(source, listing, advance)
         if classes is not None:
-            kept = [name.strip() for name in classes.split(",")]
-            listed = stage("pretrain.data.sources.source").keep_classes(listed, kept)
-        for remark in listed.remarks:
+            images = keep_classes(images, [name.strip() for name in classes.split(",")])
+        for remark in images.remarks:
             print(remark)
-        recipe = plan.Recipe(
-            validation, shard_bytes, seed, encoding.Encoding(resize, image_format and image_format.value, quality)
-        )
         try:
-            with progress_bar("writing shards", len(listed), "images") as advance:
-                made = making.make_shards(
-                    listed,
+            with progress_bar("writing shards", len(images), "images") as advance:
+                made = make_shards(
+                    images,
                     out,
                     recipe,
                     skip_bad=skip_bad,
-                    engine=local_engine(workers) if engine is EngineName.LOCAL else units.run_units_on_ray,
+                    engine=partial(run_units, num_workers=workers) if engine == "local" else run_units_on_ray,
                     progress=advance,
                 )
         except KeyboardInterrupt:
-            print(f"{out}: stopped; the same command goes on from here", file=sys.stderr)
-            raise typer.Exit(EXIT_RESUMABLE) from None
-    if skip_bad:
-        for line in listed.faults:
-            print(f"left out: {line}")
-    for line in made.left_out[:SHOWN]:
-        print(f"left out: {line}")
-    if len(made.left_out) > SHOWN:
-        print(f"left out: {len(made.left_out)} in all; {out / making.LEFT_OUT_FILE} names them")
+            print(f"{out}: interrupted; the same command continues from here", file=sys.stderr)
+            sys.exit(EXIT_RESUMABLE)
+    left_out = [*(images.faults if skip_bad else []), *made.left_out[:NUM_SHOWN]]
+    print("".join(f"left out: {line}\n" for line in left_out), end="")
+    if len(made.left_out) > NUM_SHOWN:
+        print(f"left out: {len(made.left_out)} images in total; {out / LEFT_OUT_FILE} lists them all")
     for name, info in made.splits.items():
         print(f"{out / name}: {describe(info)}")
 
 
 @app.command("index")
 def index(
-    source: Annotated[str, typer.Argument(help="One split: a folder of WebDataset tars, or URLs with {000..123}.")],
+    source: Annotated[
+        str, typer.Argument(help="Tars of one split: a folder, or URLs with a pattern such as {000..123}.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Where the indexes go; needed for URLs, else beside the tars.")
+        Path | None,
+        typer.Option(
+            show_default="next to the tars",
+            help="Folder for the indexes and dataset.json; required if SOURCE is a URL.",
+        ),
     ] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A file with a class name a line, in label order.")] = None,
-    label_key: Annotated[str, typer.Option(help="Key of the label in .json where there is no .cls.")] = "label",
-    unlabeled: Annotated[
-        bool, typer.Option("--unlabeled", help="Images without classes, with captions or nothing beside them.")
-    ] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; as many as there are cores.")] = CORES,
-    allow_pipe: Annotated[
-        bool, typer.Option("--allow-pipe", help="Let a source be a command, as in pipe:COMMAND.")
-    ] = False,
+    class_names: ClassNames = None,
+    label_key: Annotated[
+        str, typer.Option(help="Key of the label in a sample's .json, for samples without a .cls member.")
+    ] = "label",
+    unlabeled: Unlabeled = False,
+    workers: NumWorkers = NUM_CORES,
+    allow_pipe: AllowPipe = False,
 ) -> None:
-    """Index tars that someone else wrote, reading each once, and prove that each is whole.
+    """Index existing WebDataset tars, so that a run can train on them.
+
+    Reads every tar once, verifies its images, and writes one index per tar and a dataset.json. The tars stay unchanged.
 
     Example: vitrail shards index /data/imagenet/train --class-names classes.txt
 
     Example: vitrail shards index 's3://bucket/train-{000000..001023}.tar' --out shards/train
     """
-    remote, scan = stage("pretrain.data.storage.remote"), stage("pretrain.data.shards.scan")
-    with mistakes():
-        if remote.is_remote(source):
-            if out is None:
-                raise UserError(f"{source}: the indexes need a folder of their own; name one with --out")
-            folder, tars = out, remote.expand_braces(source)
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            folder, tars = find_tars(Path(source), out)
+    from pretrain.data.shards.scan import index_shards
+    from pretrain.data.shards.units import run_units
+    from pretrain.data.storage.remote import FetchPolicy
+
+    with report_errors():
+        folder, tars = find_tars(source, out)
         names = read_class_names(class_names) if class_names else None
         with progress_bar("indexing", len(tars), "shards") as advance:
-            scanned = scan.index_shards(
+            scanned = index_shards(
                 tars,
                 folder,
                 names,
                 None if unlabeled else label_key,
-                remote.FetchPolicy(allow_pipe=allow_pipe),
-                local_engine(workers),
+                FetchPolicy(allow_pipe=allow_pipe),
+                partial(run_units, num_workers=workers),
                 advance,
             )
     for remark in scanned.remarks:
@@ -180,87 +222,105 @@ def index(
 
 @app.command("check")
 def check(
-    place: Annotated[str, typer.Argument(help="A split: a folder, or a URL, with a dataset.json.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes; as many as there are cores.")] = CORES,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
-    allow_pipe: Annotated[bool, typer.Option("--allow-pipe", help="Let a shard be a command.")] = False,
+    split: Split,
+    workers: NumWorkers = NUM_CORES,
+    as_json: Json = False,
+    allow_pipe: AllowPipe = False,
 ) -> None:
-    """Hold every byte of a split against its index; list what is wrong, and exit with 1 if anything is.
+    """Verify every byte of a split against its index and print every fault; the exit code is 1 if there is any.
 
     Example: vitrail shards check shards/photos/train
     """
-    check, remote = stage("pretrain.data.shards.check"), stage("pretrain.data.storage.remote")
-    found = 0
-    with mistakes():
-        policy = remote.FetchPolicy(allow_pipe=allow_pipe)
+    from pretrain.data.dataset.sharded import load_info
+    from pretrain.data.shards.check import check_set, stray_files
+    from pretrain.data.shards.units import run_units
+    from pretrain.data.storage.remote import FetchPolicy, is_remote
+
+    num_faults, policy = 0, FetchPolicy(allow_pipe=allow_pipe)
+    with report_errors():
         with progress_bar("checking", None, "shards") as advance:
-            for finding in check.check_set(place, policy, local_engine(workers), advance):
-                found += 1
-                print(json.dumps(finding._asdict()) if as_json else "  ".join(filter(None, finding)))
-        for name in [] if remote.is_remote(place) else check.stray_files(Path(place)):
-            print(f"{place}/{name}: belongs to no shard", file=sys.stderr)
-    if found:
-        print(f"{place}: {found} {'fault' if found == 1 else 'faults'}", file=sys.stderr)
-        raise typer.Exit(1)
+            for fault in check_set(split, policy, partial(run_units, num_workers=workers), advance):
+                num_faults += 1
+                print(json.dumps(fault._asdict()) if as_json else "  ".join(filter(None, fault)))
+        for name in [] if is_remote(split) else stray_files(Path(split)):
+            print(f"{split}/{name}: does not belong to any shard", file=sys.stderr)
+    if num_faults:
+        print(f"{split}: {num_faults} {'fault' if num_faults == 1 else 'faults'}", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     if not as_json:
-        info = stage("pretrain.data.dataset.sharded").load_info(place, policy)
-        print(f"{place}: {describe(info)}, every byte as it should be")
+        print(f"{split}: {describe(load_info(split, policy))}, no faults")
 
 
 @app.command("stats")
 def stats(
-    place: Annotated[str, typer.Argument(help="A split: a folder, or a URL, with a dataset.json.")],
-    picture: Annotated[Path | None, typer.Option(help="Also draw it: a PNG with samples and histograms.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    split: Split,
+    picture: Annotated[
+        Path | None,
+        typer.Option(show_default="none", help="PNG file to write, with sample images and histograms."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Count classes, sizes, shapes and duplicates of a split.
+    """Print the class balance, image sizes, formats and duplicates of a split.
 
     Example: vitrail shards stats shards/photos/train --picture photos.png
     """
-    statistics = stage("pretrain.data.shards.stats")
-    with mistakes():
-        opened = open_set(place)
+    from pretrain.data.shards.stats import draw, read_stats, summary
+
+    with report_errors():
+        opened = open_split(split)
         with progress_bar("reading indexes", len(opened.shard_sizes), "shards") as advance:
-            stats = statistics.read_stats(opened, advance)
+            found = read_stats(opened, advance)
         if picture is not None:
-            statistics.draw(opened, stats, picture)
+            draw(opened, found, picture)
     if as_json:
-        print(json.dumps(statistics.summary(stats)))
+        print(json.dumps(summary(found)))
         return
-    for name, value in statistics.summary(stats).items():
+    for name, value in summary(found).items():
         shown = "  ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else value
         print(f"{name:<{COLUMN}}{shown}")
-    for group in stats.duplicates[: statistics.SHOWN]:
-        print(f"{'the same bytes':<{COLUMN}}{'  '.join(group)}")
-    for group in stats.conflicts[: statistics.SHOWN]:
-        print(f"{'in several classes':<{COLUMN}}{'  '.join(group)}")
+    for group in found.duplicates[:NUM_SHOWN]:
+        print(f"{'identical images':<{COLUMN}}{'  '.join(group)}")
+    for group in found.conflicts[:NUM_SHOWN]:
+        print(f"{'identical, different classes':<{COLUMN}}{'  '.join(group)}")
     if picture is not None:
         print(f"{'picture':<{COLUMN}}{picture}")
 
 
 @app.command("simulate")
 def simulate(
-    place: Annotated[str, typer.Argument(help="A split: a folder, or a URL, with a dataset.json.")],
-    global_batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 1024,
-    ranks: Annotated[int, typer.Option(min=1, help="GPUs, over all machines.")] = 8,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Loader workers of each rank: data.num_workers.")] = 4,
-    shuffle_window: Annotated[int, typer.Option(min=1, help="Shards shuffled together: data.shuffle_window.")] = 64,
-    cache_size: Annotated[str, typer.Option(help="The cache of each machine, with kB, MB or GB.")] = "100GB",
-    image_size: Annotated[int, typer.Option(min=1, help="Pixels of the crop.")] = 224,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    split: Split,
+    global_batch_size: Annotated[int, typer.Option(min=1, help="Images per optimizer step over all ranks.")] = 1024,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of GPUs over all machines.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Data workers per rank, as in data.num_workers.")] = 4,
+    shuffle_window: Annotated[
+        int,
+        typer.Option(min=1, help="Number of shards whose samples are shuffled together, as in data.shuffle_window."),
+    ] = 64,
+    cache_size: Annotated[
+        str,
+        typer.Option(help="Size of each machine's cache for remote shards, with kB, MB or GB, as in data.cache_bytes."),
+    ] = "100GB",
+    image_size: Annotated[int, typer.Option(min=1, help="Height and width of the training crops in pixels.")] = 224,
+    as_json: Json = False,
 ) -> None:
-    """Say what a run would be like before GPUs are rented: steps, shuffle quality, downloads, images a second.
+    """Estimate how training would read a split: steps per epoch, shuffle quality, downloads and loading speed.
+
+    Run it before renting GPUs. The loading speed is measured on this machine for a few seconds; everything else follows
+    from the indexes.
 
     Example: vitrail shards simulate shards/photos/train --ranks 64 --nodes 8
     """
     cache_bytes = parse_size(cache_size, "--cache-size")
-    simulation = stage("pretrain.data.shards.simulate")
-    with mistakes():
-        opened = open_set(place)
-        batches = min(simulation.BATCHES_DRAWN, max(sum(opened.shard_sizes) // global_batch_size, 1))
-        with progress_bar("simulating", batches, "steps") as advance:
-            result = simulation.simulate(
+    from pretrain.data.shards.bench import loader_rate
+    from pretrain.data.shards.simulate import BATCHES_DRAWN
+    from pretrain.data.shards.simulate import simulate as simulate_epoch
+
+    with report_errors():
+        opened = open_split(split)
+        num_batches = min(BATCHES_DRAWN, max(sum(opened.shard_sizes) // global_batch_size, 1))
+        with progress_bar("simulating", num_batches, "steps") as advance:
+            result = simulate_epoch(
                 opened,
                 global_batch_size=global_batch_size,
                 ranks=ranks,
@@ -268,89 +328,112 @@ def simulate(
                 cache_bytes=cache_bytes,
                 progress=advance,
             )
-        rate = stage("pretrain.data.shards.bench").loader_rate(opened, image_size, CORES, SECONDS_TIMED) / CORES
+        rate = loader_rate(opened, image_size, NUM_CORES, MEASURED_SECONDS) / NUM_CORES
     if as_json:
         print(json.dumps({**vars(result), "images_per_second_per_worker": rate}))
         return
     least, most = result.samples_per_rank
-    share = str(least) if least == most else f"{least} or {most}"
+    per_rank = str(least) if least == most else f"{least} or {most}"
+    first_epoch, later_epoch = result.first_epoch_bytes_per_node / 1e9, result.later_epoch_bytes_per_node / 1e9
     lines = {
         "samples": f"{result.samples}",
-        "steps an epoch": f"{result.steps_per_epoch:.1f}, each {share} a rank",
-        "classes in a batch": f"{result.classes_in_a_batch:.1f} ({result.classes_if_fully_shuffled:.1f} if all samples "
-        f"were shuffled at once), of {len(opened.class_names)}",
-        "cache needed": f"{result.bytes_of_two_windows / 1e9:.2f} GB a machine, for two windows of {shuffle_window}",
-        "download, where remote": f"{result.first_epoch_bytes_per_node / 1e9:.2f} GB a machine in the first epoch, "
-        f"{result.later_epoch_bytes_per_node / 1e9:.2f} GB in each later one; "
-        f"over all machines {result.first_epoch_bytes_per_node * nodes / 1e9:.2f} and "
-        f"{result.later_epoch_bytes_per_node * nodes / 1e9:.2f} GB",
-        "images a second": f"{rate:.0f} a worker where all {CORES} cores of this machine work, "
-        f"{rate * max(workers, 1) * ranks:.0f} with {workers} workers on each of {ranks} ranks",
+        "steps per epoch": f"{result.steps_per_epoch:.1f}, each with {per_rank} samples per rank",
+        "classes per batch": f"{result.classes_in_a_batch:.1f} of {len(opened.class_names)} "
+        f"({result.classes_if_fully_shuffled:.1f} with a full shuffle)",
+        "cache needed": f"{result.bytes_of_two_windows / 1e9:.2f} GB per machine, for two windows of {shuffle_window}",
+        "download if remote": f"{first_epoch:.2f} GB per machine in the first epoch, then {later_epoch:.2f} GB per "
+        f"epoch; {first_epoch * nodes:.2f} and {later_epoch * nodes:.2f} GB over all machines",
+        "images per second": f"{rate:.0f} per worker with all {NUM_CORES} cores of this machine busy; "
+        f"{rate * max(workers, 1) * ranks:.0f} in total with {workers} workers on each of {ranks} ranks",
     }
     if not opened.class_names:
-        del lines["classes in a batch"]
+        del lines["classes per batch"]
     for name, value in lines.items():
         print(f"{name:<{COLUMN}}{value}")
 
 
 @app.command("bench")
 def bench(
-    folder: Annotated[Path, typer.Argument(help="A split: a folder with a dataset.json, its tars beside it.")],
-    samples: Annotated[int, typer.Option(min=64, help="Read at most so many.")] = 2000,
-    workers: Annotated[int, typer.Option(min=1, help="Of the whole loaders.")] = CORES,
-    rounds: Annotated[int, typer.Option(min=1, help="In which all take turns; the medians count.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for machines.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Local folder of one split, with its tars and dataset.json.")],
+    samples: Annotated[int, typer.Option(min=64, help="Maximum number of samples to read per measurement.")] = 2000,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, show_default="number of CPU cores", help="Number of worker processes of each complete data loader."
+        ),
+    ] = NUM_CORES,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of rounds; every method runs once per round and the median is printed.")
+    ] = 3,
+    as_json: Json = False,
 ) -> None:
-    """Measure the input stage on your shards, beside webdataset, Pillow and torch's DataLoader over a folder.
+    """Measure reading, decoding and loading on your shards, next to webdataset, Pillow and PyTorch.
 
     Example: vitrail shards bench shards/photos/train
     """
-    with mistakes():
-        comparing = stage("pretrain.data.shards.bench")
-        with progress_bar("measuring", comparing.ROWS, "figures") as advance:
-            for row in comparing.compare(folder, samples, workers, rounds):
-                advance(1)
-                print(json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.ours:<28}{row.beside}", flush=True)
+    from pretrain.data.shards.bench import ROWS, compare
+
+    with report_errors(), progress_bar("measuring", ROWS, "figures") as advance:
+        for row in compare(folder, samples, workers, rounds):
+            advance(1)
+            print(json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.ours:<28}{row.beside}", flush=True)
 
 
-def open_set(place: str) -> Any:
-    """Open data where it stands, with the cache that a run has by default."""
-    sets = stage("pretrain.data.dataset.open")
-    return sets.open_dataset(place, cache=sets.open_cache(stage("pretrain.config").SourceConfig(train=place)))
+def open_split(split: str) -> "Dataset":
+    """Open a local or remote split with the cache that a run uses by default."""
+    from pretrain.config import SourceConfig
+    from pretrain.data.dataset.open import open_cache, open_dataset
+
+    return open_dataset(split, cache=open_cache(SourceConfig(train=split)))
 
 
-def local_engine(workers: int) -> Any:
-    """Return what runs units of work on so many processes."""
-    return partial(stage("pretrain.data.shards.units").run_units, num_workers=workers)
+def find_tars(source: str, out: Path | None) -> tuple[Path, list[str]]:
+    """Return the folder for the indexes, and the tars as dataset.json will name them.
 
+    Args:
+        source: Folder with tars, or URLs with a brace pattern.
+        out: Folder for the indexes, or None for the folder of the tars.
 
-def find_tars(folder: Path, out: Path | None) -> tuple[Path, list[str]]:
-    """Return where the index of a folder's tars goes, and the tars as it will name them."""
+    Raises:
+        UserError: If there are no readable tars, or `out` does not fit `source`.
+    """
+    from pretrain.data.storage.remote import expand_braces, is_remote
+
+    if is_remote(source):
+        if out is None:
+            raise UserError(f"{source}: indexes cannot be written to a URL; choose a local folder with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        return out, expand_braces(source)
+    folder = Path(source)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder; expected a folder with .tar files")
     if packed := sorted(path.name for path in folder.iterdir() if path.name.endswith(COMPRESSED)):
         raise UserError(
-            f"{folder}: {len(packed)} compressed tars, the first is {packed[0]}; nothing in them can be read by "
-            "itself: unpack them, as with gunzip"
+            f"{folder}: {len(packed)} compressed tars, the first is {packed[0]}; Vitrail reads single samples, which "
+            "compression prevents; decompress the tars, for example with gunzip"
         )
     tars = sorted(path.name for path in folder.glob("*.tar"))
     if not tars:
-        raise UserError(f"{folder}: has no .tar files")
+        raise UserError(f"{folder}: no .tar files in this folder; to make shards of images, use `vitrail shards make`")
     if out is not None and out.resolve() != folder.resolve():
-        raise UserError(f"{out}: the indexes of {folder} stand beside its tars; leave --out away")
+        raise UserError(f"{out}: the indexes of a local folder are written next to its tars; remove --out")
     return folder, tars
 
 
 def read_class_names(path: Path) -> list[str]:
-    """Read a class name from each line."""
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as reason:
-        raise UserError(f"{path}: cannot be read: {reason.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the class names: {error.strerror}; check --class-names") from None
 
 
-def describe(info: Any) -> str:
-    """Sum up a split in a line."""
+def describe(info: "DatasetInfo") -> str:
+    """Return the number of images, classes, shards and bytes of a split, in one line."""
     classes = f" in {len(info.class_names)} classes" if info.class_names else ""
     shards = f"{len(info.shards)} {'shard' if len(info.shards) == 1 else 'shards'}"
     return f"{info.num_samples} images{classes}, {shards}, {info.num_bytes / 1e6:.1f} MB"

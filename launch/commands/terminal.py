@@ -1,57 +1,87 @@
-"""What all verbs need at a terminal: stages imported late, mistakes answered, progress shown, sizes read."""
+"""What every verb shares at the terminal: errors as one sentence, progress bars, sizes typed by a person."""
 
-import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Protocol
 
 import typer
 
-from pretrain.errors import UserError
-from pretrain.outcome import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from pretrain.errors import MachineError, UserError
+from pretrain.outcome import EXIT_FAILED, EXIT_INTERRUPTED, outcome_of
 
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def stage(module: str) -> Any:
-    """Import the part of Vitrail that a verb needs."""
-    return importlib.import_module(module)
+class Advance(Protocol):
+    """Moves a progress bar on by an amount of work; `total` replaces the bar's total once it is known."""
+
+    def __call__(self, amount: int, total: int | None = None) -> None: ...
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
-    """Answer a user's mistake with its sentence and exit code 2; anything else keeps its traceback."""
+def report_errors() -> Iterator[None]:
+    """Print an expected error as one sentence and exit; any other exception keeps its traceback.
+
+    The exit code is 2 for a mistake of the user, 130 for Ctrl-C, and 1 for a failure of the machine, such as a full
+    disk or a host that does not respond.
+    """
     try:
         yield
-    except UserError as error:
+    except (UserError, MachineError) as error:
         print(error, file=sys.stderr)
-        raise typer.Exit(EXIT_USER_ERROR) from None
+        sys.exit(outcome_of(error).exit_code)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except OSError as error:  # a full disk, a folder that may not be written
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
         print(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), file=sys.stderr)
-        raise typer.Exit(1) from None
+        sys.exit(EXIT_FAILED)
 
 
 @contextmanager
-def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Any]:
-    """Show how far a long piece of work is and when it will end, if that is known; nothing where nobody looks."""
-    rich = stage("rich.progress")
-    speed = rich.TransferSpeedColumn() if unit == "bytes" else rich.MofNCompleteColumn()
-    columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), speed, rich.TimeRemainingColumn())
-    with rich.Progress(*columns, console=stage("rich.console").Console(stderr=True)) as bar:
+def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """Show the progress and the estimated time left on stderr; a log file gets only the final state.
+
+    Args:
+        label: Name of the work, shown in front of the bar.
+        total: Amount of work in `unit`, or None if it is not known yet.
+        unit: What is counted; "bytes" are shown as a transfer speed.
+
+    Yields:
+        The function that moves the bar on.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount_column = TransferSpeedColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount_column, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=total)
 
-        def advance(amount: int, total: int | None = total) -> None:
+        def advance(amount: int, total: int | None = None) -> None:
             bar.update(task, advance=amount, total=total)
 
         yield advance
 
 
 def parse_size(text: str, option: str) -> int:
-    """Read a size such as 256MB; a plain number is bytes."""
+    """Return the number of bytes in a size such as 256MB; a plain number is bytes.
+
+    Args:
+        text: Size as typed.
+        option: Name of the option, for the error message.
+
+    Raises:
+        BadParameter: If the text is not a whole number with an optional unit kB, MB or GB.
+    """
     for unit, factor in UNITS.items():
         if text.endswith(unit) and text.removesuffix(unit).isdigit():
             return int(text.removesuffix(unit)) * factor

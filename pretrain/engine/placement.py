@@ -1,4 +1,4 @@
-"""Tell optimizers which parameters the flat tensors of ZeRO hold."""
+"""Tell an optimizer which parameters its flat tensors hold."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -7,42 +7,41 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.config import OptimizerConfig
-from pretrain.engine.partitions import full_shapes, local_fragments
-from pretrain.engine.protocol import TrainingEngine, torch_optimizer
+from pretrain.engine.deepspeed import Engine
+from pretrain.engine.partitions import held, shapes
 from pretrain.optimizers.lamb import LAMB
-from pretrain.optimizers.layer_decay import apply_layer_decay
+from pretrain.optimizers.layer_decay import decay_by_layer
 from pretrain.optimizers.muon import Muon
 from pretrain.optimizers.placement import Placement, Range
 
 
-def bind_optimizer(engine: TrainingEngine, config: OptimizerConfig) -> None:
-    """Give LAMB, Muon and layer-wise decay the placement of the parameters; AdamW alone does not need it."""
+def bind_optimizer(engine: Engine, config: OptimizerConfig) -> None:
+    """Tell an optimizer that asks for it which parameters its flat tensors hold."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     if config.name == "adamw" and config.layer_decay == 1:
         return
-    optimizer, placement = torch_optimizer(engine), parameter_placement(engine)
+    placement = place(engine)
     if isinstance(optimizer, LAMB | Muon):
-        optimizer.bind(placement)
+        optimizer.placement = placement
     if config.layer_decay < 1:
-        apply_layer_decay(optimizer, placement, config.layer_decay)
+        decay_by_layer(optimizer, placement, config.layer_decay)
 
 
-def parameter_placement(engine: TrainingEngine) -> Placement:
-    """Return which ranges of which parameters the tensors of an engine's optimizer hold on this rank."""
-    shapes = full_shapes(engine)
-    indices = {name: index for index, name in enumerate(shapes)}
+def place(engine: Engine) -> Placement:
+    """Say which parameters the tensors of an engine's optimizer hold."""
+    whole = shapes(engine)
+    numbers = {name: number for number, name in enumerate(whole)}
     ranges: dict[Tensor, list[Range]] = defaultdict(list)
-    is_partitioned = False
-    for fragment in local_fragments(engine):
-        if fragment.state is not None:
-            index = indices[fragment.name]
-            ranges[fragment.master].append(Range(index, fragment.start, fragment.offset, fragment.numel))
-            is_partitioned = is_partitioned or not fragment.replicated
-    placement = Placement([*shapes], [*shapes.values()], ranges)
-    if not is_partitioned:
+    is_cut = False
+    for fragment in held(engine):
+        if fragment.moments is not None:
+            number = numbers[fragment.name]
+            ranges[fragment.master].append(Range(number, fragment.start, fragment.offset, fragment.numel))
+            is_cut = is_cut or not fragment.shared
+    placement = Placement([*whole], [*whole.values()], ranges)
+    if not is_cut:
         return placement
-    return replace(
-        placement, sum_over_ranks=_sum_on_device, rank=distributed.rank(), world_size=distributed.world_size()
-    )
+    return replace(placement, total=_sum_on_device, rank=distributed.rank(), world_size=distributed.world_size())
 
 
 def _sum_on_device(values: Tensor) -> Tensor:

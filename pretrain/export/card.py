@@ -25,7 +25,7 @@ A Vision Transformer pretrained with Vitrail: {layers} layers of width {width}, 
 |---|---|
 | objective | {objective} |
 | optimizer steps | {step} |
-| images seen | {images_seen} |
+| images seen | {samples} |
 | data digest | `{digest}` |
 | code | `{commit}` |
 
@@ -53,8 +53,8 @@ def model_card(manifest: Manifest, config: PretrainConfig, usage: str, proof: Pr
         patch=config.model.patch_size,
         size=config.model.image_size,
         objective=config.objective.name,
-        step=manifest.state.step,
-        images_seen=manifest.state.images_seen,
+        step=manifest.step,
+        samples=manifest.samples,
         digest=manifest.data_digests["training"],
         commit=manifest.git_commit,
         proof=proof,

@@ -1,69 +1,58 @@
-"""Print the progress of a run: step, loss, images per second, share of time spent waiting for data, time left."""
+"""The line a person watches: step, loss, images a second, share of time waiting for data, time left."""
 
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 
 
 class ProgressLine:
-    """Print progress: in a terminal one line that is rewritten, otherwise one line per row of metrics.
-
-    Args:
-        total_steps: Last step of the run.
-        start_step: Number of steps taken before this process started; the time left is estimated from later steps.
-        enabled: Whether this process prints; only the main rank does. Warnings are printed on every rank.
-    """
+    """Rewrites one line in a terminal; writes line after line into a log."""
 
     def __init__(self, total_steps: int, start_step: int, *, enabled: bool) -> None:
         self.total_steps = total_steps
         self.start_step = start_step
+        self.started = time.monotonic()
         self.enabled = enabled
-        self._started = time.monotonic()
-        self._bottleneck: str | None = None
-        self._is_terminal = sys.stdout.isatty()
+        self.bound: str | None = None
+        self.live = sys.stdout.isatty()
 
-    def print_metrics(self, row: Mapping[str, float], step: int) -> None:
-        """Print a row of metrics on the line that is rewritten."""
+    def show(self, row: Mapping[str, float], step: int) -> None:
+        """Show where training is."""
         if not self.enabled:
             return
-        steps_done = step - self.start_step
-        elapsed = time.monotonic() - self._started
-        seconds_left = (self.total_steps - step) * elapsed / steps_done if steps_done else 0.0
-        loss = f"loss {row['train/loss']:.4f}" if "train/loss" in row else "all steps skipped"
+        done = step - self.start_step
+        left = (self.total_steps - step) * (time.monotonic() - self.started) / done if done else 0.0
+        loss = f"loss {row['train/loss']:.4f}" if "train/loss" in row else "no step taken"
         line = (
             f"step {step}/{self.total_steps}  {loss}  "
             f"{row['speed/images_per_second']:.0f} images/s  waiting for data {row['data/wait_fraction']:.0%}  "
-            f"ETA {duration(seconds_left)}"
+            f"ETA {duration(left)}"
         )
-        self._write(line, end="" if self._is_terminal and step < self.total_steps else "\n")
+        self._write(line, end="" if self.live and step < self.total_steps else "\n")
 
-    def print_message(self, text: str) -> None:
-        """Print a line that is not overwritten."""
+    def note(self, text: str) -> None:
+        """Write a line that stays."""
         if self.enabled:
             self._write(text, end="\n")
 
-    def print_warning(self, text: str) -> None:
-        """Print a line on whichever rank the warning occurs; ranks other than the main one use stderr."""
+    def judge(self, bound: str | None) -> None:
+        """Say what the run waits for, when that has changed."""
+        if bound != self.bound:
+            self.bound = bound
+            self.note(bound or "no longer input-bound")
+
+    def say(self, text: str) -> None:
+        """Write a line that matters on whatever rank it comes from."""
         if self.enabled:
-            self.print_message(text)
+            self.note(text)
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def print_bottleneck(self, bottleneck: str | None) -> None:
-        """Print what limits data loading whenever that changes.
-
-        Args:
-            bottleneck: Sentence that names the slowest stage, or None if the run is not input-bound.
-        """
-        if bottleneck != self._bottleneck:
-            self._bottleneck = bottleneck
-            self.print_message(bottleneck or "no longer input-bound")
-
     def _write(self, line: str, end: str) -> None:
-        print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, flush=True)
+        print(f"\r\x1b[K{line}" if self.live else line, end=end, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    """Return seconds as h:mm:ss, with the number of days in front from one day on."""
+    return str(timedelta(seconds=round(seconds)))

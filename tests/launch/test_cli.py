@@ -1,31 +1,67 @@
-"""The `vitrail` command: quick help, clear answers."""
+"""The `vitrail` command: quick help, the version, errors in one sentence."""
 
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 
+import pretrain
+from launch.cli import app
 from pretrain.data.storage.index import DatasetInfo
-from tests.support.launching import Shell
+from tests.support.launching import ROOT, Shell
 
-VERBS = [[], ["shards"], ["shards", "make"], ["shards", "index"], ["export"], ["predict"]]
+HEAVY = ("torch", "numpy", "transformers", "deepspeed", "mlflow", "yaml")
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=" ".join)
-def test_help_is_light_and_teaches(verb: list[str], tool: Callable[[str], str]) -> None:
-    command = [sys.executable, "-X", "importtime", tool("vitrail"), *verb, "--help"]
+def commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield the words and the parser of a command and of all its subcommands."""
+    yield words, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from commands(command, (*words, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+VERBS = {words: command for words, command in COMMANDS.items() if not hasattr(command, "commands")}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_imports_nothing_heavy(words: tuple[str, ...], tool: Callable[[str], str]) -> None:
+    command = [sys.executable, "-X", "importtime", tool("vitrail"), *words, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"\|\s+typer\b", done.stderr)
-    assert not re.search(r"\|\s+(torch|numpy|transformers|deepspeed|mlflow|yaml)\b", done.stderr)
-    if len(verb) == 2 or verb in (["export"], ["predict"]):
-        assert "Example: vitrail " + " ".join(verb) in done.stdout
+    assert not re.search(rf"\|\s+({'|'.join(HEAVY)})\b", done.stderr)
+    assert " ".join(("Usage: vitrail", *words)) in done.stdout
 
 
-def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("words", VERBS, ids=" ".join)
+def test_help_describes_every_parameter_and_gives_examples(words: tuple[str, ...]) -> None:
+    command = VERBS[words]
+    for parameter in command.params:
+        text = getattr(parameter, "help", None)
+        assert text and text.endswith("."), f"{parameter.name}: {text!r} is not a sentence"
+    examples = [line.removeprefix("Example: ") for line in command.help.splitlines() if line.startswith("Example: ")]
+    assert examples
+    for example in examples:
+        program, *arguments = shlex.split(example)
+        assert (program, *arguments[: len(words)]) == ("vitrail", *words)
+        command.make_context(" ".join(words), arguments[len(words) :])  # raises if the example does not parse
+
+
+def test_version_is_that_of_the_package(shell: Shell, tool: Callable[[str], str]) -> None:
+    done = shell([tool("vitrail"), "--version"])
+    assert (done.code, done.out) == (0, f"vitrail {pretrain.__version__}\n")
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'version = { attr = "pretrain.__version__" }' in pyproject
+
+
+def test_make_and_index_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "in" / name).mkdir(parents=True)
         for i in range(10):
@@ -62,14 +98,16 @@ def test_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: Callable[[str], 
         (["shards", "make", "nowhere", "out"], 2, "nowhere: no such folder (the built-in source is called digits)"),
         (["shards", "make", "digits", "out", "--shard-size", "big"], 2, "expected a size such as 256MB, got 'big'"),
         (["shards", "make", "digits", "out", "--classes", "ten"], 2, "no class ten; the classes are 0, 1, 2"),
-        (["shards", "index", "."], 2, ".: has no .tar files"),
+        (["shards", "index", "."], 2, ".: no .tar files in this folder"),
         (["shards", "index", "nowhere"], 2, "nowhere: no such folder"),
         (["export", "nowhere", "out"], 2, "nowhere: no checkpoint here; expected a run folder"),
         (["predict", "nowhere", "x.png"], 2, "nowhere: no Hugging Face folder here"),
         (["shard"], 2, "No such command 'shard'"),
     ],
 )
-def test_mistakes(shell: Shell, tool: Callable[[str], str], arguments: list[str], code: int, expected: str) -> None:
+def test_user_errors_exit_with_a_sentence(
+    shell: Shell, tool: Callable[[str], str], arguments: list[str], code: int, expected: str
+) -> None:
     done = shell([tool("vitrail"), *arguments])
     assert done.code == code
     assert expected in done.err

@@ -1,4 +1,4 @@
-"""`vitrail checkpoints`, as a person types it."""
+"""`vitrail checkpoints`, run as a command."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.state import TrainState
 from tests.pretrain.checkpoint.test_manifest import MANIFEST
 from tests.support.checkpoints import write_checkpoint
 from tests.support.launching import Finished, Shell
@@ -20,17 +19,17 @@ def vitrail(shell: Shell, tool: Callable[[str], str]) -> Callable[..., Finished]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with checkpoints at 2, 4, 6 and 8, and a save that never ended."""
+    """Create a run with checkpoints at steps 2, 4, 6 and 8, a damaged one and an interrupted save."""
     folder = tmp_path / "run" / "checkpoints"
     for step in (2, 4, 6, 8):
-        manifest = replace(MANIFEST, state=TrainState(step))
+        manifest = replace(MANIFEST, step=step)
         write_checkpoint(folder / f"step-{step:08d}", manifest, {"weight": torch.randn(9)}, num_files=2)
     (folder / "step-00000010.partial").mkdir()
     (folder / "step-00000005.damaged").mkdir()
     return tmp_path / "run"
 
 
-def test_whole_and_damaged_ones_are_told_apart(run: Path, vitrail: Callable[..., Finished]) -> None:
+def test_complete_and_damaged_checkpoints_are_told_apart(run: Path, vitrail: Callable[..., Finished]) -> None:
     listed = vitrail("list", run)
     assert listed.code == 0
     assert [line.split()[0] for line in listed.out.splitlines()] == [
@@ -38,10 +37,10 @@ def test_whole_and_damaged_ones_are_told_apart(run: Path, vitrail: Callable[...,
         "step-00000010.partial",
         "step-00000005.damaged",
     ]
-    assert "2 ranks, ZeRO 2, fp32  whole" in listed.out
-    whole = vitrail("verify", run)
-    assert whole.code == 0
-    assert whole.out.splitlines() == [f"step-{step:08d}: whole" for step in (2, 4, 6, 8)]
+    assert "2 ranks, ZeRO 2, fp32  complete" in listed.out
+    intact = vitrail("verify", run)
+    assert intact.code == 0
+    assert intact.out.splitlines() == [f"step-{step:08d}: complete" for step in (2, 4, 6, 8)]
 
     victim = run / "checkpoints" / "step-00000006" / "rank-00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x99")
@@ -50,10 +49,10 @@ def test_whole_and_damaged_ones_are_told_apart(run: Path, vitrail: Callable[...,
     assert f"{victim}: damaged (its checksum differs)" in damaged.out
     assert vitrail("verify", run / "checkpoints" / "step-00000008").code == 0
     (run / "checkpoints" / "step-00000004" / "rank-00000.safetensors").unlink()
-    assert "not whole: rank-00000.safetensors" in vitrail("list", run).out
+    assert "incomplete: rank-00000.safetensors" in vitrail("list", run).out
 
 
-def test_prune_keeps_what_it_is_told_to(run: Path, vitrail: Callable[..., Finished]) -> None:
+def test_prune_keeps_the_last_and_every_nth_checkpoint(run: Path, vitrail: Callable[..., Finished]) -> None:
     tried = vitrail("prune", run, "--keep-every", "4", "--dry-run")
     assert [line.split(",")[0] for line in tried.out.splitlines()[:-1]] == [
         "would remove step-00000002",
@@ -66,7 +65,7 @@ def test_prune_keeps_what_it_is_told_to(run: Path, vitrail: Callable[..., Finish
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
 
 
-def test_a_folder_without_any_is_a_mistake(tmp_path: Path, vitrail: Callable[..., Finished]) -> None:
+def test_folder_without_checkpoints_exits_with_code_2(tmp_path: Path, vitrail: Callable[..., Finished]) -> None:
     for verb in ("list", "verify", "prune"):
         done = vitrail(verb, tmp_path / "nowhere")
         assert done.code == 2

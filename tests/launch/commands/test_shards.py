@@ -1,4 +1,4 @@
-"""`vitrail shards` as it is typed: tables, tars, what a stop leaves, what goes on."""
+"""`vitrail shards`, run as a command: tables, tars, interrupted commands, a full disk."""
 
 import csv
 import random
@@ -19,7 +19,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_table_resized_then_cut_anew(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
+def test_make_from_a_table_and_again_from_its_shards(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
     (tmp_path / "in").mkdir()
     with (tmp_path / "t.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -46,10 +46,10 @@ def test_a_table_resized_then_cut_anew(tmp_path: Path, shell: Shell, tool: Calla
 
 
 @pytest.mark.parametrize(("how", "times"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])
-def test_a_stopped_command_goes_on(
+def test_interrupted_command_continues(
     tmp_path: Path, shell: Shell, tool: Callable[[str], str], how: signal.Signals, times: int
 ) -> None:
-    """Stopped at random moments, with workers at work, the same command ends with the same bytes."""
+    """Interrupted at random moments while workers write, the same command produces identical files in the end."""
     make = [tool("vitrail"), "shards", "make", "digits", "--shard-size", "60kB", "--workers", "2"]
     whole = shell([*make, "whole", "--workers", "1"])
     assert whole.code == 0, whole.err
@@ -68,20 +68,22 @@ def test_a_stopped_command_goes_on(
         except subprocess.TimeoutExpired:
             end(process)
             raise
-        if (tmp_path / "out").exists():  # it was quicker
+        if (tmp_path / "out").exists():  # it finished before the signal
             break
         stopped += 1
         if how == signal.SIGINT:
             assert process.returncode == 75, err
-            assert "out: stopped; the same command goes on from here" in err
+            assert "out: interrupted; the same command continues from here" in err
     assert stopped
     if not (tmp_path / "out").exists():
         assert shell([*make, "out"]).code == 0
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_full_disk_is_a_sentence_and_costs_nothing(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
-    """A limit on the size of files stands in for the disk: nothing torn is taken for a shard, and then it goes on."""
+def test_full_disk_is_reported_and_leaves_no_partial_shard(
+    tmp_path: Path, shell: Shell, tool: Callable[[str], str]
+) -> None:
+    """A limit on file sizes simulates the full disk; without the limit, the same command continues."""
     make = [tool("vitrail"), "shards", "make", "digits", "out", "--shard-size", "2MB", "--workers", "2"]
     full = shell(["bash", "-c", f"ulimit -f 1000; exec {' '.join(make)}"])
     assert full.code == 1

@@ -1,4 +1,4 @@
-"""What is left to train on is found out, and the command is changed to that and nothing else."""
+"""A command is changed only to leave out GPUs and machines that do not respond, or one rank."""
 
 import sys
 from pathlib import Path
@@ -6,76 +6,88 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher.runner import parse_resource_filter
 
-from launch.supervisor import resources as remains
-from launch.supervisor.resources import adapt, list_gpus, list_lost_hosts, with_fewer_ranks
+from launch.supervisor import resources
+from launch.supervisor.resources import list_gpus, list_unreachable_hosts, with_fewer_ranks, without_lost_resources
 
 COMMAND = ["deepspeed", "--num_gpus", "4", "launch/pretrain.py"]
 
 
 @pytest.fixture
 def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An ssh that reaches every machine but node-2, and hangs for node-3; returns a hostfile."""
+    """Replace ssh by a script that cannot reach node-2 and hangs for node-3; return a hostfile."""
     ssh = tmp_path / "ssh"
     ssh.write_text('#!/bin/sh\ncase "$*" in *node-2*) exit 255;; *node-3*) exec sleep 60;; esac\n')
     ssh.chmod(0o755)
-    monkeypatch.setattr(remains, "SSH", (str(ssh), "-o", "BatchMode=yes"))
-    monkeypatch.setattr(remains, "PROBE_SECONDS", 1.0)
+    monkeypatch.setattr(resources, "SSH", (str(ssh), "-o", "BatchMode=yes"))
+    monkeypatch.setattr(resources, "PROBE_SECONDS", 1.0)
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("# the machines\nnode-1 slots=8\nnode-2 slots=8\n\nnode-3 slots=4\n")
     return hostfile
 
 
-def test_machines_that_do_not_answer_are_left_out(fake_ssh: Path) -> None:
-    assert list_lost_hosts(fake_ssh) == ["node-2", "node-3"]
-    said: list[str] = []
-    command = adapt(["deepspeed", "--hostfile", str(fake_ssh), "launch/pretrain.py"], said.append, 0)
+def test_unreachable_hosts_are_excluded(fake_ssh: Path) -> None:
+    assert list_unreachable_hosts(fake_ssh) == ["node-2", "node-3"]
+    reported: list[str] = []
+    command = without_lost_resources(
+        ["deepspeed", "--hostfile", str(fake_ssh), "launch/pretrain.py"], reported.append, 0
+    )
     assert command == ["deepspeed", "--exclude", "node-2@node-3", "--hostfile", str(fake_ssh), "launch/pretrain.py"]
-    assert said == ["node-2, node-3: not reached by ssh; going on without"]
+    assert reported == ["node-2, node-3: not reachable with ssh; continuing without"]
     pool = {"node-1": [0, 1], "node-2": [0, 1], "node-3": [0]}
     assert dict(parse_resource_filter(pool, exclude_str=command[2])) == {"node-1": [0, 1]}
 
 
-def test_a_hostfile_that_is_missing_is_left_to_the_launcher(tmp_path: Path) -> None:
+def test_missing_hostfile_leaves_the_command_unchanged(tmp_path: Path) -> None:
     command = ["deepspeed", "--hostfile", str(tmp_path / "missing"), "launch/pretrain.py"]
-    assert adapt(command, print, 0) == command
+    assert without_lost_resources(command, print, 0) == command
 
 
-def test_gpus_that_do_not_answer_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_gpus_are_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *count*) echo 4;; *" 1") exit 1;; esac\n')
     python.chmod(0o755)
     assert list_gpus(str(python)) == ([0, 2, 3], [1])
-    monkeypatch.setattr(remains, "list_gpus", lambda: list_gpus(str(python)))
-    said: list[str] = []
-    command = adapt(COMMAND, said.append, 0)
+    monkeypatch.setattr(resources, "list_gpus", lambda: list_gpus(str(python)))
+    reported: list[str] = []
+    command = without_lost_resources(COMMAND, reported.append, 0)
     assert command == ["deepspeed", "--include", "localhost:0,2,3", "launch/pretrain.py"]
-    assert said == ["GPU 1 does not answer; going on without"]
+    assert reported == ["GPU 1: not responding; continuing without"]
     pool = {"localhost": [0, 1, 2, 3]}
     assert parse_resource_filter(pool, include_str="localhost:0,2,3") == {"localhost": [0, 2, 3]}
-    assert adapt(command, said.append, 0) == command  # once is enough
+    assert without_lost_resources(command, reported.append, 0) == command  # a second call changes nothing
 
 
-@pytest.mark.parametrize("counted", [([0, 1, 2, 3, 4], []), ([], [])], ids=["all", "none can be told"])
-def test_a_command_for_which_nothing_is_lost_stays(
-    monkeypatch: pytest.MonkeyPatch, counted: tuple[list[int], list[int]]
+@pytest.mark.parametrize("gpus", [([0, 1, 2, 3, 4], []), ([], [])], ids=["all work", "none can be probed"])
+def test_command_is_unchanged_if_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch, gpus: tuple[list[int], list[int]]
 ) -> None:
-    monkeypatch.setattr(remains, "list_gpus", lambda: counted)
-    assert adapt(COMMAND, print, 0) == COMMAND
+    monkeypatch.setattr(resources, "list_gpus", lambda: gpus)
+    assert without_lost_resources(COMMAND, print, 0) == COMMAND
 
 
-def test_a_gpu_that_has_gone_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remains, "list_gpus", lambda: ([0, 1, 2], []))
+def test_command_uses_only_the_gpus_that_still_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "list_gpus", lambda: ([0, 1, 2], []))
     for command in (COMMAND, ["deepspeed", "--num_gpus=4", "launch/pretrain.py"]):
-        assert adapt(command, print, 0) == ["deepspeed", "--include", "localhost:0,1,2", "launch/pretrain.py"]
+        assert without_lost_resources(command, print, 0) == [
+            "deepspeed",
+            "--include",
+            "localhost:0,1,2",
+            "launch/pretrain.py",
+        ]
 
 
 DEEPSPEED, TORCHRUN = ["deepspeed", "launch/pretrain.py"], ["torchrun", "--nproc_per_node", "gpu", "launch/pretrain.py"]
 
 
-def test_a_launcher_that_counts_the_gpus_itself_is_told_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remains, "list_gpus", lambda: ([0, 1, 3], [2]))
-    assert adapt(DEEPSPEED, print, 4) == ["deepspeed", "--include", "localhost:0,1,3", "launch/pretrain.py"]
-    assert adapt(DEEPSPEED, print, 0) == DEEPSPEED  # no rank has come so far that it could be counted
+def test_number_of_ranks_is_added_if_the_launcher_would_count_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "list_gpus", lambda: ([0, 1, 3], [2]))
+    assert without_lost_resources(DEEPSPEED, print, 4) == [
+        "deepspeed",
+        "--include",
+        "localhost:0,1,3",
+        "launch/pretrain.py",
+    ]
+    assert without_lost_resources(DEEPSPEED, print, 0) == DEEPSPEED  # no rank started, so their number is unknown
 
 
 @pytest.mark.parametrize(
@@ -87,11 +99,11 @@ def test_a_launcher_that_counts_the_gpus_itself_is_told_how_many(monkeypatch: py
         (["torchrun", "--nproc-per-node=2", "x.py"], ["torchrun", "--nproc-per-node", "1", "x.py"]),
     ],
 )
-def test_one_rank_fewer(command: list[str], fewer: list[str]) -> None:
-    said: list[str] = []
-    assert with_fewer_ranks(command, said.append, 8) == fewer
-    assert said == [
-        f"going on with {fewer[2]} {'rank' if fewer[2] == '1' else 'ranks'}; the global batch stays the same"
+def test_with_fewer_ranks_removes_one_rank(command: list[str], fewer: list[str]) -> None:
+    reported: list[str] = []
+    assert with_fewer_ranks(command, reported.append, 8) == fewer
+    assert reported == [
+        f"continuing with {fewer[2]} {'rank' if fewer[2] == '1' else 'ranks'}; the global batch size is unchanged"
     ]
 
 
@@ -99,10 +111,10 @@ def test_one_rank_fewer(command: list[str], fewer: list[str]) -> None:
     "command",
     [["deepspeed", "--num_gpus=1", "x.py"], ["deepspeed", "-H", "hosts", "x.py"], ["python", "launch/pretrain.py"]],
 )
-def test_where_no_rank_can_be_spared_the_command_stays(command: list[str]) -> None:
+def test_with_fewer_ranks_leaves_other_commands_unchanged(command: list[str]) -> None:
     assert with_fewer_ranks(command, print, 8) == command
 
 
-def test_without_a_gpu_nothing_can_be_told(tmp_path: Path) -> None:
+def test_list_gpus_returns_nothing_without_cuda(tmp_path: Path) -> None:
     assert list_gpus(str(tmp_path / "missing")) == ([], [])
     assert list_gpus(sys.executable)[1] == []

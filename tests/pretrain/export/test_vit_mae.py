@@ -21,7 +21,6 @@ from pretrain.export.vit import fold_layer_scale
 from pretrain.export.vit_mae import VitMae
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
-from pretrain.state import TrainState
 from tests.support.checkpoints import write_checkpoint
 
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
@@ -51,8 +50,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.manual_seed(1)
     weights = build_objective(OBJECTIVE, ViT(model), [], config.preprocessing).state_dict()
     weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    resolved = json.loads(config.model_dump_json())
-    manifest = Manifest(TrainState(9, 99, 72), 1, {"training": "digest"}, [], resolved, "commit")
+    manifest = Manifest(9, 99, 1, {"training": "digest"}, [], json.loads(config.model_dump_json()), "commit")
     write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
     return folder
 

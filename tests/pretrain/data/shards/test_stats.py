@@ -74,7 +74,7 @@ def test_the_picture_shows_samples_and_histograms(photos: Path) -> None:
 def test_the_command(photos: Path, tool: Callable[[str], str]) -> None:
     command = [tool("vitrail"), "shards", "stats", str(photos / "out" / "train")]
     text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert re.search("the same bytes +china/3  flower/copy", text)
-    assert re.search("in several classes +china/3  flower/copy", text)
+    assert re.search("identical images +china/3  flower/copy", text)
+    assert re.search("identical, different classes +china/3  flower/copy", text)
     answer = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
     assert json.loads(answer)["duplicates"] == 1

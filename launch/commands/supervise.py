@@ -1,0 +1,49 @@
+"""`vitrail supervise`: keep a run going through crashes and hangs."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from launch.commands.terminal import report_errors
+
+
+def supervise(
+    command: Annotated[
+        list[str], typer.Argument(metavar="-- COMMAND...", help="Command that starts the run, after a double dash.")
+    ],
+    max_failures: Annotated[
+        int,
+        typer.Option(min=0, help="Number of failures in a row, without a new checkpoint in between, to tolerate."),
+    ] = 5,
+    fewer_after: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Start one rank fewer after every so many failures in a row; the global batch size stays the same. "
+            "0 always keeps the number of ranks.",
+        ),
+    ] = 2,
+) -> None:
+    """Restart a run from its last checkpoint after every crash or hang, and report where the time went.
+
+    SIGTERM, SIGUSR1 and Ctrl-C make the run save a checkpoint and stop with exit code 75; the same command resumes it.
+    A mistake in the config or a diverged run is not restarted. goodput.json in the run folder has the time of each
+    attempt.
+
+    Example: vitrail supervise -- deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml
+    """
+    from launch.supervisor.supervisor import Supervisor
+    from pretrain.tracking.tracker import tag_run
+
+    with report_errors():
+        supervisor = Supervisor(command, max_failures, fewer_after, report=print_line)
+    code = supervisor.run()
+    shares = {f"goodput.{name}": f"{seconds:.1f} s" for name, seconds in supervisor.goodput.shares().items()}
+    tag_run(supervisor.run_dir, shares)
+    sys.exit(code)
+
+
+def print_line(sentence: str) -> None:
+    """Print a line of the supervisor to stderr."""
+    print(f"supervise: {sentence}", file=sys.stderr, flush=True)
