@@ -52,8 +52,8 @@ from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.transforms.views import augment
 from pretrain.engine.deepspeed import build_engine, set_learning_rate, start_distributed
-from pretrain.export.vit import to_hugging_face
-from pretrain.export.vit_mae import decoder_to_hugging_face, hugging_face_config
+from pretrain.export.vit_mae import hub_mae_config
+from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub
 from pretrain.model.vit import ViT, compile_blocks, sincos_positions
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
@@ -158,14 +158,14 @@ def their_step(
     It begins from our `weights`, or from its own.
     """
     if isinstance(config, MAEConfig):
-        theirs = transformers.ViTMAEForPreTraining(hugging_face_config(model, config))
+        theirs = transformers.ViTMAEForPreTraining(hub_mae_config(model, config))
         side = model.image_size // model.patch_size
         # transformers 5.23 leaves those of a new model at zero, and never trains them: it would learn next to nothing.
         theirs.vit.embeddings.position_embeddings.data = sincos_positions(side, model.hidden_size)
         theirs.decoder.decoder_pos_embed.data = sincos_positions(side, config.decoder_hidden_size)
         if weights:
-            encoder = {f"vit.{name}": each for name, each in to_hugging_face(part(weights, "encoder."), model).items()}
-            theirs.load_state_dict(encoder | decoder_to_hugging_face(part(weights, "decoder."), model))
+            encoder = {f"vit.{name}": each for name, each in encoder_to_hub(part(weights, "encoder."), model).items()}
+            theirs.load_state_dict(encoder | decoder_to_hub(part(weights, "decoder."), model))
         module: nn.Module = TheirMAE(torch.compile(theirs) if compiled else theirs)
     else:
         module = build_timm(model, compiled=compiled, classes=CLASSES)

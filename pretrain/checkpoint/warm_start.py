@@ -1,4 +1,4 @@
-"""Begin a run from weights that are there: of another run, or of an ordinary Hugging Face folder of a ViT."""
+"""Start a run from existing weights: another run, or an ordinary Hugging Face folder of a ViT."""
 
 import json
 from pathlib import Path
@@ -11,104 +11,109 @@ from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import find_faults, load_weights
 from pretrain.errors import CheckpointError
+from pretrain.model.hub_names import encoder_from_hub
 from pretrain.model.vit import resize_positions
 
+ENCODER = "encoder."
 POSITIONS = "encoder.position_embedding"
 SCALES = ("attention_scale.weight", "mlp_scale.weight")
-# Names on the disk in a folder of model type "vit", in either transformers 4 or 5, and ours.
-NAMES = (
-    ("vit.", ""),
-    ("encoder.layer.", "layers."),
-    ("embeddings.patch_embeddings.projection.", "patch_embedding."),
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embeddings", "position_embedding"),
-    ("attention.attention.query.", "attention.q_proj."),
-    ("attention.attention.key.", "attention.k_proj."),
-    ("attention.attention.value.", "attention.v_proj."),
-    ("attention.output.dense.", "attention.o_proj."),
-    ("intermediate.dense.", "mlp.fc1."),
-    ("output.dense.", "mlp.fc2."),
-    ("layernorm_before.", "norm_before."),
-    ("layernorm_after.", "norm_after."),
-    ("layernorm.", "norm."),
-)
+HUB_LAYER_NORM_EPS = 1e-12  # what transformers assumes if a folder's config does not set it
 
 
 def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_norm_eps: float) -> str:
-    """Give an objective the weights at `path`, before it goes under an engine.
+    """Copy the weights at `path` into an objective, before DeepSpeed takes it over.
 
-    The encoder must fit whole, but for its positions, which are interpolated to this run's number of patches, and for
-    LayerScale, which an export has folded into the layers before it. What lies around it is taken over from a run with
-    the same classes, else it starts anew.
+    All tensors of the encoder must match, with two exceptions: positions are interpolated to this model's number of
+    patches, and LayerScale starts at 1 if the source has none (an export folds it into other layers). Heads and other
+    weights outside the encoder are copied only from a run with the same classes; otherwise they keep their random
+    values.
 
     Args:
-        objective: has an `encoder`.
-        path: a run folder, one of its checkpoints, or a Hugging Face folder.
-        class_names: of this run.
-        layer_norm_eps: of this run's encoder.
+        objective: Objective of this run, with an `encoder`.
+        path: Run folder, checkpoint folder or Hugging Face folder.
+        class_names: Class names of this run.
+        layer_norm_eps: Epsilon of this run's LayerNorms.
 
     Returns:
-        A sentence that says what was changed and what starts anew.
+        Sentence for the log that says what was changed and which weights start from random values.
 
     Raises:
-        CheckpointError: nothing usable there, or the encoder's tensors differ; the message names them.
+        CheckpointError: If there are no usable weights, or if the encoder's tensors differ; the message names them.
     """
     own = objective.state_dict()
+    others: dict[str, Tensor] = {}
     if (path / "config.json").exists():
-        found = _read_hugging_face(path, layer_norm_eps)
-        head: dict[str, Tensor] = {}
+        encoder = _read_hub_encoder(path, layer_norm_eps)
     else:
-        checkpoint = find_checkpoint(path)
-        if faults := list(find_faults(checkpoint)):
-            raise CheckpointError("\n".join(faults))
-        found = load_weights(checkpoint, averaged=True)
-        same_classes = Manifest.load(checkpoint).class_names == class_names
-        head = {name: found[name] for name in found if not name.startswith("encoder.")} if same_classes else {}
-    encoder = {name: weight for name, weight in found.items() if name.startswith("encoder.")}
-    wanted = {name for name in own if name.startswith("encoder.")}
-    wrong, said = [], f"started from {path}"
-    if (positions := encoder.get(POSITIONS)) is not None and positions.shape[1:2] != own[POSITIONS].shape[1:2]:
-        encoder[POSITIONS] = resize_positions(positions, own[POSITIONS].shape[1] - 1)
-        said += f"; positions interpolated from {positions.shape[1] - 1} patches to {own[POSITIONS].shape[1] - 1}"
-    scales = {name for name in wanted if name.endswith(SCALES)}
-    if scales and not scales & encoder.keys():
-        encoder |= {name: torch.ones_like(own[name]) for name in scales}
-        said += "; LayerScale starts at 1, since there is none there"
-    for name in sorted(wanted | encoder.keys()):
-        there = list(encoder[name].shape) if name in encoder else "nothing"
-        here = list(own[name].shape) if name in wanted else "nothing"
-        if name.endswith("patch_embedding.weight") and name in encoder and encoder[name].numel() == own[name].numel():
-            encoder[name] = encoder[name].reshape(own[name].shape)  # theirs is a convolution, ours a matrix
-        elif there != here:
-            wrong.append(f"  {name}: {there} there, {here} here")
-    if wrong:
-        raise CheckpointError("\n".join([f"{path}: its encoder does not fit this run's model:", *wrong]))
-    taken = encoder | {name: head[name] for name in head if name in own and head[name].shape == own[name].shape}
+        encoder, others = _read_checkpoint(path, class_names)
+    changes = [*_fit_positions(encoder, own), *_add_layer_scale(encoder, own)]
+    if differences := _differences(encoder, own):
+        lines = "\n".join(f"  {line}" for line in differences)
+        raise CheckpointError(f"{path}: its encoder does not fit this run's model; change the section model:\n{lines}")
+    fitting = {name: weight for name, weight in others.items() if name in own and own[name].shape == weight.shape}
+    copied = encoder | fitting
     with torch.no_grad():
-        for name, weight in taken.items():
+        for name, weight in copied.items():
             own[name].copy_(weight)
-    anew = sorted(own.keys() - taken.keys())
-    return said + (f"; {', '.join(anew)} anew" if anew else "")
+    random = sorted(own.keys() - copied.keys())
+    if random:
+        changes.append(f"random values for {', '.join(random)}")
+    return "; ".join([f"started from {path}", *changes])
 
 
-def _read_hugging_face(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]:
-    """Return the encoder of a Hugging Face folder by our names."""
+def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the encoder of a run's checkpoint, and its other weights if the run had the same classes."""
+    checkpoint = find_checkpoint(path)
+    if faults := list(find_faults(checkpoint)):
+        raise CheckpointError("\n".join(faults))
+    weights = load_weights(checkpoint, averaged=True)
+    encoder = {name: weight for name, weight in weights.items() if name.startswith(ENCODER)}
+    if Manifest.load(checkpoint).class_names != class_names:
+        return encoder, {}
+    return encoder, {name: weight for name, weight in weights.items() if name not in encoder}
+
+
+def _read_hub_encoder(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]:
+    """Return the encoder of a Hugging Face folder by its names in an objective."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") not in ("vit", "vit_mae"):
-        raise CheckpointError(
-            f"{folder}: holds a {config.get('model_type')}; init_from reads model type vit or vit_mae"
-        )
-    if config.get("layer_norm_eps", 1e-12) != layer_norm_eps:
-        theirs = config.get("layer_norm_eps", 1e-12)
-        raise CheckpointError(f"{folder}: its layer_norm_eps is {theirs:g}; set model.layer_norm_eps={theirs:g}")
+        found = f"has model type {config.get('model_type')}, but init_from reads vit and vit_mae"
+        raise CheckpointError(f"{folder}: {found}; choose a folder of one of these")
+    found_eps = config.get("layer_norm_eps", HUB_LAYER_NORM_EPS)
+    if found_eps != layer_norm_eps:
+        raise CheckpointError(f"{folder}: its layer_norm_eps is {found_eps:g}; set model.layer_norm_eps={found_eps:g}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: has no *.safetensors; save it again with save_pretrained")
-    found = {}
-    for name, weight in {name: weight for file in files for name, weight in load_file(file).items()}.items():
-        if name.startswith(("classifier.", "vit.pooler.", "pooler.", "decoder.")):
-            continue
-        for theirs, ours in NAMES:
-            name = name.replace(theirs, ours)  # noqa: PLW2901
-        found[f"encoder.{name}"] = weight.float()
-    return found
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {f"{ENCODER}{name}": weight for name, weight in encoder_from_hub(tensors).items()}
+
+
+def _fit_positions(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Interpolate the encoder's positions in place if this model has another number of patches."""
+    positions = encoder.get(POSITIONS)
+    if positions is None or positions.shape[1:2] == own[POSITIONS].shape[1:2]:
+        return []
+    num_patches = own[POSITIONS].shape[1] - 1
+    encoder[POSITIONS] = resize_positions(positions, num_patches)
+    return [f"positions interpolated from {positions.shape[1] - 1} patches to {num_patches}"]
+
+
+def _add_layer_scale(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Add LayerScale factors of 1 in place if this model has them and the source does not."""
+    scales = {name for name in own if name.startswith(ENCODER) and name.endswith(SCALES)}
+    if not scales or scales & encoder.keys():
+        return []
+    encoder |= {name: torch.ones_like(own[name]) for name in scales}
+    return ["LayerScale starts at 1, because the source has none"]
+
+
+def _differences(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """Return one line for each tensor of the encoder that is missing, unexpected or of another shape."""
+    expected = {name: weight for name, weight in own.items() if name.startswith(ENCODER)}
+    lines = []
+    for name in sorted(expected.keys() | encoder.keys()):
+        theirs, ours = (list(each[name].shape) if name in each else "missing" for each in (encoder, expected))
+        if theirs != ours:
+            lines.append(f"{name}: {theirs} in the source, {ours} in this model")
+    return lines

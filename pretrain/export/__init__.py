@@ -1,1 +1,1 @@
-"""A checkpoint becomes an ordinary Hugging Face folder that proves itself."""
+"""Export of a checkpoint as an ordinary Hugging Face folder, verified by loading it back."""

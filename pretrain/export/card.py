@@ -1,4 +1,4 @@
-"""The model card of an exported folder; its snippet is run by the tests."""
+"""The model card of an exported folder. The tests run its code."""
 
 import json
 
@@ -14,8 +14,8 @@ tags: [vision, vit, vitrail]
 
 # {title}
 
-A Vision Transformer pretrained with Vitrail: {layers} layers of width {width}, patches of {patch} pixels, images of
-{size} x {size}.
+A Vision Transformer pretrained with Vitrail: {layers} layers of width {width}, for images of {size} x {size} pixels in
+patches of {patch} x {patch}.
 
 {usage}
 
@@ -31,8 +31,8 @@ A Vision Transformer pretrained with Vitrail: {layers} layers of width {width}, 
 
 ## Proof
 
-Loaded back with transformers, in fp32 on the CPU, with the Pillow image processor, the folder differs from the trained
-model by at most {proof} (absolute).
+This folder was loaded with transformers, in fp32 on the CPU and with the Pillow image processor, and compared with the
+trained model. The largest absolute differences are {proof}.
 
 ## Configuration
 
@@ -43,7 +43,14 @@ model by at most {proof} (absolute).
 
 
 def model_card(manifest: Manifest, config: PretrainConfig, usage: str, proof: Proof) -> str:
-    """Write the card: what it is, how to load it, how it came about, and the proof."""
+    """Return the text of the model card: what the model is, how to load it, how it was trained, and the proof.
+
+    Args:
+        manifest: Manifest of the exported checkpoint.
+        config: Configuration of the run.
+        usage: How to load the model, with the placeholders {folder} and {num_classes}.
+        proof: Differences between the folder and our model.
+    """
     return CARD.format(
         title=config.run_dir.name,
         task="image-classification" if "logits" in proof.differences else "image-feature-extraction",

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a Hugging Face folder: written aside, proved, then renamed."""
+"""Export of a checkpoint as a Hugging Face folder, which is written aside, proved and then renamed."""
 
 import json
 import shutil
@@ -15,49 +15,48 @@ from pretrain.export.card import model_card
 from pretrain.export.proof import Proof
 from pretrain.export.vit import Vit
 from pretrain.export.vit_mae import VitMae
+from pretrain.files import atomic_folder
 
 MODEL_TYPES: dict[str, type[Vit | VitMae]] = {"vit": Vit, "vit_mae": VitMae}
 
 
 def export(source: Path, out: Path, overwrite: bool = False, model_type: str = "vit") -> Proof:
-    """Export a run, or one checkpoint of it.
+    """Export a run, or one of its checkpoints, as a Hugging Face folder.
 
     Args:
-        source: a run folder (its newest checkpoint is taken) or a checkpoint folder.
-        out: the Hugging Face folder; it appears only when it is proved.
-        overwrite: replace `out` if it is there.
-        model_type: of transformers; `vit` is the encoder, and the classifier if there is one.
+        source: Run folder, whose newest checkpoint is exported, or a checkpoint folder.
+        out: Hugging Face folder to create. It appears only after the proof has succeeded.
+        overwrite: Whether to replace `out` if it exists.
+        model_type: Model type in transformers: "vit" for the encoder and its classifier if there is one, "vit_mae"
+            for a masked autoencoder with its decoder.
+
+    Returns:
+        Largest differences between the folder and the trained model.
 
     Raises:
-        CheckpointError: no checkpoint at `source`, or `out` is in use.
-        ProofError: what was written does not load back as the same model.
+        CheckpointError: If `source` has no intact checkpoint, or if `out` exists and may not be replaced.
     """
     checkpoint = find_checkpoint(source)
     if out.exists() and not overwrite:
-        raise CheckpointError(f"{out}: is there already; choose another folder or add --overwrite")
+        raise CheckpointError(f"{out}: output folder already exists; choose another one or pass --overwrite")
     if out.exists() and not (out / "config.json").exists():
-        raise CheckpointError(f"{out}: is no Hugging Face folder, so it is not overwritten")
+        raise CheckpointError(f"{out}: not a Hugging Face folder, so it is not overwritten; choose another one")
     if faults := list(find_faults(checkpoint)):
         raise CheckpointError("\n".join(faults))
     manifest = Manifest.load(checkpoint)
     config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
     model = MODEL_TYPES[model_type](config, load_weights(checkpoint, averaged=True), manifest.class_names)
-
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save(partial)
-    shutil.copymode(partial / "config.json", partial / "model.safetensors")  # safetensors writes for the owner alone
-    build_processor(config).save_pretrained(partial)
-    proof = model.prove(partial)
-    (partial / "README.md").write_text(model_card(manifest, config, model.usage, proof), encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with atomic_folder(out, overwrite=overwrite) as folder:
+        model.save(folder)
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private
+        build_processor(config).save_pretrained(folder)
+        proof = model.prove(folder)
+        (folder / "README.md").write_text(model_card(manifest, config, model.usage, proof), encoding="utf-8")
     return proof
 
 
 def build_processor(config: PretrainConfig) -> transformers.BitImageProcessorPil:
-    """Build the image processor of `EvalView`; BitImageProcessor is the one that loads in transformers 4 as well."""
+    """Build the image processor that does what `EvalView` does. transformers 4 and 5 both load BitImageProcessor."""
     size = config.model.image_size
     return transformers.BitImageProcessorPil(
         do_resize=True,

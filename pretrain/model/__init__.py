@@ -1,1 +1,1 @@
-"""The Vision Transformer, in plain torch."""
+"""The Vision Transformer, its decoders and heads in plain torch, and its names in Hugging Face."""

@@ -1,6 +1,6 @@
-"""The light decoder of a masked autoencoder (arXiv 2111.06377).
+"""The decoder of a masked autoencoder (arXiv 2111.06377).
 
-The letters of `vit.py`; V of a sample's N patches were visible to the encoder, and E is the decoder's own width.
+Letters in shapes as in `vit.py`: V of an image's N patches were visible to the encoder, whose width is D.
 """
 
 import torch
@@ -11,11 +11,11 @@ from pretrain.model.vit import INITIAL_STD, Block, sincos_positions, take
 
 
 class MAEDecoder(nn.Module):
-    """Tokens of the visible patches in, pixels of the hidden ones out.
+    """Predict the pixels of hidden patches from the encoder's tokens of the visible ones.
 
     Args:
-        config: of the decoder.
-        encoder_width: D.
+        config: Architecture of the decoder, a ViT over the same patches.
+        encoder_width: Width D of the encoder's tokens.
     """
 
     def __init__(self, config: ModelConfig, encoder_width: int) -> None:
@@ -35,16 +35,17 @@ class MAEDecoder(nn.Module):
         nn.init.normal_(self.mask_token, std=INITIAL_STD)
 
     def forward(self, tokens: Tensor, patch_order: Tensor) -> Tensor:
-        """Rebuild the hidden patches.
+        """Predict the pixels of the hidden patches.
 
-        Attention does not know of order, so the patches stay in `patch_order` and take their positions along.
+        Attention is invariant to the order of its tokens, so they stay in `patch_order` and each is given the position
+        embedding of its patch.
 
         Args:
-            tokens: of the encoder, CLS first, then the visible patches, [B, 1 + V, D].
-            patch_order: every patch once, the visible ones first, [B, N].
+            tokens: Output of the encoder [B, 1 + V, D]: CLS, then the visible patches.
+            patch_order: Permutation of the patches [B, N], the visible ones first.
 
         Returns:
-            [B, N - V, C * P * P], in the order of `patch_order`.
+            Pixels [B, N - V, C * P * P] of the hidden patches, in the order of `patch_order`.
         """
         embedded = self.embedding(tokens)
         num_hidden = patch_order.shape[1] + 1 - tokens.shape[1]

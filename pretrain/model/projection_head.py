@@ -1,7 +1,4 @@
-"""The head of self-distillation (arXiv 2104.14294): which of many prototypes a token is like.
-
-The letters: D hidden size, K prototypes.
-"""
+"""The projection head of self-distillation (arXiv 2104.14294)."""
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +8,13 @@ from pretrain.model.vit import INITIAL_STD
 
 
 class ProjectionHead(nn.Module):
-    """Three linear layers into a narrow space; there, the cosine to each prototype.
+    """Compare tokens with learned prototypes: three linear layers, then the cosine similarity to each prototype.
 
     Args:
-        width: D.
-        hidden_size: of the layers between.
-        bottleneck_size: of the narrow space.
-        num_prototypes: K.
+        width: Width D of the tokens.
+        hidden_size: Width of the two hidden layers.
+        bottleneck_size: Width of the layer in which tokens and prototypes are compared.
+        num_prototypes: Number of prototypes K.
     """
 
     def __init__(self, width: int, hidden_size: int, bottleneck_size: int, num_prototypes: int) -> None:
@@ -32,7 +29,7 @@ class ProjectionHead(nn.Module):
         nn.init.trunc_normal_(self.prototypes, std=INITIAL_STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[..., D] -> float [..., K], from -1 to 1."""
-        narrow = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(tokens)))))
-        cosines = F.linear(F.normalize(narrow, dim=-1), F.normalize(self.prototypes, dim=-1))
+        """Return cosine similarities in fp32 [..., K], from -1 to 1, for tokens [..., D]."""
+        projected = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(tokens)))))
+        cosines = F.linear(F.normalize(projected, dim=-1), F.normalize(self.prototypes, dim=-1))
         return cosines.float()

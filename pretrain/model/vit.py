@@ -1,9 +1,9 @@
 """A plain pre-norm Vision Transformer (arXiv 2010.11929).
 
-The letters: B images, C channels, H height and W width in pixels, P patch size, N patches, T = N + 1 tokens (CLS is
-the first), D hidden size, h heads, d = D / h.
+Letters in shapes: B images, C channels, H height and W width in pixels, P patch size, N patches, V visible patches,
+T = N + 1 tokens (CLS is the first), D hidden size, h heads, d = D / h.
 
-q, k and v stand apart and the names follow transformers' `vit`, so that the map to Hugging Face is a renaming.
+Query, key and value are separate layers, and names follow transformers' `vit`, so that exporting only renames weights.
 """
 
 import math
@@ -18,13 +18,20 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.config import ModelConfig
 
 INITIAL_STD = 0.02
-PICKS_ABOVE = 0.1  # rate of drop path
-# Of the blocks: with no drop path, a low rate and a high one, each in training and evaluation, of one size and of any.
+# Above this drop path rate, a branch is computed only for the samples that keep it.
+SUBSET_ABOVE = 0.1
+# Blocks have no drop path, a low rate or a high one; each is compiled for training and evaluation, for a first shape
+# and for any shape.
 MOST_GRAPHS = 32
 
 
 class ViT(nn.Module):
-    """Images in, normalized tokens out. Heads belong to the objectives."""
+    """A Vision Transformer that turns images into normalized tokens; heads belong to the objectives.
+
+    Args:
+        config: Architecture.
+        activation_checkpointing: Whether to recompute each block's activations in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -49,21 +56,24 @@ class ViT(nn.Module):
         images: Tensor,
         visible: Tensor | None = None,
         *,
-        instead: tuple[Tensor, Tensor] | None = None,
-        attends: bool = False,
+        mask: tuple[Tensor, Tensor] | None = None,
+        return_attention: bool = False,
     ) -> Tensor:
-        """[B, C, H, W] -> [B, T, D]; of the patches `visible` alone, [B, V] -> [B, 1 + V, D], if that is given.
+        """Encode images.
 
         Args:
-            images: normalized; at another size than the config's, positions are interpolated.
-            visible: the patches that are taken in, [B, V]; all without it.
-            instead: the patches, bool [B, N], in whose place a token [1, 1, D] stands.
-            attends: answer what each head of the last block takes into CLS from each patch, [B, h, N].
+            images: Normalized images [B, C, H, W]. At sizes other than the config's, positions are interpolated.
+            visible: Indices [B, V] of the patches to encode; None encodes all.
+            mask: Boolean mask [B, N] and the token [1, 1, D] that replaces masked patches.
+            return_attention: Whether to return the last block's attention from CLS to the patches instead of tokens.
+
+        Returns:
+            Tokens [B, T, D] ([B, 1 + V, D] with `visible`), or attention weights [B, h, N].
         """
-        tokens = self.embed(images, visible, instead)
+        tokens = self.embed(images, visible, mask)
         for layer in self.layers:
-            if attends and layer is self.layers[-1]:
-                return attention_of_cls(layer, tokens)
+            if return_attention and layer is self.layers[-1]:
+                return cls_attention(layer, tokens)
             if self.activation_checkpointing and self.training:
                 tokens = checkpoint(layer, tokens, use_reentrant=False)
             else:
@@ -71,10 +81,8 @@ class ViT(nn.Module):
         normalized: Tensor = self.norm(tokens)
         return normalized
 
-    def embed(
-        self, images: Tensor, visible: Tensor | None = None, instead: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """[B, C, H, W] -> [B, T, D]: patches embedded, positions added, CLS before them."""
+    def embed(self, images: Tensor, visible: Tensor | None = None, mask: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Embed patches, add positions and prepend CLS. Arguments and shapes are those of `forward`."""
         patches, positions = patchify(images, self.config.patch_size), self.position_embedding
         if patches.shape[1] != self.config.num_patches:
             positions = resize_positions(positions.float(), patches.shape[1])
@@ -84,8 +92,9 @@ class ViT(nn.Module):
             patches = take(patches, visible)
             patch_positions = take(patch_positions.expand(len(images), -1, -1), visible)
         embedded = self.patch_embedding(patches)
-        if instead is not None:
-            embedded = torch.where(instead[0][..., None], instead[1].to(embedded.dtype), embedded)
+        if mask is not None:
+            is_masked, mask_token = mask
+            embedded = torch.where(is_masked[..., None], mask_token.to(embedded.dtype), embedded)
         cls_token = (self.cls_token + positions[:, :1]).expand(len(images), -1, -1)
         tokens: Tensor = self.dropout(torch.cat([cls_token, embedded + patch_positions], dim=1))
         return tokens
@@ -101,7 +110,12 @@ class ViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, each on normalized tokens and each added to its input."""
+    """A pre-norm transformer block: attention, then an MLP, each with a residual connection.
+
+    Args:
+        config: Architecture.
+        drop_path: Rate at which each branch is dropped in training.
+    """
 
     def __init__(self, config: ModelConfig, drop_path: float) -> None:
         super().__init__()
@@ -114,16 +128,20 @@ class Block(nn.Module):
         self.attention_scale, self.mlp_scale = scale(config), scale(config)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Transform tokens [B, T, D] to tokens of the same shape."""
         tokens = self.drop_path(tokens, lambda kept: self.attention_scale(self.attention(self.norm_before(kept))))
         tokens = self.drop_path(tokens, lambda kept: self.mlp_scale(self.mlp(self.norm_after(kept))))
         return tokens
 
 
 def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile every block in place; block by block, so that ZeRO's hooks around them stay outside of the graphs.
+    """Compile each block of `module` in place. ZeRO's hooks run around blocks, so they stay outside the graphs.
 
-    All blocks share one list of graphs; after the eighth, torch would go on without compiling.
+    All blocks share torch's limit on recompilations, which is raised here: beyond it torch silently stops compiling.
+
+    Args:
+        module: Module that contains blocks.
+        backend: Backend of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in module.modules():
@@ -132,7 +150,11 @@ def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "induc
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (arXiv 1706.03762): softmax(q k^T / sqrt(d)) v."""
+    """Multi-head self-attention (arXiv 1706.03762): softmax(q k^T / sqrt(d)) v.
+
+    Args:
+        config: Architecture.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,7 +168,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Attend from each token to all tokens: [B, T, D] -> [B, T, D]."""
         q, k, v = (
             projection(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, h, T, d]
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -158,7 +180,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with the exact GELU between them."""
+    """Two linear layers with the exact GELU between them.
+
+    Args:
+        config: Architecture.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -167,52 +193,59 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Transform each token by itself: [B, T, D] -> [B, T, D]."""
         hidden: Tensor = self.dropout(self.fc2(F.gelu(self.fc1(tokens))))
         return hidden
 
 
 class LayerScale(nn.Module):
-    """A factor for each channel of a branch, small at first (arXiv 2103.17239)."""
+    """A learned factor per channel of a branch, small at first (arXiv 2103.17239).
+
+    Args:
+        config: Architecture; `layer_scale` is the initial value.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((config.hidden_size,), config.layer_scale))
 
     def forward(self, branch: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Scale the channels of a branch [B, T, D]."""
         return branch * self.weight
 
 
 class DropPath(nn.Module):
-    """Add a branch to its input, scaled up, for some samples alone (stochastic depth, arXiv 1603.09382).
+    """Stochastic depth (arXiv 1603.09382): add a branch to its input only for some samples, scaled to keep the mean.
 
-    At a high rate the branch is computed for those samples alone that have it, a fixed share of the micro-batch
-    (arXiv 2304.07193); at a low one it is computed for all, since little could be saved.
+    At rates above 0.1, the branch is computed only for a random subset of the micro-batch of fixed size (arXiv
+    2304.07193), which saves its cost for the others. At lower rates it is computed for all samples and then masked.
+
+    Args:
+        rate: Probability of dropping the branch of a sample.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.drops = rate > 0
-        self.kept_share = 1 - rate if rate > PICKS_ABOVE else None
+        self.kept_fraction = 1 - rate if rate > SUBSET_ABOVE else None
         self.keep: Tensor
-        # A tensor: of a number, torch would compile each block for its own and give up after the eighth.
+        # With a Python number, torch would compile a graph for each block's own rate and stop after the eighth.
         self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, tokens: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
+        """Return `tokens` [B, T, D] plus `branch(tokens)` for the samples that keep it."""
         if not self.drops or not self.training:
             return tokens + branch(tokens)
-        if self.kept_share is None:
+        if self.kept_fraction is None:
             kept = torch.rand(len(tokens), 1, 1, device=tokens.device) < self.keep
             return tokens + branch(tokens) * (kept.to(tokens.dtype) / self.keep)
-        number = max(1, int(len(tokens) * self.kept_share))
-        picked = torch.randperm(len(tokens), device=tokens.device)[:number]
-        return tokens.index_add(0, picked, branch(tokens[picked]) * (len(tokens) / number))
+        num_kept = max(1, int(len(tokens) * self.kept_fraction))
+        subset = torch.randperm(len(tokens), device=tokens.device)[:num_kept]
+        return tokens.index_add(0, subset, branch(tokens[subset]) * (len(tokens) / num_kept))
 
 
-def attention_of_cls(block: nn.Module, tokens: Tensor) -> Tensor:
-    """[B, T, D] -> [B, h, N]: a block's softmax of CLS over the patches, itself left out."""
+def cls_attention(block: nn.Module, tokens: Tensor) -> Tensor:
+    """Return a block's attention weights [B, h, N] from CLS to the patches, for its input tokens [B, T, D]."""
     assert isinstance(block, Block)
     attention, tokens = block.attention, block.norm_before(tokens)
     q = attention.q_proj(tokens[:, :1]).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [B, h, 1, d]
@@ -222,36 +255,52 @@ def attention_of_cls(block: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> [B, N, C * P * P], the patches row by row."""
+    """Cut images [B, C, H, W] into patches [B, N, C * P * P], row by row."""
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch_size**2)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """[B, N, C * P * P] -> [B, C, H, W] of a square image."""
+    """Assemble patches [B, N, C * P * P] to square images [B, C, H, W]: the inverse of `patchify`."""
     side = math.isqrt(patches.shape[1])
     grid = patches.reshape(len(patches), side, side, -1, patch_size, patch_size)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, side * patch_size, side * patch_size)
 
 
 def resize_positions(positions: Tensor, num_patches: int) -> Tensor:
-    """Interpolate learned positions [1, 1 + N, D] bicubically for another number of patches; CLS keeps its own."""
+    """Interpolate position embeddings bicubically to another number of patches; CLS keeps its own.
+
+    Args:
+        positions: Position embeddings [1, 1 + N, D] of a square grid, CLS first.
+        num_patches: Number of patches of another square grid.
+
+    Returns:
+        Position embeddings [1, 1 + num_patches, D].
+    """
     old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_patches)
     grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
     resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
 
-def take(tokens: Tensor, places: Tensor) -> Tensor:
-    """[B, N, D], [B, V] -> [B, V, D]: each sample's own tokens."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+def take(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Gather each sample's own tokens: [B, N, D] at indices [B, V] -> [B, V, D]."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
-    """Return fixed 2-d sin-cos positions [1, side * side + 1, width] (arXiv 2104.02057); zeros for CLS."""
+    """Return fixed 2-D sine-cosine position embeddings (arXiv 2104.02057).
+
+    Args:
+        side: Patches along each side of a square image.
+        width: Width of the tokens, a multiple of 4.
+
+    Returns:
+        Position embeddings [1, 1 + side * side, width]; that of CLS is zero.
+    """
     frequencies = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    places = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # [side, width / 4]
-    rows, columns = places.repeat_interleave(side, dim=0), places.repeat(side, 1)
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # [side, width / 4]
+    rows, columns = angles.repeat_interleave(side, dim=0), angles.repeat(side, 1)
     grid = torch.cat([columns.sin(), columns.cos(), rows.sin(), rows.cos()], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), grid]).float()[None]

@@ -89,7 +89,7 @@ class Objective(nn.Module, ABC):
             float [B, 1 + h, C, H, W], between 0 and 1.
         """
         images, encoder = batch["image"].float() / 255, self.encoder
-        attention = encoder(self.normalized_images(batch).to(encoder.cls_token.dtype), attends=True).float()
+        attention = encoder(self.normalized_images(batch).to(encoder.cls_token.dtype), return_attention=True).float()
         size = encoder.config.patch_size
         maps = attention / attention.amax(dim=2, keepdim=True)  # [B, h, N]
         side = images.shape[-1] // size

@@ -121,7 +121,7 @@ class SelfDistillationObjective(Objective):
         large, small = (self._crops(batch, size) for size in ("large", "small"))
         weights = sample_weights(batch["position"]).repeat_interleave(NUM_LARGE)
         cls_targets, patch_targets = self._teacher_targets(large, masked, weights)
-        tokens = self.student(large, instead=(masked, self.mask_token))
+        tokens = self.student(large, mask=(masked, self.mask_token))
         large_cls = tokens[:, 0].reshape(-1, NUM_LARGE, tokens.shape[-1])  # [B, 2, D]
         small_cls = self.student(small)[:, 0].reshape(len(large_cls), -1, tokens.shape[-1])  # [B, crops, D]
         losses = {

@@ -10,7 +10,7 @@ import transformers
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import ModelConfig, PreprocessingConfig, SupervisedConfig
 from pretrain.errors import CheckpointError
-from pretrain.export.vit import encoder_config, fold_layer_scale, to_hugging_face
+from pretrain.model.hub_names import encoder_to_hub, fold_layer_scale, hub_encoder_config
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -27,7 +27,7 @@ def objective(classes: int = 2, **changes: float) -> Objective:
 
 
 def hf_config() -> transformers.ViTConfig:
-    return transformers.ViTConfig(**encoder_config(MODEL))
+    return transformers.ViTConfig(**hub_encoder_config(MODEL))
 
 
 @pytest.mark.parametrize("kind", ["classifier", "backbone"])
@@ -40,7 +40,7 @@ def test_transformers_own_folder_gives_the_same_features(tmp_path: Path, kind: s
     theirs.save_pretrained(tmp_path)
     ours = objective().eval()
     said = warm_start(ours, tmp_path, NAMES, 1e-6)
-    assert said == f"started from {tmp_path}; classifier.bias, classifier.weight anew"
+    assert said == f"started from {tmp_path}; random values for classifier.bias, classifier.weight"
     images = torch.randn(2, 3, 32, 32)
     encoder = theirs.vit if kind == "classifier" else theirs
     with torch.no_grad():
@@ -67,11 +67,11 @@ def test_layer_scale_starts_at_one_where_it_is_folded_into_the_weights(tmp_path:
         for parameter in source.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     theirs = transformers.ViTModel(hf_config(), add_pooling_layer=False)
-    theirs.load_state_dict(to_hugging_face(fold_layer_scale(source.encoder.state_dict()), MODEL), strict=True)
+    theirs.load_state_dict(encoder_to_hub(fold_layer_scale(source.encoder.state_dict()), MODEL), strict=True)
     theirs.save_pretrained(tmp_path)
     taker = objective(layer_scale=1e-5).eval()
     said = warm_start(taker, tmp_path, NAMES, 1e-6)
-    assert said.startswith(f"started from {tmp_path}; LayerScale starts at 1, since there is none there; ")
+    assert said.startswith(f"started from {tmp_path}; LayerScale starts at 1, because the source has none; ")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(taker.encoder(images), source.encoder(images), rtol=1e-5, atol=1e-5)
@@ -90,15 +90,19 @@ def test_another_run_gives_its_head_where_the_classes_are_the_same(tmp_path: Pat
     assert warm_start(taker, tmp_path / "run", NAMES, 1e-6) == f"started from {tmp_path / 'run'}"
     assert all(torch.equal(weight, taker.state_dict()[name]) for name, weight in source.state_dict().items())
     other = objective(classes=5)
-    assert "classifier.bias, classifier.weight anew" in warm_start(other, folder, ["a", "b", "c", "d", "e"], 1e-6)
+    assert "random values for classifier.bias, classifier.weight" in warm_start(
+        other, folder, ["a", "b", "c", "d", "e"], 1e-6
+    )
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000004"
     write_checkpoint(folder, MANIFEST, objective(image_size=64, patch_size=16).state_dict())
-    with pytest.raises(CheckpointError, match=r"encoder.patch_embedding.weight: \[48, 768\] there, \[48, 192\] here"):
+    with pytest.raises(
+        CheckpointError, match=r"encoder.patch_embedding.weight: \[48, 768\] in the source, \[48, 192\] in this model"
+    ):
         warm_start(objective(), folder, NAMES, 1e-6)
-    with pytest.raises(CheckpointError, match=r"layers.1.norm_after.bias: nothing there, \[48\] here"):
+    with pytest.raises(CheckpointError, match=r"layers.1.norm_after.bias: missing in the source, \[48\] in this model"):
         deep = tmp_path / "one" / "checkpoints" / "step-00000004"
         write_checkpoint(deep, MANIFEST, objective(num_hidden_layers=1).state_dict())
         warm_start(objective(), deep, NAMES, 1e-6)

@@ -18,7 +18,7 @@ from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
 from pretrain.errors import CheckpointError
 from pretrain.export.folder import export
-from pretrain.export.proof import ProofError, pixels_in_evaluation, proof_images
+from pretrain.export.proof import ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import Vit
 from pretrain.model.vit import ViT
 from tests.support.checkpoints import write_checkpoint
@@ -79,7 +79,7 @@ def test_transformers_loads_it_strictly_with_the_same_logits(run_dir: Path, fold
     reference = native(run_dir)
     for image in [*proof_images(), Image.fromarray(load_sample_image("china.jpg"))]:
         pixels = processor(image, return_tensors="pt")["pixel_values"]
-        assert torch.equal(pixels, pixels_in_evaluation(reference.config, image))
+        assert torch.equal(pixels, evaluation_pixels(reference.config, image))
         with torch.no_grad():
             difference = (model(pixels).logits - reference.logits(pixels)).abs().max()
         assert difference <= 1e-5
@@ -110,7 +110,7 @@ def test_the_pipeline_and_the_cards_own_code_work(
         exec(code, space)
     classify = transformers.pipeline("image-classification", model=str(folder))
     scores = {row["label"]: row["score"] for row in classify(image)}
-    expected = native(run_dir).logits(pixels_in_evaluation(native(run_dir).config, image)).softmax(dim=1)[0]
+    expected = native(run_dir).logits(evaluation_pixels(native(run_dir).config, image)).softmax(dim=1)[0]
     assert scores == {name: pytest.approx(float(p), abs=1e-5) for name, p in zip(NAMES, expected, strict=True)}
 
 
@@ -160,7 +160,7 @@ def test_the_proof_finds_what_is_wrong(run_dir: Path, folder: Path, tmp_path: Pa
 
 
 def test_an_export_never_overwrites_by_accident(run_dir: Path, folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="is there already; choose another folder or add --overwrite"):
+    with pytest.raises(CheckpointError, match="output folder already exists; choose another one or pass --overwrite"):
         export(run_dir, folder)
     assert export(run_dir / "checkpoints" / "step-00000009", folder, overwrite=True).differences["logits"] <= 1e-5
 

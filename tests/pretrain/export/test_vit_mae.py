@@ -17,8 +17,8 @@ from pretrain.config import DataConfig, MAEConfig, ModelConfig, PretrainConfig, 
 from pretrain.errors import UserError
 from pretrain.export.folder import export
 from pretrain.export.proof import ProofError
-from pretrain.export.vit import fold_layer_scale
 from pretrain.export.vit_mae import VitMae
+from pretrain.model.hub_names import fold_layer_scale
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from tests.support.checkpoints import write_checkpoint
@@ -57,12 +57,12 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def test_the_autoencoder_rebuilds_what_the_run_rebuilds(run_dir: Path) -> None:
     proof = export(run_dir, run_dir / "autoencoder", model_type="vit_mae")
-    assert proof.differences.keys() == {"rebuilt patches", "pixels"}
-    assert proof.differences["rebuilt patches"] <= 1e-5
+    assert proof.differences.keys() == {"reconstructed patches", "pixels"}
+    assert proof.differences["reconstructed patches"] <= 1e-5
     assert proof.differences["pixels"] == 0.0
     card = (run_dir / "autoencoder" / "README.md").read_text()
     assert "ViTMAEForPreTraining.from_pretrained" in card
-    assert "in the rebuilt patches and 0.0e+00 in the pixels" in card
+    assert "in the reconstructed patches and 0.0e+00 in the pixels" in card
 
 
 def test_names_on_disk_are_those_of_the_folders_on_the_hub(run_dir: Path) -> None:
@@ -115,7 +115,9 @@ def test_another_run_begins_from_either(run_dir: Path, folder: str) -> None:
         json.dumps(Manifest.load(run_dir / "checkpoints" / "step-00000009").config)
     )
     objective = build_objective(SupervisedConfig(), ViT(config.model), [0.5, 0.5], config.preprocessing)
-    assert "classifier.weight anew" in warm_start(objective, run_dir / folder, ["a", "b"], 1e-6)
+    assert "random values for classifier.bias, classifier.weight" in warm_start(
+        objective, run_dir / folder, ["a", "b"], 1e-6
+    )
     trained = fold_layer_scale(load_weights(run_dir / "checkpoints" / "step-00000009"))
     for name, weight in objective.encoder.state_dict().items():
         assert torch.equal(weight, trained.get(f"encoder.{name}", torch.ones_like(weight))), name  # 1: LayerScale's
@@ -147,5 +149,5 @@ def test_a_run_without_a_decoder_is_no_autoencoder(tmp_path: Path) -> None:
     config = PretrainConfig(
         run_dir=tmp_path, data=DataConfig(train="x"), model=MODEL, schedule=ScheduleConfig(total_steps=1)
     )
-    with pytest.raises(UserError, match=r"objective.name=supervised has no decoder; leave out --as"):
+    with pytest.raises(UserError, match=r"objective.name=supervised has no decoder to export; remove --as vit_mae"):
         VitMae(config, {}, [])

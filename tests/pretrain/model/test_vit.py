@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig
-from pretrain.export.vit import encoder_config, fold_layer_scale, to_hugging_face
+from pretrain.model.hub_names import encoder_to_hub, fold_layer_scale, hub_encoder_config
 from pretrain.model.vit import MOST_GRAPHS, DropPath, ViT, compile_blocks, patchify, sincos_positions
 
 CONFIG = ModelConfig(
@@ -43,14 +43,14 @@ def renamed(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, 
     """A classifier's tensors by transformers' names."""
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("classifier.")}
-    return {f"vit.{name}": tensor for name, tensor in to_hugging_face(encoder, config).items()} | head
+    return {f"vit.{name}": tensor for name, tensor in encoder_to_hub(encoder, config).items()} | head
 
 
 @pytest.mark.parametrize("size", [16, 24, 48])
 def test_images_of_another_size_equal_transformers(size: int) -> None:
     ours = perturbed(CONFIG)
     theirs = transformers.ViTForImageClassification(
-        transformers.ViTConfig(**encoder_config(CONFIG), num_labels=5)
+        transformers.ViTConfig(**hub_encoder_config(CONFIG), num_labels=5)
     ).eval()
     theirs.load_state_dict(renamed(ours.state_dict(), CONFIG), strict=True)
     images = torch.randn(3, 3, size, size)
@@ -69,7 +69,7 @@ def test_logits_and_gradients_equal_transformers(changes: dict[str, object]) -> 
     config = CONFIG.model_copy(update=changes)
     ours = perturbed(config)
     theirs = transformers.ViTForImageClassification(
-        transformers.ViTConfig(**encoder_config(config), num_labels=5)
+        transformers.ViTConfig(**hub_encoder_config(config), num_labels=5)
     ).eval()
     theirs.load_state_dict(renamed(ours.state_dict(), config), strict=True)
     images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 5
@@ -98,8 +98,8 @@ def test_layer_scale_is_a_factor_that_export_folds_away() -> None:
     config = CONFIG.model_copy(update={"layer_scale": 1e-4})
     assert (ViT(config).layers[0].mlp_scale.weight == 1e-4).all()  # type: ignore[union-attr]
     ours = perturbed(config).encoder
-    theirs = transformers.ViTModel(transformers.ViTConfig(**encoder_config(config)), add_pooling_layer=False).eval()
-    theirs.load_state_dict(to_hugging_face(fold_layer_scale(ours.state_dict()), config), strict=True)
+    theirs = transformers.ViTModel(transformers.ViTConfig(**hub_encoder_config(config)), add_pooling_layer=False).eval()
+    theirs.load_state_dict(encoder_to_hub(fold_layer_scale(ours.state_dict()), config), strict=True)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images).last_hidden_state, rtol=1e-5, atol=1e-5)
@@ -107,13 +107,13 @@ def test_layer_scale_is_a_factor_that_export_folds_away() -> None:
 
 def test_attention_of_cls_is_transformers_own() -> None:
     ours = perturbed(CONFIG).encoder
-    hf_config = transformers.ViTConfig(**encoder_config(CONFIG), attn_implementation="eager")
+    hf_config = transformers.ViTConfig(**hub_encoder_config(CONFIG), attn_implementation="eager")
     theirs = transformers.ViTModel(hf_config, add_pooling_layer=False).eval()
-    theirs.load_state_dict(to_hugging_face(ours.state_dict(), CONFIG), strict=True)
+    theirs.load_state_dict(encoder_to_hub(ours.state_dict(), CONFIG), strict=True)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = theirs(images, output_attentions=True).attentions[-1][:, :, 0, 1:]
-        torch.testing.assert_close(ours(images, attends=True), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours(images, return_attention=True), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_visible_patches_are_seen_each_at_its_position() -> None:

@@ -7,8 +7,8 @@ import transformers
 from torch import nn
 
 from pretrain.config import MAEConfig, ModelConfig, PreprocessingConfig
-from pretrain.export.vit import to_hugging_face
-from pretrain.export.vit_mae import decoder_to_hugging_face, hugging_face_config
+from pretrain.export.vit_mae import hub_mae_config
+from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
@@ -52,8 +52,8 @@ def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         prefix: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         for prefix in ("encoder.", "decoder.")
     }
-    encoder = {f"vit.{name}": tensor for name, tensor in to_hugging_face(parts["encoder."], MODEL).items()}
-    return encoder | decoder_to_hugging_face(parts["decoder."], MODEL)
+    encoder = {f"vit.{name}": tensor for name, tensor in encoder_to_hub(parts["encoder."], MODEL).items()}
+    return encoder | decoder_to_hub(parts["decoder."], MODEL)
 
 
 def test_loss_and_gradients_equal_transformers() -> None:
@@ -62,7 +62,7 @@ def test_loss_and_gradients_equal_transformers() -> None:
         with torch.no_grad():
             for parameter in ours.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        theirs = transformers.ViTMAEForPreTraining(hugging_face_config(MODEL, ours.config)).train()
+        theirs = transformers.ViTMAEForPreTraining(hub_mae_config(MODEL, ours.config)).train()
         theirs.load_state_dict(renamed(ours.state_dict()), strict=True)
         images, patch_order = torch.randn(6, 3, 32, 32), batch(6)["patch_order"]
 

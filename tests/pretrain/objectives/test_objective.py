@@ -15,7 +15,7 @@ CONFIGS = {
     "supervised": SupervisedConfig(),
     "mae": MAEConfig(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2),
     "self_distillation": SelfDistillationConfig(
-        local_crops=2, local_image_size=16, prototypes=16, head_hidden_size=16, head_bottleneck_size=8
+        num_local_crops=2, local_image_size=16, num_prototypes=16, head_hidden_size=16, head_bottleneck_size=8
     ),
 }
 ABSTRACT_METHODS = ("train_view", "evaluation_view", "train_losses", "evaluation_sums")

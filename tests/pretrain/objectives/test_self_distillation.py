@@ -166,7 +166,7 @@ def test_student_and_teacher_see_what_the_papers_say() -> None:
         places = [(i, b, n) for i in range(2) for b in range(6) for n in range(16) if hidden[i][b, n]]
         patches = balanced(torch.stack([objective.patch_head(seen[i][b, 1 + n]) for i, b, n in places]))
     of_large = [
-        objective.student(crop, instead=(mask, objective.mask_token)) for crop, mask in zip(large, hidden, strict=True)
+        objective.student(crop, mask=(mask, objective.mask_token)) for crop, mask in zip(large, hidden, strict=True)
     ]
     said = [objective.student_cls_head(tokens[:, 0]) for tokens in [*of_large, *map(objective.student, small)]]
     pairs = [cross(cls[t], said[s]).mean() for t in range(2) for s in range(len(said)) if s != t]
