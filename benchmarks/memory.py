@@ -26,6 +26,7 @@ from pretrain.engine.partitions import WEIGHT
 from pretrain.export.folder import export
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
+from pretrain.state import TrainState
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "vit_b16.yaml"
 RANKS = 8
@@ -52,7 +53,7 @@ def save(folder: Path, size: str) -> tuple[int, int]:
             tensors[name].pieces.append([rank, start, stop])
         files.append(write_file(folder / f"rank-{rank:05d}.safetensors", Layout(pieces), torch.cat(values)))
     resolved = json.loads(config.model_dump_json())
-    Manifest(1, 1, RANKS, {"training": ""}, names, resolved, None, files=files, tensors=tensors).save(folder)
+    Manifest(TrainState(1), RANKS, {"training": ""}, names, resolved, None, files=files, tensors=tensors).save(folder)
     return 4 * sum(weight.numel() for weight in weights.values()), sum(file.num_bytes for file in files)
 
 

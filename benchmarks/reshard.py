@@ -105,7 +105,8 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
     from pretrain.config import PretrainConfig
     from pretrain.configfile import load_config
     from pretrain.run import open_run
-    from pretrain.train import StopSignal, tracked
+    from pretrain.stop_signal import StopSignal
+    from pretrain.train import tracked
 
     overrides = [f"run_dir={run_dir}", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     with open_run(load_config(PretrainConfig, work / "config.yaml", overrides).config) as run:
@@ -118,11 +119,11 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
     from pretrain import distributed
     from pretrain.checkpoint.manifest import Manifest
     from pretrain.checkpoint.pieces import Reader
-    from pretrain.engine.partitions import held
+    from pretrain.engine.partitions import local_fragments
 
     if not folder.exists():
         return "not converted"
-    for fragment in held(engine):  # which may hold the very values already
+    for fragment in local_fragments(engine):  # which may hold the very values already
         for kind in fragment.kinds:
             fragment.view(kind).zero_()
     try:
@@ -132,7 +133,7 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
         problem = type(error).__name__
     if not any(distributed.gather(problem)):
         reader = Reader(ours, Manifest.load(ours))
-        for fragment in held(engine):
+        for fragment in local_fragments(engine):
             for kind in fragment.kinds:
                 there = torch.empty(fragment.numel)
                 reader.copy(kind, fragment.name, fragment.start, there)

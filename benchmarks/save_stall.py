@@ -32,6 +32,7 @@ from pretrain.checkpoint.save import Saver
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.model.vit import ViT
+from pretrain.state import TrainState
 
 STEPS_BETWEEN = 3
 
@@ -73,7 +74,7 @@ def methods_over(engine: Any, work: Path) -> dict[str, Callable[[int], Callable[
     gloo = dist.new_group(backend="gloo")
 
     def ours(number: int) -> Callable[[], object]:
-        saver.begin(engine, Manifest(number, 0, 1, {"training": ""}, [], {}, None))
+        saver.begin(engine, Manifest(TrainState(number), 1, {"training": ""}, [], {}, None))
         return saver.finish
 
     def deepspeed(number: int) -> Callable[[], object]:

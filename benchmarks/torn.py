@@ -50,7 +50,8 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
-from pretrain.engine.partitions import held, refresh
+from pretrain.engine.partitions import copy_masters_to_model, local_fragments
+from pretrain.state import TrainState
 
 KINDS = ("killed", "disk full", "cut", "bit flipped", "missing", "manifest torn")
 OUTCOMES = {0: "right", 1: "wrong"}  # by the exit code of the process that loads; all others mean "refused"
@@ -66,7 +67,7 @@ class Ours:
 
     def save(self, engine: Any, run: Path, step: int) -> bool:
         saver = our_save.Saver(run, keep_last=2)
-        saver.begin(engine, Manifest(step, step, 1, {"training": ""}, [], {}, None))
+        saver.begin(engine, Manifest(TrainState(step), 1, {"training": ""}, [], {}, None))
         return saver.finish()
 
     def load(self, engine: Any, run: Path) -> bool:
@@ -98,7 +99,7 @@ class Dcp:
 
     def load(self, engine: Any, run: Path) -> bool:
         dcp.load(held_by(engine), checkpoint_id=max(run.iterdir()), no_dist=True)
-        refresh(engine)
+        copy_masters_to_model(engine)
         return True
 
 
@@ -114,7 +115,7 @@ def is_saved(tool: Tool, run: Path) -> bool:
 
 def held_by(engine: Any) -> dict[str, Tensor]:
     """Return the engine's own masters and moments, by name."""
-    return {f"{kind} of {part.name}": part.view(kind) for part in held(engine) for kind in part.kinds}
+    return {f"{kind} of {part.name}": part.view(kind) for part in local_fragments(engine) for kind in part.kinds}
 
 
 def state_of(engine: Any) -> list[Tensor]:

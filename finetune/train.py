@@ -29,12 +29,12 @@ from pretrain.data.transforms.views import TrainView, augment
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import DataError, MachineError, UserError
 from pretrain.optimizers import build_optimizer
-from pretrain.optimizers.layer_decay import decay_by_layer
+from pretrain.optimizers.layer_decay import apply_layer_decay
 from pretrain.optimizers.placement import Placement
 from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR
 from pretrain.schedules import learning_rate_at
 from pretrain.tracking.progress import ProgressLine
-from pretrain.tracking.tracker import Tracker, git_commit
+from pretrain.tracking.tracker import RunDescription, Tracker
 
 MODEL_FOLDER = "model"
 
@@ -103,7 +103,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         with open_tracker(run, command.text) as tracker:
             tracker.tag(model_folder=str(folder.resolve()))
             best = train(run, tracker)
-            tracker.status = "FINISHED"
+            tracker.finish("FINISHED")
     except DataError as error:  # met by one rank or its workers: whoever meets it says so
         print(error.summary, file=sys.stderr, flush=True)
         return EXIT_FAILED if isinstance(error, MachineError) else EXIT_USER_ERROR
@@ -130,7 +130,9 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> Run:
     preprocessor, classifier = on_all_ranks(lambda: open_model(config, training.class_names))
     optimizer = build_optimizer(classifier, config.optimizer)
     if config.optimizer.layer_decay < 1:
-        decay_by_layer(optimizer, Placement.of_whole(classifier.named_parameters()), config.optimizer.layer_decay)
+        apply_layer_decay(
+            optimizer, Placement.unpartitioned(classifier.named_parameters()), config.optimizer.layer_decay
+        )
     model, optimizer = accelerator.prepare(classifier, optimizer)
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
     return Run(config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine)
@@ -184,7 +186,7 @@ def train(run: Run, tracker: Tracker) -> Best:
         if epoch % config.evaluation.every_epochs == 0 or epoch == config.schedule.epochs
     }
     progress = ProgressLine(total_steps, 0, enabled=distributed.is_main())
-    progress.note(
+    progress.print_message(
         f"{run.num_samples} training and {sum(run.validation.shard_sizes)} validation images, "
         f"{len(run.training.class_names)} classes, {accelerator.num_processes} x {accelerator.device.type}, "
         f"{total_steps} steps, {config.optimizer.describe_learning_rate(config.engine.global_batch_size)}"
@@ -212,7 +214,7 @@ def train(run: Run, tracker: Tracker) -> Best:
             row = interval.close(run, step)
             row["optim/learning_rate"] = learning_rate
             tracker.log(row, step)
-            progress.show(row, step)
+            progress.print_metrics(row, step)
             if not math.isfinite(row["train/loss"] + row["optim/grad_norm"]):
                 raise FloatingPointError(f"step {step}: the loss or its gradient is not finite")
             interval = Interval()
@@ -262,11 +264,8 @@ def open_tracker(run: Run, config_text: str, enabled: bool = True) -> Tracker:
     """Start tracking on the main rank."""
     return Tracker(
         run.config.run_dir,
-        uri=run.config.tracking.uri,
-        experiment=run.config.tracking.experiment,
-        config_text=config_text,
-        params=flatten(run.config),
-        tags={"stage": "finetune", "git_commit": git_commit(), "data_digest": run.training.digest},
+        run.config.tracking,
+        RunDescription("finetune", run.training.digest, config_text, flatten(run.config)),
         enabled=enabled and distributed.is_main(),
     )
 
@@ -339,7 +338,7 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
     )
     _set_training_mode(run)
     tracker.log({"validation/loss": measured["loss"], "validation/top1": measured["top1"], "train/epoch": epoch}, step)
-    progress.note(f"epoch {epoch}  validation loss {measured['loss']:.4f}  top-1 {measured['top1']:.4f}")
+    progress.print_message(f"epoch {epoch}  validation loss {measured['loss']:.4f}  top-1 {measured['top1']:.4f}")
     if best is not None and measured["top1"] <= best.top1:
         return best
     if distributed.is_main():

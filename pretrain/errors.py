@@ -55,3 +55,8 @@ class VersionError(UserError):
 
 class DivergedError(Exception):
     """A run whose steps are skipped again and again, even after it rolled back to a checkpoint."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

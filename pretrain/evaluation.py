@@ -40,7 +40,7 @@ def is_due(run: Run) -> bool:
 
 def is_owed(run: Run, rows: Iterable[Mapping[str, float]]) -> bool:
     """Say whether a run that begins at its end was ended in its last evaluation; `rows` are what it has logged."""
-    step = run.manifest.step
+    step = run.state.step
     done = any(row["step"] == step and "validation/loss" in row for row in rows)
     return _is_last(run) and run.data.validation is not None and not distributed.is_true_anywhere(done)
 
@@ -69,30 +69,32 @@ def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Calla
             row["probe/seconds"] = time.monotonic() - started
         outcome = Outcome.DONE
     if row and outcome is Outcome.DONE:
-        tracker.log(row, run.manifest.step)
-        progress.note(f"step {run.manifest.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
+        tracker.log(row, run.state.step)
+        progress.print_message(
+            f"step {run.state.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+        )
     return outcome
 
 
 def _validation_is_due(run: Run) -> bool:
     every = run.config.evaluation.every_steps
-    return _is_last(run) or bool(every and run.manifest.step % every == 0)
+    return _is_last(run) or bool(every and run.state.step % every == 0)
 
 
 def _probe_is_due(run: Run) -> bool:
     every = run.config.evaluation.probe_every_steps
-    return bool(every and (_is_last(run) or run.manifest.step % every == 0))
+    return bool(every and (_is_last(run) or run.state.step % every == 0))
 
 
 def _is_last(run: Run) -> bool:
-    return run.manifest.step == run.config.schedule.total_steps
+    return run.state.step == run.config.schedule.total_steps
 
 
 @contextmanager
 def _frozen(run: Run) -> Iterator[None]:
     """Hold the model still, with the average of its weights in their place, until all is done or a stop is asked."""
     run.engine.eval()
-    with torch.no_grad(), run.ema.in_place(), suppress(_StoppedError):
+    with torch.no_grad(), run.ema.swapped_in(), suppress(_StoppedError):
         yield
     run.engine.train()
 
@@ -179,7 +181,7 @@ def _draw(run: Run, validation: Dataset) -> None:
             try:
                 _save_picture(lay_out(pictures.cpu()), run)
             except OSError as error:  # of a full disk: no reason to end a run
-                print(f"no picture of step {run.manifest.step}: {error}", file=sys.stderr, flush=True)
+                print(f"no picture of step {run.state.step}: {error}", file=sys.stderr, flush=True)
 
 
 def lay_out(pictures: Tensor) -> Image.Image:
@@ -192,7 +194,7 @@ def lay_out(pictures: Tensor) -> Image.Image:
 
 
 def _save_picture(page: Image.Image, run: Run) -> None:
-    path = run.config.run_dir / PICTURES_FOLDER / picture_name(run.manifest.step)
+    path = run.config.run_dir / PICTURES_FOLDER / picture_name(run.state.step)
     path.parent.mkdir(exist_ok=True)
     aside = path.with_suffix(".partial")
     page.save(aside, "PNG")

@@ -17,13 +17,12 @@ from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
-from pretrain.data.dataset.order import past
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.transforms.device_decode import Decoder, build_decoder
 from pretrain.distributed import on_all_ranks
-from pretrain.engine.deepspeed import Engine, build_engine, guard
+from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
-from pretrain.engine.placement import bind_optimizer
+from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import CheckpointError, DataError, DivergedError
 from pretrain.health import SKIPPED_FILE, Health, Ledger
 from pretrain.heartbeat.watch import Watch
@@ -31,6 +30,7 @@ from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
 from pretrain.run_folder import claim
+from pretrain.state import TrainState
 from pretrain.tracking.tracker import git_commit
 
 
@@ -50,14 +50,20 @@ class Data:
 
 @dataclass
 class Run:
-    """Everything the loop holds. `manifest` says where it stands: the whole state beside the engine's own."""
+    """The parts of an open run, and the state that training advances.
+
+    Attributes:
+        identity: Manifest without a state or tensors: what must not change when the run is resumed.
+        state: State of the run after the last step.
+    """
 
     config: PretrainConfig
     watch: Watch
     objective: Objective
-    engine: Engine
+    engine: TrainingEngine
     data: Data
-    manifest: Manifest
+    identity: Manifest
+    state: TrainState
     health: Health
     ema: Ema
     quarantine: Quarantine
@@ -65,18 +71,21 @@ class Run:
     decoder: Decoder | None
 
     def advance(self) -> None:
-        """Count one optimizer step."""
-        manifest = self.manifest
-        samples = manifest.samples + self.config.engine.global_batch_size
-        self.manifest = replace(manifest, step=manifest.step + 1, samples=past(samples, manifest.passed))
+        """Count one optimizer step, whether its update was applied or skipped."""
+        self.state = self.state.advance(self.config.engine.global_batch_size)
+
+    def count_images(self, num_images: int) -> None:
+        """Count the images of steps whose update was applied."""
+        self.state = self.state.count_images(num_images)
 
     def judge(self, grad_norm: Tensor) -> Tensor:
         """Return 1 where the step at hand must move nothing."""
         return self.health.judge(grad_norm)
 
-    def moment(self, mlflow_run_id: str | None) -> Manifest:
-        """Return the manifest of a checkpoint that is taken now."""
-        return replace(self.manifest, usual=self.health.state(), mlflow_run_id=mlflow_run_id)
+    def manifest(self, mlflow_run_id: str | None) -> Manifest:
+        """Return the manifest of a checkpoint taken now, without its files."""
+        state = replace(self.state, spike_window=self.health.state())
+        return replace(self.identity, state=state, mlflow_run_id=mlflow_run_id)
 
 
 @contextmanager
@@ -145,9 +154,8 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
     """Put the model under its engine, and continue from the checkpoint if there is one."""
     if config.engine.compile:
         compile_blocks(objective)
-    manifest = Manifest(
-        step=0,
-        samples=0,
+    identity = Manifest(
+        state=TrainState(),
         world_size=distributed.world_size(),
         data_digests=data.digests,
         class_names=data.training.class_names,
@@ -155,10 +163,7 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         git_commit=git_commit(),
     )
     engine = build_engine(objective, config.engine, config.optimizer)
-    bind_optimizer(engine, config.optimizer)
-    if checkpoint:
-        saved = restore(engine, checkpoint, manifest)
-        manifest = replace(manifest, step=saved.step, samples=saved.samples, usual=saved.usual, passed=saved.passed)
+    state = restore(engine, checkpoint, identity).state if checkpoint else TrainState()
     main = distributed.is_main()
     run = Run(
         config,
@@ -166,14 +171,15 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         objective,
         engine,
         data,
-        manifest,
-        health=Health(config.health, engine.device, manifest.usual),
+        identity,
+        state,
+        health=Health(config.health, engine.device, state.spike_window),
         ema=Ema(engine, config.ema.decay),
-        quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, manifest.samples, writes=main),
-        skipped=Ledger(config.run_dir / SKIPPED_FILE, manifest.step, writes=main),
+        quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, state.position, writes=main),
+        skipped=Ledger(config.run_dir / SKIPPED_FILE, state.step, writes=main),
         decoder=build_decoder(engine.device) if config.data.decode == "gpu" else None,
     )
-    guard(engine, run.judge)
+    guard_updates(engine, run.judge)
     return run
 
 
@@ -186,16 +192,15 @@ def go_back(run: Run) -> None:
     config, bad = run.config, run.skipped.in_a_row
     said = f"step {bad[-1].step}: {len(bad)} steps in a row could not be taken, {bad[-1].reason}"
     advice = f"their samples are in {run.skipped.path}; look at them, or lower optimizer.learning_rate"
-    if len(run.manifest.passed) >= config.health.max_rollbacks:
+    if len(run.state.skipped_ranges) >= config.health.max_rollbacks:
         raise DivergedError(f"{said}, after health.max_rollbacks={config.health.max_rollbacks}; {advice}")
     checkpoint, _ = newest_whole(config.run_dir)
     if checkpoint is None:
         raise DivergedError(f"{said}, and there is no checkpoint to go back to; {advice}")
-    saved = restore(run.engine, checkpoint, run.manifest)
+    saved = restore(run.engine, checkpoint, run.identity).state
     first, last = bad[0].first_sample, bad[-1].first_sample + config.engine.global_batch_size
-    passed = [*run.manifest.passed, [first, last]]
-    run.manifest = replace(run.manifest, step=saved.step, samples=past(saved.samples, passed), passed=passed)
-    run.health = Health(config.health, run.engine.device, saved.usual)
+    run.state = replace(saved, skipped_ranges=run.state.skipped_ranges).skip_range(first, last)
+    run.health = Health(config.health, run.engine.device, saved.spike_window)
     run.skipped.in_a_row.clear()
     if distributed.is_main():
         print(f"{said}; back to step {saved.step}, past samples {first} to {last - 1}", flush=True)

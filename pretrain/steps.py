@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.data.dataset.order import Repeats, stretches
+from pretrain.data.dataset.order import Repeats
 from pretrain.data.loading.loader import Batch, Fault, Loaded, training_batches
 from pretrain.data.loading.meters import Meter, metrics
 from pretrain.data.transforms.device_decode import unpack
@@ -38,11 +38,11 @@ class Batches:
         self.samples = run.data.training
         self._stretch: Generator[Loaded, None, None] | None = None
         self.global_batch_size = engine.global_batch_size
-        left = (run.config.schedule.total_steps - run.manifest.step) * engine.global_batch_size
+        left = (run.config.schedule.total_steps - run.state.step) * engine.global_batch_size
         changes = run.config.schedule.size_changes(engine.global_batch_size)
         self.loading = chain.from_iterable(
             self._load(run, *stretch)
-            for start, stop in stretches(run.manifest.samples, left, run.manifest.passed)
+            for start, stop in run.state.upcoming_ranges(left)
             for stretch in stretches_by_size(start, stop, changes, self.image_size)
         )
 
@@ -91,7 +91,7 @@ class Batches:
     def next_step(self) -> Iterator[tuple[Batch, float, bool]]:
         """Yield the micro-batches of one optimizer step, each with its weight, and whether it is the last of them."""
         for number in range(self.per_step):
-            self.watch.enter("data", self.run.manifest.step)
+            self.watch.enter("data", self.run.state.step)
             asked_at = time.monotonic()
             loaded: Loaded = next(self.loading)
             self.meter.note(loaded, asked_at, time.monotonic())
@@ -154,15 +154,16 @@ class Interval:
             run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_faults())))
         seconds = time.perf_counter() - self.started
         good = sums.pop("good")
+        run.count_images(round(good / world_size) * config.engine.global_batch_size)
         means = {name: total / good for name, total in sums.items()} if good else {}
         row = {f"train/{name}": mean for name, mean in means.items() if name != "grad_norm"}
         row |= {"optim/grad_norm": means["grad_norm"]} if good else {}
         row |= {
             "health/skipped_steps": run.skipped.total,
             "speed/images_per_second": self.steps * config.engine.global_batch_size / seconds,
-            "data/samples": run.manifest.samples,
+            "data/samples": run.state.position,
             "data/bad_samples": len(run.quarantine),
-            **batches.epochs(run.manifest.samples),
+            **batches.epochs(run.state.position),
             **metrics(work, seconds, world_size, max(config.data.num_workers, 1) * config.data.num_threads),
         }
         return row

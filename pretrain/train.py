@@ -1,9 +1,6 @@
 """The pretraining loop. Accumulation, every host synchronisation and every save are visible here; ZeRO is not."""
 
-import signal
 import sys
-import time
-from types import FrameType
 
 import torch
 
@@ -21,8 +18,9 @@ from pretrain.outcome import Outcome, outcome_of
 from pretrain.run import Run, go_back, open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import Batches, Interval
+from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
-from pretrain.tracking.tracker import Tracker
+from pretrain.tracking.tracker import RunDescription, Tracker
 
 MLFLOW_STATUS = {Outcome.DONE: "FINISHED", Outcome.STOPPED: "KILLED", Outcome.DIVERGED: "RUNNING"}
 SECONDS_AFTER_STOP = 10.0  # for MLflow to catch up: a launcher waits for 30 in all
@@ -48,33 +46,31 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     return outcome.exit_code
 
 
-def tracked(run: Run, config_text: str, stop: "StopSignal") -> Outcome:
+def tracked(run: Run, config_text: str, stop: StopSignal) -> Outcome:
     """Train, with MLflow told how it ended."""
-    progress = ProgressLine(run.config.schedule.total_steps, run.manifest.step, enabled=distributed.is_main())
-    progress.note(f"{_millions(run.objective)} parameters, {_summary(run)}")
+    progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
+    progress.print_message(f"{_millions(run.objective)} parameters, {_summary(run)}")
     with open_tracker(run, config_text) as tracker:
-        if is_owed(run, tracker.journal.kept if tracker.enabled else []):
-            outcome = evaluate(run, tracker, progress, lambda: stop.asked)
+        if is_owed(run, tracker.kept_rows):
+            outcome = evaluate(run, tracker, progress, lambda: stop.is_requested)
         else:
             outcome = train(run, tracker, progress, stop)
-        tracker.status = MLFLOW_STATUS[outcome]
-        if outcome is Outcome.STOPPED:
-            tracker.timeout_seconds = SECONDS_AFTER_STOP
+        tracker.finish(MLFLOW_STATUS[outcome], SECONDS_AFTER_STOP if outcome is Outcome.STOPPED else None)
     if outcome is Outcome.STOPPED and distributed.is_main():
         print("stopped as asked; the same command continues from here", flush=True)
     return outcome
 
 
-def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal") -> Outcome:
+def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
     """Train until the last step, or until someone asks to stop, or too many steps in a row were skipped."""
     config, engine, watch, total_steps = run.config, run.engine, run.watch, run.config.schedule.total_steps
     batches = Batches(run)
-    saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.say)
+    saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.print_warning)
     interval = Interval(engine.device, batches.per_step)
     outcome, owed = Outcome.DONE, False
     engine.train()
-    while run.manifest.step < total_steps and outcome is Outcome.DONE:
-        step, samples = run.manifest.step, run.manifest.samples
+    while run.state.step < total_steps and outcome is Outcome.DONE:
+        step, samples = run.state.step, run.state.position
         learning_rate = prepare_step(run)
         for batch, weight, is_last in batches.next_step():
             losses = engine(batch)
@@ -82,7 +78,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
             engine.backward(losses["loss"] * weight)
             interval.add(losses, weight)
             if is_last:
-                run.health.meet(interval.step_loss(), samples, stop=stop.asked, save_failed=saver.has_failed)
+                run.health.meet(interval.step_loss(), samples, stop=stop.is_requested, save_failed=saver.has_failed)
             watch.enter("step")
             engine.step()  # after the last micro-batch: the weights move, unless `health` objects
         judged = run.health.close(gradient_norm(engine), step, samples)
@@ -90,7 +86,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
         run.ema.update(step, run.health.bad)
         interval.end_step(run.health.bad, gradient_norm(engine))
         run.advance()
-        step = run.manifest.step
+        step = run.state.step
 
         batches.note(judged)
         if judged and judged.save_failed:
@@ -108,10 +104,10 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
             report(run, interval.close(run, batches) | {"optim/learning_rate": learning_rate}, tracker, progress)
             if due_save and outcome is not Outcome.DIVERGED:
                 watch.enter("save")
-                saver.begin(engine, run.moment(tracker.mlflow_run_id()))
+                saver.begin(engine, run.manifest(tracker.mlflow_run_id()))
                 owed = False
             if due_evaluation:
-                finished = evaluate(run, tracker, progress, lambda: stop.asked)
+                finished = evaluate(run, tracker, progress, lambda: stop.is_requested)
                 outcome = finished if step == total_steps else outcome
             interval = Interval(engine.device, batches.per_step)
     batches.close()
@@ -123,7 +119,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: "StopSignal"
 
 def prepare_step(run: Run) -> float:
     """Set and return the learning rate, and make the step's dropout a function of the step and the rank."""
-    config, step = run.config, run.manifest.step
+    config, step = run.config, run.state.step
     run.objective.before_step(step / config.schedule.total_steps)
     learning_rate = learning_rate_at(
         step,
@@ -141,44 +137,19 @@ def prepare_step(run: Run) -> float:
 
 def report(run: Run, row: dict[str, float], tracker: Tracker, progress: ProgressLine) -> None:
     """Write a row of metrics, show it, and hold the data to its budget."""
-    tracker.log(row, run.manifest.step)
-    progress.show(row, run.manifest.step)
-    progress.judge(verdict(row, run.config.data.num_workers))
-    run.quarantine.check(run.manifest.samples)
-
-
-class StopSignal:
-    """Notes that someone wants the run to stop (SIGTERM, SIGUSR1, Ctrl-C); a second Ctrl-C stops at once.
-
-    A terminal and a launcher pass the same Ctrl-C on, so what comes within a second is not a second one.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.asked_at = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT and time.monotonic() > self.asked_at + 1:
-            raise KeyboardInterrupt
-        self.asked, self.asked_at = True, time.monotonic()
+    tracker.log(row, run.state.step)
+    progress.print_metrics(row, run.state.step)
+    progress.print_bottleneck(verdict(row, run.config.data.num_workers))
+    run.quarantine.check(run.state.position)
 
 
 def open_tracker(run: Run, config_text: str) -> Tracker:
     """Start tracking on the main rank."""
     return Tracker(
         run.config.run_dir,
-        uri=run.config.tracking.uri,
-        experiment=run.config.tracking.experiment,
-        config_text=config_text,
-        params=flatten(run.config),
-        tags={
-            "stage": "pretrain",
-            "git_commit": str(run.manifest.git_commit),
-            "data_digest": run.manifest.data_digests["training"],
-        },
-        resume_step=run.manifest.step,
+        run.config.tracking,
+        RunDescription("pretrain", run.identity.data_digests["training"], config_text, flatten(run.config)),
+        resume_step=run.state.step,
         enabled=distributed.is_main(),
     )
 
@@ -192,6 +163,6 @@ def _summary(run: Run) -> str:
     return (
         f"{sum(run.data.training.shard_sizes)} images in {len(run.data.training.class_names)} classes, "
         f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
-        f"{config.precision}, batch {config.global_batch_size}, from step {run.manifest.step}, "
+        f"{config.precision}, batch {config.global_batch_size}, from step {run.state.step}, "
         f"{run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
     )

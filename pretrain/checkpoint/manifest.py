@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: where the run stands, and where every piece of every tensor lies.
+"""The manifest of a checkpoint: the run's state and config, and which file holds which piece of every tensor.
 
-The run's randomness is keyed by `config.seed`, the step and the sample, and its schedule is a function of the step, so
-the resolved config and two numbers are the whole state beside the tensors.
+All random numbers of a run are keyed by `config.seed`, the step and the sample, and its schedules are functions of the
+step. The resolved config and a `TrainState` are therefore the whole state besides the tensors.
 """
 
 import hashlib
@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import CheckpointError, VersionError
+from pretrain.state import TrainState
 
-VERSION = 3
+VERSION = 4
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class SavedFile:
-    """One rank's file."""
+    """The file that one rank wrote.
+
+    Attributes:
+        name: File name within the checkpoint.
+        num_bytes: Size of the file.
+        sha256: Checksum of its content in hexadecimal form.
+    """
 
     name: str
     num_bytes: int
@@ -28,7 +35,13 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """A tensor's shape, what is saved of it, and its pieces: (number of the file, start, stop) of the flat tensor."""
+    """A parameter or buffer, and where its pieces are.
+
+    Attributes:
+        shape: Shape of the whole tensor.
+        kinds: Kinds of values that are saved: "weight", "ema" and the names of the optimizer's moments.
+        pieces: Lists [number of the file, start, stop] of ranges of the flattened tensor.
+    """
 
     shape: list[int]
     kinds: list[str]
@@ -37,24 +50,34 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Where a run stands, what it is, and, once it is saved, where its tensors lie."""
+    """Content of a checkpoint's manifest.
 
-    step: int
-    samples: int
+    Attributes:
+        state: State of the run when the checkpoint was taken.
+        world_size: Number of ranks that wrote the checkpoint.
+        data_digests: Digest of the data set "training" and, if the run has one, "validation".
+        class_names: Names of the classes in the order of their labels; empty without labels.
+        config: Resolved config of the run as JSON.
+        git_commit: Commit of the code, or "unknown".
+        mlflow_run_id: Id of the run in MLflow, if it is tracked there.
+        optimizer_steps: Number of updates that the optimizer has counted, which its bias correction needs.
+        files: Files of the checkpoint, in the order of the ranks.
+        tensors: Saved tensors by name.
+    """
+
+    state: TrainState
     world_size: int
-    data_digests: dict[str, str]  # of the training data and, if there is one, the validation set
+    data_digests: dict[str, str]
     class_names: list[str]
     config: dict[str, Any]
     git_commit: str | None
     mlflow_run_id: str | None = None
     optimizer_steps: float = 0.0
-    usual: list[list[float]] = field(default_factory=list)  # what a spike is measured by
-    passed: list[list[int]] = field(default_factory=list)  # ranges of samples that are passed over
     files: list[SavedFile] = field(default_factory=list)
     tensors: dict[str, SavedTensor] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write the manifest and make sure that it is on the disk."""
+        """Write the manifest into the folder of its checkpoint and flush it to the disk."""
         content = {"version": VERSION, **asdict(self)}
         with (folder / MANIFEST).open("w", encoding="utf-8") as file:
             json.dump({**content, "sha256": _digest(content)}, file)
@@ -66,13 +89,15 @@ class Manifest:
         """Read the manifest of a checkpoint.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
-            VersionError: another version wrote it.
+            CheckpointError: If the folder has no manifest or the manifest is damaged.
+            VersionError: If another version of Vitrail wrote it.
         """
         try:
             content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{folder}: is no checkpoint, it has no {MANIFEST}") from None
+            raise CheckpointError(
+                f"{folder}: not a checkpoint (it has no {MANIFEST}); choose a folder step-*"
+            ) from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / MANIFEST}: damaged ({error})") from None
         sha256 = content.pop("sha256", None) if isinstance(content, dict) else None
@@ -80,8 +105,12 @@ class Manifest:
             raise CheckpointError(f"{folder / MANIFEST}: damaged (its checksum differs)")
         if content.get("version") != VERSION:
             version = content.get("version")
-            raise VersionError(f"{folder}: its format is {version}, this version of Vitrail reads {VERSION}")
+            raise VersionError(
+                f"{folder}: checkpoint format {version} is not supported, this version of Vitrail reads format "
+                f"{VERSION}; use the version that wrote it, or choose another run_dir"
+            )
         del content["version"]
+        content["state"] = TrainState.from_json(content["state"])
         content["files"] = [SavedFile(**file) for file in content["files"]]
         content["tensors"] = {name: SavedTensor(**tensor) for name, tensor in content["tensors"].items()}
         return cls(**content)

@@ -8,8 +8,14 @@ from pretrain.checkpoint.history import list_checkpoints, set_aside
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import Reader, find_faults
 from pretrain.distributed import gather, is_main, on_all_ranks, rank, wait_for_all, world_size
-from pretrain.engine.deepspeed import Engine
-from pretrain.engine.partitions import WEIGHT, held, make_moments, refresh, shapes
+from pretrain.engine.partitions import (
+    WEIGHT,
+    copy_masters_to_model,
+    create_optimizer_state,
+    full_shapes,
+    local_fragments,
+)
+from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import CheckpointError
 
 # What makes a run that run: changing one of these in mid-run would make its curve a lie.
@@ -51,7 +57,7 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def restore(engine: Engine, folder: Path, expected: Manifest) -> Manifest:
+def restore(engine: TrainingEngine, folder: Path, expected: Manifest) -> Manifest:
     """Load a checkpoint into the engine; every rank calls this, and reads what it is to hold.
 
     Args:
@@ -70,20 +76,22 @@ def restore(engine: Engine, folder: Path, expected: Manifest) -> Manifest:
     if differences:
         lines = "\n".join(f"  {line}" for line in differences)
         raise CheckpointError(f"{folder}: saved by a different run:\n{lines}\nrestore these, or choose another run_dir")
-    if wrong := list(_misfits(saved, shapes(engine))):
+    if wrong := list(_misfits(saved, full_shapes(engine))):
         raise CheckpointError(f"{folder}: does not fit the model:\n  " + "\n  ".join(wrong))
     reader = Reader(folder, saved)
-    fragments = held(engine)
-    make_moments(fragments, {name: tensor.kinds for name, tensor in saved.tensors.items()}, saved.optimizer_steps)
+    fragments = local_fragments(engine)
+    create_optimizer_state(
+        fragments, {name: tensor.kinds for name, tensor in saved.tensors.items()}, saved.optimizer_steps
+    )
 
     def read() -> None:
         for fragment in fragments:
             for kind in saved.tensors[fragment.name].kinds:
-                if kind == WEIGHT or fragment.moments is not None:
+                if kind == WEIGHT or fragment.state is not None:
                     reader.copy(kind, fragment.name, fragment.start, fragment.view(kind))
 
     on_all_ranks(read)  # before all meet again
-    refresh(engine)
+    copy_masters_to_model(engine)
     return saved
 
 

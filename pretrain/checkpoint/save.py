@@ -18,8 +18,8 @@ from pretrain.checkpoint.history import PARTIAL, checkpoints_folder, remove, sup
 from pretrain.checkpoint.manifest import Manifest, SavedFile, SavedTensor
 from pretrain.checkpoint.pieces import Layout, NotFiniteError, Piece, write_file
 from pretrain.distributed import gather, is_main, rank
-from pretrain.engine.deepspeed import Engine
-from pretrain.engine.partitions import optimizer_steps, owned, shapes
+from pretrain.engine.partitions import count_optimizer_steps, fragments_to_save, full_shapes
+from pretrain.engine.protocol import TrainingEngine
 
 PAUSES = (1.0, 5.0, 20.0)  # seconds before a failed write is tried again
 POLL_SECONDS = 0.02
@@ -67,14 +67,14 @@ class Saver:
         self._save: _Save | None = None
         self._thread: threading.Thread | None = None
 
-    def begin(self, engine: Engine, manifest: Manifest) -> None:
+    def begin(self, engine: TrainingEngine, manifest: Manifest) -> None:
         """Copy this rank's pieces and let them be written. Waits for a save that is still under way."""
         self.finish()
         self._copy(engine)
         if is_main():
-            self._shapes = shapes(engine)
-            manifest = replace(manifest, optimizer_steps=optimizer_steps(engine))
-        self._save = _Save(manifest, checkpoints_folder(self.run_dir) / f"step-{manifest.step:08d}")
+            self._shapes = full_shapes(engine)
+            manifest = replace(manifest, optimizer_steps=count_optimizer_steps(engine))
+        self._save = _Save(manifest, checkpoints_folder(self.run_dir) / f"step-{manifest.state.step:08d}")
         self._thread = threading.Thread(target=self._work, args=[self._save], name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -104,9 +104,9 @@ class Saver:
             self._save.abandoned.set()
         self.finish()
 
-    def _copy(self, engine: Engine) -> None:
+    def _copy(self, engine: TrainingEngine) -> None:
         """Copy all that this rank owns into one buffer, which is made once."""
-        fragments = owned(engine)
+        fragments = fragments_to_save(engine)
         pieces = [Piece(f.name, f.start, f.start + f.numel, f.kinds) for f in fragments]
         if pieces != self._layout.pieces:
             self._layout = Layout(pieces)

@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO as the engine: the only file, with `checkpoint/`'s own, that imports it.
+"""Build and drive DeepSpeed's ZeRO engine. This is the only file that imports DeepSpeed.
 
-Its config is derived from ours by one pure function, so that a batch size stands in one place.
+DeepSpeed's config is derived from ours by one pure function, so that no value has to be kept equal in two places.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,21 +19,22 @@ from torch.optim import Optimizer
 
 from pretrain import distributed
 from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engine.placement import bind_optimizer
+from pretrain.engine.protocol import TrainingEngine, torch_optimizer
 from pretrain.optimizers import build_optimizer
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and warns when there is none
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed searches for a GPU and prints a warning
 import deepspeed
 
-Engine: TypeAlias = Any  # deepspeed.DeepSpeedEngine, which has no types
-
-# Elements. DeepSpeed's own 5e8 would put a whole ViT-L into one bucket, so that nothing overlaps.
+# Number of elements. With DeepSpeed's default of 5e8, a whole ViT-L fits into one bucket, so nothing overlaps.
 BUCKET_SIZE = 25_000_000
-NO_CLIPPING = 1e30  # a limit that no gradient reaches; without one, DeepSpeed does not measure the norm everywhere
+# A gradient norm that is never reached. Without clipping, DeepSpeed does not compute the norm at every ZeRO stage.
+NO_CLIPPING = 1e30
 
 
 def start_distributed() -> None:
-    """Join the other ranks, or start a group of one when there is no launcher."""
+    """Join the process group of the launcher, or create a group of one rank if there is no launcher (collective)."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, str(value))
@@ -49,23 +50,43 @@ def start_distributed() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
-def build_engine(objective: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> Engine:
-    """Put a model under DeepSpeed, with an optimizer over all that is trained."""
+def build_engine(objective: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> TrainingEngine:
+    """Wrap a model in a DeepSpeed engine, with an optimizer for all trainable parameters (collective).
+
+    Args:
+        objective: Model whose forward pass returns losses.
+        config: ZeRO stage, precision, batch sizes and clipping.
+        optimizer: Optimizer and its hyperparameters.
+
+    Returns:
+        The engine. Its optimizer already knows how ZeRO has partitioned the parameters.
+    """
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
     inner = build_optimizer(objective, optimizer)
-    with _at_rest(inner):
+    with _without_steps(inner):
         engine, *_ = deepspeed.initialize(model=objective, optimizer=inner, config=settings)
     if config.zero_stage == 0 and config.precision == "fp32":
-        engine.clip_fp32_gradients = lambda: _clip_and_remember(engine)
-    return engine
+        engine.clip_fp32_gradients = lambda: _clip_and_keep_norm(engine)
+    bind_optimizer(engine, optimizer)
+    return engine  # type: ignore[no-any-return]
 
 
 def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> dict[str, Any]:
-    """Derive DeepSpeed's config. It is told the largest micro-batch; the loop weights each by its true size."""
+    """Derive DeepSpeed's config from ours.
+
+    Args:
+        config: Our engine section.
+        world_size: Number of ranks.
+        on_gpu: Whether the ranks train on GPUs.
+
+    Returns:
+        The config for `deepspeed.initialize`. Its micro-batch size is the largest of a step; if the ranks do not divide
+        the global batch, the training loop weights each micro-batch by its true size.
+    """
     accumulation_steps = config.accumulation_steps(world_size)
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "overlap_comm": on_gpu and world_size > 1,  # overlapping slows a single GPU
+        "overlap_comm": on_gpu and world_size > 1,  # overlapping slows a single GPU down
         "contiguous_gradients": True,
         "reduce_bucket_size": BUCKET_SIZE,
         "allgather_bucket_size": BUCKET_SIZE,
@@ -78,66 +99,74 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
         "gradient_accumulation_steps": accumulation_steps,
         "gradient_clipping": config.gradient_clipping or NO_CLIPPING,
         "zero_optimization": zero,
-        # torch's AdamW also where DeepSpeed would compile its own for the CPU.
+        # Use torch's AdamW even with offloading, where DeepSpeed would compile its own optimizer for the CPU.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
-        # Looking for overflows gradient by gradient took 22 of 97 ms a step; the loop looks at their norm.
+        # Checking every gradient for overflow took 22 of 97 ms per step; `health.py` checks their norm instead.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "steps_per_print": sys.maxsize,
     }
 
 
-def set_learning_rate(engine: Engine, learning_rate: float) -> None:
-    """Set the learning rate of the step to come."""
+def set_learning_rate(engine: TrainingEngine, learning_rate: float) -> None:
+    """Set the learning rate of all parameter groups for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
 
 
-def gradient_norm(engine: Engine) -> Tensor:
-    """Return the norm of the last step's whole gradient, before clipping."""
+def gradient_norm(engine: TrainingEngine) -> Tensor:
+    """Return the norm of the last step's gradient over all ranks before clipping: an fp32 scalar on the device."""
     norm = getattr(engine.optimizer, "_global_grad_norm", None)
-    norm = engine.get_global_grad_norm() if norm is None else norm
+    norm = engine.get_global_grad_norm() if norm is None else norm  # type: ignore[attr-defined]
     return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
 
 
-def guard(engine: Engine, judge: Callable[[Tensor], Tensor]) -> None:
-    """Show each step's gradient norm to `judge` before a weight moves; where it returns 1, none does.
+def guard_updates(engine: TrainingEngine, is_bad: Callable[[Tensor], Tensor]) -> None:
+    """Skip the weight update of every step whose gradient norm is judged bad, without a wait of the host.
 
-    The fused AdamW looks at that number on the device, as it does for a gradient scaler, at every ZeRO stage.
+    All optimizers read `found_inf`, the flag that torch's gradient scaler sets on fused optimizers: with a value of 1
+    they change neither weights nor moments. It works at every ZeRO stage.
+
+    Args:
+        engine: Engine whose updates to guard.
+        is_bad: Function that takes the gradient norm, a scalar on the device, and returns 1 to skip the update and 0
+            to apply it, also as a scalar on the device.
     """
-    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
 
     def before_step(optimizer: Any, args: object, options: object) -> None:
-        optimizer.found_inf = judge(gradient_norm(engine))
+        optimizer.found_inf = is_bad(gradient_norm(engine))
 
-    inner.register_step_pre_hook(before_step)
+    torch_optimizer(engine).register_step_pre_hook(before_step)
 
 
 @contextmanager
-def _at_rest(optimizer: Optimizer) -> Iterator[None]:
-    """Keep DeepSpeed from a step of its own: in bf16 at stage 0 it takes one without gradients, which would count."""
+def _without_steps(optimizer: Optimizer) -> Iterator[None]:
+    """Disable `optimizer.step` for a while.
+
+    In bf16 at stage 0, DeepSpeed takes a step without gradients while it initializes, which would be counted.
+    """
     optimizer.step = lambda *_: None  # type: ignore[assignment, method-assign]
     yield
     del optimizer.step
 
 
-def _clip_and_remember(engine: Engine) -> None:
-    """Clip as DeepSpeed does where nothing is sharded or cast, and keep the norm, which it forgets there."""
+def _clip_and_keep_norm(engine: Any) -> None:
+    """Clip the gradients as DeepSpeed does at stage 0 in fp32, and keep their norm, which DeepSpeed drops there."""
     engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
 
 def _share_cores() -> None:
-    """Give each rank of a machine its share of the cores, unless the user or the launcher has."""
+    """Divide the cores of a machine between its ranks, unless the user or the launcher has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def _skip_shared_memory_build() -> None:
-    """Keep DeepSpeed from compiling its shared-memory reductions on a CPU.
+    """Keep DeepSpeed from compiling its shared-memory reductions on a CPU; gloo does the same work.
 
-    The build takes minutes, and one that is killed leaves a lock on which every later run waits for ever
-    (pytorch/pytorch#189245). Without the op, gloo does the same work.
+    The build takes minutes. If it is killed, it leaves a lock that every later run waits for
+    (pytorch/pytorch#189245).
     """
     importlib.import_module("deepspeed.comm.torch")
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]

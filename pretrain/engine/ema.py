@@ -1,6 +1,6 @@
-"""An exponential moving average of the weights, kept by each rank in fp32 for its own shard.
+"""An exponential moving average (EMA) of the weights. Each rank keeps it in fp32 for its own partition.
 
-It lies in the optimizer's state beside the moments, so it is saved, restored and given to other ranks as they are.
+The average is part of the optimizer's state, next to the moments, so checkpoints save and reshard it in the same way.
 """
 
 from collections.abc import Iterator
@@ -9,39 +9,40 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pretrain.engine.deepspeed import Engine
-from pretrain.engine.partitions import EMA, refresh
+from pretrain.engine.partitions import EMA, copy_masters_to_model
+from pretrain.engine.protocol import TrainingEngine, torch_optimizer
 
 
 class Ema:
-    """The average after step t is decay * average + (1 - decay) * weights, with decay = min(decay, (1 + t) / (10 + t)).
+    """The running average `average = d * average + (1 - d) * weights` with `d = min(decay, (1 + t) / (10 + t))`.
 
-    The growing decay (as in TensorFlow's ExponentialMovingAverage) lets a short run forget where it began.
+    The decay grows with the step t, as in TensorFlow's ExponentialMovingAverage, so that a short run soon forgets its
+    random initial weights.
 
     Args:
-        engine: whose optimizer holds the weights.
-        decay: between 0 and 1; 0: no average is kept.
+        engine: Engine whose weights are averaged.
+        decay: Upper limit of the decay, from 0 to 1. With 0 no average is kept, and a restored one is dropped.
     """
 
-    def __init__(self, engine: Engine, decay: float) -> None:
+    def __init__(self, engine: TrainingEngine, decay: float) -> None:
         self.engine = engine
         self.decay = decay
-        self.states = getattr(engine.optimizer, "optimizer", engine.optimizer).state
+        self.states = torch_optimizer(engine).state
         if not decay:
             for state in self.states.values():
                 state.pop(EMA, None)
 
     @torch.no_grad()
-    def update(self, step: int, bad: Tensor) -> None:
-        """Follow the weights after an optimizer step.
+    def update(self, step: int, skipped: Tensor) -> None:
+        """Move the average toward the weights after an optimizer step.
 
         Args:
-            step: counted from 0.
-            bad: 1 where the step was skipped, else 0; a scalar on the device.
+            step: Number of the step, from 0.
+            skipped: 1 if the step was skipped, which keeps the average as it is, else 0; a scalar on the device.
         """
         if not self.decay:
             return
-        share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - bad)
+        share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
         for master, state in self.states.items():
             if EMA in state:
                 state[EMA].lerp_(master.detach(), share.to(master))
@@ -49,10 +50,13 @@ class Ema:
                 state[EMA] = master.detach().clone()
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the model have the average for a while; every rank must enter, and come out again."""
+    def swapped_in(self) -> Iterator[None]:
+        """Use the average as the model's weights inside the block (collective at entry and exit).
+
+        An error inside the block ends the run, so the weights are not swapped back in that case.
+        """
         self._swap()
-        yield  # what goes wrong in here ends the run, so the weights need not come back
+        yield
         self._swap()
 
     @torch.no_grad()
@@ -63,4 +67,4 @@ class Ema:
             master.copy_(average)
             average.copy_(weights)
         if averages:
-            refresh(self.engine)
+            copy_masters_to_model(self.engine)

@@ -25,7 +25,7 @@ patches of {patch} x {patch}.
 |---|---|
 | objective | {objective} |
 | optimizer steps | {step} |
-| images seen | {samples} |
+| images seen | {images_seen} |
 | data digest | `{digest}` |
 | code | `{commit}` |
 
@@ -60,8 +60,8 @@ def model_card(manifest: Manifest, config: PretrainConfig, usage: str, proof: Pr
         patch=config.model.patch_size,
         size=config.model.image_size,
         objective=config.objective.name,
-        step=manifest.step,
-        samples=manifest.samples,
+        step=manifest.state.step,
+        images_seen=manifest.state.images_seen,
         digest=manifest.data_digests["training"],
         commit=manifest.git_commit,
         proof=proof,

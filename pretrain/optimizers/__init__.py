@@ -1,19 +1,23 @@
-"""Which parameters an optimizer moves, and how: one file an optimizer beside torch's own."""
+"""Optimizers and layer-wise learning rate decay. Each optimizer that torch does not have is one file."""
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from pretrain.config import OptimizerConfig
 from pretrain.optimizers.lamb import LAMB
-from pretrain.optimizers.layer_decay import BLOCK
+from pretrain.optimizers.layer_decay import BLOCK_NUMBER
 from pretrain.optimizers.muon import MATRICES, Muon
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """Build the optimizer that the config names, over all trained parameters.
+    """Build the configured optimizer for all trainable parameters of a module.
 
-    Weights are decayed. Biases and norms (one dimension), CLS and positions (a first dimension of 1) are not. Muon's
-    matrices are those of the blocks.
+    Weight decay applies to weights only: not to biases and norms (one dimension), nor to the CLS token and positions
+    (first dimension of 1). Muon orthogonalizes the weight matrices of the blocks and uses AdamW for the rest.
+
+    Args:
+        module: Model to train.
+        config: Optimizer and its hyperparameters.
     """
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -21,7 +25,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             is_weight = parameter.ndim > 1 and parameter.shape[0] > 1
-            is_matrix = is_weight and parameter.ndim == 2 and config.name == "muon" and BLOCK.search(name)
+            is_matrix = is_weight and parameter.ndim == 2 and config.name == "muon" and BLOCK_NUMBER.search(name)
             (matrices if is_matrix else decayed if is_weight else undecayed).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay, MATRICES: True},

@@ -1,4 +1,4 @@
-"""LAMB (arXiv 1904.00962), for large batches."""
+"""LAMB (arXiv 1904.00962), an optimizer for large batches."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,26 +7,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pretrain.optimizers.adam import adam_direction, taken
+from pretrain.optimizers.adam import adam_direction, update_factor
 from pretrain.optimizers.placement import Placement
 
 
 class LAMB(Optimizer):
-    """Adam's step of each decayed parameter, as long as the parameter itself times the rate.
+    """Adam whose update is scaled, per parameter, by the ratio of the norms of weight and update (Algorithm 2).
 
-    A parameter's length is that of all of it, wherever its pieces lie: `placement` says where, once ZeRO has cut them.
-    As with the fused AdamW, a step with `found_inf` of 1 moves nothing and is not counted, without the host knowing.
+    Norms are those of whole parameters. If ZeRO has partitioned them, call `bind` before the first step.
+
+    As in torch's fused AdamW, a step with `found_inf` of 1 changes nothing and is not counted. The flag is read on the
+    device, so the host does not wait for it.
 
     Args:
-        params: parameters or groups; those without weight decay take Adam's step as it is.
-        lr: learning rate.
-        betas: of the moments.
-        eps: added to the second moment's root.
-        weight_decay: of groups that have none of their own.
+        params: Parameters or groups. Groups without weight decay take Adam's update unscaled.
+        lr: Learning rate.
+        betas: Decay rates of the first and second moment.
+        eps: Term added to the root of the second moment.
+        weight_decay: Weight decay of groups that have none of their own.
     """
 
-    found_inf: Tensor | None = None
-    placement: Placement | None = None
+    found_inf: Tensor | None = None  # set before a step by whoever skips steps, as for torch's fused optimizers
+    _placement: Placement | None = None
 
     def __init__(
         self,
@@ -38,25 +40,30 @@ class LAMB(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def bind(self, placement: Placement) -> None:
+        """Set which parameters the optimizer's tensors hold; without it, each tensor is a whole parameter."""
+        self._placement = placement
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move all parameters that have a gradient."""
+        """Update all parameters that have a gradient."""
         pairs = [(tensor, group) for group in self.param_groups for tensor in group["params"]]
-        if self.placement is None:
-            self.placement = Placement.of_whole((str(i), tensor) for i, (tensor, _) in enumerate(pairs))
-        moved = [(tensor, group) for tensor, group in pairs if tensor.grad is not None]
-        if not moved:
+        if self._placement is None:
+            self._placement = Placement.unpartitioned((str(i), tensor) for i, (tensor, _) in enumerate(pairs))
+        updated = [(tensor, group) for tensor, group in pairs if tensor.grad is not None]
+        if not updated:
             return
-        ranges = self.placement.ranges
-        directions = [adam_direction(tensor, self.state[tensor], group, self.found_inf) for tensor, group in moved]
-        squares = torch.zeros(2, len(self.placement.names), device=moved[0][0].device)
-        for (tensor, _), direction in zip(moved, directions, strict=True):
-            for number, _, start, numel in ranges[tensor]:
+        ranges = self._placement.ranges
+        directions = [adam_direction(tensor, self.state[tensor], group, self.found_inf) for tensor, group in updated]
+        squares = torch.zeros(2, len(self._placement.names), device=updated[0][0].device)
+        for (tensor, _), direction in zip(updated, directions, strict=True):
+            for index, _, start, numel in ranges[tensor]:
                 for row, values in enumerate((tensor, direction)):
-                    squares[row, number] += values.view(-1)[start : start + numel].square().sum()
-        length, own = self.placement.total(squares).sqrt()
-        trust = torch.where((length > 0) & (own > 0), length / own, 1.0)
-        for (tensor, group), direction in zip(moved, directions, strict=True):
-            for number, _, start, numel in ranges[tensor]:
-                factor = group["lr"] * taken(self.found_inf, tensor) * (trust[number] if group["weight_decay"] else 1.0)
+                    squares[row, index] += values.view(-1)[start : start + numel].square().sum()
+        weight_norm, update_norm = self._placement.sum_over_ranks(squares).sqrt()
+        trust_ratio = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
+        for (tensor, group), direction in zip(updated, directions, strict=True):
+            for index, _, start, numel in ranges[tensor]:
+                scale = trust_ratio[index] if group["weight_decay"] else 1.0
+                factor = group["lr"] * update_factor(self.found_inf, tensor) * scale
                 tensor.view(-1)[start : start + numel] -= factor * direction.view(-1)[start : start + numel]

@@ -1,4 +1,4 @@
-"""Layer-wise decay of the learning rate (arXiv 2003.10555), of any optimizer and without a group for each layer."""
+"""Layer-wise learning rate decay (arXiv 2003.10555) for any optimizer, without a parameter group per layer."""
 
 import re
 
@@ -8,47 +8,56 @@ from torch.optim import Optimizer
 
 from pretrain.optimizers.placement import Placement
 
-BLOCK = re.compile(r"(?:^|\.)(?:layers?|blocks|stages)\.(\d+)\.")  # ours, and those of transformers' models
-INPUT = re.compile(r"embedd|cls_token|position|mask_token|stem")
-BEHIND = "decoder."  # what stands behind the encoder and has blocks too
+# The number of a block in a parameter's name, in our models and in those of transformers.
+BLOCK_NUMBER = re.compile(r"(?:^|\.)(?:layers?|blocks|stages)\.(\d+)\.")
+INPUT_LAYER = re.compile(r"embedd|cls_token|position|mask_token|stem")
+DECODER = "decoder."  # prefix of parameters after the encoder, some of which are blocks too
 
 
-def decay_by_layer(optimizer: Optimizer, placement: Placement, decay: float) -> None:
-    """Let a step move each of the encoder's parameters by only a share of what it would.
+def apply_layer_decay(optimizer: Optimizer, placement: Placement, decay: float) -> None:
+    """Scale every later update of each encoder parameter by a factor that shrinks toward the input.
 
-    The last block's share is `decay`, that of the block before it the square, and so on down to the patches; of a
-    network of stages, stage by stage. What stands behind the encoder moves whole. All steps are proportional to the
-    learning rate, so this is the same as a smaller one. The tensors are copied for as long as a step takes.
+    The factor is `decay` for the last block, `decay ** 2` for the one before, and so on down to the patch embedding;
+    for hierarchical networks it is per stage. Parameters after the encoder keep a factor of 1. Updates are proportional
+    to the learning rate, so this equals a smaller learning rate.
+
+    The weights are copied for the duration of a step, because an update is scaled after the optimizer has applied it:
+    ZeRO makes a partition and a collective for each parameter group, so a group per layer would be slow.
 
     Args:
-        optimizer: of any kind.
-        placement: of the parameters in its tensors.
-        decay: from 0 to 1.
+        optimizer: Optimizer of any kind.
+        placement: Parameters that the optimizer's tensors hold.
+        decay: Factor from one block to the next, from 0 to 1.
     """
-    shares = layer_shares(placement.names, decay)
+    factors = layer_factors(placement.names, decay)
     before: dict[Tensor, Tensor] = {}
 
-    def keep(*__: object) -> None:
+    def copy_weights(*arguments: object) -> None:
         tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
         before.update({tensor: tensor.detach().clone() for tensor in tensors if tensor.grad is not None})
 
     @torch.no_grad()
-    def give_back(*__: object) -> None:
+    def scale_updates(*arguments: object) -> None:
         for tensor, old in before.items():
-            for number, _, start, numel in placement.ranges[tensor]:
-                if shares[number] < 1:
-                    here = slice(start, start + numel)
-                    now = tensor.view(-1)[here]
-                    now.copy_(torch.lerp(old.view(-1)[here], now, shares[number]))
+            for index, _, start, numel in placement.ranges[tensor]:
+                if factors[index] < 1:
+                    span = slice(start, start + numel)
+                    new = tensor.view(-1)[span]
+                    new.copy_(torch.lerp(old.view(-1)[span], new, factors[index]))
         before.clear()
 
-    optimizer.register_step_pre_hook(keep)
-    optimizer.register_step_post_hook(give_back)
+    optimizer.register_step_pre_hook(copy_weights)
+    optimizer.register_step_post_hook(scale_updates)
 
 
-def layer_shares(names: list[str], decay: float) -> list[float]:
-    """Return the share of each parameter, by its name."""
-    blocks = [None if name.startswith(BEHIND) else BLOCK.search(name) for name in names]
+def layer_factors(names: list[str], decay: float) -> list[float]:
+    """Return the factor of each parameter's update, by its name.
+
+    Args:
+        names: Names of the parameters.
+        decay: Factor from one block to the next, from 0 to 1.
+    """
+    blocks = [None if name.startswith(DECODER) else BLOCK_NUMBER.search(name) for name in names]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
     return [
         decay ** (depth - int(block[1])) if block else decay ** (depth + 1) if _is_input(name) else 1.0
@@ -57,4 +66,4 @@ def layer_shares(names: list[str], decay: float) -> list[float]:
 
 
 def _is_input(name: str) -> bool:
-    return not name.startswith(BEHIND) and INPUT.search(name) is not None
+    return not name.startswith(DECODER) and INPUT_LAYER.search(name) is not None

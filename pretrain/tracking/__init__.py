@@ -1,1 +1,1 @@
-"""Metrics go to a local file first; MLflow is fed from it by a process of its own."""
+"""Record a run: metrics in a local file first, MLflow from that file, and the progress line in the terminal."""

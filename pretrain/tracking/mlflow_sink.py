@@ -1,7 +1,11 @@
-"""Feeds MLflow from a run's `metrics.jsonl`; started by the tracker as a process of its own.
+"""Send a run's `metrics.jsonl` and pictures to MLflow; the tracker starts this module as a separate process.
 
-It remembers the run's id and the last step it sent in `mlflow.json`, so a restarted run goes on as the same MLflow
-run with no step doubled. When the store cannot be reached it says so once and keeps trying until training has ended.
+The sink stores the MLflow run id and the last step it sent in `mlflow.json`, so a resumed run continues the same MLflow
+run and sends no step twice. If the store cannot be reached, the sink reports it once and keeps trying until training
+has ended.
+
+The tracker writes JSON messages to the sink's standard input, one per line: "params" and "tags" to record, the current
+"status", and a "final_status" as the last one.
 """
 
 import io
@@ -14,9 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, STATE_FILE, step_of
+from pretrain.errors import first_line
+from pretrain.files import atomic_write, partial_path
+from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, SINK_STATE_FILE, picture_step
 
-# MLflow's own retries block a call to a dead server for 245.7 s; here the file is the queue, so none is needed.
+# MLflow's own retries block a call to a dead server for 245.7 s. They are not needed, because the file is the queue.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -27,163 +33,189 @@ from mlflow.entities import Metric, Param, RunTag
 from PIL import Image
 
 POLL_SECONDS = 1.0
-LAST_TRIES = 3
+FINAL_TRIES = 3
 RUNNING = "RUNNING"
 SQLITE = "sqlite:///"
-MAX_METRICS = 1000
-MAX_PARAMS = 100
+MAX_METRICS_PER_CALL = 1000
+MAX_PARAMS_PER_CALL = 100
+MAX_ERROR_LENGTH = 200
 
 
 class Sink:
-    """One run in MLflow."""
+    """One run in MLflow, and what has been sent of it.
+
+    Args:
+        run_dir: Run folder.
+        uri: URI of the MLflow store or server.
+        experiment: Name of the MLflow experiment, which is created if it does not exist.
+    """
 
     def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
         self.run_dir = run_dir
-        self.state: dict[str, Any] = {"uri": uri, "experiment": experiment, "run_id": None}
-        self.state |= {"last_step": -1, "last_names": []}  # what was sent last: a step may have several rows
-        self.state |= {"pictures": []}  # name and time of each that was sent; one that is drawn anew is sent anew
-        if (run_dir / STATE_FILE).exists():
-            self.state |= json.loads((run_dir / STATE_FILE).read_text(encoding="utf-8"))
-        self.params: dict[str, str] = {}
-        self.tags: dict[str, str] = {}
-        self.offset = 0
-        self.started = False
-        self.is_new = False
+        self.params: dict[str, str] = {}  # to send with the next push
+        self.tags: dict[str, str] = {}  # to send with the next push
+        self.state: dict[str, Any] = {
+            "uri": uri,
+            "experiment": experiment,
+            "run_id": None,
+            "last_step": -1,
+            "last_names": [],  # metrics of the last step that have been sent: a step may have several rows
+            "pictures": [],  # name and modification time of each picture: one that was drawn again is sent again
+        }
+        if (run_dir / SINK_STATE_FILE).exists():
+            self.state |= json.loads((run_dir / SINK_STATE_FILE).read_text(encoding="utf-8"))
+        self._offset = 0  # bytes of the metrics file that have been sent
+        self._client: MlflowClient | None = None
+        self._is_new = False
+
+    @property
+    def client(self) -> MlflowClient:
+        """The MLflow client; the first access creates the store, the experiment and the run if they do not exist."""
+        if self._client is None:
+            self._client = self._connect()
+        return self._client
 
     def push(self) -> None:
-        """Send what is new; raises what MLflow raises."""
-        if not self.started:
-            self._start()
-        if self.is_new:  # MLflow refuses a parameter that changes, so a continued run keeps those it began with
+        """Send parameters, tags and metrics that have not been sent; MLflow's errors pass through."""
+        client = self.client
+        if self._is_new:  # MLflow refuses to change a parameter, so a resumed run keeps those it started with
             params = [Param(name, value) for name, value in self.params.items()]
-            for i in range(0, len(params), MAX_PARAMS):
-                self.client.log_batch(self.state["run_id"], params=params[i : i + MAX_PARAMS])
-            self.is_new = False
+            for i in range(0, len(params), MAX_PARAMS_PER_CALL):
+                client.log_batch(self.state["run_id"], params=params[i : i + MAX_PARAMS_PER_CALL])
+            self._is_new = False
         if self.tags:
-            self.client.log_batch(self.state["run_id"], tags=[RunTag(k, v) for k, v in self.tags.items()])
+            client.log_batch(self.state["run_id"], tags=[RunTag(k, v) for k, v in self.tags.items()])
             self.tags = {}
         metrics: list[Metric] = []
-        rows = list(_rows(self.run_dir / METRICS_FILE, self.offset))
+        rows = list(_rows_from(self.run_dir / METRICS_FILE, self._offset))
         for _, row in rows:
-            step, at = int(row.pop("step")), int(row.pop("time") * 1000)
-            metrics += [Metric(name, value, at, step) for name, value in row.items() if self._is_unsent(step, name)]
-        for i in range(0, len(metrics), MAX_METRICS):
-            self.client.log_batch(self.state["run_id"], metrics=metrics[i : i + MAX_METRICS])
-        self.offset = rows[-1][0] if rows else self.offset
+            step, milliseconds = int(row.pop("step")), int(row.pop("time") * 1000)
+            metrics += [
+                Metric(name, value, milliseconds, step) for name, value in row.items() if self._is_unsent(step, name)
+            ]
+        for i in range(0, len(metrics), MAX_METRICS_PER_CALL):
+            client.log_batch(self.state["run_id"], metrics=metrics[i : i + MAX_METRICS_PER_CALL])
+        self._offset = rows[-1][0] if rows else self._offset
         if metrics:
             last_step = max(metric.step for metric in metrics)
             names = {metric.key for metric in metrics if metric.step == last_step}
             before = self.state["last_names"] if last_step == self.state["last_step"] else []
-            self._remember(last_step=last_step, last_names=sorted(names.union(before)))
+            self._save_state(last_step=last_step, last_names=sorted(names.union(before)))
 
     def push_pictures(self) -> None:
-        """Send what was drawn; raises what MLflow raises. Artifacts may be kept elsewhere than metrics are."""
+        """Send pictures that have not been sent; MLflow's errors pass through.
+
+        This is separate from `push` because a store may keep artifacts in another place than metrics.
+        """
         for picture in sorted((self.run_dir / PICTURES_FOLDER).glob("step-*.png")):
-            drawn_at = picture.stat().st_mtime_ns
-            if [picture.name, drawn_at] not in self.state["pictures"]:
+            modified_ns = picture.stat().st_mtime_ns
+            if [picture.name, modified_ns] not in self.state["pictures"]:
                 with Image.open(picture) as image:
                     self.client.log_image(
                         self.state["run_id"],
                         image,
                         key=PICTURES_FOLDER,
-                        step=step_of(picture.name),
-                        timestamp=drawn_at // 1_000_000,
+                        step=picture_step(picture.name),
+                        timestamp=modified_ns // 1_000_000,
                         synchronous=True,
                     )
-                self._remember(pictures=[*self.state["pictures"], [picture.name, drawn_at]])
-
-    def _is_unsent(self, step: int, name: str) -> bool:
-        last_step: int = self.state["last_step"]
-        return step > last_step or (step == last_step and name not in self.state["last_names"])
+                self._save_state(pictures=[*self.state["pictures"], [picture.name, modified_ns]])
 
     def set_status(self, status: str) -> None:
-        """Say whether the run is RUNNING, or how it ended."""
+        """Set the run's MLflow status: "RUNNING", or the status with which it ended."""
         if status == RUNNING:
             self.client.update_run(self.state["run_id"], status)
         else:
             self.client.set_terminated(self.state["run_id"], status)
 
-    def _start(self) -> None:
-        """Find or make the store, the experiment and the run."""
+    def _is_unsent(self, step: int, name: str) -> bool:
+        last_step: int = self.state["last_step"]
+        return step > last_step or (step == last_step and name not in self.state["last_names"])
+
+    def _connect(self) -> MlflowClient:
+        """Open the store; create it, the experiment and the run if they do not exist."""
         uri = self.state["uri"]
         if uri.startswith(SQLITE):
-            _make_store(Path(uri.removeprefix(SQLITE)))
-        self.client = MlflowClient(uri)
+            _create_store(Path(uri.removeprefix(SQLITE)))
+        client = MlflowClient(uri)
         if self.state["run_id"] is None:
-            experiment = self.client.get_experiment_by_name(self.state["experiment"])
+            experiment = client.get_experiment_by_name(self.state["experiment"])
             if experiment is None:
                 artifacts = (self.run_dir.parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
-                experiment_id = self.client.create_experiment(self.state["experiment"], artifacts)
+                experiment_id = client.create_experiment(self.state["experiment"], artifacts)
             else:
                 experiment_id = experiment.experiment_id
-            run = self.client.create_run(experiment_id, run_name=self.run_dir.name)
-            self._remember(run_id=run.info.run_id)
-            self.is_new = True
-        self.started = True
+            run = client.create_run(experiment_id, run_name=self.run_dir.name)
+            self._save_state(run_id=run.info.run_id)
+            self._is_new = True
+        return client
 
-    def _remember(self, **state: Any) -> None:
+    def _save_state(self, **state: Any) -> None:
         if any(self.state[name] != value for name, value in state.items()):
             self.state |= state
-            aside = self.run_dir / (STATE_FILE + ".partial")
-            aside.write_text(json.dumps(self.state), encoding="utf-8")
-            aside.replace(self.run_dir / STATE_FILE)
+            atomic_write(self.run_dir / SINK_STATE_FILE, json.dumps(self.state), durable=False)
 
 
 def main(run_dir: str, uri: str, experiment: str) -> None:
-    """Push once a second until the tracker has closed our input, then a last time."""
+    """Send new rows and pictures every second, and a last time after the tracker has finished or died."""
     sink = Sink(Path(run_dir), uri, experiment)
-    messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: select must see every line
-    status: str | None = None  # what is to be said of the run; nothing when only tags are sent
-    said: str | None = None
-    complaints: set[str] = set()
-    open_input, tries = True, LAST_TRIES
-    while tries:
-        for message in _messages(messages, POLL_SECONDS if open_input else 0):
-            if message is None:
-                open_input = False
-                status = "FAILED" if status == RUNNING else status  # the tracker died without a word
+    messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered, so that `select` sees every line
+    status: str | None = None  # stays None if only tags are sent
+    status_in_mlflow: str | None = None
+    reported: set[str] = set()
+    is_open, tries_left = True, FINAL_TRIES
+    while tries_left:
+        for message in _read_messages(messages, POLL_SECONDS if is_open else 0):
+            if message is None:  # the input was closed; without a final status the tracker has died
+                status = "FAILED" if is_open and status == RUNNING else status
+                is_open = False
             else:
                 sink.params |= message.get("params", {})
                 sink.tags |= message.get("tags", {})
-                status = message.get("status", status)
-                open_input = open_input and status in (None, RUNNING)
-        problem = "does not answer"
+                status = message.get("final_status", message.get("status", status))
+                is_open = is_open and "final_status" not in message
+        problem = "cannot be reached"
         try:
             sink.push()
-            if status != said:
-                sink.set_status(str(status))
-                said = status
-            problem = "takes no pictures"
+            if status is not None and status != status_in_mlflow:
+                sink.set_status(status)
+                status_in_mlflow = status
+            problem = "does not accept pictures"
             sink.push_pictures()
-            if not open_input:
+            if not is_open:
                 return
-        except Exception as error:  # any failure of a store is survivable: the run's folder has everything
-            if problem not in complaints:
-                print(f"MLflow at {uri} {problem} ({_first_line(error)}); all is kept in {run_dir}", file=sys.stderr)
-                complaints.add(problem)
-        tries -= 0 if open_input else 1
+        except Exception as error:  # training must survive any failure of the store; the run folder has all data
+            if problem not in reported:
+                reason = first_line(error)[:MAX_ERROR_LENGTH]
+                print(f"MLflow at {uri} {problem} ({reason}); all data is kept in {run_dir}", file=sys.stderr)
+                reported.add(problem)
+        tries_left -= 0 if is_open else 1
 
 
-def _make_store(path: Path) -> None:
-    """Make an SQLite store, if there is none, whole or not at all: MLflow refuses one that was killed in its making."""
+def _create_store(path: Path) -> None:
+    """Create an SQLite store if there is none.
+
+    The store is created under another name and linked into place once it is complete, because MLflow refuses a store
+    whose creation was interrupted, and several runs may create it at the same time.
+    """
     if path.exists():
         return
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    MlflowClient(SQLITE + str(aside))
+    partial = partial_path(path.with_name(f"{path.name}.{os.getpid()}"))
+    MlflowClient(SQLITE + str(partial))
     try:
-        os.link(aside, path)
-    except FileExistsError:  # another run has made it meanwhile
+        os.link(partial, path)
+    except FileExistsError:  # another run has created it in the meantime
         pass
-    except OSError:  # a file system without hard links
-        aside.replace(path)
-    aside.unlink(missing_ok=True)
+    except OSError:  # the file system has no hard links
+        partial.replace(path)
+    partial.unlink(missing_ok=True)
 
 
-def _messages(file: io.FileIO, timeout: float) -> Iterator[dict[str, Any] | None]:
-    """Yield what the tracker says within the timeout; None once it has closed or died."""
-    deadline = time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        ready, _, _ = select.select([file], [], [], left)
+def _read_messages(file: io.FileIO, timeout_seconds: float) -> Iterator[dict[str, Any] | None]:
+    """Yield the tracker's messages until the timeout; None once the tracker has closed the input or died."""
+    deadline = time.monotonic() + timeout_seconds
+    while (seconds_left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([file], [], [], seconds_left)
         if ready:
             line = file.readline()
             yield json.loads(line) if line else None
@@ -191,8 +223,8 @@ def _messages(file: io.FileIO, timeout: float) -> Iterator[dict[str, Any] | None
                 return
 
 
-def _rows(path: Path, offset: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield the whole lines after `offset`, each with the offset of its end."""
+def _rows_from(path: Path, offset: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield each complete line after byte `offset` as a row, with the byte offset of its end."""
     with path.open("rb") as file:
         file.seek(offset)
         for line in file:
@@ -200,10 +232,6 @@ def _rows(path: Path, offset: int) -> Iterator[tuple[int, dict[str, float]]]:
                 return
             offset += len(line)
             yield offset, json.loads(line)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The line a person watches: step, loss, images a second, share of time waiting for data, time left."""
+"""Print the progress of a run: step, loss, images per second, share of time spent waiting for data, time left."""
 
 import sys
 import time
@@ -7,50 +7,61 @@ from datetime import timedelta
 
 
 class ProgressLine:
-    """Rewrites one line in a terminal; writes line after line into a log."""
+    """Print progress: in a terminal one line that is rewritten, otherwise one line per row of metrics.
+
+    Args:
+        total_steps: Last step of the run.
+        start_step: Number of steps taken before this process started; the time left is estimated from later steps.
+        enabled: Whether this process prints; only the main rank does. Warnings are printed on every rank.
+    """
 
     def __init__(self, total_steps: int, start_step: int, *, enabled: bool) -> None:
         self.total_steps = total_steps
         self.start_step = start_step
-        self.started = time.monotonic()
         self.enabled = enabled
-        self.bound: str | None = None
-        self.live = sys.stdout.isatty()
+        self._started = time.monotonic()
+        self._bottleneck: str | None = None
+        self._is_terminal = sys.stdout.isatty()
 
-    def show(self, row: Mapping[str, float], step: int) -> None:
-        """Show where training is."""
+    def print_metrics(self, row: Mapping[str, float], step: int) -> None:
+        """Print a row of metrics on the line that is rewritten."""
         if not self.enabled:
             return
-        done = step - self.start_step
-        left = (self.total_steps - step) * (time.monotonic() - self.started) / done if done else 0.0
-        loss = f"loss {row['train/loss']:.4f}" if "train/loss" in row else "no step taken"
+        steps_done = step - self.start_step
+        elapsed = time.monotonic() - self._started
+        seconds_left = (self.total_steps - step) * elapsed / steps_done if steps_done else 0.0
+        loss = f"loss {row['train/loss']:.4f}" if "train/loss" in row else "all steps skipped"
         line = (
             f"step {step}/{self.total_steps}  {loss}  "
             f"{row['speed/images_per_second']:.0f} images/s  waiting for data {row['data/wait_fraction']:.0%}  "
-            f"ETA {duration(left)}"
+            f"ETA {duration(seconds_left)}"
         )
-        self._write(line, end="" if self.live and step < self.total_steps else "\n")
+        self._write(line, end="" if self._is_terminal and step < self.total_steps else "\n")
 
-    def note(self, text: str) -> None:
-        """Write a line that stays."""
+    def print_message(self, text: str) -> None:
+        """Print a line that is not overwritten."""
         if self.enabled:
             self._write(text, end="\n")
 
-    def judge(self, bound: str | None) -> None:
-        """Say what the run waits for, when that has changed."""
-        if bound != self.bound:
-            self.bound = bound
-            self.note(bound or "no longer input-bound")
-
-    def say(self, text: str) -> None:
-        """Write a line that matters on whatever rank it comes from."""
+    def print_warning(self, text: str) -> None:
+        """Print a line on whichever rank the warning occurs; ranks other than the main one use stderr."""
         if self.enabled:
-            self.note(text)
+            self.print_message(text)
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def print_bottleneck(self, bottleneck: str | None) -> None:
+        """Print what limits data loading whenever that changes.
+
+        Args:
+            bottleneck: Sentence that names the slowest stage, or None if the run is not input-bound.
+        """
+        if bottleneck != self._bottleneck:
+            self._bottleneck = bottleneck
+            self.print_message(bottleneck or "no longer input-bound")
+
     def _write(self, line: str, end: str) -> None:
-        print(f"\r\x1b[K{line}" if self.live else line, end=end, flush=True)
+        print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, flush=True)
 
 
 def duration(seconds: float) -> str:

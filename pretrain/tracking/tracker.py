@@ -1,6 +1,7 @@
-"""Metrics go to `metrics.jsonl` in the run folder first. MLflow is fed from that file by a process of its own.
+"""Write a run's metrics to `metrics.jsonl` in its run folder; a separate process sends them to MLflow.
 
-So a slow, dead or missing MLflow costs training nothing, and nothing of it is imported here.
+Training never waits for MLflow: a slow, unreachable or missing server costs no time and no row, and this module does
+not import mlflow.
 """
 
 import contextlib
@@ -10,171 +11,202 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
 
-from pretrain.journal import Journal
+from pretrain.config import TrackingConfig
+from pretrain.journal import Journal, Row
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
-PICTURES_FOLDER = "pictures"  # step-*.png
-STATE_FILE = "mlflow.json"  # written by the sink: where the run is tracked
-SINK = "pretrain.tracking.mlflow_sink"
+PICTURES_FOLDER = "pictures"  # contains step-*.png
+SINK_STATE_FILE = "mlflow.json"  # written by the sink: where the run is tracked and what has been sent
+SINK_MODULE = "pretrain.tracking.mlflow_sink"
+SINK_TIMEOUT_SECONDS = 60.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@dataclass(frozen=True)
+class RunDescription:
+    """What is recorded about a run as a whole.
+
+    Args:
+        stage: "pretrain" or "finetune".
+        data_digest: Digest of the training set.
+        config_text: Resolved config as YAML, saved next to the metrics.
+        params: Config values by dotted key, recorded as MLflow parameters.
+    """
+
+    stage: str
+    data_digest: str
+    config_text: str
+    params: Mapping[str, object]
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """MLflow tags of the run."""
+        return {"stage": self.stage, "git_commit": git_commit(), "data_digest": self.data_digest}
+
+
 class Tracker:
-    """Writes a run's rows. A rank other than the main one has none: it passes `enabled=False` and nothing happens."""
+    """Log the metrics of a run. A run that leaves the `with` block without `finish` is recorded as failed.
+
+    Args:
+        run_dir: Run folder.
+        config: MLflow store and experiment; the uri "off" turns MLflow off, None selects SQLite next to the run folder.
+        description: What is recorded about the run as a whole.
+        resume_step: Step at which the run resumes. Rows and pictures of later steps are removed, because these steps
+            will be repeated.
+        enabled: Whether this process tracks the run; only the main rank does. Otherwise every method is a no-op.
+    """
 
     def __init__(
         self,
         run_dir: Path,
+        config: TrackingConfig,
+        description: RunDescription,
         *,
-        uri: str | None,
-        experiment: str,
-        config_text: str,
-        params: Mapping[str, object],
-        tags: Mapping[str, str],
         resume_step: int = 0,
         enabled: bool = True,
     ) -> None:
-        """Start tracking.
-
-        Args:
-            run_dir: the run's folder.
-            uri: of the MLflow store; None for SQLite beside the run folder, "off" for no MLflow.
-            experiment: MLflow's name for runs that belong together.
-            config_text: the resolved config, saved beside the metrics.
-            params: the config's values by dotted key, for MLflow.
-            tags: what else MLflow should know, such as the stage and the git commit.
-            resume_step: rows and pictures after this step are of a past that did not last; they are taken out.
-            enabled: whether this process tracks at all.
-        """
+        self.run_dir = run_dir
         self.enabled = enabled
-        self.status = "FAILED"  # until the run says otherwise
-        self.timeout_seconds = 60.0  # for MLflow to catch up when all is over
+        self.kept_rows: list[Row] = []  # logged before the run resumed
+        self._finished = not enabled
+        self.sink: subprocess.Popen[str] | None = None
         if not enabled:
             return
-        self.run_dir = run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-        self.journal = Journal(run_dir / METRICS_FILE, lambda row: row["step"] <= resume_step, writes=True)
-        self.journal.path.touch()
-        for picture in (run_dir / PICTURES_FOLDER).glob("step-*.png"):
-            if picture.name > picture_name(resume_step):
-                picture.unlink()
+        (run_dir / CONFIG_FILE).write_text(description.config_text, encoding="utf-8")
+        self._journal = Journal(run_dir / METRICS_FILE, lambda row: row["step"] <= resume_step, writes=True)
+        self._journal.path.touch()
+        self.kept_rows = self._journal.kept
+        _remove_pictures_after(run_dir, resume_step)
         if not resume_step:
-            (run_dir / STATE_FILE).unlink(missing_ok=True)  # a new run, also where an older one was
-        self.sink = None if uri == "off" else _start_sink(run_dir, uri or default_uri(run_dir), experiment)
-        self._tell("status", "RUNNING")
-        self._tell("params", {name: str(value) for name, value in params.items()})
-        self._tell("tags", dict(tags))
+            (run_dir / SINK_STATE_FILE).unlink(missing_ok=True)  # a new run, even if the folder contains an older one
+        if config.uri != "off":
+            self.sink = _start_sink(run_dir, config.uri or default_uri(run_dir), config.experiment)
+        self._send(status="RUNNING")
+        self._send(params={name: str(value) for name, value in description.params.items()})
+        self._send(tags=description.tags)
 
     def log(self, row: Mapping[str, float], step: int) -> None:
-        """Append a row."""
+        """Append a row of metrics."""
         if self.enabled:
-            self.journal.add([{"step": step, "time": round(time.time(), 3), **row}])
+            self._journal.add([{"step": step, "time": round(time.time(), 3), **row}])
 
     def tag(self, **tags: str) -> None:
-        """Tell MLflow something about the run as a whole."""
-        if self.enabled:
-            self._tell("tags", tags)
+        """Set MLflow tags of the run."""
+        self._send(tags=tags)
 
     def mlflow_run_id(self) -> str | None:
-        """Return MLflow's name for the run, once it has given one."""
-        return read_state(self.run_dir).get("run_id") if self.enabled else None
+        """Return the run's MLflow id, or None as long as MLflow has not assigned one."""
+        return read_sink_state(self.run_dir).get("run_id") if self.enabled else None
 
-    def close(self) -> None:
-        """Finish with `status` (FINISHED, KILLED or FAILED), giving MLflow some time to catch up."""
-        if not self.enabled:
+    def finish(self, status: str, timeout_seconds: float | None = None) -> None:
+        """Record how the run ended, and wait until MLflow has received all rows.
+
+        Args:
+            status: MLflow run status: "FINISHED", "KILLED", "FAILED", or "RUNNING" if the run is about to be resumed.
+            timeout_seconds: Longest time to wait for MLflow; None waits 60 s.
+        """
+        if self._finished:
             return
-        self.journal.add([])  # what has waited for room
-        self._tell("status", self.status)
+        self._finished = True
+        self._journal.add([])  # rows that are still waiting for disk space
+        self._send(final_status=status)
         if self.sink is None:
             return
         try:
-            self.sink.communicate(timeout=self.timeout_seconds)
+            self.sink.communicate(timeout=SINK_TIMEOUT_SECONDS if timeout_seconds is None else timeout_seconds)
         except subprocess.TimeoutExpired:
-            print(f"MLflow did not keep up; every row is in {self.journal.path}", file=sys.stderr)
             self.sink.kill()
+            print(f"MLflow: not all metrics arrived in time; every row is in {self._journal.path}", file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self.finish("FAILED")
 
-    def _tell(self, what: str, content: str | dict[str, str]) -> None:
+    def _send(self, **message: str | dict[str, str]) -> None:
         if self.sink is not None:
-            _tell(self.sink, what, content)
+            _send(self.sink, message)
 
 
 def tag_run(run_dir: Path, tags: Mapping[str, str], timeout_seconds: float = 60) -> None:
-    """Tell MLflow something about a run that has ended; nothing happens if it was not tracked there."""
-    if state := read_state(run_dir):
+    """Set MLflow tags of a run that has ended; a no-op if the run was not tracked in MLflow."""
+    if state := read_sink_state(run_dir):
         sink = _start_sink(run_dir, state["uri"], state["experiment"])
-        _tell(sink, "tags", dict(tags))
+        _send(sink, {"tags": dict(tags)})
         with contextlib.suppress(subprocess.TimeoutExpired):
             sink.communicate(timeout=timeout_seconds)
 
 
-def read_state(run_dir: Path) -> dict[str, Any]:
-    """Return where a run is tracked: MLflow's "uri", "experiment" and "run_id"; empty if it is not."""
-    path = run_dir / STATE_FILE
+def read_sink_state(run_dir: Path) -> dict[str, Any]:
+    """Return where a run is tracked: MLflow's "uri", "experiment" and "run_id"; empty if the run is not tracked."""
+    path = run_dir / SINK_STATE_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _tell(sink: "subprocess.Popen[str]", what: str, content: str | dict[str, str]) -> None:
-    """Send the sink a message; a sink that died has said why itself, and the rows are safe."""
+def picture_name(step: int) -> str:
+    """Return the file name of a step's picture; the names sort in the order of the steps."""
+    return f"step-{step:08d}.png"
+
+
+def picture_step(name: str) -> int:
+    """Return the step that a picture's file name contains."""
+    return int(name.removeprefix("step-").removesuffix(".png"))
+
+
+def default_uri(run_dir: Path) -> str:
+    """Return the URI of the SQLite store next to the run folder, as an absolute path."""
+    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+
+
+def git_commit() -> str:
+    """Return the commit of this code, with "-dirty" if it was modified; "unknown" outside a git repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _remove_pictures_after(run_dir: Path, step: int) -> None:
+    for picture in (run_dir / PICTURES_FOLDER).glob("step-*.png"):
+        if picture_step(picture.name) > step:
+            picture.unlink()
+
+
+def _send(sink: "subprocess.Popen[str]", message: Mapping[str, str | dict[str, str]]) -> None:
+    """Send the sink a message; a sink that has died has printed the reason itself, and no row is lost."""
     assert sink.stdin is not None
     with contextlib.suppress(BrokenPipeError):
-        sink.stdin.write(json.dumps({what: content}) + "\n")
+        sink.stdin.write(json.dumps(message) + "\n")
         sink.stdin.flush()
 
 
 def _start_sink(run_dir: Path, uri: str, experiment: str) -> "subprocess.Popen[str]":
-    """Start the process that feeds MLflow: it ends when it is told or its input does, not by a launcher's signal."""
+    """Start the process that sends metrics to MLflow; it ends with its input, not by a launcher's signal."""
     scheme, slashes, path = uri.partition(":///")
     if scheme == "sqlite":
         uri = scheme + slashes + str(Path(path).resolve())
-    command = [sys.executable, "-m", SINK, str(run_dir.resolve()), uri, experiment]
+    command = [sys.executable, "-m", SINK_MODULE, str(run_dir.resolve()), uri, experiment]
     return subprocess.Popen(
         command,
         cwd=ROOT,
         stdin=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=_ignore_signals,  # noqa: PLW1509  # training has no Python threads that could be in its way
+        preexec_fn=_ignore_signals,  # noqa: PLW1509  # no Python threads run during training, so no lock can be held
     )
 
 
 def _ignore_signals() -> None:
-    """Be deaf from the first moment on, in the new process: a program keeps the signals it was started to ignore."""
+    """Ignore SIGTERM and SIGUSR1 from process start; signals that are ignored stay ignored after exec."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-
-
-def step_of(picture_name: str) -> int:
-    """Return the step of a picture's name."""
-    return int(picture_name.removeprefix("step-").removesuffix(".png"))
-
-
-def picture_name(step: int) -> str:
-    """Return the name of the picture of a step; names are in the order of the steps."""
-    return f"step-{step:08d}.png"
-
-
-def default_uri(run_dir: Path) -> str:
-    """Return the SQLite store beside the run folder, by absolute path: where MLflow runs makes no difference."""
-    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
-
-
-def git_commit() -> str:
-    """Return the commit of this code, marked when it was changed since; "unknown" outside of a repository."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -193,7 +193,8 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     assert 3 <= stopped_at < 150
     assert mlflow_runs(tmp_path)["stopped"].info.status == "KILLED"
     manifest = Manifest.load(list_checkpoints(run_dir)[-1])
-    assert (manifest.step, manifest.samples, manifest.world_size) == (stopped_at, 16 * stopped_at, 2)
+    assert (manifest.state.step, manifest.state.position, manifest.world_size) == (stopped_at, 16 * stopped_at, 2)
+    assert manifest.state.images_seen == 16 * stopped_at
     assert manifest.git_commit == git_commit()
     assert manifest.data_digests.keys() == {"training", "validation"}
 

@@ -22,7 +22,8 @@ from pretrain.objectives.objective import Output
 from pretrain.objectives.supervised import SupervisedObjective
 from pretrain.run import go_back, open_run
 from pretrain.steps import to_device
-from pretrain.train import Outcome, StopSignal, tracked
+from pretrain.stop_signal import StopSignal
+from pretrain.train import Outcome, tracked
 
 STEPS, BATCH = 60, 16
 GRADIENT = 0.0  # the loss stays as it is, its gradient becomes NaN
@@ -94,7 +95,8 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
         "skipped": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
         "finite": all(bool(w.isfinite().all()) for path in checkpoints for w in load_weights(path).values()),
         "steps": [row["step"] for row in rows if "optim/learning_rate" in row],
-        "samples": run.manifest.samples,
+        "samples": run.state.position,
+        "images_seen": run.state.images_seen,
         "last_position": last,
         "poisoned": [[encoded.shard, encoded.key] for encoded in fetched],
         "checkpoints": len(checkpoints),

@@ -25,7 +25,7 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import Batch, training_batches
 from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
 from pretrain.engine.deepspeed import start_distributed
-from pretrain.engine.partitions import optimizer_steps
+from pretrain.engine.partitions import count_optimizer_steps
 from pretrain.journal import read_rows
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
@@ -33,7 +33,8 @@ from pretrain.optimizers import build_optimizer
 from pretrain.run import open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import to_device
-from pretrain.train import StopSignal, tracked
+from pretrain.stop_signal import StopSignal
+from pretrain.train import tracked
 
 PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=4", "evaluation.probe_samples=50"]
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}", *PROBED] for stage in range(4)}
@@ -161,8 +162,8 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
         return to_device(batch, device)
 
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
-        first = run.manifest.step
-        assert optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
+        first = run.state.step
+        assert count_optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
         run.watch.finish(tracked(run, "", StopSignal()))
     return first, positions, pixels
 
@@ -270,7 +271,7 @@ def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
     def ask(batch: Batch, device: torch.device) -> Batch:
         nonlocal evaluated
         evaluated += 1
-        stop.asked = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
+        stop.is_requested = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
         return to_device(batch, device)
 
     config = load_config(PretrainConfig, recipe, settings).config
@@ -303,8 +304,8 @@ def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
 
     def note(batch: Batch, device: torch.device) -> Batch:
         names = sorted(path.name for path in (folder / "full" / "checkpoints").glob("*"))
-        seen_after[run.manifest.step] = names
-        time.sleep(0.3 if run.manifest.step in (4, 5) else 0)  # the failure has time to be known
+        seen_after[run.state.step] = names
+        time.sleep(0.3 if run.state.step in (4, 5) else 0)  # the failure has time to be known
         return to_device(batch, device)
 
     config = load_config(PretrainConfig, recipe, settings).config

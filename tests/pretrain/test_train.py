@@ -1,7 +1,6 @@
 """Training with real ranks: the same losses at every ZeRO stage and world size, and after every resume."""
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from itertools import groupby
@@ -18,7 +17,6 @@ from pretrain.checkpoint.history import list_checkpoints
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.evaluation import GAP
 from pretrain.tracking.tracker import picture_name
-from pretrain.train import StopSignal
 from tests.pretrain.ranks_train import COMPILED_ELSEWHERE, IN_MLFLOW, RESHARDED
 from tests.support.launching import ROOT, TINY, Shell, free_port
 
@@ -376,22 +374,6 @@ def test_compiled_blocks_learn_the_same(seen: dict[int, Seen]) -> None:
         assert column(seen[world_size][setting], "train/loss") == pytest.approx(
             seen[1]["reference"]["losses"], abs=1e-4
         )
-
-
-def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal and a launcher pass the same one on, so what comes within a second is not a second one."""
-    handlers: dict[int, Any] = {}
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    stop = StopSignal()
-    assert handlers.keys() == {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
-    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
-        handlers[number](number, None)
-        assert stop.asked
-    stop.asked_at -= 2
-    handlers[signal.SIGTERM](signal.SIGTERM, None)  # of an impatient launcher; it is saving already
-    stop.asked_at -= 2
-    with pytest.raises(KeyboardInterrupt):
-        handlers[signal.SIGINT](signal.SIGINT, None)
 
 
 def test_several_shard_sets_of_other_classes_are_refused(

@@ -107,8 +107,10 @@ class ShardDataset(Dataset):
             return
         shards = {entry.index_sha256: shard for shard, entry in enumerate(self.entries)}
         shards |= {entry.sha256: shard for shard, entry in enumerate(self.entries)}
-        self.cache.distance = lambda sha256: distance(shards[sha256]) if sha256 in shards else inf
-        self.cache.prefetch(lambda: chain.from_iterable(map(self._remote, upcoming())))
+        self.cache.set_schedule(
+            lambda sha256: distance(shards[sha256]) if sha256 in shards else inf,
+            lambda: chain.from_iterable(map(self._remote, upcoming())),
+        )
 
     def few(self) -> Dataset:
         chosen = copy(self)
@@ -149,7 +151,7 @@ class ShardDataset(Dataset):
     def _read(self, tar: RemoteObject, key: str, offset: int, size: int) -> bytes:
         try:
             if is_remote(tar.url):
-                return self._cached(tar.url).read_range(tar, offset, size, alone=self.are_few)
+                return self._cached(tar.url).read_range(tar, offset, size, uncached=self.are_few)
             return read_range(Path(tar.url), offset, size)
         except OSError as error:
             raise BadSampleError(tar.url, key, f"cannot be read: {error.strerror}") from None

@@ -13,7 +13,7 @@ from zlib_ng.zlib_ng import crc32
 from pretrain.data.dataset.sharded import load_info
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
 from pretrain.data.shards.units import run_units
-from pretrain.data.storage.archive import Archive, Member, open_tar
+from pretrain.data.storage.archive import Member, TarReader, open_tar
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, fetch_bytes, is_remote
@@ -112,7 +112,7 @@ def _check_shard(place: str, num_classes: int, policy: FetchPolicy, entry: Shard
     tar = entry.name if is_remote(entry.name) else f"{place}/{entry.name}"
     try:
         with open_tar(tar, policy) as stream:
-            archive = Archive(entry.name, stream)
+            archive = TarReader(entry.name, stream)
             for member in archive.members():
                 row = rows.pop(member.offset, None)
                 if index and row is not None:

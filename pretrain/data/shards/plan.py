@@ -13,14 +13,14 @@ import numpy as np
 from pretrain.data.dataset.order import permutation
 from pretrain.data.shards.encoding import Encoding
 from pretrain.data.sources.source import Integers, Source, SourceImage
-from pretrain.data.storage.archive import BLOCK
+from pretrain.data.storage.archive import BLOCK_BYTES
 from pretrain.data.storage.index import NO_LABEL, write_json
 from pretrain.data.transforms.decode import DecodeError
 from pretrain.errors import DataError
 
 SPLITS = ("train", "validation")
 PLAN_FILE = "plan.json"
-HEADERS_BYTES = 6 * BLOCK  # of a sample: three headers, two small files, and what fills the blocks
+HEADERS_BYTES = 6 * BLOCK_BYTES  # of a sample: three headers, two small files, and what fills the blocks
 IMAGES_TRIED = 64
 READERS = 8
 UNUSABLE = (DataError, DecodeError, OSError, ValueError)  # what reading and encoding an image may end with

@@ -12,7 +12,7 @@ from zlib_ng.zlib_ng import crc32
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
 from pretrain.data.shards.units import run_units
 from pretrain.data.sources.source import NAMES_SHOWN
-from pretrain.data.storage.archive import Archive, open_tar
+from pretrain.data.storage.archive import TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.storage.remote import FetchPolicy, is_remote
 from pretrain.data.storage.webdataset import image_of, label_of, metadata_of, name_classes, samples_of
@@ -103,7 +103,7 @@ def _index_tar(out: Path, label_key: str | None, policy: FetchPolicy, name: str)
     """Read a tar from front to back and write its index."""
     index, left_out, found = ShardIndex(name), Counter[str](), dict[int, str]()
     with open_tar(name if is_remote(name) else str(out / name), policy) as stream:
-        archive = Archive(name, stream)
+        archive = TarReader(name, stream)
         for key, members in samples_of(archive, left_out):
             extension, image = image_of(name, key, members)
             height, width = _size(name, key, image.data)

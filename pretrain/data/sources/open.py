@@ -51,7 +51,7 @@ def list_source(name: str, listing: Listing | None = None, listed: Callable[[int
     if path.suffix in SUFFIXES and not is_remote(name):
         return list_table(path, listing.columns, listing.class_names, listing.labeled, listing.policy, listed)
     if name.startswith(PIPE):
-        raise DataError(f"{name}: what a command prints cannot be read in any order; write it to a file first")
+        raise DataError(f"{name}: the output of a command has no random access; write it to a file first")
     tars = find_tars(name)
     if tars:
         names = listing.class_names

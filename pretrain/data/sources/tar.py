@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.sources.source import Content, Source, SourceImage, counted
-from pretrain.data.storage.archive import BLOCK, Archive, open_tar
+from pretrain.data.storage.archive import BLOCK_BYTES, TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, fetch_range, is_remote
@@ -30,7 +30,7 @@ class ReadSample:
             data = fetch_range(self.tar, self.offset, self.size, self.policy)
         else:
             data = read_range(Path(self.tar), self.offset, self.size)
-        archive = Archive(self.tar, io.BytesIO(data + b"\0" * (2 * BLOCK)))
+        archive = TarReader(self.tar, io.BytesIO(data + b"\0" * (2 * BLOCK_BYTES)))
         [(key, members)] = samples_of(archive, Counter())
         extension, image = image_of(self.tar, key, members)
         others = {name: member.data for name, member in members.items() if name not in (extension, "cls", "json")}
@@ -64,7 +64,7 @@ def list_tars(
     twice: list[str] = []
     for number, tar in enumerate(tars):
         with open_tar(tar, policy) as stream:
-            for key, members in samples_of(Archive(tar, stream, _is_small), left_out):
+            for key, members in samples_of(TarReader(tar, stream, _is_small), left_out):
                 listed(1)
                 image_of(tar, key, members)
                 metadata = metadata_of(tar, key, members.get("json"))
@@ -75,10 +75,10 @@ def list_tars(
                     twice.append(f"{key} of {tar} (also in {seen[key]})")
                     continue
                 seen[key] = tar
-                begin = min(member.begin for member in members.values())
+                begin = min(member.header_offset for member in members.values())
                 end = max(member.offset + member.size for member in members.values())
                 keys.append(key)
-                places.append((label, number, begin, end - begin + -(end - begin) % BLOCK))
+                places.append((label, number, begin, end - begin + -(end - begin) % BLOCK_BYTES))
     columns = np.asarray(places, np.int64).reshape(-1, 4)
     names = name_classes(int(columns[:, 0].max(initial=-1)), class_names, found) if label_key else []
 

@@ -1,7 +1,7 @@
-"""Read a tar once, from front to back, from a disk or a network; prove that it was read to its end.
+"""Read a tar once from start to end, from a disk or a network, and verify that the whole tar was read.
 
-The stdlib's tarfile takes a damaged header for the end of the archive, and so do its users, in silence. Here the end
-must be tar's own end mark.
+Python's tarfile treats a damaged header as the end of the archive, so tools built on it lose samples without an error.
+`TarReader` accepts only tar's own end mark as the end.
 """
 
 import hashlib
@@ -14,115 +14,126 @@ from typing import BinaryIO
 from pretrain.data.storage.remote import FetchPolicy, is_remote, open_stream
 from pretrain.errors import DataError
 
-BLOCK = tarfile.BLOCKSIZE
+BLOCK_BYTES = tarfile.BLOCKSIZE
 CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member of a tar: its name, whether it is a plain file, where it stands, and the data of a file that is read.
+    """A member of a tar.
 
-    In bytes of the tar: `begin` is where its header begins, `offset` where its data does, `size` how long that is.
+    Attributes:
+        name: Path within the tar.
+        is_file: Whether the member is a regular file.
+        is_folder: Whether the member is a folder.
+        header_offset: Position of the header in the tar, in bytes.
+        offset: Position of the data in the tar, in bytes.
+        size: Length of the data, in bytes.
+        data: Content of a file that was read; empty otherwise.
     """
 
     name: str
     is_file: bool
     is_folder: bool
-    begin: int
+    header_offset: int
     offset: int
     size: int
     data: bytes
 
 
-class Archive:
-    """A tar as a stream. `num_bytes` and `sha256` are the whole tar's, once `members` has come to its end.
+class TarReader:
+    """Reads the members of a tar from a stream that only moves forward.
 
     Args:
-        place: what error messages call it.
-        stream: read forwards only.
-        wanted: says by its name whether a file's data is read. What is not is passed over, where the stream can seek,
-            and `sha256` means nothing then.
+        name: Name of the tar in error messages.
+        stream: Content of the tar.
+        should_read: Decides by a member's name whether its data is read. Other data is skipped, where the stream can
+            seek, and `sha256` is meaningless then.
     """
 
-    def __init__(self, place: str, stream: BinaryIO, wanted: Callable[[str], bool] = lambda _: True) -> None:
-        self.place = place
-        self.wanted = wanted
-        self._file = _Forward(stream)
+    def __init__(self, name: str, stream: BinaryIO, should_read: Callable[[str], bool] = lambda _: True) -> None:
+        self.name = name
+        self.should_read = should_read
+        self._file = _HashingStream(stream)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes read so far."""
+        """Bytes read so far; the size of the tar after `members` has ended."""
         return self._file.position
 
     @property
     def sha256(self) -> str:
-        """The digest of the bytes read so far."""
+        """SHA-256 of the bytes read so far; that of the tar after `members` has ended."""
         return self._file.digest.hexdigest()
 
     def members(self) -> Iterator[Member]:
-        """Yield every member in turn.
+        """Yield every member in order.
 
         Raises:
-            DataError: truncated, damaged, or no tar.
+            DataError: If the file is truncated, damaged or not a tar.
         """
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as archive:  # type: ignore[call-overload]
                 while (info := archive.next()) is not None:
-                    is_read = info.isfile() and self.wanted(info.name)
+                    is_read = info.isfile() and self.should_read(info.name)
                     data = self._file.read(info.size) if is_read else b""
                     if is_read and len(data) < info.size:
-                        raise DataError(f"{self.place}: truncated at byte {self.num_bytes}, within {info.name}")
+                        raise DataError(f"{self.name}: truncated at byte {self.num_bytes}, within {info.name}")
                     size = info.size if info.isfile() else 0
                     yield Member(info.name, info.isfile(), info.isdir(), info.offset, info.offset_data, size, data)
                     if info.isfile() and not is_read:
                         self._file.skip(info.offset_data + size)
                 end = archive.offset
         except tarfile.TarError as error:
-            raise DataError(f"{self.place}: not a readable tar ({error})") from None
-        self._prove_end(end)
+            raise DataError(f"{self.name}: not a readable tar ({error})") from None
+        self._check_end(end)
 
-    def _prove_end(self, end: int) -> None:
-        """Make sure that where tarfile stopped, and from there on, all is zero."""
-        block = self._file.last
-        if len(block) < BLOCK:
-            raise DataError(f"{self.place}: truncated at byte {self.num_bytes}: tar's end mark is missing")
+    def _check_end(self, end: int) -> None:
+        """Check that the tar holds only zeros from where tarfile stopped."""
+        block = self._file.last_read
+        if len(block) < BLOCK_BYTES:
+            raise DataError(f"{self.name}: truncated at byte {self.num_bytes}; the end mark of the tar is missing")
         while block:
             if block.strip(b"\0"):
-                raise DataError(f"{self.place}: damaged header at byte {end}; what follows cannot be read")
+                raise DataError(f"{self.name}: damaged header at byte {end}; the members after it cannot be read")
             block = self._file.read(CHUNK_BYTES)
 
 
-def open_tar(place: str, policy: FetchPolicy) -> BinaryIO:
-    """Open a tar to be read once, from front to back, wherever it stands.
+def open_tar(path: str, policy: FetchPolicy) -> BinaryIO:
+    """Open a local or remote tar to read it once from start to end.
+
+    Args:
+        path: Path or URL.
+        policy: Timeouts and permissions for remote reads.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: If the tar cannot be opened.
     """
     try:
-        return open_stream(place, policy) if is_remote(place) else Path(place).open("rb")
+        return open_stream(path, policy) if is_remote(path) else Path(path).open("rb")
     except OSError as error:
-        raise DataError(f"{place}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-class _Forward:
-    """What tarfile needs of a file, over a stream that only moves on; it is hashed on the way."""
+class _HashingStream:
+    """The file interface that tarfile needs, over a forward-only stream; it hashes all bytes that pass."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
         self.digest = hashlib.sha256()
         self.position = 0
-        self.last = b""
+        self.last_read = b""
 
     def read(self, size: int) -> bytes:
-        """Read `size` bytes, fewer only at the end."""
+        """Read `size` bytes, or fewer at the end of the stream."""
         pieces = []
         while size > 0 and (piece := self.stream.read(size)):
             pieces.append(piece)
             size -= len(piece)
-        self.last = b"".join(pieces)
-        self.digest.update(self.last)
-        self.position += len(self.last)
-        return self.last
+        self.last_read = b"".join(pieces)
+        self.digest.update(self.last_read)
+        self.position += len(self.last_read)
+        return self.last_read
 
     def tell(self) -> int:
         return self.position
@@ -132,7 +143,10 @@ class _Forward:
             pass
 
     def skip(self, position: int) -> None:
-        """Move on to a position without reading, all but the byte before it, which must be there."""
+        """Move to `position` without reading, except for the byte before it, which proves that the file is long enough.
+
+        A seek past the end of a truncated file would succeed.
+        """
         if self.stream.seekable() and self.position < position:
             self.stream.seek(position - 1)
             self.position = position - 1

@@ -1,12 +1,13 @@
-"""Remote objects on the node's own disk: one download each, shared by all ranks, workers and runs of a machine.
+"""A disk cache for remote objects: each is downloaded once per machine and shared by all ranks, workers and runs.
 
-A file's name is its sha256, so that a name is a promise. A download goes into NAME.partial under an exclusive lock,
-is checked, synced and renamed. Readers hold a shared lock on what they have open, and what is locked is not evicted;
-the kernel drops the locks of whoever dies. Room is made under one short lock of the whole cache, a partial counted at
-its full size, so that the limit always holds.
+A cached file is named by its SHA-256, so its name guarantees its content. A download is written to NAME.partial under
+an exclusive lock, verified, flushed to the disk and renamed. Readers hold a shared lock on each file that they have
+open, and a locked file is never evicted; the kernel releases the locks of a process that dies. Space is reserved under
+a short lock of the whole cache, and a partial file counts with its full size, so the cache never exceeds its limit.
 
-A run knows its own future and evicts by it; of another run's it sees the time that each file was last wanted, which
-every run keeps fresh for what it reads soon, and sets back for what it has done with.
+A run evicts by its own schedule: what it needs last goes first. Of the files of other runs it knows only the
+modification time. Each run therefore keeps the times of files that it reads soon current, and resets those of files
+that it no longer needs.
 """
 
 import fcntl
@@ -26,11 +27,17 @@ from pretrain.errors import DataError
 
 POLL_SECONDS = 0.02
 PREFETCH_PAUSE_SECONDS = 0.2
-LEASE_SECONDS = 5.0
+LEASE_SECONDS = 5.0  # time for which a file that another run needs is spared
 
 
 class RemoteObject(NamedTuple):
-    """What is cached: where it comes from, and what it must be."""
+    """A remote object and what its content must be.
+
+    Attributes:
+        url: URL of the object, or `pipe:` and a command that prints it.
+        sha256: SHA-256 of the content, in hexadecimal.
+        num_bytes: Size in bytes.
+    """
 
     url: str
     sha256: str
@@ -38,8 +45,15 @@ class RemoteObject(NamedTuple):
 
 
 @dataclass
-class Counts:
-    """What a process has asked of the cache."""
+class CacheCounts:
+    """What one process did with the cache.
+
+    Attributes:
+        hits: Reads of objects that were in the cache.
+        downloads: Objects downloaded whole.
+        downloaded_bytes: Bytes downloaded, including ranges that were not cached.
+        retries: Requests that had to be repeated.
+    """
 
     hits: int = 0
     downloads: int = 0
@@ -48,46 +62,45 @@ class Counts:
 
 
 class Cache:
-    """A folder of verified copies, never larger than its limit.
+    """A folder of verified copies of remote objects that never exceeds its size limit.
 
     Args:
-        folder: on a disk of this machine; it may be shared by any number of processes.
-        limit_bytes: of all files in it.
-        policy: how patient to be with hosts.
+        folder: Folder on a disk of this machine; any number of processes may share it.
+        limit_bytes: Maximum total size of the files in the folder; folders in it are not counted.
+        policy: Timeouts and permissions for downloads.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, policy: FetchPolicy) -> None:
         self.folder = folder
         self.limit_bytes = limit_bytes
         self.policy = policy
-        self.distance: Callable[[str], float] = lambda sha256: inf
-        self._reset()
+        self._distance: Callable[[str], float] = lambda sha256: inf
+        self._upcoming: Callable[[], Iterable[RemoteObject]] = tuple
+        self._reset_process_state()
 
-    def _reset(self) -> None:
-        self.counts = Counts()
+    def _reset_process_state(self) -> None:
+        self.counts = CacheCounts()
         self._pid = os.getpid()
         self._open: dict[str, int] = {}
         self._mutex = threading.Lock()
         self._prefetching: threading.Thread | None = None
 
-    def read_range(self, wanted: RemoteObject, offset: int, size: int, alone: bool = False) -> bytes:
-        """Read `size` bytes from `offset`, downloading the object first where it is not here.
+    def read_range(self, wanted: RemoteObject, offset: int, size: int, uncached: bool = False) -> bytes:
+        """Read `size` bytes starting at byte `offset`. On a miss, download the whole object into the cache first.
 
         Args:
-            wanted: the object.
-            offset: of the first byte.
-            size: in bytes.
-            alone: whether of an object that is not here only these bytes are fetched, and not kept; not so of a pipe.
-
-        Raises:
-            DataError: it cannot be had; the sentence names the URL.
+            wanted: Object to read.
+            offset: Position of the first byte.
+            size: Number of bytes.
+            uncached: Whether a miss fetches only the requested range and caches nothing. Ignored for pipes, which have
+                no ranges.
         """
-        self._mind_a_fork()
+        self._reset_after_fork()
         with self._mutex:
             descriptor = self._open.get(wanted.sha256)
             if descriptor is not None:
                 self.counts.hits += 1
-            elif not alone or wanted.url.startswith(PIPE) or self._path(wanted).exists():
+            elif not uncached or wanted.url.startswith(PIPE) or self._path(wanted).exists():
                 descriptor = self._acquire(wanted)
             if descriptor is not None:
                 return os.pread(descriptor, size, offset)
@@ -96,56 +109,68 @@ class Cache:
         return data
 
     def take_counts(self) -> dict[str, int]:
-        """Return this process's counts since the last call."""
-        taken, self.counts = self.counts, Counts()
+        """Return the counts of this process since the last call, and start again from zero."""
+        taken, self.counts = self.counts, CacheCounts()
         return vars(taken)
 
-    def prefetch(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
-        """Keep downloading what will be read next, in the background of this process.
+    def set_schedule(
+        self, distance: Callable[[str], float], upcoming: Callable[[], Iterable[RemoteObject]] | None = None
+    ) -> None:
+        """Set what this process will read: it decides what is evicted, and what is downloaded in the background.
 
-        Processes share the work without speaking: what one is downloading the others skip.
+        Processes on one machine divide the downloads without coordination: each skips what another is downloading.
+
+        Args:
+            distance: Function from an object's SHA-256 to how far ahead its next use is: 0 or less if it is needed now,
+                infinity if this process has no use for it.
+            upcoming: Function that returns the objects to read next, in order; None disables background downloads.
         """
-        self._mind_a_fork()
+        self._reset_after_fork()
+        self._distance = distance
+        if upcoming is None:
+            return
+        self._upcoming = upcoming
         if self._prefetching is None:
-            self._prefetching = threading.Thread(target=self._prefetch, args=(upcoming,), daemon=True)
+            self._prefetching = threading.Thread(target=self._prefetch, daemon=True)
             self._prefetching.start()
-            threading.Thread(target=self._keep_wanted, args=(upcoming,), daemon=True).start()
+            threading.Thread(target=self._refresh_times, daemon=True).start()
 
-    def _mind_a_fork(self) -> None:
-        """Begin anew in a forked process: threads did not come along, and the parent's locks are the parent's."""
+    def _reset_after_fork(self) -> None:
+        """In a forked process, close the parent's descriptors, whose locks belong to the parent, and start afresh."""
         if self._pid != os.getpid():
             for descriptor in self._open.values():
                 os.close(descriptor)
-            self._reset()
+            self._reset_process_state()
 
-    def _prefetch(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
+    def _prefetch(self) -> None:
+        """Download upcoming objects, forever."""
         while True:
-            for wanted in upcoming():
-                if self._path(wanted).exists() or wanted not in upcoming():  # reading has gone on in the meantime
+            for wanted in self._upcoming():
+                if self._path(wanted).exists() or wanted not in self._upcoming():  # reading has moved on meanwhile
                     continue
-                with suppress(DataError, OSError):  # whoever reads it meets the same and says so
+                with suppress(DataError, OSError):  # the reader of this object gets the same error and reports it
                     if (descriptor := self._download(wanted)) is not None:
                         os.close(descriptor)
             time.sleep(PREFETCH_PAUSE_SECONDS)
 
-    def _keep_wanted(self, upcoming: Callable[[], Iterable[RemoteObject]]) -> None:
-        """Say to other runs, by the files' times, what is read soon and what is done with."""
-        before: set[Path] = set()
+    def _refresh_times(self) -> None:
+        """Show other runs by modification times which files this run reads soon and which it has finished, forever."""
+        previous: set[Path] = set()
         while True:
-            wanted = {self._path(one) for one in upcoming()}
-            for path in wanted | before:
+            current = {self._path(wanted) for wanted in self._upcoming()}
+            for path in current | previous:
                 with suppress(FileNotFoundError):
-                    os.utime(path, None if path in wanted else (0, 0))
-            before = wanted
+                    os.utime(path, None if path in current else (0, 0))
+            previous = current
             time.sleep(PREFETCH_PAUSE_SECONDS)
 
     def _acquire(self, wanted: RemoteObject) -> int:
-        """Return a descriptor of the whole object, locked against eviction; give up what is not needed now."""
-        for sha256 in [name for name in self._open if self.distance(name) > 0]:
+        """Return a descriptor of the whole object, locked against eviction; release objects that are not needed now."""
+        for sha256 in [name for name in self._open if self._distance(name) > 0]:
             os.close(self._open.pop(sha256))
         deadline = time.time() + self.policy.stall_seconds
         while True:
-            descriptor = self._opened(wanted)
+            descriptor = self._open_cached(wanted)
             if descriptor is not None:
                 self.counts.hits += 1
             else:
@@ -155,50 +180,50 @@ class Cache:
                 return descriptor
             if time.time() > max(deadline, self._last_progress(wanted) + 2 * self.policy.stall_seconds):
                 raise DataError(
-                    f"{self.folder}: no room for {wanted.url} ({wanted.num_bytes} bytes): all {self.limit_bytes} bytes "
-                    "are in use; raise data.cache_bytes or lower data.shuffle_window"
+                    f"{self.folder}: no room for {wanted.url} ({wanted.num_bytes} bytes) because all "
+                    f"{self.limit_bytes} bytes are in use; increase data.cache_bytes or decrease data.shuffle_window"
                 )
             time.sleep(POLL_SECONDS)
 
-    def _opened(self, wanted: RemoteObject) -> int | None:
-        """Open an object that is here."""
+    def _open_cached(self, wanted: RemoteObject) -> int | None:
+        """Open and lock a cached object; return None on a miss."""
         try:
             descriptor = os.open(self._path(wanted), os.O_RDONLY)
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if os.fstat(descriptor).st_nlink == 0:  # evicted a moment ago
+        if os.fstat(descriptor).st_nlink == 0:  # evicted between open and lock
             os.close(descriptor)
             return None
         os.utime(descriptor)
         return descriptor
 
     def _download(self, wanted: RemoteObject) -> int | None:
-        """Download an object, unless somebody is at it or there is no room now; return its locked descriptor."""
+        """Download an object and return its locked descriptor; None if another process does so or there is no room."""
         descriptor = self._reserve(wanted)
         if descriptor is None:
             return None
         partial = self._partial(wanted)
         try:
-            self._fill(wanted, descriptor)
+            self._download_verified(wanted, descriptor)
             os.fsync(descriptor)
-            with self._alone():
+            with self._locked():
                 partial.rename(self._path(wanted))
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
         except BaseException as error:
-            with self._alone():
+            with self._locked():
                 partial.unlink(missing_ok=True)
             os.close(descriptor)
             if not isinstance(error, OSError):
                 raise
-            cure = "move data.cache_dir, or lower data.cache_bytes"
-            raise DataError(f"{self.folder}: {error.strerror}; {cure}") from None
+            fix = "move data.cache_dir to a larger disk, or decrease data.cache_bytes"
+            raise DataError(f"{self.folder}: {error.strerror}; {fix}") from None
         self.counts.downloads += 1
         return descriptor
 
-    def _fill(self, wanted: RemoteObject, descriptor: int) -> None:
-        """Write an object into its partial file, and prove it; what arrived wrong is fetched once more."""
-        for last in (False, True):
+    def _download_verified(self, wanted: RemoteObject, descriptor: int) -> None:
+        """Download an object into its partial file and verify its SHA-256; try a second time if that differs."""
+        for is_last in (False, True):
             digest, position = hashlib.sha256(), 0
             for piece in read_pieces(wanted.url, self.policy, wanted.num_bytes, self._count_retry):
                 digest.update(piece)
@@ -209,54 +234,55 @@ class Cache:
                 self.counts.downloaded_bytes += len(piece)
             if digest.hexdigest() == wanted.sha256:
                 return
-            if last:
+            if is_last:
                 raise MissingObjectError(
-                    f"{wanted.url}: its sha256 is {digest.hexdigest()}, the index promises {wanted.sha256}; "
-                    "it has changed or is damaged: run `vitrail shards index` again"
+                    f"{wanted.url}: SHA-256 is {digest.hexdigest()}, but the index says {wanted.sha256}; the object "
+                    "was changed or is damaged: restore it, or run `vitrail shards index` again"
                 )
 
     def _count_retry(self) -> None:
         self.counts.retries += 1
 
     def _reserve(self, wanted: RemoteObject) -> int | None:
-        """Make room and return the locked partial file; None if somebody has it, or there is no room now."""
+        """Make room and return the locked partial file; None if another process has it or there is no room now."""
         if wanted.num_bytes > self.limit_bytes:
             raise DataError(
-                f"{wanted.url}: {wanted.num_bytes} bytes, more than the whole cache: raise data.cache_bytes"
+                f"{wanted.url}: {wanted.num_bytes} bytes, more than the whole cache; increase data.cache_bytes"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._alone():
+        with self._locked():
             if self._path(wanted).exists():
                 return None
             descriptor = os.open(self._partial(wanted), os.O_RDWR | os.O_CREAT, 0o644)
-            is_ours = False
+            is_reserved = False
             try:
-                is_ours = _try_lock(descriptor) and self._make_room(wanted)
-                if is_ours:
+                is_reserved = _try_lock(descriptor) and self._make_room(wanted)
+                if is_reserved:
                     os.ftruncate(descriptor, wanted.num_bytes)
             finally:
-                if not is_ours:  # left open, it would keep its lock
+                if not is_reserved:  # an open descriptor would keep the lock
                     os.close(descriptor)
-            return descriptor if is_ours else None
+            return descriptor if is_reserved else None
 
     def _make_room(self, wanted: RemoteObject) -> bool:
-        """Evict what is needed last, but nothing that is needed sooner than this, until it fits.
+        """Evict files until `wanted` fits, the one needed last first, and none that is needed sooner than `wanted`.
 
-        What another run wanted a moment ago goes last, and only for what is needed now.
+        Files that another run has needed recently are evicted last, and only for an object that is needed now.
         """
         own = self._partial(wanted)
-        sizes = {path: path.stat().st_size for path in self.folder.iterdir() if path != own and path.name != "lock"}
+        files = [path for path in self.folder.iterdir() if path != own and path.name != "lock" and path.is_file()]
+        sizes = {path: path.stat().st_size for path in files}
         for partial in [path for path in sizes if path.suffix == ".partial"]:
-            if _remove_if_unused(partial):  # of a process that died
+            if _remove_if_unused(partial):  # left behind by a process that died
                 del sizes[partial]
         free = self.limit_bytes - sum(sizes.values())
-        ahead = self.distance(wanted.sha256)
-        is_urgent = ahead <= 0 or ahead == inf
+        wanted_distance = self._distance(wanted.sha256)
+        is_urgent = wanted_distance <= 0 or wanted_distance == inf
         candidates = []
         for path in [path for path in sizes if not path.suffix]:
-            distance, age = self.distance(path.name), time.time() - path.stat().st_mtime
+            distance, age = self._distance(path.name), time.time() - path.stat().st_mtime
             is_leased = distance == inf and age < LEASE_SECONDS
-            if (distance > ahead or distance == inf) and (is_urgent or not is_leased):
+            if (distance > wanted_distance or distance == inf) and (is_urgent or not is_leased):
                 candidates.append((is_leased, -distance, -age, path))
         for *_, path in sorted(candidates):
             if free >= wanted.num_bytes:
@@ -268,14 +294,14 @@ class Cache:
         return free >= wanted.num_bytes
 
     def _last_progress(self, wanted: RemoteObject) -> float:
-        """Return when somebody last wrote at the partial file; long ago if nobody is at it."""
+        """Return the time of the last write to the partial file; minus infinity if there is none."""
         try:
             return self._partial(wanted).stat().st_mtime
         except FileNotFoundError:
             return -inf
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Hold the lock of the whole cache."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -306,7 +332,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _remove_if_unused(path: Path) -> bool:
-    """Remove a file that nobody has locked."""
+    """Remove a file unless it is locked; return whether it was removed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if not _try_lock(descriptor):

@@ -5,13 +5,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pretrain.data.storage.archive import Archive, Member
+from pretrain.data.storage.archive import Member, TarReader
 from pretrain.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-def samples_of(archive: Archive, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+def samples_of(archive: TarReader, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield each key with its members by extension; count what belongs to no sample.
 
     Raises:
@@ -32,7 +32,7 @@ def samples_of(archive: Archive, left_out: Counter[str]) -> Iterator[tuple[str, 
                 yield key, members
             key, members = folder + slash + stem, {}
         if extension.lower() in members:
-            raise DataError(f"{archive.place}: sample {key} has two members .{extension.lower()}")
+            raise DataError(f"{archive.name}: sample {key} has two members .{extension.lower()}")
         members[extension.lower()] = member
     if key is not None:
         yield key, members

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.state import TrainState
 from tests.pretrain.checkpoint.test_manifest import MANIFEST
 from tests.support.checkpoints import write_checkpoint
 from tests.support.launching import Finished, Shell
@@ -22,7 +23,7 @@ def run(tmp_path: Path) -> Path:
     """Create a run with checkpoints at steps 2, 4, 6 and 8, a damaged one and an interrupted save."""
     folder = tmp_path / "run" / "checkpoints"
     for step in (2, 4, 6, 8):
-        manifest = replace(MANIFEST, step=step)
+        manifest = replace(MANIFEST, state=TrainState(step))
         write_checkpoint(folder / f"step-{step:08d}", manifest, {"weight": torch.randn(9)}, num_files=2)
     (folder / "step-00000010.partial").mkdir()
     (folder / "step-00000005.damaged").mkdir()

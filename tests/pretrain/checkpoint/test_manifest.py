@@ -10,10 +10,10 @@ from pretrain.checkpoint.history import find_checkpoint, list_checkpoints, list_
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_whole, restore
 from pretrain.errors import CheckpointError, VersionError
+from pretrain.state import TrainState
 
 MANIFEST = Manifest(
-    step=4,
-    samples=64,
+    state=TrainState(step=4, position=64, images_seen=48, skipped_ranges=((16, 32),), spike_window=[[1.0], [0.5]]),
     world_size=2,
     data_digests={"training": "abc"},
     class_names=["cat", "dog"],
@@ -55,11 +55,11 @@ def test_a_manifest_reads_back_or_says_what_is_wrong(tmp_path: Path) -> None:
     (path / "manifest.json").write_text(text[: len(text) // 2])
     with pytest.raises(CheckpointError, match="damaged"):
         Manifest.load(path)
-    for here, there in (('"samples": 64', '"samples": 65'), ('"version": 3', '"version": 2')):
+    for here, there in (('"position": 64', '"position": 65'), ('"version": 4', '"version": 3')):
         (path / "manifest.json").write_text(text.replace(here, there))
         with pytest.raises(CheckpointError, match="damaged"):
             Manifest.load(path)
-    with pytest.raises(CheckpointError, match=r"is no checkpoint, it has no manifest.json"):
+    with pytest.raises(CheckpointError, match=r"not a checkpoint \(it has no manifest.json\)"):
         Manifest.load(tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_of_another_version_is_neither_damaged_nor_passed_over(
     with monkeypatch.context() as patch:
         patch.setattr(manifest_module, "VERSION", 99)
         saved(tmp_path, 8)
-    sentence = r"step-00000008: its format is 99, this version of Vitrail reads 3"
+    sentence = r"step-00000008: checkpoint format 99 is not supported, this version of Vitrail reads format 4; use the"
     for find in (find_checkpoint, newest_whole):
         with pytest.raises(VersionError, match=sentence):
             find(tmp_path)

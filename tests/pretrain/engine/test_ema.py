@@ -41,7 +41,7 @@ def test_it_stands_in_for_the_weights_for_a_while() -> None:
     with torch.no_grad():
         weight.mul_(3.0)
     live = weight.detach().clone()
-    with ema.in_place():
+    with ema.swapped_in():
         assert torch.equal(weight, average)
     assert torch.equal(weight, live)
     assert torch.equal(ema.states[weight]["ema"], average)

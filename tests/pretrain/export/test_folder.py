@@ -21,6 +21,7 @@ from pretrain.export.folder import export
 from pretrain.export.proof import ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import Vit
 from pretrain.model.vit import ViT
+from pretrain.state import TrainState
 from tests.support.checkpoints import write_checkpoint
 
 NAMES = ["tabby cat", "dog", "鳥"]
@@ -47,7 +48,8 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     weights = {f"encoder.{name}": weight for name, weight in ViT(model).state_dict().items()}
     weights |= {"classifier.weight": torch.randn(3, 48), "classifier.bias": torch.randn(3)}
     weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    manifest = Manifest(9, 99, 1, {"training": "digest"}, NAMES, json.loads(config.model_dump_json()), "commit")
+    resolved = json.loads(config.model_dump_json())
+    manifest = Manifest(TrainState(9, 99, 72), 1, {"training": "digest"}, NAMES, resolved, "commit")
     write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
     return folder
 
@@ -101,6 +103,7 @@ def test_the_pipeline_and_the_cards_own_code_work(
     image = Image.fromarray(load_sample_image("flower.jpg")[:200])
     image.save(tmp_path / "image.jpg", quality=100)
     card = (folder / "README.md").read_text()
+    assert "| images seen | 72 |" in card
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(snippets) == 2
     monkeypatch.chdir(tmp_path)

@@ -12,6 +12,7 @@ from pretrain.config import DataConfig, PretrainConfig, ScheduleConfig, Supervis
 from pretrain.export.folder import export
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
+from pretrain.state import TrainState
 from tests.pretrain.objectives.test_self_distillation import MODEL, build
 from tests.support.checkpoints import write_checkpoint
 
@@ -28,7 +29,8 @@ def test_the_teacher_leaves_the_run(tmp_path: Path) -> None:
         objective=objective.config,
         schedule=ScheduleConfig(total_steps=9),
     )
-    manifest = Manifest(9, 99, 1, {"training": "digest"}, ["a", "b"], json.loads(config.model_dump_json()), "commit")
+    resolved = json.loads(config.model_dump_json())
+    manifest = Manifest(TrainState(9, 99, 72), 1, {"training": "digest"}, ["a", "b"], resolved, "commit")
     write_checkpoint(tmp_path / "checkpoints" / "step-00000009", manifest, objective.state_dict(), num_files=2)
     export(tmp_path, tmp_path / "export")
     folder = transformers.AutoModel.from_pretrained(tmp_path / "export", add_pooling_layer=False)

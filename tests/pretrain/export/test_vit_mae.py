@@ -21,6 +21,7 @@ from pretrain.export.vit_mae import VitMae
 from pretrain.model.hub_names import fold_layer_scale
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
+from pretrain.state import TrainState
 from tests.support.checkpoints import write_checkpoint
 
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
@@ -50,7 +51,8 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     torch.manual_seed(1)
     weights = build_objective(OBJECTIVE, ViT(model), [], config.preprocessing).state_dict()
     weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    manifest = Manifest(9, 99, 1, {"training": "digest"}, [], json.loads(config.model_dump_json()), "commit")
+    resolved = json.loads(config.model_dump_json())
+    manifest = Manifest(TrainState(9, 99, 72), 1, {"training": "digest"}, [], resolved, "commit")
     write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
     return folder
 

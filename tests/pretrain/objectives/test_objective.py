@@ -1,9 +1,18 @@
 """The interface that all objectives share."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from pretrain.config import MAEConfig, ModelConfig, PreprocessingConfig, SelfDistillationConfig, SupervisedConfig
+from pretrain.config import (
+    MAEConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    PreprocessingConfig,
+    SelfDistillationConfig,
+    SupervisedConfig,
+)
 from pretrain.model.vit import ViT
 from pretrain.objectives import OBJECTIVES, build_objective
 from pretrain.objectives.objective import Objective
@@ -11,7 +20,7 @@ from pretrain.objectives.objective import Objective
 MODEL = ModelConfig(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=32
 )
-CONFIGS = {
+CONFIGS: dict[str, ObjectiveConfig] = {
     "supervised": SupervisedConfig(),
     "mae": MAEConfig(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2),
     "self_distillation": SelfDistillationConfig(
@@ -23,7 +32,7 @@ ABSTRACT_METHODS = ("train_view", "evaluation_view", "train_losses", "evaluation
 
 @pytest.mark.parametrize("missing", ABSTRACT_METHODS)
 def test_a_subclass_without_an_abstract_method_cannot_be_instantiated(missing: str) -> None:
-    methods = {name: lambda *_: {} for name in ABSTRACT_METHODS}
+    methods: dict[str, Callable[..., object]] = {name: lambda *_: {} for name in ABSTRACT_METHODS}
     type("Complete", (Objective,), methods)()
     del methods[missing]
     with pytest.raises(TypeError, match=f"abstract method '?{missing}"):

@@ -13,7 +13,7 @@ from pretrain.config import ModelConfig, OptimizerConfig
 from pretrain.model.vit import ViT
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.lamb import LAMB
-from pretrain.optimizers.layer_decay import decay_by_layer, layer_shares
+from pretrain.optimizers.layer_decay import apply_layer_decay, layer_factors
 from pretrain.optimizers.muon import orthogonalize
 from pretrain.optimizers.placement import Placement, Range
 
@@ -68,7 +68,7 @@ def test_lamb_is_the_papers_also_in_pieces_and_passes_over_bad_steps() -> None:
         optimizer = LAMB(groups, lr=0.01, betas=(0.9, 0.99))
         if is_flat:
             ranges = {tensors[0]: [Range(0, 0, 0, 10), Range(0, 10, 10, 14)], tensors[1]: [Range(1, 0, 0, 7)]}
-            optimizer.placement = Placement(["whole", "other"], [[4, 6], [7]], ranges)
+            optimizer.bind(Placement(["whole", "other"], [[4, 6], [7]], ranges))
         optimizer.found_inf = torch.tensor(1.0)
         for tensor in tensors:
             tensor.grad = torch.full_like(tensor, torch.nan)
@@ -154,7 +154,7 @@ def test_layer_decay_does_what_a_group_for_each_layer_would(
     config = OptimizerConfig(name=name, learning_rate=1e-2, weight_decay=0.1)
     ours, theirs = build_optimizer(model, config), build_optimizer(reference, config)
     groups = len(ours.param_groups)
-    decay_by_layer(ours, Placement.of_whole(model.named_parameters()), 0.5)
+    apply_layer_decay(ours, Placement.unpartitioned(model.named_parameters()), 0.5)
     assert len(ours.param_groups) == groups <= 3
     shares = {"encoder.layers.2.": 0.5, "encoder.layers.1.": 0.25, "encoder.layers.0.": 0.125, "encoder.norm": 1.0}
     shares |= {"encoder.": 0.0625, "classifier.": 1.0}
@@ -176,11 +176,11 @@ def test_layer_decay_does_what_a_group_for_each_layer_would(
 
 def test_transformers_layers_have_their_shares_too() -> None:
     config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
-    vit = layer_shares([name for name, _ in transformers.ViTForImageClassification(config).named_parameters()], 0.5)
+    vit = layer_factors([name for name, _ in transformers.ViTForImageClassification(config).named_parameters()], 0.5)
     assert {*vit} == {0.125, 0.25, 0.5, 1.0}
     assert vit.count(1.0) == 4  # the last norm and the classifier
     names = [
         "resnet.embedder.embedder.convolution.weight",
         "resnet.encoder.stages.1.layers.0.convolution.weight",
     ]
-    assert layer_shares([*names, "classifier.1.weight", "decoder.layers.0.norm.weight"], 0.5) == [0.125, 0.5, 1.0, 1.0]
+    assert layer_factors([*names, "classifier.1.weight", "decoder.layers.0.norm.weight"], 0.5) == [0.125, 0.5, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Tracking: the file first, MLflow after; resumed runs stay one run; a dead server costs nothing."""
+"""Tracking: the local file first, then MLflow. A resumed run stays one run; a dead server costs no time and no row."""
 
 import json
 import socket
@@ -11,11 +11,19 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 
+from pretrain.config import TrackingConfig
 from pretrain.journal import read_rows
 from pretrain.tracking.mlflow_sink import Sink
-from pretrain.tracking.progress import ProgressLine, duration
-from pretrain.tracking.tracker import ROOT, Tracker, default_uri, git_commit, picture_name, tag_run
+from pretrain.tracking.tracker import ROOT, RunDescription, Tracker, default_uri, git_commit, picture_name, tag_run
 from tests.support.launching import wait_for
+
+PARAMS = {"seed": 1, "model.hidden_size": 32}
+DESCRIPTION = RunDescription("pretrain", data_digest="d1", config_text="seed: 1\n", params=PARAMS)
+
+
+def start_tracker(run_dir: Path, uri: str | None = None, resume_step: int = 0, enabled: bool = True) -> Tracker:
+    config = TrackingConfig(uri=uri, experiment="test")
+    return Tracker(run_dir, config, DESCRIPTION, resume_step=resume_step, enabled=enabled)
 
 
 def track(
@@ -24,24 +32,17 @@ def track(
     resume_step: int = 0,
     steps: tuple[int, ...] = (),
     grayscale: int | None = None,
+    status: str = "FINISHED",
 ) -> str:
-    tracker = Tracker(
-        run_dir,
-        uri=uri,
-        experiment="test",
-        config_text="seed: 1\n",
-        params={"seed": 1, "model.hidden_size": 32},
-        tags={"stage": "pretrain"},
-        resume_step=resume_step,
-    )
-    with tracker:
+    """Track a short run with a loss of 1 / step and, with `grayscale`, a picture of that color at each step."""
+    with start_tracker(run_dir, uri, resume_step) as tracker:
         for step in steps:
             tracker.log({"train/loss": 1.0 / step}, step)
             if grayscale is not None:
                 path = run_dir / "pictures" / picture_name(step)
                 path.parent.mkdir(exist_ok=True)
                 Image.new("RGB", (4, 4), (grayscale,) * 3).save(path)
-        tracker.status = "FINISHED"
+        tracker.finish(status)
     return default_uri(run_dir)
 
 
@@ -53,30 +54,40 @@ def only_run(uri: str) -> Run:
     return run
 
 
-def test_a_resumed_run_is_one_run_with_no_step_doubled(tmp_path: Path) -> None:
+def test_a_resumed_run_is_one_mlflow_run_without_repeated_steps(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "a"
     uri = track(run_dir, steps=(10, 20, 30))
     assert uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    track(run_dir, steps=(30, 40), resume_step=20)  # it had died after 30 and continues from a checkpoint at 20
+    track(run_dir, steps=(30, 40), resume_step=20)  # it had stopped after step 30 and resumes from a checkpoint at 20
 
     assert [row["step"] for row in read_rows(run_dir / "metrics.jsonl")] == [10, 20, 30, 40]
+    assert (run_dir / "config.yaml").read_text() == "seed: 1\n"
     run = only_run(uri)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "a"
     assert run.data.params == {"seed": "1", "model.hidden_size": "32"}
     assert run.data.tags["stage"] == "pretrain"
+    assert run.data.tags["data_digest"] == "d1"
+    assert run.data.tags["git_commit"] == git_commit()
     history = MlflowClient(uri).get_metric_history(run.info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in (10, 20, 30, 40)]
 
 
+def test_rows_before_the_resume_step_are_kept(tmp_path: Path) -> None:
+    track(tmp_path / "a", uri="off", steps=(10, 20, 30))
+    tracker = start_tracker(tmp_path / "a", "off", resume_step=20)
+    assert [row["step"] for row in tracker.kept_rows] == [10, 20]
+    assert start_tracker(tmp_path / "a", "off", resume_step=20, enabled=False).kept_rows == []
+
+
 def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
-    """Also one that is drawn anew, since its first time did not last; what did not last and is not is gone."""
+    """A picture that is drawn again is sent again; pictures after the resume step are removed."""
     run_dir = tmp_path / "runs" / "a"
     track(run_dir, steps=(10, 20, 30), grayscale=1)
     (run_dir / "pictures" / "step-00000020.partial").write_bytes(b"half")
     uri = track(run_dir, steps=(20,), resume_step=10, grayscale=2)
     run, client = only_run(uri), MlflowClient(uri)
-    assert run.data.tags["mlflow.loggedImages"] == "True"  # so its interface shows them, with a slider over the steps
+    assert run.data.tags["mlflow.loggedImages"] == "True"  # MLflow shows logged images with a slider over the steps
     sent = sorted(
         (
             int(file.path.split("+")[2]),
@@ -91,8 +102,8 @@ def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     assert names == [picture_name(step) for step in (10, 20, 30, 20)]
 
 
-def test_a_step_may_have_two_rows_that_come_apart(tmp_path: Path) -> None:
-    """Training and validation at one step: what was sent in between, or before a crash, costs neither a point."""
+def test_a_step_may_have_several_rows_that_are_written_at_different_times(tmp_path: Path) -> None:
+    """Training and validation log rows at one step; a push or a crash between them loses no value."""
     run_dir = tmp_path / "a"
     run_dir.mkdir()
     file = run_dir / "metrics.jsonl"
@@ -103,7 +114,7 @@ def test_a_step_may_have_two_rows_that_come_apart(tmp_path: Path) -> None:
             open_file.write(json.dumps({"step": 7, "time": 1.0, **row}) + "\n")
         sink.push()
         if i == 1:
-            sink = Sink(run_dir, default_uri(run_dir), "test")  # as after a crash: it reads the file anew
+            sink = Sink(run_dir, default_uri(run_dir), "test")  # as after a crash: it reads the file from the start
             sink.push()
     run = only_run(default_uri(run_dir))
     client = MlflowClient(default_uri(run_dir))
@@ -111,7 +122,7 @@ def test_a_step_may_have_two_rows_that_come_apart(tmp_path: Path) -> None:
         assert [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, name)] == [(7, value)]
 
 
-def test_a_row_of_a_crash_is_not_a_row(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_not_a_row(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_rows(path) == [{"step": 1}, {"step": 2}]
@@ -119,18 +130,25 @@ def test_a_row_of_a_crash_is_not_a_row(tmp_path: Path) -> None:
 
 
 def test_an_exception_marks_the_run_as_failed(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path / "r" / "a", uri=None, experiment="test", config_text="", params={}, tags={})
+    tracker = start_tracker(tmp_path / "r" / "a")
     with pytest.raises(ZeroDivisionError), tracker:
         raise ZeroDivisionError
     assert only_run(default_uri(tmp_path / "r" / "a")).info.status == "FAILED"
 
 
-def test_a_killed_run_has_failed_and_tags_can_follow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", ["KILLED", "RUNNING"])
+def test_mlflow_shows_the_status_with_which_a_run_finished(tmp_path: Path, status: str) -> None:
+    """A run that is about to roll back finishes as RUNNING, which is not the end of the MLflow run."""
+    run = only_run(track(tmp_path / "r" / "a", steps=(1,), status=status))
+    assert (run.info.status, run.info.end_time is None) == (status, status == "RUNNING")
+
+
+def test_a_run_whose_process_died_has_failed_and_can_still_be_tagged(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "a"
-    tracker = Tracker(run_dir, uri=None, experiment="test", config_text="", params={}, tags={})
+    tracker = start_tracker(run_dir)
     tracker.log({"train/loss": 1.0}, 1)
     assert tracker.sink is not None
-    tracker.sink.communicate(timeout=60)  # its input ends without a status, as when the process is killed
+    tracker.sink.communicate(timeout=60)  # its input ends without a final status, as when the process is killed
     assert only_run(default_uri(run_dir)).info.status == "FAILED"
     tag_run(run_dir, {"exported_folder": "/x"})
     run = only_run(default_uri(run_dir))
@@ -138,39 +156,39 @@ def test_a_killed_run_has_failed_and_tags_can_follow(tmp_path: Path) -> None:
     tag_run(tmp_path / "runs" / "untracked", {"a": "b"})
 
 
-def test_a_store_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Runs begin at the same moment, where there is no store yet; one is killed while it makes it."""
+def test_concurrent_or_killed_runs_leave_no_incomplete_store(tmp_path: Path) -> None:
+    """Three runs create the store at the same time, and one of them is killed while it does."""
     run_dirs = [tmp_path / "runs" / name for name in "abc"]
-    trackers = [Tracker(folder, uri=None, experiment="test", config_text="", params={}, tags={}) for folder in run_dirs]
+    trackers = [start_tracker(folder) for folder in run_dirs]
     killed = trackers[0].sink
     assert killed is not None
-    aside = tmp_path / "runs" / f"mlflow.db.{killed.pid}.partial"
-    wait_for(lambda: aside.exists() and aside.stat().st_size > 0)
+    partial = tmp_path / "runs" / f"mlflow.db.{killed.pid}.partial"
+    wait_for(lambda: partial.exists() and partial.stat().st_size > 0)
     killed.kill()
     for tracker in trackers[1:]:
-        tracker.close()
+        tracker.finish("FINISHED")
     track(run_dirs[0], steps=(1,))
     client = MlflowClient(default_uri(run_dirs[0]))
     experiment = client.get_experiment_by_name("test")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(str(run.info.run_name) for run in runs) == ["a", "b", "c"]
-    assert list((tmp_path / "runs").glob("*.partial")) == [aside]
+    assert list((tmp_path / "runs").glob("*.partial")) == [partial]
 
 
-def test_an_older_mlflows_store_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_store_of_an_older_mlflow_is_not_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     track(tmp_path / "a")
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
         store.execute("UPDATE alembic_version SET version_num = '75868b020152'")
     before = (tmp_path / "mlflow.db").read_bytes()
     track(tmp_path / "b", steps=(1,))
-    said = capfd.readouterr().err
-    assert said.count("does not answer (Detected out-of-date database schema") == 1
-    assert "Traceback" not in said
+    printed = capfd.readouterr().err
+    assert printed.count("cannot be reached (Detected out-of-date database schema") == 1
+    assert "Traceback" not in printed
     assert (tmp_path / "mlflow.db").read_bytes() == before
 
 
-def test_a_new_run_in_an_old_folder_is_a_new_run(tmp_path: Path) -> None:
+def test_a_new_run_in_an_old_folder_is_a_new_mlflow_run(tmp_path: Path) -> None:
     uri = track(tmp_path / "runs" / "a", steps=(10, 20))
     track(tmp_path / "runs" / "a", steps=(5,))
     assert [row["step"] for row in read_rows(tmp_path / "runs" / "a" / "metrics.jsonl")] == [5]
@@ -189,17 +207,24 @@ def test_a_dead_server_costs_no_time_and_no_row(tmp_path: Path, capfd: pytest.Ca
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tracker = Tracker(
-        tmp_path / "a", uri=f"http://127.0.0.1:{port}", experiment="test", config_text="", params={}, tags={}
-    )
+    tracker = start_tracker(tmp_path / "a", f"http://127.0.0.1:{port}")
     for step in range(200):
         tracker.log({"train/loss": 1.0}, step)
-    tracker.close()
+    tracker.finish("FINISHED")
     assert len(read_rows(tmp_path / "a" / "metrics.jsonl")) == 200
-    assert capfd.readouterr().err.count("does not answer") == 1
+    assert capfd.readouterr().err.count("cannot be reached") == 1
 
 
-def test_a_store_without_room_for_pictures_has_everything_else(
+def test_a_sink_that_is_too_slow_is_killed_after_the_timeout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tracker = start_tracker(tmp_path / "a")
+    tracker.finish("FINISHED", timeout_seconds=0)
+    assert tracker.sink is not None
+    assert tracker.sink.wait(timeout=60) == -9
+    path = tmp_path / "a" / "metrics.jsonl"
+    assert f"MLflow: not all metrics arrived in time; every row is in {path}" in capfd.readouterr().err
+
+
+def test_a_store_that_cannot_store_pictures_gets_everything_else(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "no folder").touch()
@@ -210,33 +235,27 @@ def test_a_store_without_room_for_pictures_has_everything_else(
     run = only_run(uri)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/loss"] == 0.5
-    said = capfd.readouterr().err
-    assert said.count("takes no pictures") == 1
-    assert "does not answer" not in said
+    printed = capfd.readouterr().err
+    assert printed.count("does not accept pictures") == 1
+    assert "cannot be reached" not in printed
 
 
-def test_mlflow_can_be_off_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+def test_mlflow_can_be_turned_off(tmp_path: Path) -> None:
     track(tmp_path / "off" / "a", uri="off", steps=(1,))
     assert sorted(path.name for path in (tmp_path / "off").iterdir()) == ["a"]
-    other = Tracker(tmp_path / "b", uri=None, experiment="x", config_text="", params={}, tags={}, enabled=False)
-    with other:
-        other.log({"train/loss": 1.0}, 1)
-        other.tag(a="b")
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with start_tracker(tmp_path / "b", enabled=False) as tracker:
+        tracker.log({"train/loss": 1.0}, 1)
+        tracker.tag(a="b")
+        assert tracker.mlflow_run_id() is None
+        tracker.finish("FINISHED")
     assert not (tmp_path / "b").exists()
 
 
-def test_the_commit_is_named() -> None:
+def test_git_commit_is_the_head_of_this_repository() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout")
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert git_commit().removesuffix("-dirty") == head.stdout.strip()
-
-
-def test_the_progress_line(capsys: pytest.CaptureFixture[str]) -> None:
-    line = ProgressLine(100, 10, enabled=True)
-    line.show({"train/loss": 0.51234, "speed/images_per_second": 812.4, "data/wait_fraction": 0.034}, 100)
-    assert capsys.readouterr().out == ("step 100/100  loss 0.5123  812 images/s  waiting for data 3%  ETA 0:00:00\n")
-    ProgressLine(100, 10, enabled=False).note("silent")
-    assert capsys.readouterr().out == ""
-    assert duration(3_725.4) == "1:02:05"
-    assert duration(90_000.0) == "1 day, 1:00:00"

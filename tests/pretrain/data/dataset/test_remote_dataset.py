@@ -189,7 +189,7 @@ def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path
 def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path) -> None:
     with serve(Hostile(digits / "train", stalled={"shard-000001.tar"})) as server:
         samples = opened(server.url, tmp_path / "cache", stall_seconds=1.0)
-        with pytest.raises(DataError, match=r"shard-000001.tar: nothing from 127.0.0.1:\d+ for \d+ seconds"):
+        with pytest.raises(DataError, match=r"shard-000001.tar: no data from 127.0.0.1:\d+ for \d+ seconds"):
             epochs(samples)
         with pytest.raises(StalledFetchError):
             samples.fetch(1, 0)
@@ -271,7 +271,7 @@ def test_a_set_that_is_all_remote_is_examined_where_it_stands(
         assert "steps per epoch" in vitrail("shards", "simulate", server.url, "--global-batch-size", "8").stdout
         (tmp_path / "served" / "shard-000001.tar").unlink()
         broken = vitrail("shards", "check", server.url)
-        assert (broken.returncode, broken.stdout) == (1, "shard-000001.tar  not there\n")
+        assert (broken.returncode, broken.stdout) == (1, "shard-000001.tar  does not exist\n")
 
 
 def test_a_command_as_a_shard(

@@ -167,7 +167,7 @@ def test_remote_tars_are_checked_too(digits: Path, tmp_path: Path) -> None:
         assert edit.sha256 == hashlib.sha256((digits / "validation" / "shard-000000.tar").read_bytes()).hexdigest()
         server.folder = tmp_path
         [finding] = check(tmp_path)
-        assert finding.reason == "not there"
+        assert finding.reason == "does not exist"
 
 
 def test_the_command_lists_and_exits_with_1(folder: Path, tool: Callable[[str], str]) -> None:

@@ -1,4 +1,4 @@
-"""The node's cache: one download each, the limit always held, nothing unproved under a final name."""
+"""The cache: one download per object, a limit that always holds, and only verified files under final names."""
 
 import hashlib
 import multiprocessing
@@ -49,7 +49,7 @@ def folder_size(folder: Path) -> int:
 
 
 def check_names(folder: Path) -> None:
-    """Whatever has a final name is what the name says."""
+    """Check that each file with a final name has the content that its name promises."""
     for path in folder.iterdir():
         if not path.suffix and path.name != "lock":
             try:
@@ -60,7 +60,7 @@ def check_names(folder: Path) -> None:
 
 
 def read_all(cache: Cache, wanted: list[RemoteObject], contents: Path, seed: int, passes: int) -> None:
-    """Read every object at random places, in an order of this process's own."""
+    """Read every object at random offsets, in an order of this process's own."""
     chance = random.Random(seed)
     for _ in range(passes):
         for one in chance.sample(wanted, len(wanted)):
@@ -70,7 +70,7 @@ def read_all(cache: Cache, wanted: list[RemoteObject], contents: Path, seed: int
 
 
 def run_processes(cache: Cache, server: Hostile, passes: int) -> None:
-    """Read in four processes, watching the folder all the while."""
+    """Read in four processes while checking the folder."""
     context = multiprocessing.get_context("fork")
     wanted = objects(server)
     processes = [
@@ -91,50 +91,52 @@ def run_processes(cache: Cache, server: Hostile, passes: int) -> None:
     assert [process.exitcode for process in processes] == [0] * 4
 
 
-def test_one_download_each_over_all_processes(server: Hostile, tmp_path: Path) -> None:
+def test_all_processes_share_one_download_per_object(server: Hostile, tmp_path: Path) -> None:
     server.unavailable, server.reset, server.slow = 0.05, 0.02, 0.1
     run_processes(Cache(tmp_path / "cache", 10**9, POLICY), server, passes=2)
     assert server.sent <= 1.05 * 30 * SIZE
     assert len([path for path in (tmp_path / "cache").iterdir() if path.name != "lock"]) == 30
 
 
-def test_the_limit_holds_whatever_happens(server: Hostile, tmp_path: Path) -> None:
+def test_size_limit_holds_under_concurrency_and_failures(server: Hostile, tmp_path: Path) -> None:
     server.unavailable, server.reset = 0.05, 0.02
     run_processes(Cache(tmp_path / "cache", 6 * SIZE, POLICY), server, passes=1)
 
 
-def test_the_future_decides_what_is_evicted(server: Hostile, tmp_path: Path) -> None:
+def test_object_needed_last_is_evicted_first(server: Hostile, tmp_path: Path) -> None:
     wanted = objects(server)
     cache = Cache(tmp_path / "cache", 4 * SIZE, POLICY)
     order = {one.sha256: i for i, one in enumerate(wanted)}
     now = 0
-    cache.distance = lambda sha256: (order[sha256] - now) % 30
+    cache.set_schedule(lambda sha256: (order[sha256] - now) % 30)
     for i in (0, 20, 2, 10):
         now = i
         cache.read_range(wanted[i], 0, 1)
     now = 1
     cache.read_range(wanted[1], 0, 1)
     kept = {wanted.index(one) for one in wanted if (tmp_path / "cache" / one.sha256).exists()}
-    assert kept == {20, 2, 10, 1}  # 0 is 29 steps ahead, the farthest
+    assert kept == {20, 2, 10, 1}  # object 0 is needed last, in 29 steps
     assert cache.take_counts() == {"hits": 0, "downloads": 5, "downloaded_bytes": 5 * SIZE, "retries": 0}
     assert cache.take_counts()["downloads"] == 0
 
 
-def test_what_is_open_is_not_evicted(server: Hostile, tmp_path: Path) -> None:
+def test_open_objects_are_not_evicted(server: Hostile, tmp_path: Path) -> None:
     wanted = objects(server)
     impatient = FetchPolicy(stall_seconds=0.5)
     reader, other = (Cache(tmp_path / "cache", 2 * SIZE, impatient) for _ in range(2))
-    reader.distance = lambda sha256: 0.0  # needed now, all of it
+    reader.set_schedule(lambda sha256: 0.0)  # everything is needed now
     reader.read_range(wanted[0], 0, 1)
     reader.read_range(wanted[1], 0, 1)
-    with pytest.raises(DataError, match=r"no room for .*02.bin \(200000 bytes\): all 400000 bytes are in use; raise"):
+    with pytest.raises(
+        DataError, match=r"no room for .*02.bin \(200000 bytes\) because all 400000 bytes are in use; inc"
+    ):
         other.read_range(wanted[2], 0, 1)
-    with pytest.raises(DataError, match=r"more than the whole cache: raise data\.cache_bytes"):
+    with pytest.raises(DataError, match=r"more than the whole cache; increase data\.cache_bytes"):
         Cache(tmp_path / "tiny", SIZE - 1, POLICY).read_range(wanted[0], 0, 1)
 
 
-def test_another_takes_over_when_a_downloader_is_killed(server: Hostile, tmp_path: Path) -> None:
-    server.slow = 1.0  # 0.2 seconds a piece: time to be killed in
+def test_another_process_takes_over_when_a_downloader_is_killed(server: Hostile, tmp_path: Path) -> None:
+    server.slow = 1.0  # 0.2 seconds per piece: enough time to be killed
     [wanted, *_] = objects(server)
     cache = Cache(tmp_path / "cache", 10**9, POLICY)
     victim = multiprocessing.get_context("fork").Process(target=cache.read_range, args=(wanted, 0, 1))
@@ -148,18 +150,18 @@ def test_another_takes_over_when_a_downloader_is_killed(server: Hostile, tmp_pat
     assert not partial.exists()
 
 
-def test_a_copy_that_is_not_what_was_promised(server: Hostile, tmp_path: Path) -> None:
+def test_download_with_wrong_checksum_is_refused(server: Hostile, tmp_path: Path) -> None:
     [wanted, *_] = objects(server)
     cache = Cache(tmp_path / "cache", 10**9, POLICY)
-    with pytest.raises(DataError, match=rf"00.bin: its sha256 is {wanted.sha256}, the index promises 0000"):
+    with pytest.raises(DataError, match=rf"00.bin: SHA-256 is {wanted.sha256}, but the index says 0000"):
         cache.read_range(wanted._replace(sha256="0" * 64), 0, 1)
     assert sorted(path.name for path in cache.folder.iterdir()) == ["lock"]
 
 
-def test_what_comes_next_is_there_before_it_is_read(server: Hostile, tmp_path: Path) -> None:
+def test_upcoming_objects_are_prefetched(server: Hostile, tmp_path: Path) -> None:
     wanted = objects(server)
     cache = Cache(tmp_path / "cache", 10**9, POLICY)
-    cache.prefetch(lambda: wanted[:5])
+    cache.set_schedule(lambda sha256: 0.0, lambda: wanted[:5])
     deadline = time.monotonic() + 20
     while cache.counts.downloads < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -168,13 +170,15 @@ def test_what_comes_next_is_there_before_it_is_read(server: Hostile, tmp_path: P
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_named(server: Hostile, tmp_path: Path) -> None:
+def test_full_disk_is_reported(server: Hostile, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if os.system(f"mount -t tmpfs -o size=100k tmpfs {small}"):
-        pytest.skip("this machine mounts nothing")
+        pytest.skip("this machine cannot mount a file system")
     try:
-        with pytest.raises(DataError, match=r"small: No space left on device; move data.cache_dir, or lower"):
+        with pytest.raises(
+            DataError, match=r"small: No space left on device; move data.cache_dir to a larger disk, or"
+        ):
             Cache(small, 10**9, POLICY).read_range(objects(server)[0], 0, 1)
         assert [path.name for path in small.iterdir()] == ["lock"]
     finally:

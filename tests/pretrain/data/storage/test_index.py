@@ -1,4 +1,4 @@
-"""What went wrong with data reaches a person as one sentence, also out of a loader's worker."""
+"""Data errors reach the user as one message, even from a worker process of the loader."""
 
 from functools import partial
 
@@ -23,9 +23,11 @@ class Broken(TorchDataset[int]):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(("error", "outcome"), [(DataError, Outcome.USER_ERROR), (StalledFetchError, Outcome.FAILED)])
-def test_a_workers_error_keeps_its_sentence(error: type[DataError], outcome: Outcome, num_workers: int) -> None:
+def test_error_from_a_loader_worker_keeps_its_message(
+    error: type[DataError], outcome: Outcome, num_workers: int
+) -> None:
     load = partial(next, iter(DataLoader(Broken(error), sampler=[0], num_workers=num_workers)))
     with pytest.raises(error) as caught:
         load()
     assert caught.value.summary == SENTENCE
-    assert outcome_of(caught.value) is outcome  # a stalled host is not the user's mistake
+    assert outcome_of(caught.value) is outcome  # the user cannot fix a stalled host

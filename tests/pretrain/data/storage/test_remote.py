@@ -1,4 +1,4 @@
-"""Bytes from servers that misbehave: all of them, or an error that names who and where."""
+"""Reads from unreliable servers return every byte, or an error that names the object and the host."""
 
 import gc
 import io
@@ -36,7 +36,7 @@ def server(tmp_path: Path) -> Iterator[Hostile]:
         yield running
 
 
-def test_every_byte_arrives_through_faults_and_few_arrive_twice(server: Hostile) -> None:
+def test_retries_return_every_byte_and_fetch_few_twice(server: Hostile) -> None:
     server.unavailable, server.reset, server.slow = 0.05, 0.02, 0.1
     retries = []
     for path in sorted(server.folder.glob("*.bin")):
@@ -47,7 +47,7 @@ def test_every_byte_arrives_through_faults_and_few_arrive_twice(server: Hostile)
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_servers_without_ranges_and_unknown_sizes(server: Hostile, ranges: bool) -> None:
+def test_servers_without_ranges_and_unknown_sizes_work(server: Hostile, ranges: bool) -> None:
     server.ranges = ranges
     for name in ("0.bin", "empty.bin"):
         assert fetch_bytes(f"{server.url}/{name}", PATIENT) == (server.folder / name).read_bytes()
@@ -58,7 +58,7 @@ def fetch_and_collect(url: str) -> None:
     gc.collect()
 
 
-def test_a_forked_process_leaves_its_parents_connections_alone(server: Hostile) -> None:
+def test_forked_process_does_not_disturb_connections_of_its_parent(server: Hostile) -> None:
     hasty = FetchPolicy(request_seconds=3, stall_seconds=20)
     for i in range(3):
         retries: list[int] = []
@@ -71,7 +71,7 @@ def test_a_forked_process_leaves_its_parents_connections_alone(server: Hostile) 
         assert child.exitcode == 0
 
 
-def test_a_stream_is_read_as_a_file(server: Hostile) -> None:
+def test_stream_reads_like_a_file(server: Hostile) -> None:
     with open_stream(f"{server.url}/1.bin", PATIENT) as stream:
         copy = io.BytesIO()
         while piece := stream.read(777):
@@ -79,65 +79,67 @@ def test_a_stream_is_read_as_a_file(server: Hostile) -> None:
     assert copy.getvalue() == (server.folder / "1.bin").read_bytes()
 
 
-def test_a_host_that_sends_nothing_is_named_in_time(server: Hostile) -> None:
+def test_stalled_host_is_reported_in_time(server: Hostile) -> None:
     server.stalled.add("2.bin")
     started = time.monotonic()
     host = server.url.removeprefix("http://")
-    with pytest.raises(StalledFetchError, match=rf"/2.bin: nothing from {host} for \d+ seconds \(no answer within 1 "):
+    with pytest.raises(
+        StalledFetchError, match=rf"/2.bin: no data from {host} for \d+ seconds \(no response within 1 "
+    ):
         fetch_bytes(f"{server.url}/2.bin", FetchPolicy(request_seconds=1, stall_seconds=3))
     assert time.monotonic() - started < 10
 
 
-def test_a_host_that_is_not_there_is_named(server: Hostile) -> None:
-    with pytest.raises(StalledFetchError, match=r"nothing from 127.0.0.1:9 for"):
+def test_unreachable_host_is_reported(server: Hostile) -> None:
+    with pytest.raises(StalledFetchError, match=r"no data from 127.0.0.1:9 for"):
         fetch_bytes("http://127.0.0.1:9/x", FetchPolicy(stall_seconds=0.5))
 
 
-def test_what_is_not_there_is_not_asked_for_again(server: Hostile) -> None:
+def test_missing_object_is_not_retried(server: Hostile) -> None:
     retries: list[int] = []
-    with pytest.raises(MissingObjectError, match=r"nowhere.bin: not there"):
+    with pytest.raises(MissingObjectError, match=r"nowhere.bin: does not exist"):
         list(read_pieces(f"{server.url}/nowhere.bin", PATIENT, 10, lambda: retries.append(1)))
-    with pytest.raises(MissingObjectError, match=r"nowhere.bin: not there"):
+    with pytest.raises(MissingObjectError, match=r"nowhere.bin: does not exist"):
         fetch_bytes(f"{server.url}/nowhere.bin", FetchPolicy(stall_seconds=0.1))
     assert not retries
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(DataError, match=r"gcs://bucket/x: cannot be opened .*; pip install 'vitrail\[gcs\]'"):
-        fetch_bytes("gcs://bucket/x", PATIENT)  # fsspec keeps gs://, which other tests open
-    with pytest.raises(DataError, match=r"nonsense://x: cannot be opened .*; check its beginning"):
+        fetch_bytes("gcs://bucket/x", PATIENT)  # not gs://, which other tests open: fsspec caches its file system
+    with pytest.raises(DataError, match=r"nonsense://x: cannot be opened .*; check the part before"):
         fetch_bytes("nonsense://x", PATIENT)
 
 
-def test_a_command_runs_only_when_that_is_allowed(server: Hostile) -> None:
+def test_pipe_command_runs_only_if_allowed(server: Hostile) -> None:
     url = f"pipe:cat {server.folder}/3.bin"
     with pytest.raises(DataError, match=r"allow it with data.allow_pipe=true"):
         fetch_bytes(url, PATIENT)
     assert fetch_bytes(url, FetchPolicy(allow_pipe=True)) == (server.folder / "3.bin").read_bytes()
-    with pytest.raises(DataError, match=r"pipe:exit 3: ended with exit code 3"):
+    with pytest.raises(DataError, match=r"pipe:exit 3: the command failed with exit code 3"):
         fetch_bytes("pipe:exit 3", FetchPolicy(allow_pipe=True))
 
 
-def _fetch_in_child(url: str, answers: "multiprocessing.Queue[int]") -> None:
-    answers.put(len(fetch_bytes(url, PATIENT)))
+def _fetch_in_child(url: str, sizes: "multiprocessing.Queue[int]") -> None:
+    sizes.put(len(fetch_bytes(url, PATIENT)))
 
 
-def test_it_works_in_a_fork_of_a_process_that_has_used_it(server: Hostile) -> None:
+def test_fetch_works_in_a_fork_of_a_process_that_has_fetched(server: Hostile) -> None:
     url = f"{server.url}/4.bin"
     size = len(fetch_bytes(url, PATIENT))
     context = multiprocessing.get_context("fork")
-    answers: multiprocessing.Queue[int] = context.Queue()
-    child = context.Process(target=_fetch_in_child, args=(url, answers))
+    sizes: multiprocessing.Queue[int] = context.Queue()
+    child = context.Process(target=_fetch_in_child, args=(url, sizes))
     child.start()
     try:
-        assert answers.get(timeout=30) == size
+        assert sizes.get(timeout=30) == size
     finally:
         child.kill()
         child.join()
 
 
-def test_braces_are_expanded_as_a_shell_does() -> None:
+def test_braces_expand_as_in_a_shell() -> None:
     assert expand_braces("s3://b/train-{0008..0011}.tar") == [f"s3://b/train-{i:04d}.tar" for i in range(8, 12)]
     assert expand_braces("{a,b}/{1..2}") == ["a/1", "a/2", "b/1", "b/2"]
     assert expand_braces("plain{}") == ["plain{}"]
