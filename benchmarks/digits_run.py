@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from launch.supervisor.supervisor import is_alive
-from pretrain.checkpoint.history import list_remains
+from pretrain.checkpoint.history import list_unfinished
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
@@ -72,7 +72,7 @@ def disturb(
             trained += (now - last) if all_train else 0.0
             last = now
         if trained >= pause:
-            killed.append(bool(list_remains(run_dir)))
+            killed.append(bool(list_unfinished(run_dir)))
             os.kill(chance.choice(read_beats(run_dir)).pid, signal.SIGKILL)
     return killed
 

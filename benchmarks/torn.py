@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint import save as our_save
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.restore import newest_whole, restore
+from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.engine.partitions import copy_masters_to_model, local_fragments
@@ -71,7 +71,7 @@ class Ours:
         return saver.finish()
 
     def load(self, engine: Any, run: Path) -> bool:
-        checkpoint, _ = newest_whole(run)
+        checkpoint, _ = newest_intact(run)
         return checkpoint is not None and bool(restore(engine, checkpoint, Manifest.load(checkpoint)))
 
 
@@ -263,7 +263,7 @@ def main() -> None:
     start_distributed()
     config = EngineConfig(zero_stage=1, precision="fp32", global_batch_size=8, micro_batch_size=8)
     engine = build_engine(nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)), config, OptimizerConfig())
-    our_save.PAUSES = (0.01, 0.01, 0.01)  # this disk stays full
+    our_save.RETRY_DELAYS = (0.01, 0.01, 0.01)  # this disk stays full
     for name in ("barrier", "all_reduce"):  # a forked process lacks gloo's threads, and has nobody to talk to
         setattr(dist, name, lambda *_, **__: None)
     with tempfile.TemporaryDirectory() as work:

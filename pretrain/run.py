@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.restore import newest_whole, restore
+from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
@@ -105,7 +105,7 @@ def open_run(config: PretrainConfig, *, insist_on_resume: bool = False) -> Itera
 def prepare(config: PretrainConfig, watch: Watch, insist_on_resume: bool) -> Run:
     """Open the data, build the model under its engine, and continue from the newest checkpoint that is whole."""
     data = on_all_ranks(lambda: open_data(config))
-    checkpoint, faults = newest_whole(config.run_dir)
+    checkpoint, faults = newest_intact(config.run_dir)
     if distributed.is_main():
         for fault in faults:
             print(f"{fault}; set aside, an older checkpoint is taken", file=sys.stderr, flush=True)
@@ -194,7 +194,7 @@ def go_back(run: Run) -> None:
     advice = f"their samples are in {run.skipped.path}; look at them, or lower optimizer.learning_rate"
     if len(run.state.skipped_ranges) >= config.health.max_rollbacks:
         raise DivergedError(f"{said}, after health.max_rollbacks={config.health.max_rollbacks}; {advice}")
-    checkpoint, _ = newest_whole(config.run_dir)
+    checkpoint, _ = newest_intact(config.run_dir)
     if checkpoint is None:
         raise DivergedError(f"{said}, and there is no checkpoint to go back to; {advice}")
     saved = restore(run.engine, checkpoint, run.identity).state

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from pretrain import distributed
-from pretrain.checkpoint.history import list_remains
+from pretrain.checkpoint.history import list_unfinished
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import UserError
 from pretrain.heartbeat.beats import GO_ON, beats_folder, find_living, give_order
@@ -32,7 +32,7 @@ def make_run_dir(run_dir: Path, main: str) -> None:
     if other := find_living(run_dir):
         raise UserError(f"{run_dir}: {other} is training into it; end that run, or choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    for remains in (*list_remains(run_dir), beats_folder(run_dir)):
+    for remains in (*list_unfinished(run_dir), beats_folder(run_dir)):
         shutil.rmtree(remains, ignore_errors=True)
     beats_folder(run_dir).mkdir()
     (beats_folder(run_dir) / MAIN_RANK).write_text(main, encoding="utf-8")

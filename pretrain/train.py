@@ -90,7 +90,7 @@ def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: StopSignal) 
 
         batches.note(judged)
         if judged and judged.save_failed:
-            saver.give_up()
+            saver.abandon()
         if judged and judged.stop and step < total_steps:
             outcome = Outcome.STOPPED
         if len(run.skipped.in_a_row) >= config.health.max_consecutive_skips:

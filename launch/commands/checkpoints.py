@@ -23,11 +23,11 @@ def list_(run: Run) -> None:
 
     Example: vitrail checkpoints list runs/quickstart
     """
-    from pretrain.checkpoint.history import list_damaged, list_remains
+    from pretrain.checkpoint.history import list_damaged, list_unfinished
 
     with report_errors():
         rows = [describe(folder) for folder in existing_checkpoints(run)]
-        rows += [[folder.name, "", "", "", "incomplete: the save was interrupted"] for folder in list_remains(run)]
+        rows += [[folder.name, "", "", "", "incomplete: the save was interrupted"] for folder in list_unfinished(run)]
         rows += [[folder.name, "", "", "", "damaged: set aside when the run resumed"] for folder in list_damaged(run)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
@@ -74,17 +74,18 @@ def prune(
 
     Example: vitrail checkpoints prune runs/quickstart --keep-last 1 --keep-every 10000
     """
-    from pretrain.checkpoint.history import list_damaged, list_remains, remove, superfluous
+    from pretrain.checkpoint.history import list_damaged, list_expired, list_unfinished
+    from pretrain.files import remove_folder
 
     with report_errors():
         existing_checkpoints(run)
         freed = 0
-        for folder in [*superfluous(run, keep_last, keep_every), *list_damaged(run), *list_remains(run)]:
+        for folder in [*list_expired(run, keep_last, keep_every), *list_damaged(run), *list_unfinished(run)]:
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             print(f"{'would remove' if dry_run else 'removed'} {folder.name}, {num_bytes / 1e6:.1f} MB")
             freed += num_bytes
             if not dry_run:
-                remove(folder)
+                remove_folder(folder)
     print(f"{freed / 1e6:.1f} MB {'would be ' if dry_run else ''}freed")
 
 

@@ -1,46 +1,59 @@
-"""A run's checkpoints: which there are, and which may go.
+"""Find, list and expire the checkpoints of a run."""
 
-A checkpoint is a folder with a manifest. It gets its name last, by a rename, so a name is a promise: all is there.
-"""
-
-import shutil
 from pathlib import Path
 
 from pretrain.checkpoint.manifest import MANIFEST, Manifest
 from pretrain.errors import CheckpointError
+from pretrain.files import PARTIAL, remove_folder
 
-PARTIAL = ".partial"  # of a folder that is being written, or whose writer died
-DAMAGED = ".damaged"  # of a checkpoint that did not prove itself, set aside
+DAMAGED = ".damaged"  # suffix of a checkpoint that failed verification
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
-    """Return where a run keeps its checkpoints."""
+    """Return the folder in which a run keeps its checkpoints."""
     return run_dir / "checkpoints"
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Return a run's checkpoints, oldest first; that their files are whole is not looked at."""
-    folders = checkpoints_folder(run_dir).glob("step-*")  # a copy that a person has named step-best is theirs
+    """Return a run's checkpoints, oldest first, without verifying their files.
+
+    Only names that end in a step number count. A copy that a user has named `step-best` is ignored.
+    """
+    folders = checkpoints_folder(run_dir).glob("step-*")
     named = (folder for folder in folders if folder.name.removeprefix("step-").isdigit())
     return sorted(folder for folder in named if (folder / MANIFEST).exists())
 
 
-def list_remains(run_dir: Path) -> list[Path]:
-    """Return what saves that never ended have left."""
+def list_unfinished(run_dir: Path) -> list[Path]:
+    """Return the folders of saves and removals that are in progress, or that were interrupted."""
     return sorted(checkpoints_folder(run_dir).glob(f"step-*{PARTIAL}"))
 
 
 def list_damaged(run_dir: Path) -> list[Path]:
-    """Return the checkpoints that were set aside because they did not prove themselves."""
+    """Return the checkpoints that were renamed because they failed verification."""
     return sorted(checkpoints_folder(run_dir).glob(f"step-*{DAMAGED}"))
 
 
+def list_expired(run_dir: Path, keep_last: int, keep_every: int) -> list[Path]:
+    """Return the checkpoints that may be removed, oldest first.
+
+    Args:
+        run_dir: Folder of the run.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Steps whose multiples are kept as well; 0 keeps none.
+    """
+    old = list_checkpoints(run_dir)[:-keep_last]
+    return [path for path in old if not keep_every or step_of(path) % keep_every]
+
+
 def find_checkpoint(path: Path) -> Path:
-    """Return `path` if it is a checkpoint, else the newest one with a valid manifest of the run `path`.
+    """Return `path` if it is a checkpoint, else the newest checkpoint with a valid manifest of the run in `path`.
+
+    Args:
+        path: Checkpoint, or folder of a run.
 
     Raises:
-        CheckpointError: neither.
-        VersionError: another version of Vitrail wrote the newest.
+        CheckpointError: If `path` is neither a checkpoint nor a run that has one.
     """
     path = path.resolve()
     if (path / MANIFEST).exists():
@@ -52,6 +65,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _has_valid_manifest(checkpoint: Path) -> bool:
+    """Say whether a manifest is valid; one of another version raises an error, so that no older one is used instead."""
     try:
         Manifest.load(checkpoint)
     except CheckpointError:
@@ -59,27 +73,14 @@ def _has_valid_manifest(checkpoint: Path) -> bool:
     return True
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Give a checkpoint that did not prove itself another name."""
-    aside = checkpoint.with_name(checkpoint.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)  # of the same step, and damaged before
-    checkpoint.rename(aside)
+def mark_damaged(checkpoint: Path) -> None:
+    """Rename a checkpoint that failed verification, so that it is no longer listed."""
+    renamed = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if renamed.exists():  # an earlier checkpoint of the same step
+        remove_folder(renamed)
+    checkpoint.rename(renamed)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step that a checkpoint's name tells."""
+    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def superfluous(run_dir: Path, keep_last: int, keep_every: int) -> list[Path]:
-    """Return the checkpoints that may go: neither among the last ones nor at a step that `keep_every` divides."""
-    old = list_checkpoints(run_dir)[:-keep_last]
-    return [path for path in old if not keep_every or step_of(path) % keep_every]
-
-
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint, first its name, so that no half of it is ever listed."""
-    doomed = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)

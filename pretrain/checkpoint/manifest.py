@@ -6,12 +6,12 @@ step. The resolved config and a `TrainState` are therefore the whole state besid
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import CheckpointError, VersionError
+from pretrain.files import atomic_write
 from pretrain.state import TrainState
 
 VERSION = 4
@@ -79,10 +79,7 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Write the manifest into the folder of its checkpoint and flush it to the disk."""
         content = {"version": VERSION, **asdict(self)}
-        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump({**content, "sha256": _digest(content)}, file)
-            file.flush()
-            os.fsync(file.fileno())
+        atomic_write(folder / MANIFEST, json.dumps({**content, "sha256": _digest(content)}))
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":

@@ -1,4 +1,4 @@
-"""Ranges of tensors in safetensors files: written in one stroke with their checksum, read back by any other ranges."""
+"""Write ranges of tensors to safetensors files with a checksum, and read any other ranges back."""
 
 import hashlib
 import json
@@ -18,11 +18,18 @@ from pretrain.checkpoint.manifest import Manifest, SavedFile
 from pretrain.engine.partitions import EMA, WEIGHT
 from pretrain.errors import CheckpointError
 
-CHUNK = 8 << 20  # bytes
+CHUNK_BYTES = 8 << 20
 
 
 class Piece(NamedTuple):
-    """A range of a flat fp32 tensor, and the kinds that are saved of it."""
+    """A range of a flattened fp32 tensor that one rank saves.
+
+    Attributes:
+        name: Name of the parameter or buffer.
+        start: First element of the range.
+        stop: Element after the last one of the range.
+        kinds: Kinds of values that are saved for the range, such as "weight" and "exp_avg".
+    """
 
     name: str
     start: int
@@ -30,85 +37,113 @@ class Piece(NamedTuple):
     kinds: tuple[str, ...]
 
 
-class NotFiniteError(Exception):
-    """A tensor that must not reach the disk: it holds NaN or infinity."""
+class NonFiniteError(Exception):
+    """A tensor contains NaN or infinity, so it must not be saved."""
 
 
 class Layout:
-    """How a rank's pieces lie in its file: a safetensors header, then one piece after the other, all fp32."""
+    """The layout of a rank's file: a safetensors header, then the values of all pieces in fp32, one after another.
+
+    Args:
+        pieces: Pieces in the order in which they are written.
+
+    Attributes:
+        spans: Kind, piece and first element in the file's values, for each kind of each piece.
+        numel: Number of values in the file.
+        header: Header of the file.
+    """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = list(pieces)
-        self.spans: list[tuple[str, Piece, int]] = []  # kind, piece, first element
+        self.spans: list[tuple[str, Piece, int]] = []
         header: dict[str, Any] = {}
-        place = 0
+        offset = 0
         for piece in self.pieces:
             size = piece.stop - piece.start
             for kind in piece.kinds:
-                self.spans.append((kind, piece, place))
-                offsets = [4 * place, 4 * (place + size)]
+                self.spans.append((kind, piece, offset))
                 header[_key(kind, piece.name, piece.start)] = {
                     "dtype": "F32",
                     "shape": [size],
-                    "data_offsets": offsets,
+                    "data_offsets": [4 * offset, 4 * (offset + size)],
                 }
-                place += size
-        self.numel = place
+                offset += size
+        self.numel = offset
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self.header = len(text).to_bytes(8, "little") + text
 
-    def first_not_finite(self, values: Tensor) -> str | None:
-        """Name the first piece that holds NaN or infinity."""
-        for kind, piece, place in self.spans:
-            if not bool(torch.isfinite(values[place : place + piece.stop - piece.start]).all()):
+    def find_non_finite(self, values: Tensor) -> str | None:
+        """Return a description of the first piece that contains NaN or infinity, or None.
+
+        Args:
+            values: Values of all pieces, [numel].
+        """
+        for kind, piece, offset in self.spans:
+            if not bool(torch.isfinite(values[offset : offset + piece.stop - piece.start]).all()):
                 return f"{kind} of {piece.name}"
         return None
 
 
 def write_file(path: Path, layout: Layout, values: Tensor) -> SavedFile:
-    """Write a rank's file; it is on the disk when this returns.
+    """Write a rank's file and flush it to the disk.
+
+    The file gets its final name at once, because the folder around it still has a temporary one.
 
     Args:
-        path: of the file.
-        layout: of `values`.
-        values: all pieces, [layout.numel], fp32 on the CPU.
+        path: File to write.
+        layout: Layout of the file.
+        values: Values of all pieces, [layout.numel], fp32 on the CPU.
+
+    Returns:
+        Name, size and checksum for the manifest.
 
     Raises:
-        NotFiniteError: a value is NaN or infinite; nothing is written.
-        OSError: the disk is full, or gone.
+        NonFiniteError: If a value is NaN or infinite; then nothing is written.
     """
-    if bad := layout.first_not_finite(values):
-        raise NotFiniteError(f"{bad} is not finite")
+    if bad := layout.find_non_finite(values):
+        raise NonFiniteError(f"{bad} is not finite")
     sha256 = hashlib.sha256()
     data = memoryview(values.numpy().view(np.uint8))  # type: ignore[arg-type]  # numpy's arrays are buffers
+    chunks = (data[i : i + CHUNK_BYTES] for i in range(0, len(data), CHUNK_BYTES))
     with path.open("wb", buffering=0) as file:
-        for part in (memoryview(layout.header), *(data[i : i + CHUNK] for i in range(0, len(data), CHUNK))):
-            sha256.update(part)
-            _write_all(file, part)
+        for chunk in (memoryview(layout.header), *chunks):
+            sha256.update(chunk)
+            _write_all(file, chunk)
         os.fsync(file.fileno())
     return SavedFile(path.name, len(layout.header) + len(data), sha256.hexdigest())
 
 
 def _write_all(file: FileIO, data: memoryview) -> None:
-    """Write all of `data`; a disk that is nearly full takes a part, and refuses the next."""
+    """Write all bytes: a nearly full disk accepts a part of them, and raises an error only at the next write."""
     while data:
         data = data[file.write(data) :]
 
 
 class Reader:
-    """The tensors of a checkpoint, by ranges; files are opened when they are first needed, and never unpickled."""
+    """Reads ranges of the tensors of a checkpoint. Files are opened when first needed; nothing is unpickled.
+
+    Args:
+        folder: Folder of the checkpoint.
+        manifest: Manifest of the checkpoint.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
         self._open: dict[int, Any] = {}
 
-    def copy(self, kind: str, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` with a range of a tensor, [out.numel()] from `start`.
+    def read_into(self, out: Tensor, name: str, start: int, kind: str = WEIGHT) -> None:
+        """Fill a tensor with a range of a saved one.
+
+        Args:
+            out: Tensor to fill, [N], on any device.
+            name: Name of the parameter or buffer.
+            start: First element of the range in the flattened saved tensor.
+            kind: Kind of values to read.
 
         Raises:
-            CheckpointError: a file lacks what the manifest promises.
+            CheckpointError: If a file does not contain what the manifest lists.
         """
         stop = start + out.numel()
         for number, first, last in self.manifest.tensors[name].pieces:
@@ -116,15 +151,20 @@ class Reader:
             if low < high:
                 try:
                     piece = self._file(number).get_slice(_key(kind, name, first))[low - first : high - first]
-                except Exception as error:  # safetensors has an error type of its own, which is no subclass of any
+                except Exception as error:  # safetensors raises a type of its own that derives from Exception alone
                     raise CheckpointError(f"{self.folder}: {kind} of {name} cannot be read ({error})") from None
                 out[low - start : high - start].copy_(piece)
 
-    def whole(self, name: str, kind: str = WEIGHT) -> Tensor:
-        """Return a whole tensor."""
+    def read_tensor(self, name: str, kind: str = WEIGHT) -> Tensor:
+        """Return a whole tensor in its own shape, fp32 on the CPU.
+
+        Args:
+            name: Name of the parameter or buffer.
+            kind: Kind of values to read.
+        """
         shape = self.manifest.tensors[name].shape
         flat = torch.empty(math.prod(shape), dtype=torch.float32)
-        self.copy(kind, name, 0, flat)
+        self.read_into(flat, name, 0, kind)
         return flat.view(shape)
 
     def _file(self, number: int) -> Any:
@@ -135,30 +175,29 @@ class Reader:
 
 
 def load_weights(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
-    """Return the fp32 weights of a checkpoint by their names in the objective; no moment is read.
+    """Return the fp32 weights of a checkpoint by their names in the objective, without reading optimizer moments.
 
     Args:
-        folder: of the checkpoint.
-        averaged: take the average of a weight where the run keeps one.
+        folder: Folder of the checkpoint.
+        averaged: Whether to return the moving average of each weight that has one.
     """
     manifest = Manifest.load(folder)
     reader = Reader(folder, manifest)
     kinds = {name: EMA if averaged and EMA in tensor.kinds else WEIGHT for name, tensor in manifest.tensors.items()}
-    return {name: reader.whole(name, kind) for name, kind in kinds.items()}
+    return {name: reader.read_tensor(name, kind) for name, kind in kinds.items()}
 
 
 def find_faults(
-    folder: Path, share: slice = slice(None), progress: Callable[[int], None] = lambda _: None
+    folder: Path, checksummed: slice = slice(None), progress: Callable[[int], None] = lambda _: None
 ) -> Iterator[str]:
-    """Yield a sentence for whatever is wrong with a checkpoint.
+    """Verify a checkpoint and yield a sentence for each fault.
+
+    A manifest of another version raises a `VersionError`, because such a checkpoint is not damaged.
 
     Args:
-        folder: of the checkpoint.
-        share: of its files; their bytes are read and compared, the others are only looked for.
-        progress: called with the bytes read since the last call.
-
-    Raises:
-        VersionError: another version of Vitrail wrote it.
+        folder: Folder of the checkpoint.
+        checksummed: Slice of the list of files whose checksums are verified. All files are checked for their size.
+        progress: Function that is called with the number of bytes read since its last call.
     """
     try:
         manifest = Manifest.load(folder)
@@ -166,19 +205,19 @@ def find_faults(
         yield str(error)
         return
     for name, tensor in manifest.tensors.items():
-        if not _tiles(tensor.pieces, math.prod(tensor.shape)):
-            yield f"{folder}: the pieces of {name} do not make up the tensor"
+        if not _covers(tensor.pieces, math.prod(tensor.shape)):
+            yield f"{folder}: damaged (the pieces of {name} leave a gap or overlap)"
     for file in manifest.files:
         path = folder / file.name
-        found = path.stat().st_size if path.is_file() else None
-        if found != file.num_bytes:
-            yield f"{path}: {'missing' if found is None else f'{found} bytes, expected {file.num_bytes}'}"
-        elif file in manifest.files[share] and _sha256(path, progress) != file.sha256:
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.num_bytes:
+            yield f"{path}: {'missing' if size is None else f'damaged ({size} bytes, expected {file.num_bytes})'}"
+        elif file in manifest.files[checksummed] and _sha256(path, progress) != file.sha256:
             yield f"{path}: damaged (its checksum differs)"
 
 
-def _tiles(pieces: list[list[int]], numel: int) -> bool:
-    """Say whether pieces cover a tensor without a gap or an overlap."""
+def _covers(pieces: list[list[int]], numel: int) -> bool:
+    """Say whether pieces cover a flattened tensor without a gap or an overlap."""
     end = 0
     for _, start, stop in sorted(pieces, key=lambda piece: piece[1:]):
         if start != end:
@@ -191,7 +230,7 @@ def _sha256(path: Path, progress: Callable[[int], None]) -> str:
     sha256 = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
-            buffer = memoryview(bytearray(CHUNK))
+            buffer = memoryview(bytearray(CHUNK_BYTES))
             while count := file.readinto(buffer):
                 sha256.update(buffer[:count])
                 progress(count)

@@ -1,10 +1,10 @@
-"""Put a saved run back under an engine, on any number of ranks and at any ZeRO stage, or refuse with a sentence."""
+"""Find the newest intact checkpoint and load it into an engine, on any number of ranks and at any ZeRO stage."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.history import list_checkpoints, set_aside
+from pretrain.checkpoint.history import checkpoints_folder, list_checkpoints, mark_damaged
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import Reader, find_faults
 from pretrain.distributed import gather, is_main, on_all_ranks, rank, wait_for_all, world_size
@@ -18,7 +18,7 @@ from pretrain.engine.partitions import (
 from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import CheckpointError
 
-# What makes a run that run: changing one of these in mid-run would make its curve a lie.
+# Settings that must stay the same when a run resumes, because its losses would no longer be those of one run.
 IDENTITY = (
     "seed",
     "model",
@@ -30,15 +30,20 @@ IDENTITY = (
 )
 
 
-def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest checkpoint that proves itself; every rank calls this and reads its share of the files.
+def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint that passes verification (collective). Each rank verifies its share of the files.
+
+    Newer checkpoints that fail are renamed to `step-*.damaged`. A `VersionError` is raised if another version of
+    Vitrail wrote the newest one.
+
+    Args:
+        run_dir: Folder of the run.
 
     Returns:
-        The checkpoint, and what was wrong with newer ones, which are set aside under another name.
+        The checkpoint, or None if the run has none, and the faults of the newer ones.
 
     Raises:
-        CheckpointError: there are checkpoints, but none is whole; to begin anew would be to forget the run.
-        VersionError: another version of Vitrail wrote the newest.
+        CheckpointError: If the run has checkpoints, but all are damaged. Starting again would silently drop the run.
     """
     found: list[str] = []
     damaged: list[Path] = []
@@ -47,56 +52,59 @@ def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
         if not faults:
             if is_main():
                 for each in damaged:
-                    set_aside(each)
+                    mark_damaged(each)
             wait_for_all()
             return folder, found
         damaged.append(folder)
         found += faults
     if found:
-        raise CheckpointError("\n".join([*found, f"{run_dir}: no checkpoint is whole; choose another run_dir"]))
+        cure = f"choose another run_dir, or delete {checkpoints_folder(run_dir)} to start again"
+        raise CheckpointError("\n".join([*found, f"{run_dir}: all checkpoints are damaged; {cure}"]))
     return None, []
 
 
 def restore(engine: TrainingEngine, folder: Path, expected: Manifest) -> Manifest:
-    """Load a checkpoint into the engine; every rank calls this, and reads what it is to hold.
+    """Load a checkpoint into an engine (collective). Each rank reads only what it holds.
 
     Args:
-        engine: built from the same config, at any world size, ZeRO stage and precision.
-        folder: of the checkpoint.
-        expected: this run's manifest; what differs from the saved one is refused where it would change the run.
+        engine: Engine for the same model, at any world size, ZeRO stage and precision.
+        folder: Folder of the checkpoint.
+        expected: Manifest of the current run, whose identity and data must match the saved one.
 
     Returns:
         The saved manifest.
 
     Raises:
-        CheckpointError: the checkpoint belongs to another run or data set.
+        CheckpointError: If the checkpoint belongs to another run, data set or model.
     """
     saved = Manifest.load(folder)
-    differences = list(_differences(saved, expected))
-    if differences:
-        lines = "\n".join(f"  {line}" for line in differences)
-        raise CheckpointError(f"{folder}: saved by a different run:\n{lines}\nrestore these, or choose another run_dir")
-    if wrong := list(_misfits(saved, full_shapes(engine))):
-        raise CheckpointError(f"{folder}: does not fit the model:\n  " + "\n  ".join(wrong))
+    if changes := list(_identity_changes(saved, expected)):
+        lines = "\n".join(f"  {line}" for line in changes)
+        raise CheckpointError(
+            f"{folder}: cannot resume, because the run has changed:\n{lines}\n"
+            "undo these changes, or choose another run_dir"
+        )
+    if mismatches := list(_shape_mismatches(saved, full_shapes(engine))):
+        lines = "\n  ".join(mismatches)
+        raise CheckpointError(f"{folder}: does not fit the model; choose another run_dir:\n  {lines}")
     reader = Reader(folder, saved)
     fragments = local_fragments(engine)
-    create_optimizer_state(
-        fragments, {name: tensor.kinds for name, tensor in saved.tensors.items()}, saved.optimizer_steps
-    )
+    kinds = {name: tensor.kinds for name, tensor in saved.tensors.items()}
+    create_optimizer_state(fragments, kinds, saved.optimizer_steps)
 
     def read() -> None:
         for fragment in fragments:
-            for kind in saved.tensors[fragment.name].kinds:
+            for kind in kinds[fragment.name]:
                 if kind == WEIGHT or fragment.state is not None:
-                    reader.copy(kind, fragment.name, fragment.start, fragment.view(kind))
+                    reader.read_into(fragment.view(kind), fragment.name, fragment.start, kind)
 
-    on_all_ranks(read)  # before all meet again
+    on_all_ranks(read)  # a rank that cannot read must not leave the others waiting in the collective below
     copy_masters_to_model(engine)
     return saved
 
 
-def _misfits(saved: Manifest, expected: dict[str, list[int]]) -> Iterator[str]:
-    """Yield a sentence for each tensor that one side lacks, or has in another shape."""
+def _shape_mismatches(saved: Manifest, expected: dict[str, list[int]]) -> Iterator[str]:
+    """Yield a sentence for each tensor that exists on one side only, or whose shape differs."""
     for name in sorted(saved.tensors.keys() | expected.keys()):
         before = saved.tensors[name].shape if name in saved.tensors else "not saved"
         now = expected.get(name, "not in the model")
@@ -104,20 +112,20 @@ def _misfits(saved: Manifest, expected: dict[str, list[int]]) -> Iterator[str]:
             yield f"{name}: saved {before}, expected {now}"
 
 
-def _differences(saved: Manifest, expected: Manifest) -> Iterator[str]:
-    """Yield a sentence for each difference that matters."""
-    for key, before, now in _changes(saved.config, expected.config):
+def _identity_changes(saved: Manifest, expected: Manifest) -> Iterator[str]:
+    """Yield a sentence for each change that makes the run another one."""
+    for key, before, now in _config_changes(saved.config, expected.config):
         if key.startswith(IDENTITY):
             yield f"{key} was {before}, is {now}"
     if saved.data_digests["training"] != expected.data_digests["training"]:
         yield "the training data changed (its digest differs)"
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield (dotted key, value before, value now) for all that differs."""
+def _config_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield (dotted key, value before, value now) for each config value that differs."""
     for name in before | now:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _changes(old, new, f"{above}{name}.")
+            yield from _config_changes(old, new, f"{prefix}{name}.")
         elif old != new:
-            yield above + name, old, new
+            yield prefix + name, old, new

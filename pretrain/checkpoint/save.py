@@ -1,11 +1,10 @@
-"""Write checkpoints beside training: it stops only while its tensors are copied, a thread of each rank does the rest.
+"""Save checkpoints while training continues. Training waits only while the tensors are copied to host memory.
 
-Each rank writes the pieces it owns and then a report, a small file of its own; the main rank's thread waits for all
-reports, writes the manifest and gives the folder its name. So no rank talks to another while a save goes on.
+On each rank a thread writes the rank's file, then a small report about it. The main rank's thread waits for the reports
+of all ranks, writes the manifest and renames the folder. No collective is needed while a save is in progress.
 """
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,20 +13,29 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint.history import PARTIAL, checkpoints_folder, remove, superfluous
+from pretrain.checkpoint.history import checkpoints_folder, list_expired
 from pretrain.checkpoint.manifest import Manifest, SavedFile, SavedTensor
-from pretrain.checkpoint.pieces import Layout, NotFiniteError, Piece, write_file
+from pretrain.checkpoint.pieces import Layout, NonFiniteError, Piece, write_file
 from pretrain.distributed import gather, is_main, rank
 from pretrain.engine.partitions import count_optimizer_steps, fragments_to_save, full_shapes
 from pretrain.engine.protocol import TrainingEngine
+from pretrain.files import atomic_write, partial_path, publish, remove_folder
 
-PAUSES = (1.0, 5.0, 20.0)  # seconds before a failed write is tried again
+RETRY_DELAYS = (1.0, 5.0, 20.0)  # seconds before each retry of a failed write
 POLL_SECONDS = 0.02
 
 
 @dataclass
 class _Save:
-    """One checkpoint on its way to the disk."""
+    """One save in progress.
+
+    Attributes:
+        manifest: Manifest of the checkpoint, completed by the main rank.
+        folder: Final name of the checkpoint.
+        written: Set once this rank's file is written, or has failed for good.
+        abandoned: Set to end the save early, because some rank has failed.
+        error: Reason why this rank has failed for good.
+    """
 
     manifest: Manifest
     folder: Path
@@ -37,7 +45,7 @@ class _Save:
 
     @property
     def partial(self) -> Path:
-        return self.folder.with_name(self.folder.name + PARTIAL)
+        return partial_path(self.folder)
 
     @property
     def reports(self) -> list[Path]:
@@ -45,22 +53,22 @@ class _Save:
 
 
 class Saver:
-    """A run's checkpoints, at most one of them in flight. All ranks call `begin` and `finish` at the same steps.
+    """Saves a run's checkpoints, at most one at a time. All ranks must call `begin` and `finish` at the same steps.
 
     Args:
-        run_dir: of the run.
-        keep_last: how many checkpoints to keep.
-        keep_every: keep those at its multiples too; 0 for none.
-        say: is told, on any rank, what became of a save.
+        run_dir: Folder of the run.
+        keep_last: Number of newest checkpoints to keep.
+        keep_every: Steps whose multiples are kept as well; 0 keeps none.
+        log: Function that is called, on any rank and from any thread, with a sentence about the progress of a save.
     """
 
     def __init__(
-        self, run_dir: Path, keep_last: int, keep_every: int = 0, say: Callable[[str], None] = lambda _: None
+        self, run_dir: Path, keep_last: int, keep_every: int = 0, log: Callable[[str], None] = lambda _: None
     ) -> None:
         self.run_dir = run_dir
         self.keep_last = keep_last
         self.keep_every = keep_every
-        self.say = say
+        self.log = log
         self._layout = Layout([])
         self._values = torch.empty(0)
         self._shapes: dict[str, list[int]] = {}
@@ -68,7 +76,12 @@ class Saver:
         self._thread: threading.Thread | None = None
 
     def begin(self, engine: TrainingEngine, manifest: Manifest) -> None:
-        """Copy this rank's pieces and let them be written. Waits for a save that is still under way."""
+        """Copy this rank's tensors and start to write them, after the previous save has finished (collective).
+
+        Args:
+            engine: Engine whose weights and optimizer state to save.
+            manifest: Manifest of the checkpoint, without files and tensors.
+        """
         self.finish()
         self._copy(engine)
         if is_main():
@@ -79,7 +92,11 @@ class Saver:
         self._thread.start()
 
     def finish(self) -> bool:
-        """Wait until the save in flight is a checkpoint; return whether it is, or there was none. All ranks meet."""
+        """Wait for the save in progress (collective).
+
+        Returns:
+            Whether it became a checkpoint; true if no save was in progress.
+        """
         save = self._save
         if save is None or self._thread is None:
             return True
@@ -95,54 +112,53 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether this rank's part of the save in flight has failed for good."""
+        """Whether this rank's part of the save in progress has failed for good."""
         return self._save is not None and self._save.error is not None
 
-    def give_up(self) -> None:
-        """Clear away a save that has failed on some rank, as all ranks have heard."""
+    def abandon(self) -> None:
+        """End a save that has failed on some rank, and remove its files (collective)."""
         if self._save is not None:
             self._save.abandoned.set()
         self.finish()
 
     def _copy(self, engine: TrainingEngine) -> None:
-        """Copy all that this rank owns into one buffer, which is made once."""
+        """Copy everything that this rank saves into one host buffer, which is allocated once."""
         fragments = fragments_to_save(engine)
         pieces = [Piece(f.name, f.start, f.start + f.numel, f.kinds) for f in fragments]
         if pieces != self._layout.pieces:
             self._layout = Layout(pieces)
             self._values = torch.empty(self._layout.numel, pin_memory=torch.cuda.is_available())
         views = (fragment.view(kind) for fragment in fragments for kind in fragment.kinds)
-        for (_, piece, place), view in zip(self._layout.spans, views, strict=True):
-            self._values[place : place + piece.stop - piece.start].copy_(view, non_blocking=True)
+        for (_, piece, offset), view in zip(self._layout.spans, views, strict=True):
+            self._values[offset : offset + piece.stop - piece.start].copy_(view, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
 
     def _work(self, save: _Save) -> None:
-        """What the thread does; whatever goes wrong is said, and costs this checkpoint alone."""
+        """Write the checkpoint in the thread. A failure is logged and costs only this checkpoint."""
         try:
-            self._persist(save, self._write)
+            self._retry(save, self._write)
             save.written.set()
             if is_main() and self._wait_for_reports(save):
-                self._persist(save, self._compose)
-                self._persist(save, self._commit)
-                self.say(f"saved {save.folder}")
-                self._clean_up()
-        except BaseException as error:  # whatever ends this thread, training must hear of it
-            save.error = _sentence(error, save.partial)
-            self.say(f"rank {rank()}: {save.folder.name} is not saved, training goes on: {save.error}")
+                self._retry(save, self._complete_manifest)
+                self._retry(save, self._publish)
+                self.log(f"saved {save.folder}")
+                self._remove_expired()
+        except BaseException as error:  # whatever ends this thread, the training loop has to know
+            save.error = _describe(error, save.partial)
+            self.log(f"rank {rank()}: {save.folder.name} was not saved, training continues: {save.error}")
         finally:
             save.written.set()
 
-    def _persist(self, save: _Save, work: Callable[[_Save], None]) -> None:
-        """Do what the disk may refuse, and do it again if it does."""
-        for pause in PAUSES:
+    def _retry(self, save: _Save, work: Callable[[_Save], None]) -> None:
+        """Do some work, and repeat it after a delay if the disk fails."""
+        for delay in RETRY_DELAYS:
             try:
                 work(save)
             except OSError as error:
-                self.say(
-                    f"rank {rank()}: {save.folder.name}: {_sentence(error, save.partial)}; next try in {pause:.0f} s"
-                )
-                if save.abandoned.wait(pause):
+                reason = _describe(error, save.partial)
+                self.log(f"rank {rank()}: {save.folder.name}: {reason}; retrying in {delay:.0f} s")
+                if save.abandoned.wait(delay):
                     return
             else:
                 return
@@ -155,12 +171,9 @@ class Saver:
         try:
             file = write_file(path, self._layout, self._values)
             pieces = [(piece.name, piece.start, piece.stop, piece.kinds) for piece in self._layout.pieces]
-            report = path.with_suffix(".json")
-            aside = report.with_suffix(".new")
-            aside.write_text(json.dumps({"file": asdict(file), "pieces": pieces}))
-            aside.rename(report)
-        except (OSError, NotFiniteError):
-            path.unlink(missing_ok=True)  # what little space there is, the next try needs
+            atomic_write(path.with_suffix(".json"), json.dumps({"file": asdict(file), "pieces": pieces}), durable=False)
+        except (OSError, NonFiniteError):
+            path.unlink(missing_ok=True)  # on a full disk, the retry needs the space
             raise
 
     def _wait_for_reports(self, save: _Save) -> bool:
@@ -169,8 +182,8 @@ class Saver:
                 return False
         return True
 
-    def _compose(self, save: _Save) -> None:
-        """Complete the manifest by what the ranks have reported."""
+    def _complete_manifest(self, save: _Save) -> None:
+        """Add the files and tensors that the ranks have reported to the manifest."""
         files: list[SavedFile] = []
         tensors = {name: SavedTensor(shape, [], []) for name, shape in self._shapes.items()}
         for number, report in enumerate(save.reports):
@@ -181,36 +194,25 @@ class Saver:
                 tensors[name].kinds[:] = kinds
         save.manifest = replace(save.manifest, files=files, tensors=tensors)
 
-    def _commit(self, save: _Save) -> None:
-        """Make the ranks' files a checkpoint: the manifest, then the name. May be done again from its beginning."""
+    def _publish(self, save: _Save) -> None:
+        """Write the manifest and rename the folder. A failed attempt can be repeated from the start."""
         save.manifest.save(save.partial)
         for report in save.reports:
             report.unlink(missing_ok=True)
-        sync(save.partial)
-        if save.folder.exists():  # of a run that went back before this step
-            remove(save.folder)
-        save.partial.rename(save.folder)
-        sync(save.folder.parent)
+        if save.folder.exists():  # a checkpoint from before a rollback
+            remove_folder(save.folder)
+        publish(save.partial, save.folder)
 
-    def _clean_up(self) -> None:
-        """Let old checkpoints go; one that stays costs room, not this one."""
-        for old in superfluous(self.run_dir, self.keep_last, self.keep_every):
+    def _remove_expired(self) -> None:
+        """Remove old checkpoints; one that cannot be removed is logged and stays."""
+        for old in list_expired(self.run_dir, self.keep_last, self.keep_every):
             try:
-                remove(old)
+                remove_folder(old)
             except OSError as error:
-                self.say(f"{old.name} could not be removed: {_sentence(error, old)}")
+                self.log(f"{old.name} was not removed: {_describe(error, old)}")
 
 
-def sync(folder: Path) -> None:
-    """Make sure that a folder's names are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sentence(error: BaseException, place: Path) -> str:
+def _describe(error: BaseException, path: Path) -> str:
     if isinstance(error, OSError):
-        return f"{error.filename or place}: {error.strerror or error}"
-    return str(error) if isinstance(error, NotFiniteError) else f"{type(error).__name__}: {error}"
+        return f"{error.filename or path}: {error.strerror or error}"
+    return str(error) if isinstance(error, NonFiniteError) else f"{type(error).__name__}: {error}"

@@ -18,7 +18,7 @@ from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import SavedFile
 from pretrain.checkpoint.pieces import Reader, load_weights, write_file
-from pretrain.checkpoint.restore import newest_whole
+from pretrain.checkpoint.restore import newest_intact
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.dataset.open import open_dataset
@@ -250,9 +250,9 @@ def counting(held: dict[str, int]) -> type[Reader]:
     """Return a reader that counts what this rank reads, by kind."""
 
     class CountingReader(Reader):
-        def copy(self, kind: str, name: str, start: int, out: torch.Tensor) -> None:
+        def read_into(self, out: torch.Tensor, name: str, start: int, kind: str = "weight") -> None:
             held[kind] = held.get(kind, 0) + out.numel()
-            super().copy(kind, name, start, out)
+            super().read_into(out, name, start, kind)
 
     return CountingReader
 
@@ -312,12 +312,12 @@ def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
     with (
         open_run(config) as run,
         mock.patch("pretrain.checkpoint.save.write_file", write_or_refuse),
-        mock.patch("pretrain.checkpoint.save.PAUSES", (0.01,)),
+        mock.patch("pretrain.checkpoint.save.RETRY_DELAYS", (0.01,)),
         mock.patch("pretrain.steps.to_device", note),
     ):
         outcome = tracked(run, "", StopSignal())
     checkpoints = [path.name for path in list_checkpoints(folder / "full")]
-    whole = newest_whole(folder / "full")
+    whole = newest_intact(folder / "full")
     return {
         "outcome": outcome.name,
         "steps": [row["step"] for row in rows_of(folder / "full") if "train/loss" in row],

@@ -1,18 +1,59 @@
-"""Checkpoints of tensors that no run has trained."""
+"""A manifest, an engine without DeepSpeed, and checkpoints of tensors that no run has trained."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from pretrain.checkpoint.manifest import Manifest, SavedTensor
 from pretrain.checkpoint.pieces import Layout, Piece, write_file
 from pretrain.engine.partitions import WEIGHT
+from pretrain.state import TrainState
+
+MANIFEST = Manifest(
+    state=TrainState(step=4, position=64, images_seen=48, skipped_ranges=((16, 32),), spike_window=[[1.0], [0.5]]),
+    world_size=2,
+    data_digests={"training": "abc"},
+    class_names=["cat", "dog"],
+    config={
+        "seed": 0,
+        "model": {"hidden_size": 32},
+        "engine": {"zero_stage": 2, "precision": "fp32", "global_batch_size": 16},
+        "schedule": {"total_steps": 8},
+    },
+    git_commit=None,
+)
+
+
+def one_rank_manifest(step: int = 4) -> Manifest:
+    """Return the manifest of a run on one rank at a step."""
+    return replace(MANIFEST, world_size=1, state=replace(MANIFEST.state, step=step))
+
+
+@dataclass
+class PlainEngine:
+    """What DeepSpeed's engine is at stage 0 in fp32 for checkpoints and averages: a module and a torch optimizer."""
+
+    module: nn.Module
+    optimizer: Optimizer
+
+    @classmethod
+    def adamw(cls, module: nn.Module, **options: float) -> "PlainEngine":
+        """Return an engine that trains a module with torch's AdamW."""
+        return cls(module, AdamW(module.parameters(), **options))
+
+    def take_step(self, loss: Callable[[nn.Module], Tensor]) -> None:
+        """Take one optimizer step for a loss of the module."""
+        loss(self.module).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
 
 def write_checkpoint(folder: Path, manifest: Manifest, weights: dict[str, Tensor], num_files: int = 1) -> Path:
-    """Write weights as so many ranks would, each with its share of every tensor."""
+    """Write a checkpoint as `num_files` ranks would, each with its share of every tensor; return its folder."""
     folder.mkdir(parents=True)
     files = []
     tensors = {name: SavedTensor(list(weight.shape), [WEIGHT], []) for name, weight in weights.items()}

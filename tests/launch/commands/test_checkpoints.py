@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from pretrain.state import TrainState
-from tests.pretrain.checkpoint.test_manifest import MANIFEST
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import MANIFEST, write_checkpoint
 from tests.support.launching import Finished, Shell
 
 

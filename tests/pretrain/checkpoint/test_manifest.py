@@ -1,4 +1,4 @@
-"""What counts as a checkpoint, and which run may continue it."""
+"""Which folders count as checkpoints, and which runs may resume from them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,23 +8,9 @@ import pytest
 from pretrain.checkpoint import manifest as manifest_module
 from pretrain.checkpoint.history import find_checkpoint, list_checkpoints, list_damaged
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.restore import newest_whole, restore
+from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.errors import CheckpointError, VersionError
-from pretrain.state import TrainState
-
-MANIFEST = Manifest(
-    state=TrainState(step=4, position=64, images_seen=48, skipped_ranges=((16, 32),), spike_window=[[1.0], [0.5]]),
-    world_size=2,
-    data_digests={"training": "abc"},
-    class_names=["cat", "dog"],
-    config={
-        "seed": 0,
-        "model": {"hidden_size": 32},
-        "engine": {"zero_stage": 2, "precision": "fp32", "global_batch_size": 16},
-        "schedule": {"total_steps": 8},
-    },
-    git_commit=None,
-)
+from tests.support.checkpoints import MANIFEST
 
 
 def saved(folder: Path, step: int = 4) -> Path:
@@ -34,11 +20,11 @@ def saved(folder: Path, step: int = 4) -> Path:
     return path
 
 
-def test_only_whole_checkpoints_are_listed(tmp_path: Path) -> None:
+def test_only_complete_checkpoints_are_listed(tmp_path: Path) -> None:
     for step in (20, 4):
         saved(tmp_path, step)
     (tmp_path / "checkpoints" / "step-00000030").mkdir()  # no manifest
-    saved(tmp_path, 50).rename(tmp_path / "checkpoints" / "step-best")  # a person's own copy
+    saved(tmp_path, 50).rename(tmp_path / "checkpoints" / "step-best")  # a copy that a user has made
     partial = saved(tmp_path, 40)
     partial.rename(partial.with_name(partial.name + ".partial"))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000004", "step-00000020"]
@@ -48,7 +34,7 @@ def test_only_whole_checkpoints_are_listed(tmp_path: Path) -> None:
         find_checkpoint(tmp_path / "nowhere")
 
 
-def test_a_manifest_reads_back_or_says_what_is_wrong(tmp_path: Path) -> None:
+def test_a_manifest_reads_back_or_names_its_fault(tmp_path: Path) -> None:
     path = saved(tmp_path)
     assert Manifest.load(path) == MANIFEST
     text = (path / "manifest.json").read_text()
@@ -63,7 +49,7 @@ def test_a_manifest_reads_back_or_says_what_is_wrong(tmp_path: Path) -> None:
         Manifest.load(tmp_path)
 
 
-def test_a_checkpoint_of_another_version_is_neither_damaged_nor_passed_over(
+def test_a_checkpoint_of_another_version_is_an_error_and_not_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, 4)
@@ -71,32 +57,35 @@ def test_a_checkpoint_of_another_version_is_neither_damaged_nor_passed_over(
         patch.setattr(manifest_module, "VERSION", 99)
         saved(tmp_path, 8)
     sentence = r"step-00000008: checkpoint format 99 is not supported, this version of Vitrail reads format 4; use the"
-    for find in (find_checkpoint, newest_whole):
+    for find in (find_checkpoint, newest_intact):
         with pytest.raises(VersionError, match=sentence):
             find(tmp_path)
     assert len(list_checkpoints(tmp_path)) == 2
 
 
-def test_the_newest_with_a_valid_manifest_is_found(tmp_path: Path) -> None:
+def test_find_checkpoint_returns_the_newest_with_a_valid_manifest(tmp_path: Path) -> None:
     saved(tmp_path, 4)
     (saved(tmp_path, 8) / "manifest.json").write_text("{")
     assert find_checkpoint(tmp_path).name == "step-00000004"
 
 
-def test_a_run_none_of_whose_checkpoints_is_whole_does_not_begin_anew(tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path: Path) -> None:
     for step in (4, 8):
         (saved(tmp_path, step) / "manifest.json").write_text("{")
-    for _ in range(2):  # also the second time: nothing is set aside
-        with pytest.raises(CheckpointError, match="no checkpoint is whole; choose another run_dir") as caught:
-            newest_whole(tmp_path)
+    for _ in range(2):  # also the second time, because nothing was renamed
+        with pytest.raises(
+            CheckpointError,
+            match=r"all checkpoints are damaged; .* or delete .*/checkpoints to start again",
+        ) as caught:
+            newest_intact(tmp_path)
         assert len(str(caught.value).splitlines()) == 3
 
 
-def test_what_is_damaged_is_set_aside_also_when_its_step_was_before(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_renamed_even_if_one_of_its_step_was_before(tmp_path: Path) -> None:
     saved(tmp_path, 4)
     for _ in range(2):
         (saved(tmp_path, 8) / "manifest.json").write_text("{")
-        found, faults = newest_whole(tmp_path)
+        found, faults = newest_intact(tmp_path)
         assert found == tmp_path / "checkpoints" / "step-00000004"
         assert len(faults) == 1
         assert [path.name for path in list_damaged(tmp_path)] == ["step-00000008.damaged"]
@@ -109,17 +98,17 @@ def test_what_is_damaged_is_set_aside_also_when_its_step_was_before(tmp_path: Pa
         ("engine", {"global_batch_size": 32}, "engine.global_batch_size was 16, is 32"),
     ],
 )
-def test_another_run_is_refused(tmp_path: Path, section: str, change: dict[str, int], sentence: str) -> None:
+def test_a_changed_run_is_refused(tmp_path: Path, section: str, change: dict[str, int], sentence: str) -> None:
     config = {**MANIFEST.config, section: {**MANIFEST.config[section], **change}}
     with pytest.raises(CheckpointError) as caught:
         restore(None, saved(tmp_path), replace(MANIFEST, config=config))
     assert caught.value.args[0].splitlines()[1:] == [
         f"  {sentence}",
-        "restore these, or choose another run_dir",
+        "undo these changes, or choose another run_dir",
     ]
 
 
-def test_every_difference_is_listed_at_once(tmp_path: Path) -> None:
+def test_all_changes_are_listed_at_once(tmp_path: Path) -> None:
     other = replace(MANIFEST, world_size=4, data_digests={"training": "xyz"}, config={**MANIFEST.config, "seed": 1})
     with pytest.raises(CheckpointError) as caught:
         restore(None, saved(tmp_path), other)
@@ -129,8 +118,8 @@ def test_every_difference_is_listed_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_what_may_change_does(tmp_path: Path) -> None:
-    """A longer schedule and another topology pass the comparison: the engine is asked, and here there is none."""
+def test_schedule_and_topology_may_change(tmp_path: Path) -> None:
+    """The comparison passes, and then the engine is needed, which is None here."""
     engine = {"zero_stage": 3, "precision": "bf16", "global_batch_size": 16}
     config = {**MANIFEST.config, "schedule": {"total_steps": 99}, "engine": engine}
     with pytest.raises(AttributeError, match="module"):

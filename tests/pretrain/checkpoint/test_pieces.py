@@ -1,4 +1,4 @@
-"""Pieces: whatever ranges were written, any other ranges read back, and safetensors itself agrees."""
+"""Any range of a checkpoint reads back whatever ranges were written, and damage of any kind is found."""
 
 import json
 import math
@@ -7,7 +7,6 @@ import pickle
 import random
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,11 @@ from pretrain.checkpoint import pieces as pieces_module
 from pretrain.checkpoint import save as save_module
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.pieces import Layout, NotFiniteError, Piece, Reader, find_faults, load_weights, write_file
-from pretrain.checkpoint.restore import newest_whole
+from pretrain.checkpoint.pieces import Layout, NonFiniteError, Piece, Reader, find_faults, load_weights, write_file
+from pretrain.checkpoint.restore import newest_intact
 from pretrain.checkpoint.save import Saver
 from pretrain.errors import CheckpointError
-from tests.pretrain.checkpoint.test_manifest import MANIFEST
-from tests.pretrain.checkpoint.test_save import ALONE, Engine
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import MANIFEST, PlainEngine, one_rank_manifest, write_checkpoint
 from tests.support.disk import full_disk
 
 
@@ -49,11 +46,11 @@ def test_any_range_reads_back(
     for name, weight in weights.items():
         start = data.draw(st.integers(0, weight.numel() - 1))
         out = torch.empty(data.draw(st.integers(1, weight.numel() - start)))
-        reader.copy("weight", name, start, out)
+        reader.read_into(out, name, start)
         assert torch.equal(out, weight.flatten()[start : start + len(out)])
 
 
-def test_safetensors_reads_a_ranks_file(tmp_path: Path) -> None:
+def test_safetensors_reads_the_file_of_a_rank(tmp_path: Path) -> None:
     values = torch.arange(7.0)
     layout = Layout([Piece("a", 3, 5, ("weight", "exp_avg")), Piece("b", 0, 3, ("weight",))])
     saved = write_file(tmp_path / "file", layout, values)
@@ -63,11 +60,11 @@ def test_safetensors_reads_a_ranks_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_never_reaches_the_disk(tmp_path: Path, value: float) -> None:
+def test_nan_and_infinity_are_never_written(tmp_path: Path, value: float) -> None:
     layout = Layout([Piece("a", 0, 4, ("weight", "exp_avg"))])
     values = torch.zeros(8)
     values[6] = value
-    with pytest.raises(NotFiniteError, match="exp_avg of a is not finite"):
+    with pytest.raises(NonFiniteError, match="exp_avg of a is not finite"):
         write_file(tmp_path / "file", layout, values)
     assert not (tmp_path / "file").exists()
 
@@ -83,59 +80,57 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_three_hundred_faults_never_load(run: Path, tmp_path: Path) -> None:
-    """Files cut, flipped, gone, swapped or foreign, a name that says unended: the newest whole checkpoint is found."""
+def test_none_of_300_damaged_checkpoints_loads(run: Path, tmp_path: Path) -> None:
+    """Files are flipped, cut, missing, zeroed, swapped or pickled, or the folder has a temporary name."""
     chance = random.Random(0)
     for number in range(300):
         copy = tmp_path / str(number)
         shutil.copytree(run, copy)
-        harmed = {step for step in (3, 2) if step == 3 or chance.random() < 0.3}
-        for step in harmed:
+        damaged_steps = {step for step in (3, 2) if step == 3 or chance.random() < 0.3}
+        for step in damaged_steps:
             damage(copy / "checkpoints" / f"step-{step:08d}", chance)
-        found, faults = newest_whole(copy)
+        found, faults = newest_intact(copy)
         assert found is not None
-        assert found.name == f"step-{3 - len(harmed):08d}"
-        weights, whole = load_weights(found), load_weights(run / "checkpoints" / found.name)
-        assert all(torch.equal(weights[name], whole[name]) for name in whole)
+        assert found.name == f"step-{3 - len(damaged_steps):08d}"
+        weights, intact = load_weights(found), load_weights(run / "checkpoints" / found.name)
+        assert all(torch.equal(weights[name], intact[name]) for name in intact)
         listed = [path.name for path in list_checkpoints(copy)]
-        assert listed[-1] == found.name  # what is damaged can be neither found nor counted again
+        assert listed[-1] == found.name  # a damaged checkpoint is no longer listed
         assert all(str(copy) in fault for fault in faults)
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("way", ["killed", "refused"])
-def test_twenty_disturbed_saves_leave_the_newest_whole_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    """A save gets SIGKILL, at twenty moments from its begin on, or its file is refused all bytes beyond some number."""
-    monkeypatch.setattr(save_module, "PAUSES", (0.0, 0.0))
-    monkeypatch.setattr(pieces_module, "CHUNK", 1 << 12)  # so that most of a save is writing
+@pytest.mark.parametrize("way", ["killed", "full disk"])
+def _saves_leave_the_newest_intact_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Saves are killed at 20 different moments, or the disk is full after 20 different numbers of bytes."""
+    monkeypatch.setattr(save_module, "RETRY_DELAYS", (0.0, 0.0))
+    monkeypatch.setattr(pieces_module, "CHUNK_BYTES", 1 << 12)  # so that most of a save is writing
     module = torch.nn.Linear(512, 512)
-    engine = Engine(module=module, optimizer=torch.optim.AdamW(module.parameters()))
+    engine = PlainEngine.adamw(module)
 
     def save(run_dir: Path, step: int) -> bool:
-        torch.set_num_threads(1)  # the others are not forked along
+        torch.set_num_threads(1)  # other threads would be missing in the forked process
         torch.nn.init.constant_(module.weight, step)
         saver = Saver(run_dir, keep_last=2)
-        saver.begin(engine, replace(ALONE, step=step))
+        saver.begin(engine, one_rank_manifest(step))
         return saver.finish()
 
     assert save(tmp_path / "older", 1)
     started = time.perf_counter()
-    assert save(tmp_path / "usual", 2)
-    usual_seconds = time.perf_counter() - started
+    assert save(tmp_path / "undisturbed", 2)
+    save_seconds = time.perf_counter() - started
     for number in range(20):
         copy = shutil.copytree(tmp_path / "older", tmp_path / str(number))
         if way == "killed":
             process = multiprocessing.get_context("fork").Process(target=save, args=[copy, 2])
             process.start()
-            time.sleep(1.5 * usual_seconds * number / 20)  # a forked process is slower
+            time.sleep(1.5 * save_seconds * number / 20)  # a forked process is slower
             process.kill()
             process.join()
         else:
             with full_disk(module.weight.nbytes * number // 20):
                 assert not save(copy, 2)
-        found, faults = newest_whole(copy)
+        found, faults = newest_intact(copy)
         assert found is not None
         assert not faults
         assert found.name == f"step-0000000{1 + (found.parent / 'step-00000002').exists()}"
@@ -167,7 +162,7 @@ def damage(folder: Path, chance: random.Random) -> None:
 
 
 class Bomb:
-    """Ends whoever unpickles it."""
+    """An object that ends the process which unpickles it."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return (exit, (99,))
@@ -182,10 +177,10 @@ def test_a_pickle_in_place_of_any_file_is_refused(run: Path, tmp_path: Path) -> 
             load_weights(folder)
 
 
-def test_a_manifest_whose_pieces_leave_a_gap_is_refused(run: Path, tmp_path: Path) -> None:
+def test_pieces_with_a_gap_are_found(run: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(run / "checkpoints" / "step-00000003", tmp_path / "step-00000003"))
     manifest = Manifest.load(folder)
     manifest.tensors["layer.weight"].pieces[0][2] -= 1
     manifest.save(folder)
-    assert list(find_faults(folder)) == [f"{folder}: the pieces of layer.weight do not make up the tensor"]
-    assert json.loads((folder / "manifest.json").read_text())["version"] == 3
+    assert list(find_faults(folder)) == [f"{folder}: damaged (the pieces of layer.weight leave a gap or overlap)"]
+    assert json.loads((folder / "manifest.json").read_text())["version"] == 4

@@ -14,8 +14,7 @@ from pretrain.model.hub_names import encoder_to_hub, fold_layer_scale, hub_encod
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
-from tests.pretrain.checkpoint.test_manifest import MANIFEST
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import MANIFEST, write_checkpoint
 
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
 NAMES = ["cat", "dog"]
