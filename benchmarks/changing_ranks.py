@@ -26,7 +26,7 @@ import torch
 from benchmarks.digits_run import disturb, prepare, start
 from pretrain.config import PretrainConfig
 from pretrain.configfile import read_command_line
-from pretrain.data.loading.loader import Batch
+from pretrain.data.transforms.batch import Batch
 from pretrain.steps import to_device
 
 RECORDS = "RECORDS"  # the variable that tells a rank where to note its samples

@@ -46,11 +46,11 @@ from pretrain.config import (
     SupervisedConfig,
 )
 from pretrain.data.dataset.open import open_dataset
-from pretrain.data.loading.loader import Batch, training_batches
+from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
-from pretrain.data.transforms.views import augment
+from pretrain.data.transforms.batch import Batch, augment
 from pretrain.engine.deepspeed import build_engine, set_learning_rate, start_distributed
 from pretrain.export.vit_mae import hub_mae_config
 from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub
@@ -219,15 +219,9 @@ def load_batches(
     batches = training_batches(
         samples,
         objective.train_view(model.image_size),
-        seed=seed,
-        window=4,
+        BatchPlan(seed=seed, shuffle_window=4, global_batch_size=batch),
         start=0,
         stop=steps * batch,
-        global_batch_size=batch,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=0,
     )
     return [each.tensors for each in batches]
 

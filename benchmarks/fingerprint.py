@@ -43,9 +43,10 @@ def run_rank(folder: Path) -> None:
     digest = hashlib.sha256()
 
     def hashing(engine: Any, batch: Any, *args: Any, **options: Any) -> Any:
-        for name in sorted(batch):
-            if name.rpartition(".")[2] in ("image", "position"):
-                digest.update(batch[name].detach().cpu().numpy().tobytes())
+        crops = [batch.get(name, {}).get("image") for name in ("global_crops", "local_crops")]
+        for tensor in (crops[0], batch.get("image"), batch["position"], crops[1]):
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().numpy().tobytes())
         return forward(engine, batch, *args, **options)
 
     DeepSpeedEngine.forward = hashing

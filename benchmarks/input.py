@@ -32,7 +32,7 @@ from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.order import Order, Part, micro_batches
-from pretrain.data.loading.loader import training_batches
+from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.shards.bench import SIZE, Row, compare, loader_rate
 from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
@@ -122,15 +122,9 @@ def starting(work: Path) -> list[Row]:
     loading = training_batches(
         samples,
         TrainView(AugmentConfig(), SIZE),
-        seed=0,
-        window=64,
+        BatchPlan(seed=0, shuffle_window=64, global_batch_size=64, num_workers=1),
         start=64 * 1000,
         stop=64 * 2000,
-        global_batch_size=64,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=1,
     )
     next(loading)
     took = time.perf_counter() - started

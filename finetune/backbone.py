@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 from torch import nn
 
-from pretrain.data.transforms.decode import Pixels
+from pretrain.data.transforms.decode import ImageArray
 from pretrain.errors import UserError
 
 transformers.utils.logging.set_verbosity_error()  # what its load report would say is checked below
@@ -33,12 +33,12 @@ class Preprocessor:
 
     processor: Any
 
-    def __call__(self, image: Pixels, random: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: ImageArray, random: np.random.Generator) -> dict[str, torch.Tensor]:
         return {"image": self.processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]}
 
     @property
     def image_size(self) -> int:
-        """Pixels of the square that the model sees."""
+        """ImageArray of the square that the model sees."""
         size = self.processor.crop_size if getattr(self.processor, "do_center_crop", False) else self.processor.size
         return int(size["height"] if size["height"] else size["shortest_edge"])
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.loading.loader import Fault, evaluation_batches
+from pretrain.data.loading.loader import BadSample, evaluation_batches
 from pretrain.data.loading.quarantine import Quarantine
 from pretrain.data.transforms.views import View
 from pretrain.distributed import gather, rank, sum_over_ranks, world_size
@@ -41,13 +41,13 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    faults: list[Fault] = []
+    faults: list[BadSample] = []
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for loaded in evaluation_batches(
         samples, view, batch_size=batch_size, rank=rank(), world_size=world_size(), num_workers=num_workers
     ):
         batch = loaded.tensors
-        faults += loaded.faults
+        faults += loaded.bad_samples
         labels, weight = batch["label"].to(device), batch["weight"].to(device)
         logits = model(pixel_values=batch["image"].to(device)).logits.float()
         loss = F.cross_entropy(logits, labels, reduction="none")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from finetune.backbone import load_classifier, load_preprocessor
-from pretrain.data.transforms.decode import DecodeError, Pixels, decode
+from pretrain.data.transforms.decode import DecodeError, ImageArray, decode
 from pretrain.distributed import device
 from pretrain.errors import DataError
 
@@ -50,7 +50,7 @@ def predict(folder: Path, images: Sequence[Path], top_k: int = 3) -> Iterator[Pr
             yield Prediction(path, [(names[label], value) for label, value in zip(labels, values, strict=True)])
 
 
-def _read(path: Path) -> Pixels:
+def _read(path: Path) -> ImageArray:
     try:
         return decode(path.read_bytes(), scales=True)
     except OSError as error:

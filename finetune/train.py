@@ -19,13 +19,15 @@ from finetune.config import FinetuneConfig
 from finetune.metrics import evaluate
 from pretrain import distributed
 from pretrain.configfile import CommandLine, exit_with_mistake, flatten
-from pretrain.data.dataset.dataset import Dataset, LabelSubset
+from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.order import random_bits
-from pretrain.data.loading.loader import Batch, Fault, Loaded, training_batches
+from pretrain.data.dataset.subset import LabelSubset
+from pretrain.data.loading.loader import BadSample, BatchPlan, LoadedBatch, training_batches
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
+from pretrain.data.transforms.batch import Batch, augment, to_device
 from pretrain.data.transforms.mixup import cross_entropy, mix_neighbors, mixed_loss
-from pretrain.data.transforms.views import TrainView, augment
+from pretrain.data.transforms.views import TrainView
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import DataError, MachineError, UserError
 from pretrain.optimizers import build_optimizer
@@ -208,7 +210,7 @@ def train(run: Run, tracker: Tracker) -> Best:
         torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))  # for dropout
         micro_batches, waited = next(batches)
         interval.add(*_step(run, micro_batches), waited)
-        interval.faults += [fault for loaded in micro_batches for fault in loaded.faults]
+        interval.faults += [fault for loaded in micro_batches for fault in loaded.bad_samples]
 
         if step % config.logging.every_steps == 0 or step == total_steps:
             row = interval.close(run, step)
@@ -234,7 +236,7 @@ class Interval:
     waited: float = 0.0
     losses: list[Tensor] = field(default_factory=list)
     norm: Tensor | None = None
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[BadSample] = field(default_factory=list)
 
     def add(self, loss: Tensor, norm: Tensor, waited: float) -> None:
         """Count one optimizer step."""
@@ -270,13 +272,12 @@ def open_tracker(run: Run, config_text: str, enabled: bool = True) -> Tracker:
     )
 
 
-def _step(run: Run, micro_batches: list[Loaded]) -> tuple[Tensor, Tensor]:
+def _step(run: Run, micro_batches: list[LoadedBatch]) -> tuple[Tensor, Tensor]:
     """Take one optimizer step; return this rank's share of the mean loss and the norm of all ranks' gradient."""
     total = torch.zeros((), device=run.accelerator.device)
     for i, loaded in enumerate(micro_batches, start=1):
         with contextlib.nullcontext() if i == len(micro_batches) else run.accelerator.no_sync(run.model):
-            batch = {name: value.to(run.accelerator.device) for name, value in loaded.tensors.items()}
-            loss = _loss(run, batch) * (loaded.weight / len(micro_batches))
+            loss = _loss(run, to_device(loaded.tensors, run.accelerator.device)) * (loaded.weight / len(micro_batches))
             run.accelerator.backward(loss)
         total += loss.detach()
     limit = run.config.engine.gradient_clipping or math.inf
@@ -297,24 +298,26 @@ def _loss(run: Run, batch: Batch) -> Tensor:
     return mixed_loss(lambda target: cross_entropy(logits, target, smoothing), labels, own_share)
 
 
-def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[Loaded], float]]:
+def _batches(run: Run, total_steps: int) -> Iterator[tuple[list[LoadedBatch], float]]:
     """Yield each step's micro-batches of this rank, with the seconds spent waiting for them."""
     config, world_size = run.config, run.accelerator.num_processes
     accumulation_steps = config.engine.accumulation_steps(world_size)
     batches = training_batches(
         run.training,
         TrainView(config.augment, run.preprocessor.image_size),
-        seed=config.seed,
-        window=len(run.training.shard_sizes),
+        BatchPlan(
+            seed=config.seed,
+            shuffle_window=len(run.training.shard_sizes),
+            global_batch_size=config.engine.global_batch_size,
+            accumulation_steps=accumulation_steps,
+            rank=distributed.rank(),
+            world_size=world_size,
+            num_workers=config.data.num_workers,
+            num_threads=config.data.num_threads,
+            group_size=2 if config.augment.mixes else 1,
+        ),
         start=0,
         stop=total_steps * config.engine.global_batch_size,
-        global_batch_size=config.engine.global_batch_size,
-        accumulation_steps=accumulation_steps,
-        rank=distributed.rank(),
-        world_size=world_size,
-        num_workers=config.data.num_workers,
-        num_threads=config.data.num_threads,
-        group_size=2 if config.augment.mixes else 1,
     )
     while True:
         start = time.perf_counter()

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.loading.loader import Fault, Loaded, evaluation_batches
+from pretrain.data.loading.loader import BadSample, LoadedBatch, evaluation_batches
+from pretrain.data.transforms.batch import to_device
 from pretrain.errors import DataError
 from pretrain.metrics.probes import effective_rank, feature_spread, predict_by_linear_probe, predict_by_neighbors
 from pretrain.objectives.objective import Output
 from pretrain.outcome import Outcome
 from pretrain.run import Run
-from pretrain.steps import to_device
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker, picture_name
 
@@ -100,8 +100,8 @@ def _frozen(run: Run) -> Iterator[None]:
 
 
 def _batches(
-    run: Run, samples: Dataset, stopping: Callable[[], bool], output: Output, at_most: int | None = None
-) -> Iterator[tuple[Loaded, dict[str, Tensor]]]:
+    run: Run, samples: Dataset, stopping: Callable[[], bool], output: Output, max_samples: int | None = None
+) -> Iterator[tuple[LoadedBatch, dict[str, Tensor]]]:
     """Yield this rank's batches and what the objective answers."""
     batches = evaluation_batches(
         samples,
@@ -110,15 +110,15 @@ def _batches(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=run.config.data.num_workers,
-        at_most=at_most,
+        max_samples=max_samples,
     )
-    faults: list[Fault] = []
+    faults: list[BadSample] = []
     for loaded in batches:
         run.watch.enter("evaluate")  # each a turn of its own, so that a long evaluation is no hang
         if distributed.is_true_anywhere(stopping()):
             batches.close()
             raise _StoppedError
-        faults += loaded.faults
+        faults += loaded.bad_samples
         yield loaded, run.engine(to_device(loaded.tensors, run.engine.device), output=output)
     run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
 
@@ -157,11 +157,11 @@ def _probe(run: Run, validation: Dataset, stopping: Callable[[], bool]) -> dict[
 
 
 def _features(
-    run: Run, samples: Dataset, stopping: Callable[[], bool], at_most: int | None = None
+    run: Run, samples: Dataset, stopping: Callable[[], bool], max_samples: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return features [N, D], labels [N] and positions [N] of this rank's usable samples."""
     features, labels, positions = [], [], []
-    for loaded, answers in _batches(run, samples, stopping, "features", at_most):
+    for loaded, answers in _batches(run, samples, stopping, "features", max_samples):
         kept = loaded.tensors["weight"] > 0
         features.append(answers["features"][kept.to(run.engine.device)])
         labels.append(loaded.tensors["label"][kept])
@@ -173,7 +173,7 @@ def _draw(run: Run, validation: Dataset) -> None:
     """Draw the same images each time; every rank computes them, since ZeRO 3 needs all of them."""
     view, number = run.objective.evaluation_view(), NUM_PICTURES
     batches = evaluation_batches(
-        validation, view, batch_size=number, rank=0, world_size=1, num_workers=0, at_most=number
+        validation, view, batch_size=number, rank=0, world_size=1, num_workers=0, max_samples=number
     )
     for loaded in batches:
         pictures = run.engine(to_device(loaded.tensors, run.engine.device), output="pictures")["pictures"]

@@ -124,7 +124,7 @@ def open_data(config: PretrainConfig) -> Data:
     cache = open_cache(config.data)
     labeled = config.objective.needs_labels
     training = open_dataset(config.data.train, config.data.weights, cache, labeled)
-    training.check_room(config.data.shuffle_window)
+    training.check_cache_size(config.data.shuffle_window)
     validation = open_dataset(config.data.validation, cache=cache) if config.data.validation else None
     if labeled and validation and validation.class_names != training.class_names:
         raise DataError(f"{config.data.validation}: its classes differ from those of the training data")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pretrain import distributed
-from pretrain.data.dataset.order import Repeats
-from pretrain.data.loading.loader import Batch, Fault, Loaded, training_batches
-from pretrain.data.loading.meters import Meter, metrics
-from pretrain.data.transforms.device_decode import unpack
+from pretrain.data.loading.loader import BadSample, BatchPlan, LoadedBatch, training_batches
+from pretrain.data.loading.meters import Meter, loading_metrics
+from pretrain.data.transforms.batch import Batch, to_device
+from pretrain.data.transforms.device_decode import decode_on_device
 from pretrain.errors import BadSampleError
 from pretrain.health import Verdict
 from pretrain.run import Run
@@ -28,15 +28,27 @@ class Batches:
         self.run = run
         self.watch = run.watch
         self.device = run.engine.device
-        repeats = Repeats(run.config.data.repeats, engine.global_batch_size)
-        self.order = run.data.training.order(run.config.seed, run.config.data.shuffle_window, repeats)
         self.decoder = run.decoder
         self.image_size = run.config.model.image_size
         self.meter = Meter()
-        self.faults: list[Fault] = []
+        self.faults: list[BadSample] = []
         self.per_step = engine.accumulation_steps(distributed.world_size())
+        self.plan = BatchPlan(
+            seed=run.config.seed,
+            shuffle_window=run.config.data.shuffle_window,
+            global_batch_size=engine.global_batch_size,
+            accumulation_steps=self.per_step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=run.config.data.num_workers,
+            num_threads=run.config.data.num_threads,
+            group_size=run.objective.group_size,
+            views_per_image=run.config.data.repeats,
+            decodes_jpegs=self.decoder is None,
+        )
+        self.order = self.plan.order(run.data.training)
         self.samples = run.data.training
-        self._stretch: Generator[Loaded, None, None] | None = None
+        self._stretch: Generator[LoadedBatch, None, None] | None = None
         self.global_batch_size = engine.global_batch_size
         left = (run.config.schedule.total_steps - run.state.step) * engine.global_batch_size
         changes = run.config.schedule.size_changes(engine.global_batch_size)
@@ -46,25 +58,10 @@ class Batches:
             for stretch in stretches_by_size(start, stop, changes, self.image_size)
         )
 
-    def _load(self, run: Run, start: int, stop: int, image_size: int) -> Generator[Loaded, None, None]:
+    def _load(self, run: Run, start: int, stop: int, image_size: int) -> Generator[LoadedBatch, None, None]:
         """Load the positions from `start` to before `stop`."""
-        engine = run.config.engine
         self._stretch = training_batches(
-            run.data.training,
-            run.objective.train_view(image_size),
-            seed=run.config.seed,
-            window=run.config.data.shuffle_window,
-            start=start,
-            stop=stop,
-            global_batch_size=engine.global_batch_size,
-            accumulation_steps=self.per_step,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            num_workers=run.config.data.num_workers,
-            num_threads=run.config.data.num_threads,
-            decode_here=self.decoder is None,
-            group_size=run.objective.group_size,
-            views=run.config.data.repeats,
+            run.data.training, run.objective.train_view(image_size), self.plan, start, stop
         )
         return self._stretch
 
@@ -93,16 +90,16 @@ class Batches:
         for number in range(self.per_step):
             self.watch.enter("data", self.run.state.step)
             asked_at = time.monotonic()
-            loaded: Loaded = next(self.loading)
-            self.meter.note(loaded, asked_at, time.monotonic())
-            self.faults += loaded.faults
+            loaded: LoadedBatch = next(self.loading)
+            self.meter.add(loaded, asked_at, time.monotonic())
+            self.faults += loaded.bad_samples
             batch = self._on_device(loaded.tensors)
             self.watch.enter("forward")
             yield batch, loaded.weight, number == self.per_step - 1
 
     def _on_device(self, batch: Batch) -> Batch:
         if self.decoder is not None:
-            batch = unpack(batch, self.image_size, self.device, self.decoder)
+            batch = decode_on_device(batch, self.image_size, self.device, self.decoder)
         return to_device(batch, self.device)
 
     def epochs(self, position: int) -> dict[str, float]:
@@ -110,7 +107,7 @@ class Batches:
         epochs = self.order.epochs(position)
         return {f"data/epoch_{i}" if len(epochs) > 1 else "data/epoch": epoch for i, epoch in enumerate(epochs)}
 
-    def take_faults(self) -> list[Fault]:
+    def take_faults(self) -> list[BadSample]:
         """Return the faults met since the last call."""
         faults, self.faults = self.faults, []
         return faults
@@ -164,11 +161,6 @@ class Interval:
             "data/samples": run.state.position,
             "data/bad_samples": len(run.quarantine),
             **batches.epochs(run.state.position),
-            **metrics(work, seconds, world_size, max(config.data.num_workers, 1) * config.data.num_threads),
+            **loading_metrics(work, seconds, world_size, max(config.data.num_workers, 1) * config.data.num_threads),
         }
         return row
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Start copying a batch to the device."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

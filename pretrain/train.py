@@ -9,7 +9,7 @@ from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, flatten
 from pretrain.data.dataset.order import random_bits
-from pretrain.data.loading.meters import verdict
+from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
 from pretrain.errors import DataError, DivergedError, MachineError, UserError
 from pretrain.evaluation import evaluate, is_due, is_owed
@@ -139,7 +139,7 @@ def report(run: Run, row: dict[str, float], tracker: Tracker, progress: Progress
     """Write a row of metrics, show it, and hold the data to its budget."""
     tracker.log(row, run.state.step)
     progress.print_metrics(row, run.state.step)
-    progress.print_bottleneck(verdict(row, run.config.data.num_workers))
+    progress.print_bottleneck(describe_bottleneck(row, run.config.data.num_workers))
     run.quarantine.check(run.state.position)
 
 

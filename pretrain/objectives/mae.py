@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import MAEConfig, PreprocessingConfig
+from pretrain.data.transforms.batch import Batch, augment
 from pretrain.data.transforms.color import denormalize
-from pretrain.data.transforms.views import EvalView, MaskedView, TrainView, View, augment
+from pretrain.data.transforms.views import EvalView, PatchOrderView, TrainView, View
 from pretrain.model.mae_decoder import MAEDecoder
 from pretrain.model.vit import ViT, patchify, take, unpatchify
 from pretrain.objectives.objective import Objective
@@ -45,17 +46,17 @@ class MAEObjective(Objective):
 
     def train_view(self, image_size: int) -> View:
         view = TrainView(self.config.augment, image_size)
-        return MaskedView(view, self.encoder.config.num_patches)
+        return PatchOrderView(view, self.encoder.config.num_patches)
 
     def evaluation_view(self) -> View:
         view = EvalView(self.encoder.config.image_size, self.preprocessing.resize_ratio)
-        return MaskedView(view, self.encoder.config.num_patches)
+        return PatchOrderView(view, self.encoder.config.num_patches)
 
-    def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def train_losses(self, batch: Batch) -> dict[str, Tensor]:
         images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
         return {"loss": self.losses(images, batch["patch_order"]).mean()}
 
-    def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: Batch) -> dict[str, Tensor]:
         losses = self.losses(self.normalized_images(batch), batch["patch_order"])
         return {"loss": (losses * batch["weight"]).sum()}
 
@@ -87,7 +88,7 @@ class MAEObjective(Objective):
             return torch.zeros_like(patches[..., :1]), torch.ones_like(patches[..., :1])
         return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + MIN_VARIANCE).sqrt()
 
-    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+    def pictures(self, batch: Batch) -> Tensor:
         """Return four kinds of columns: the image, its visible patches, the reconstruction and the attention maps.
 
         Predicted patches are shown with the mean and standard deviation of the true ones, because the decoder predicts

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig
+from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.color import normalize
 from pretrain.data.transforms.views import View
 from pretrain.model.vit import ViT
@@ -47,14 +48,14 @@ class Objective(nn.Module, ABC):
         """Return the picklable transform that data workers apply to images in evaluation."""
 
     @abstractmethod
-    def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def train_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss" and any further scalars worth logging, each the mean over the batch."""
 
     @abstractmethod
-    def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Return "loss" and any further metrics, each summed over the samples after multiplying by "weight" [B]."""
 
-    def forward(self, batch: dict[str, Tensor], output: Output = "losses") -> dict[str, Tensor]:
+    def forward(self, batch: Batch, output: Output = "losses") -> dict[str, Tensor]:
         """Compute one kind of output. DeepSpeed's engine and its ZeRO hooks support no other entry point.
 
         Args:
@@ -74,12 +75,12 @@ class Objective(nn.Module, ABC):
             return {"features": self.encoder(images)[:, 0].float()}
         return self.train_losses(batch) if self.training else self.evaluation_sums(batch)
 
-    def normalized_images(self, batch: dict[str, Tensor]) -> Tensor:
+    def normalized_images(self, batch: Batch) -> Tensor:
         """Return the images [B, C, H, W] normalized as the exported image processor does."""
         pixels = batch["image"].float() / 255
         return normalize(pixels, self.preprocessing.image_mean, self.preprocessing.image_std)
 
-    def pictures(self, batch: dict[str, Tensor]) -> Tensor:
+    def pictures(self, batch: Batch) -> Tensor:
         """Return each image followed by pictures of what the model has learned from it.
 
         This implementation shows one attention map per head of the last block: how much the CLS token attends to each

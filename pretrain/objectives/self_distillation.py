@@ -1,7 +1,7 @@
 """Self-distillation (DINO, iBOT; arXiv 2304.07193): a student learns to match a moving average of itself.
 
 Letters in shapes: B images, C channels, H height and W width in pixels, K prototypes, D hidden size, N patches,
-M masked patches of all large crops.
+M masked patches of all global crops.
 """
 
 import math
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SelfDistillationConfig
-from pretrain.data.transforms.multi_crop import NUM_LARGE, CropsView
-from pretrain.data.transforms.views import EvalView, TrainView, View, augment
+from pretrain.data.transforms.batch import Batch, augment, merge_crops
+from pretrain.data.transforms.multi_crop import NUM_GLOBAL_CROPS, MultiCropView
+from pretrain.data.transforms.views import EvalView, TrainView, View
 from pretrain.distributed import gather_rows, sum_over_ranks
 from pretrain.model.projection_head import ProjectionHead
 from pretrain.model.vit import INITIAL_STD, ViT, take
@@ -75,10 +76,10 @@ class SelfDistillationObjective(Objective):
 
     def train_view(self, image_size: int) -> View:
         config = self.config
-        small = config.augment.model_copy(update={"crop_scale": config.local_crop_scale})
-        return CropsView(
+        local = config.augment.model_copy(update={"crop_scale": config.local_crop_scale})
+        return MultiCropView(
             TrainView(config.augment, image_size),
-            TrainView(small, config.local_image_size),
+            TrainView(local, config.local_image_size),
             config.num_local_crops,
             image_size // self.student.config.patch_size,
             config.mask_probability,
@@ -115,53 +116,51 @@ class SelfDistillationObjective(Objective):
         first, last = self.config.initial_teacher_temperature, self.config.teacher_temperature
         return first + (last - first) * min(1.0, self._progress / self.config.temperature_warmup_fraction)
 
-    def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def train_losses(self, batch: Batch) -> dict[str, Tensor]:
         """Return the DINO, iBOT and KoLeo losses and "loss", their weighted sum."""
-        masked = batch["hidden"].flatten(0, 1)  # [2 B, N]
-        large, small = (self._crops(batch, size) for size in ("large", "small"))
-        weights = sample_weights(batch["position"]).repeat_interleave(NUM_LARGE)
-        cls_targets, patch_targets = self._teacher_targets(large, masked, weights)
-        tokens = self.student(large, mask=(masked, self.mask_token))
-        large_cls = tokens[:, 0].reshape(-1, NUM_LARGE, tokens.shape[-1])  # [B, 2, D]
-        small_cls = self.student(small)[:, 0].reshape(len(large_cls), -1, tokens.shape[-1])  # [B, crops, D]
+        masked = batch["mask"].flatten(0, 1)  # [2 B, N]
+        global_crops, local_crops = self._augment(batch["global_crops"]), self._augment(batch["local_crops"])
+        weights = sample_weights(batch["position"]).repeat_interleave(NUM_GLOBAL_CROPS)
+        cls_targets, patch_targets = self._teacher_targets(global_crops, masked, weights)
+        tokens = self.student(global_crops, mask=(masked, self.mask_token))
+        global_cls = tokens[:, 0].reshape(-1, NUM_GLOBAL_CROPS, tokens.shape[-1])  # [B, 2, D]
+        local_cls = self.student(local_crops)[:, 0].reshape(len(global_cls), -1, tokens.shape[-1])  # [B, crops, D]
         losses = {
             "dino": dino_loss(
-                self._student_log_probs(large_cls),
-                self._student_log_probs(small_cls),
-                cls_targets.reshape(len(large_cls), NUM_LARGE, -1),
+                self._student_log_probs(global_cls),
+                self._student_log_probs(local_cls),
+                cls_targets.reshape(len(global_cls), NUM_GLOBAL_CROPS, -1),
             ),
             "ibot": self._patch_loss(tokens[:, 1:][masked], patch_targets, masked),
-            "koleo": koleo_loss(large_cls.float(), batch["position"]),
+            "koleo": koleo_loss(global_cls.float(), batch["position"]),
         }
         loss = losses["dino"] + losses["ibot"] + self.config.koleo_weight * losses["koleo"]
         return {"loss": loss, **losses}
 
-    def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Return the cross-entropy between teacher and student on whole images, at the final teacher temperature."""
         images = self.normalized_images(batch)
         targets = (self.cls_head(self.encoder(images)[:, 0]) / self.config.teacher_temperature).softmax(dim=-1)
         log_probs = self._student_log_probs(self.student(images.to(self.student.cls_token.dtype))[:, 0])
         return {"loss": (-(targets * log_probs).sum(-1) * batch["weight"]).sum()}
 
-    def _crops(self, batch: dict[str, Tensor], size: str) -> Tensor:
-        """Return all "large" or "small" crops, augmented; the crops of an image are adjacent: [B * crops, C, H, W]."""
-        prefix = f"{size}."
-        fields = {name.removeprefix(prefix): batch[name].flatten(0, 1) for name in batch if name.startswith(prefix)}
-        images = augment(fields, self.preprocessing.image_mean, self.preprocessing.image_std)
+    def _augment(self, crops: Batch) -> Tensor:
+        """Return the augmented crops; the crops of an image are adjacent: [B * crops, C, H, W]."""
+        images = augment(merge_crops(crops), self.preprocessing.image_mean, self.preprocessing.image_std)
         return images.to(self.student.cls_token.dtype)
 
     @torch.no_grad()
-    def _teacher_targets(self, large: Tensor, masked: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _teacher_targets(self, global_crops: Tensor, masked: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's balanced probabilities for CLS tokens [2 B, K] and for masked patches [M, K].
 
         Args:
-            large: Large crops, [2 B, C, H, W].
+            global_crops: Global crops, [2 B, C, H, W].
             masked: Whether a patch is masked for the student, bool [2 B, N].
             weights: Weight of each crop, [2 B].
         """
-        is_low_precision = large.dtype != torch.float32
-        with torch.autocast(large.device.type, torch.bfloat16, enabled=is_low_precision):
-            tokens = self.encoder(large)
+        is_low_precision = global_crops.dtype != torch.float32
+        with torch.autocast(global_crops.device.type, torch.bfloat16, enabled=is_low_precision):
+            tokens = self.encoder(global_crops)
             cls_logits, patch_logits = self.cls_head(tokens[:, 0]), self.patch_head(tokens[:, 1:][masked])
         patch_weights = weights[:, None].expand_as(masked)[masked]
         return (
@@ -175,7 +174,7 @@ class SelfDistillationObjective(Objective):
         return logits.log_softmax(dim=-1)
 
     def _patch_loss(self, patches: Tensor, targets: Tensor, masked: Tensor) -> Tensor:
-        """Return the mean over large crops of each crop's mean cross-entropy over its masked patches.
+        """Return the mean over global crops of each crop's mean cross-entropy over its masked patches.
 
         Args:
             patches: The student's tokens of masked patches, [M, D].
@@ -208,18 +207,18 @@ def sample_weights(positions: Tensor) -> Tensor:
     return 1 / (positions[:, None] == all_positions).sum(dim=1)
 
 
-def dino_loss(large_log_probs: Tensor, small_log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy -sum_k(target * log p) over all pairs of a crop and a different large crop.
+def dino_loss(global_log_probs: Tensor, local_log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy -sum_k(target * log p) over all pairs of a crop and a different global crop.
 
     Args:
-        large_log_probs: The student's log-probabilities for large crops, [B, 2, K].
-        small_log_probs: The student's log-probabilities for small crops, [B, crops, K].
-        targets: The teacher's probabilities for large crops, [B, 2, K].
+        global_log_probs: The student's log-probabilities for global crops, [B, 2, K].
+        local_log_probs: The student's log-probabilities for local crops, [B, crops, K].
+        targets: The teacher's probabilities for global crops, [B, 2, K].
     """
-    from_large = (targets.flip(1) * large_log_probs).sum(-1).sum(1)
-    from_small = (targets.sum(1, keepdim=True) * small_log_probs).sum(-1).sum(1)
-    pairs = NUM_LARGE * (NUM_LARGE - 1 + small_log_probs.shape[1])
-    return -(from_large + from_small).mean() / pairs
+    from_global = (targets.flip(1) * global_log_probs).sum(-1).sum(1)
+    from_local = (targets.sum(1, keepdim=True) * local_log_probs).sum(-1).sum(1)
+    pairs = NUM_GLOBAL_CROPS * (NUM_GLOBAL_CROPS - 1 + local_log_probs.shape[1])
+    return -(from_global + from_local).mean() / pairs
 
 
 def sinkhorn_knopp(logits: Tensor, weights: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SupervisedConfig
+from pretrain.data.transforms.batch import Batch, augment
 from pretrain.data.transforms.mixup import binary_cross_entropy, cross_entropy, mix_neighbors, mixed_loss
-from pretrain.data.transforms.views import EvalView, MaskedView, TrainView, View, augment
+from pretrain.data.transforms.views import EvalView, PatchOrderView, TrainView, View
 from pretrain.errors import UserError
 from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
@@ -55,7 +56,7 @@ class SupervisedObjective(Objective):
     def train_view(self, image_size: int) -> View:
         view = TrainView(self.config.augment, image_size)
         num_patches = (image_size // self.encoder.config.patch_size) ** 2
-        return MaskedView(view, num_patches) if self.config.patch_dropout else view
+        return PatchOrderView(view, num_patches) if self.config.patch_dropout else view
 
     def evaluation_view(self) -> View:
         return EvalView(self.encoder.config.image_size, self.preprocessing.resize_ratio)
@@ -76,7 +77,7 @@ class SupervisedObjective(Objective):
         losses = self.loss(logits, labels, self.config.label_smoothing)
         return losses * self.class_weights[labels] if self.config.class_weights != "none" else losses
 
-    def train_losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def train_losses(self, batch: Batch) -> dict[str, Tensor]:
         images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
         mixes, own_share = self.config.augment.mixes, torch.empty(0)
         if mixes:
@@ -90,7 +91,7 @@ class SupervisedObjective(Objective):
             return {"loss": mixed_loss(partial(self.losses, logits), labels, own_share)}
         return {"loss": self.losses(logits, labels).mean()}
 
-    def evaluation_sums(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: Batch) -> dict[str, Tensor]:
         labels, weight = batch["label"], batch["weight"]
         logits = self.logits(self.normalized_images(batch))
         correct = (logits.argmax(dim=1) == labels).float()

@@ -14,7 +14,7 @@ from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
-from pretrain.data.loading.loader import Batch
+from pretrain.data.transforms.batch import Batch
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.errors import DivergedError
 from pretrain.journal import read_rows

@@ -22,8 +22,9 @@ from pretrain.checkpoint.restore import newest_intact
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.dataset.open import open_dataset
-from pretrain.data.loading.loader import Batch, training_batches
+from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
+from pretrain.data.transforms.batch import Batch
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.partitions import count_optimizer_steps
 from pretrain.journal import read_rows
@@ -406,15 +407,9 @@ def reference(recipe: Path, *overrides: str, steps: int | None = None) -> dict[s
     batches = training_batches(
         training,
         objective.train_view(config.model.image_size),
-        seed=config.seed,
-        window=config.data.shuffle_window,
+        BatchPlan(seed=config.seed, shuffle_window=config.data.shuffle_window, global_batch_size=batch_size),
         start=0,
         stop=(schedule.total_steps if steps is None else steps) * batch_size,
-        global_batch_size=batch_size,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=0,
     )
     for step, loaded in enumerate(batches):
         rate = learning_rate_at(

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pretrain.config import HealthConfig
-from pretrain.data.dataset.order import past, stretches
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.health import FEWEST_STEPS, WINDOW, Health
 from tests.pretrain.ranks_health import AFTER_A_SAVE, BATCH, FAULTS, IN_A_ROW, SETTINGS, STEPS
@@ -126,12 +125,3 @@ def test_ranks_at_different_samples_are_found() -> None:
     health.close(torch.tensor(1.0), 2, 16)
     with pytest.raises(RuntimeError, match="step 2: the ranks are not at the same samples"):
         health.flush()
-
-
-def test_passed_ranges_are_left_out() -> None:
-    passed = [[32, 48], [8, 16]]
-    assert [past(position, passed) for position in (0, 8, 15, 16, 40, 48)] == [0, 16, 16, 16, 48, 48]
-    pieces = list(stretches(0, 64, passed))
-    assert pieces == [(0, 8), (16, 32), (48, 88)]
-    assert sum(stop - start for start, stop in pieces) == 64
-    assert list(stretches(100, 10, passed)) == [(100, 110)]

@@ -363,10 +363,10 @@ def test_each_published_recipe_takes_its_first_steps(seen: dict[int, Seen]) -> N
             assert word in header, (name, word)
     for name, losses in seen[1]["recipes"].items():
         assert len(losses) == 3, name
-        at_most = (
+        max_samples = (
             12 if name.startswith(("dinov2", "vit_l16_in21k")) else 3
         )  # two over 64 prototypes; a sum over classes
-        assert all(0 < loss < at_most for loss in losses), name
+        assert all(0 < loss < max_samples for loss in losses), name
 
 
 def test_compiled_blocks_learn_the_same(seen: dict[int, Seen]) -> None:

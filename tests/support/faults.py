@@ -9,7 +9,7 @@ import webdataset
 
 from pretrain.config import AugmentConfig
 from pretrain.data.dataset.open import open_dataset
-from pretrain.data.loading.loader import Fault, training_batches
+from pretrain.data.loading.loader import BadSample, BatchPlan, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
@@ -37,7 +37,7 @@ class Trial:
     victim: Path
     changed: bool
     seen: dict[int, bytes]  # each position's label and pixels
-    faults: list[Fault]
+    faults: list[BadSample]
 
 
 def make_small_set(folder: Path) -> Path:
@@ -67,7 +67,7 @@ def trials(whole: Path, work: Path, count: int) -> Iterator[Trial]:
         yield Trial(kind, victim, after != before, *epoch(folder))
 
 
-def epoch(folder: Path) -> tuple[dict[int, bytes], list[Fault]]:
+def epoch(folder: Path) -> tuple[dict[int, bytes], list[BadSample]]:
     """Every sample's label and pixels by position, and the faults."""
     samples = open_dataset(folder)
     total = sum(samples.shard_sizes) // BATCH * BATCH
@@ -75,17 +75,11 @@ def epoch(folder: Path) -> tuple[dict[int, bytes], list[Fault]]:
     for loaded in training_batches(
         samples,
         VIEW,
-        seed=0,
-        window=99,
+        BatchPlan(seed=0, shuffle_window=99, global_batch_size=BATCH),
         start=0,
         stop=total,
-        global_batch_size=BATCH,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=0,
     ):
-        faults += loaded.faults
+        faults += loaded.bad_samples
         for i, position in enumerate(loaded.tensors["position"].tolist()):
             label = bytes([loaded.tensors["label"][i]])
             seen[position] = label + loaded.tensors["image"][i].numpy().tobytes()

@@ -1,21 +1,18 @@
-"""Labeled images that can be read one by one: what the order and the loader need to know of any data."""
+"""The interface of a dataset: labeled images that are read one by one, as the order and the loader need them."""
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from pretrain.data.dataset.order import ONCE, Order, Part, Repeats, permutation
-from pretrain.data.transforms.decode import DecodeError, Pixels, decode
-from pretrain.errors import BadSampleError, DataError
+from pretrain.data.dataset.order import NO_REPEATS, Order, Part, RepeatedAugmentation
+from pretrain.data.transforms.decode import DecodeError, ImageArray, decode
+from pretrain.errors import BadSampleError
 
 
 class EncodedSample(NamedTuple):
-    """One sample as it is stored, proved by its checksum."""
+    """A sample as it is stored; its checksum has been verified if the dataset has one."""
 
     shard: str
     key: str
@@ -24,109 +21,100 @@ class EncodedSample(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One sample: its name, its pixels [height, width, 3] and its class."""
+    """A decoded sample: its key, its pixels [height, width, 3] and its class."""
 
     key: str
-    image: Pixels
+    image: ImageArray
     label: int
 
 
 class Dataset(ABC):
-    """Images in shards; what the order and the loader need to know of any data."""
+    """Labeled images in shards.
+
+    Attributes:
+        class_names: Name of each class; empty if the dataset has no labels.
+        class_shares: Share of each class among the samples that a run visits.
+        parts: Parts that the order is made of: one, or several that are mixed by weight.
+        weights: Relative frequency of each part in the mix.
+    """
 
     class_names: list[str]
-    class_shares: list[float]  # of the samples that are drawn, how many are of each class
+    class_shares: list[float]
     parts: list[Part]
     weights: Sequence[float] = (1.0,)
 
     @abstractmethod
     def fetch(self, shard: int, row: int) -> EncodedSample:
-        """Read one sample's bytes.
+        """Read the bytes of one sample.
 
         Raises:
-            BadSampleError: they are not there, or not what was promised.
+            BadSampleError: If the sample is missing or differs from what the index says.
         """
 
     @abstractmethod
     def labels(self, shard: int) -> Sequence[int]:
-        """Return the label of every row of a shard."""
+        """Return the label of each row of a shard."""
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Dataset in each shard, over all sets."""
+        """Number of samples in each shard, over all parts."""
         return [size for part in self.parts for size in part.shard_sizes]
 
     @property
     def digest(self) -> str:
-        """What the order depends on: the sets' content and, where they are mixed, their weights."""
+        """Digest of everything that the order depends on: the content of the parts and, in a mix, their weights."""
         if len(self.parts) == 1:
             return self.parts[0].digest
         content = json.dumps([[part.digest for part in self.parts], list(self.weights)])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def expect(  # noqa: B027  # most have no use for it
+    def set_read_schedule(  # noqa: B027  # local datasets do not prefetch
         self, distance: Callable[[int], float], upcoming: Callable[[], Iterable[int]]
     ) -> None:
-        """Hear what will be read: how far ahead a shard is, and which come next; what is local does not care."""
+        """Set the schedule by which remote shards are prefetched and evicted; a no-op for local data.
 
-    def few(self) -> "Dataset":
-        """Return the same samples, of which so few will be read that their shards are not worth a download."""
+        Args:
+            distance: Returns the number of positions until a shard is read.
+            upcoming: Returns the shards that are read next, in order.
+        """
+
+    def for_sparse_reads(self) -> "Dataset":
+        """Return the same dataset for reading few samples of each shard: it fetches byte ranges, not whole shards."""
         return self
 
-    def check_room(self, window: int) -> None:  # noqa: B027
-        """Make sure that what is remote can be kept while it is read."""
+    def check_cache_size(self, window: int) -> None:  # noqa: B027  # local datasets need no cache
+        """Check that the cache can hold the remote shards of a shuffle window and the next one."""
 
-    def take_counts(self) -> dict[str, int]:
-        """Return what the cache has done for this process since the last call; nothing where there is none."""
+    def take_cache_counts(self) -> dict[str, int]:
+        """Return this process's use of the shard cache since the last call; empty for local data."""
         return {}
 
-    def order(self, seed: int, window: int, repeats: Repeats = ONCE) -> Order:
-        """Return the order of a run over these samples."""
+    def order(self, seed: int, window: int, repeats: RepeatedAugmentation = NO_REPEATS) -> Order:
+        """Return the order in which a run visits the samples.
+
+        Args:
+            seed: Seed of the run.
+            window: Number of shards whose samples are shuffled together.
+            repeats: Number of views per image, and the batch in which they are.
+        """
         return Order(self.parts, seed, window, self.weights, repeats)
 
     def read(self, shard: int, row: int) -> Sample:
-        """Read and decode one sample.
-
-        Raises:
-            BadSampleError: it cannot be used.
-        """
-        return decoded(self.fetch(shard, row))
+        """Read and decode one sample; raises BadSampleError like `fetch` and `decode_sample`."""
+        return decode_sample(self.fetch(shard, row))
 
 
-def decoded(encoded: EncodedSample, decoder: Callable[[bytes], Any] = decode) -> Sample:
-    """Decode a sample; what another decoder makes of its bytes stands in place of the pixels.
+def decode_sample(encoded: EncodedSample, decoder: Callable[[bytes], Any] = decode) -> Sample:
+    """Decode a sample.
+
+    Args:
+        encoded: Sample as it is stored.
+        decoder: Function that decodes its bytes; its result becomes the sample's `image`.
 
     Raises:
-        BadSampleError: it is no usable image.
+        BadSampleError: If the bytes are not a usable image.
     """
     try:
         return Sample(encoded.key, decoder(encoded.data), encoded.label)
     except DecodeError as error:
         raise BadSampleError(encoded.shard, encoded.key, f"no usable image: {error}") from None
-
-
-class LabelSubset(Dataset):
-    """The same number of samples of each class, drawn by seed: for learning from few labels."""
-
-    def __init__(self, samples: Dataset, per_class: int, seed: int) -> None:
-        self.samples = samples
-        self.class_names = samples.class_names
-        self.class_shares = [1 / len(self.class_names)] * len(self.class_names)
-        sizes = samples.shard_sizes
-        labels = np.asarray(list(chain.from_iterable(samples.labels(shard) for shard in range(len(sizes)))))
-        starts = np.cumsum([0, *sizes])
-        chosen: list[int] = []
-        for label, name in enumerate(self.class_names):
-            rows = np.flatnonzero(labels == label)
-            if len(rows) < per_class:
-                raise DataError(f"class {name} has {len(rows)} samples, {per_class} labels a class were asked for")
-            chosen += sorted(rows[permutation(len(rows), seed, name, "few labels")[:per_class]].tolist())
-        shards = np.searchsorted(starts, chosen, side="right") - 1
-        self.places = [(int(shard), int(place - starts[shard])) for shard, place in zip(shards, chosen, strict=True)]
-        self.parts = [Part(f"{samples.digest}/{per_class} a class/{seed}", [len(self.places)])]
-
-    def fetch(self, shard: int, row: int) -> EncodedSample:
-        return self.samples.fetch(*self.places[row])
-
-    def labels(self, shard: int) -> Sequence[int]:
-        return [self.samples.labels(shard)[row] for shard, row in self.places]

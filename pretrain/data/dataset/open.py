@@ -1,21 +1,16 @@
 """Open data by its name: a shard set, several, a mix of them, or a folder with a subfolder a class."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from pretrain.config import SourceConfig
-from pretrain.data.dataset.dataset import Dataset, EncodedSample
-from pretrain.data.dataset.order import Part
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.folder import FolderDataset
 from pretrain.data.dataset.sharded import ShardDataset
-from pretrain.data.sources.folder import list_folder
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import FetchPolicy, expand_braces, is_remote
-from pretrain.errors import BadSampleError, DataError
+from pretrain.errors import DataError
 
 
 def open_dataset(
@@ -60,7 +55,7 @@ def open_cache(config: SourceConfig) -> Cache:
     return Cache(config.cache_dir, config.cache_bytes, policy)
 
 
-def _open_folder(folder: Path) -> "FolderDataset":
+def _open_folder(folder: Path) -> FolderDataset:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE}, or with a subfolder a class")
     if list(folder.glob("*.tar")):
@@ -68,30 +63,3 @@ def _open_folder(folder: Path) -> "FolderDataset":
     if (folder / "train" / DATASET_FILE).exists():
         raise DataError(f"{folder}: holds several splits; name one, as in {folder / 'train'}")
     return FolderDataset(folder)
-
-
-class FolderDataset(Dataset):
-    """A folder with a subfolder for each class, read as one shard."""
-
-    def __init__(self, folder: Path) -> None:
-        source = list_folder(folder)
-        if source.faults:
-            raise DataError("\n".join(f"{folder}: {fault}" for fault in source.faults))
-        self.folder = folder
-        self.source = source
-        self.class_names = source.class_names
-        self.class_shares = (np.bincount(source.labels, minlength=len(self.class_names)) / len(source)).tolist()
-        content = list(zip(source.names, source.sizes.tolist(), strict=True))
-        digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
-        self.parts = [Part(digest, [len(source)])]
-
-    def fetch(self, shard: int, row: int) -> EncodedSample:
-        image = self.source.image(row)
-        try:
-            return EncodedSample(str(self.folder), image.origin, image.read().image, image.label)
-        except OSError as error:
-            raise BadSampleError(str(self.folder), image.origin, f"cannot be read: {error}") from None
-
-    def labels(self, shard: int) -> Sequence[int]:
-        labels: list[int] = self.source.labels.tolist()
-        return labels

@@ -1,12 +1,13 @@
-"""The order of the samples: a pure function of (digests of the sets, seed, weights), never of ranks or workers.
+"""The order in which a run visits its samples: a pure function of (digests of the parts, seed, weights).
 
-One set is a windowed block shuffle: the shards are permuted, cut into windows, and the samples of a window are
-permuted. So a reader needs only a window's shards at a time, and any place is found without walking there. Several sets
-take turns by weight: of each 65,536 positions every set has exactly its share, spread by a keyed permutation, and each
-set counts its own epochs.
+The order of one part is a windowed block shuffle: the shards are permuted and divided into windows, and the samples of
+each window are permuted. A reader therefore needs only the shards of one window at a time, and the sample at any
+position is found directly. Several parts are mixed by weight: in each block of 65,536 positions every part has exactly
+its share, spread by a keyed permutation, and each part counts its own epochs.
 
-A run is one endless sequence of positions. Optimizer step t takes the positions [t*G, (t+1)*G), and rank r of W takes
-the r-th of W slices of them, which differ by one sample where W does not divide G.
+A run is one endless sequence of positions. Optimizer step t takes the positions [t*G, (t+1)*G), where G is the global
+batch size, and rank r of W takes the r-th of W slices of them. The slices differ by one sample if W does not divide G.
+The order never depends on the number of ranks or workers.
 """
 
 import hashlib
@@ -23,8 +24,8 @@ Integers = npt.NDArray[np.int64]
 MIX_BLOCK = 65_536
 
 
-class Place(NamedTuple):
-    """A sample of an epoch; shards are counted over all sets."""
+class SampleLocation(NamedTuple):
+    """Where a sample is stored, and in which epoch it is visited. Shards are numbered over all parts."""
 
     epoch: int
     shard: int
@@ -32,39 +33,43 @@ class Place(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What the order needs to know of a set: a digest of its content, and the samples of each shard."""
+    """One part of a dataset, as the order sees it: a digest of its content and the number of samples per shard."""
 
     digest: str
     shard_sizes: Sequence[int]
 
 
-class Repeats(NamedTuple):
-    """Repeated augmentation (arXiv 1901.09335): each batch holds some views of each of its images.
+class RepeatedAugmentation(NamedTuple):
+    """Several views of each image in a global batch (arXiv 1901.09335).
 
-    The views of an image are as far apart in the batch as can be, so neighbors are different images.
+    The views of an image are as far apart in the batch as possible, so that neighbors are different images.
+
+    Attributes:
+        views: Number of views per image.
+        batch_size: Global batch size, a multiple of `views`.
     """
 
     views: int = 1
-    batch: int = 1
+    batch_size: int = 1
 
-    def image(self, position: int) -> int:
-        """Return which image of the run, counted without repeats, stands at a position."""
-        batch, place = divmod(position, self.batch)
-        images = self.batch // self.views
-        return batch * images + place % images
+    def image_at(self, position: int) -> int:
+        """Return the number of the image at a position, counted without repeats."""
+        batch, offset = divmod(position, self.batch_size)
+        images = self.batch_size // self.views
+        return batch * images + offset % images
 
-    def view(self, position: int) -> int:
-        """Return which of its image's views that is."""
-        return position % self.batch // (self.batch // self.views)
+    def view_at(self, position: int) -> int:
+        """Return which view of its image is at a position, from 0."""
+        return position % self.batch_size // (self.batch_size // self.views)
 
 
-ONCE = Repeats()
+NO_REPEATS = RepeatedAugmentation()
 
 
 class MicroBatch(NamedTuple):
-    """Positions that one rank takes through the model at a time, and what the mean of their losses counts.
+    """Positions of the samples that one rank passes through the model at once.
 
-    The mean over ranks and micro-batches of (weight x mean loss) is the mean loss over the global batch.
+    The mean over ranks and micro-batches of (weight x mean loss) is the mean loss of the global batch.
     """
 
     positions: range
@@ -72,25 +77,25 @@ class MicroBatch(NamedTuple):
 
 
 def random_bits(*key: str | int) -> np.random.Philox:
-    """Return the counter-based generator that belongs to `key`: the same on every machine and rank."""
+    """Return the counter-based bit generator of a key; it is the same on every machine and rank."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 
 def permutation(n: int, *key: str | int) -> Integers:
-    """Return the permutation of 0..n-1 that belongs to `key`; from raw bits, so no numpy release changes it."""
+    """Return a permutation of 0..n-1 that depends on the key only: it uses raw bits, so no numpy release changes it."""
     return np.argsort(np.asarray(random_bits(*key).random_raw(n)), kind="stable")
 
 
 class Order:
-    """Where each position of a run stands in the shards.
+    """The order of a run: maps each position to a sample of the shards.
 
     Args:
-        parts: the sets; a shard may be empty, a set may not.
-        seed: of the run.
-        window: shards whose samples are shuffled together.
-        weights: how often each of several sets is drawn, one number a set.
-        repeats: of each image.
+        parts: Parts of the dataset; shards may be empty, parts may not.
+        seed: Seed of the run.
+        window: Number of shards whose samples are shuffled together.
+        weights: Relative frequency of each part in the mix.
+        repeats: Number of views per image, and the batch in which they are.
     """
 
     def __init__(
@@ -99,76 +104,77 @@ class Order:
         seed: int,
         window: int,
         weights: Sequence[float] = (1.0,),
-        repeats: Repeats = ONCE,
+        repeats: RepeatedAugmentation = NO_REPEATS,
     ) -> None:
         self.repeats = repeats
-        self.sets = [_Windows(part, seed, window) for part in parts]
+        self.parts = [_PartOrder(part, seed, window) for part in parts]
         self.first_shards = np.cumsum([0, *(len(part.shard_sizes) for part in parts)])
         self.key: tuple[str | int, ...] = (*(part.digest for part in parts), *map(repr, weights), seed)
         self.quotas = _quotas(weights, MIX_BLOCK)
-        self._turns = lru_cache(maxsize=2)(self._make_turns)
+        self._mix = lru_cache(maxsize=2)(self._make_mix)
 
-    def locate(self, position: int) -> Place:
-        """Return the sample that stands at a position."""
-        part, place = self._turn(position)
-        return self._shifted(part, self.sets[part].locate(place))
+    def locate(self, position: int) -> SampleLocation:
+        """Return the location of the sample at a position."""
+        part, number = self._source(position)
+        return self._global(part, self.parts[part].locate(number))
 
-    def substitutes(self, position: int) -> Iterator[Place]:
-        """Yield samples to take where that of `position` cannot be used: others of its window, in a keyed order."""
-        part, place = self._turn(position)
-        for substitute in self.sets[part].substitutes(place):
-            yield self._shifted(part, substitute)
+    def substitutes(self, position: int) -> Iterator[SampleLocation]:
+        """Yield replacements for an unusable sample: the other samples of its window, in a keyed order."""
+        part, number = self._source(position)
+        for substitute in self.parts[part].substitutes(number):
+            yield self._global(part, substitute)
 
     def epochs(self, position: int) -> list[float]:
-        """Return how often each set has been gone through before `position`."""
-        return [place / part.num_samples for place, part in zip(self._places(position), self.sets, strict=True)]
+        """Return the number of epochs of each part before `position`."""
+        return [count / part.num_samples for count, part in zip(self._counts(position), self.parts, strict=True)]
 
     def upcoming(self, position: int) -> list[int]:
-        """Return the shards that are read from `position` on: those of each set's window, then those of its next."""
+        """Return the next shards to read: each part's current window at `position`, then its next window."""
         windows = []
-        for part, place in enumerate(self._places(position)):
-            windows.append([shard + int(self.first_shards[part]) for shard in self.sets[part].upcoming(place)])
+        for part, count in enumerate(self._counts(position)):
+            windows.append([shard + int(self.first_shards[part]) for shard in self.parts[part].upcoming(count)])
         return [shard for shards in zip_longest(*windows) for shard in shards if shard is not None]
 
     def distance(self, shard: int, position: int) -> float:
-        """Return how many positions from `position` on a shard's window begins; 0 or less while it is open."""
+        """Return the number of positions until the window of a shard starts; 0 or less if it has started."""
         part = int(np.searchsorted(self.first_shards, shard, side="right")) - 1
-        ahead = self.sets[part].distance(shard - int(self.first_shards[part]), self._places(position)[part])
+        ahead = self.parts[part].distance(shard - int(self.first_shards[part]), self._counts(position)[part])
         return ahead * self.repeats.views * MIX_BLOCK / float(self.quotas[part])
 
-    def _places(self, position: int) -> list[int]:
-        """Return how many images each set has had before `position`."""
-        image = self.repeats.image(position)
-        if len(self.sets) == 1:
+    def _counts(self, position: int) -> list[int]:
+        """Return the number of images of each part before `position`."""
+        image = self.repeats.image_at(position)
+        if len(self.parts) == 1:
             return [image]
         block, offset = divmod(image, MIX_BLOCK)
-        drawn = block * self.quotas + np.bincount(self._turns(block)[0][:offset], minlength=len(self.sets))
-        return [int(count) for count in drawn]
+        counts = block * self.quotas + np.bincount(self._mix(block)[0][:offset], minlength=len(self.parts))
+        return [int(count) for count in counts]
 
-    def _turn(self, position: int) -> tuple[int, int]:
-        """Return the set whose turn a position is, and which of its own images that is."""
-        image = self.repeats.image(position)
-        if len(self.sets) == 1:
+    def _source(self, position: int) -> tuple[int, int]:
+        """Return the part that a position takes its image from, and the number of that image within the part."""
+        image = self.repeats.image_at(position)
+        if len(self.parts) == 1:
             return 0, image
         block, offset = divmod(image, MIX_BLOCK)
-        parts, ordinals = self._turns(block)
+        parts, ordinals = self._mix(block)
         part = int(parts[offset])
         return part, block * int(self.quotas[part]) + int(ordinals[offset])
 
-    def _make_turns(self, block: int) -> tuple[Integers, Integers]:
-        """Return the set of each position of a block, and how many positions of the block it had before."""
-        parts = np.repeat(np.arange(len(self.sets)), self.quotas)[permutation(MIX_BLOCK, *self.key, block, "turns")]
+    def _make_mix(self, block: int) -> tuple[Integers, Integers]:
+        """Return the part of each position of a block, and the number of its earlier positions with the same part."""
+        parts = np.repeat(np.arange(len(self.parts)), self.quotas)[permutation(MIX_BLOCK, *self.key, block, "turns")]
         ordinals = np.empty_like(parts)
         for part, quota in enumerate(self.quotas):
             ordinals[parts == part] = np.arange(quota)
         return parts, ordinals
 
-    def _shifted(self, part: int, place: Place) -> Place:
-        return place._replace(shard=place.shard + int(self.first_shards[part]))
+    def _global(self, part: int, location: SampleLocation) -> SampleLocation:
+        """Turn a shard's number within its part into its number over all parts."""
+        return location._replace(shard=location.shard + int(self.first_shards[part]))
 
 
-class _Windows:
-    """The endless order of one set: position p is sample p % N of epoch p // N."""
+class _PartOrder:
+    """The endless order of one part with N samples: position p is the sample p % N of epoch p // N."""
 
     def __init__(self, part: Part, seed: int, window: int) -> None:
         self.shard_sizes = np.asarray(part.shard_sizes, dtype=np.int64)
@@ -181,17 +187,17 @@ class _Windows:
         self._window = lru_cache(maxsize=4)(self._make_window)
         self._ranks = lru_cache(maxsize=2)(lambda epoch: np.argsort(self._epoch(epoch)[0]))
 
-    def locate(self, position: int) -> Place:
+    def locate(self, position: int) -> SampleLocation:
         epoch, window, offset = self._find(position)
         shards, rows = self._window(epoch, window)
-        return Place(epoch, int(shards[offset]), int(rows[offset]))
+        return SampleLocation(epoch, int(shards[offset]), int(rows[offset]))
 
-    def substitutes(self, position: int) -> Iterator[Place]:
+    def substitutes(self, position: int) -> Iterator[SampleLocation]:
         epoch, window, offset = self._find(position)
         shards, rows = self._window(epoch, window)
         for other in permutation(len(shards), *self.key, epoch, window, offset, "substitutes"):
             if other != offset:
-                yield Place(epoch, int(shards[other]), int(rows[other]))
+                yield SampleLocation(epoch, int(shards[other]), int(rows[other]))
 
     def upcoming(self, position: int) -> list[int]:
         epoch, window, _ = self._find(position)
@@ -211,25 +217,25 @@ class _Windows:
         return int(self._ranks(epoch)[shard]) // self.window
 
     def _find(self, position: int) -> tuple[int, int, int]:
-        """Return (epoch, window, place in the window) of a position."""
-        epoch, place = divmod(position, self.num_samples)
+        """Return (epoch, window, offset in the window) of a position."""
+        epoch, offset = divmod(position, self.num_samples)
         starts = self._epoch(epoch)[1]
-        window = int(np.searchsorted(starts, place, side="right")) - 1
-        return epoch, window, place - int(starts[window])
+        window = int(np.searchsorted(starts, offset, side="right")) - 1
+        return epoch, window, offset - int(starts[window])
 
     def _make_epoch(self, epoch: int) -> tuple[Integers, Integers]:
-        """Return the epoch's permutation of the shards, and the first place of each window."""
+        """Return the epoch's permutation of the shards, and the first sample of each window."""
         shards = permutation(len(self.shard_sizes), *self.key, epoch, "shards")
         ends = np.cumsum(self.shard_sizes[shards])
         return shards, np.concatenate([[0], ends[self.window - 1 : -1 : self.window]])
 
     def _make_window(self, epoch: int, window: int) -> tuple[Integers, Integers]:
-        """Return (shard, row) of every place of a window."""
+        """Return the shard and the row of every sample of a window."""
         shards = self._epoch(epoch)[0][window * self.window : (window + 1) * self.window]
         sizes = self.shard_sizes[shards]
-        mixed = permutation(int(sizes.sum()), *self.key, epoch, window)
-        owners = np.repeat(np.arange(len(shards)), sizes)[mixed]
-        return shards[owners], mixed - (np.cumsum(sizes) - sizes)[owners]
+        shuffled = permutation(int(sizes.sum()), *self.key, epoch, window)
+        owners = np.repeat(np.arange(len(shards)), sizes)[shuffled]
+        return shards[owners], shuffled - (np.cumsum(sizes) - sizes)[owners]
 
 
 def micro_batches(
@@ -242,11 +248,19 @@ def micro_batches(
     world_size: int,
     group_size: int = 1,
 ) -> Iterator[MicroBatch]:
-    """Yield one rank's micro-batches from position `start` to before `stop`, both multiples of a global batch.
+    """Yield one rank's micro-batches from position `start` to before `stop`.
 
-    Every rank has `accumulation_steps` in a step. Their sizes differ by at most `together`, the samples that must not
-    be parted (2 where neighbors are mixed; it divides the global batch). A rank with too few samples repeats some,
-    with weight 0.
+    Their sizes differ by at most `group_size`. A rank with too few samples repeats some, with weight 0.
+
+    Args:
+        start: First position, a multiple of the global batch size.
+        stop: Position after the last one, a multiple of the global batch size.
+        global_batch_size: Number of samples per optimizer step, over all ranks.
+        accumulation_steps: Number of micro-batches per rank and optimizer step.
+        rank: Rank whose micro-batches are yielded.
+        world_size: Number of ranks.
+        group_size: Number of neighboring samples that must be in the same micro-batch (2 for mixup and cutmix). It
+            divides the global batch size.
     """
     units = global_batch_size // group_size
     first, last = units * rank // world_size, units * (rank + 1) // world_size
@@ -259,7 +273,7 @@ def micro_batches(
 
 
 def _quotas(weights: Sequence[float], total: int) -> Integers:
-    """Share out `total` by weight in whole numbers, the largest remainders first; no set is left with nothing."""
+    """Divide `total` by weight into whole numbers of at least 1, the largest remainders first."""
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * total
     quotas = np.maximum(np.floor(exact), 1).astype(np.int64)
     missing = total - int(quotas.sum())
@@ -268,21 +282,3 @@ def _quotas(weights: Sequence[float], total: int) -> Integers:
     else:
         quotas[np.argmax(quotas)] += missing
     return quotas
-
-
-def past(samples: int, passed: list[list[int]]) -> int:
-    """Return the first position from `samples` on that is not passed over."""
-    for start, stop in sorted(passed):
-        if start <= samples < stop:
-            samples = stop
-    return samples
-
-
-def stretches(start: int, count: int, passed: list[list[int]]) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of what `count` positions from `start` on are made of, without those that are passed over."""
-    while count:
-        start = past(start, passed)
-        stop = min([start + count, *(first for first, _ in passed if first > start)])
-        yield start, stop
-        count -= stop - start
-        start = stop

@@ -53,7 +53,7 @@ class ShardDataset(Dataset):
         labeled: bool = True,
     ) -> None:
         self.cache = cache
-        self.are_few = False
+        self.reads_ranges = False
         infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in places]
         self.class_names = infos[0].class_names
         for place, info in zip(places, infos, strict=True):
@@ -102,7 +102,7 @@ class ShardDataset(Dataset):
     def labels(self, shard: int) -> Sequence[int]:
         return self.index(shard).label
 
-    def expect(self, distance: Callable[[int], float], upcoming: Callable[[], Iterable[int]]) -> None:
+    def set_read_schedule(self, distance: Callable[[int], float], upcoming: Callable[[], Iterable[int]]) -> None:
         if self.cache is None or not any(is_remote(self._tar(shard).url) for shard in range(len(self.entries))):
             return
         shards = {entry.index_sha256: shard for shard, entry in enumerate(self.entries)}
@@ -112,12 +112,12 @@ class ShardDataset(Dataset):
             lambda: chain.from_iterable(map(self._remote, upcoming())),
         )
 
-    def few(self) -> Dataset:
+    def for_sparse_reads(self) -> Dataset:
         chosen = copy(self)
-        chosen.are_few = True
+        chosen.reads_ranges = True
         return chosen
 
-    def check_room(self, window: int) -> None:
+    def check_cache_size(self, window: int) -> None:
         """Make sure that the cache can hold the shards of two windows, the one being read and the next.
 
         Raises:
@@ -131,7 +131,7 @@ class ShardDataset(Dataset):
                 f"{needed} bytes; raise it, or lower data.shuffle_window"
             )
 
-    def take_counts(self) -> dict[str, int]:
+    def take_cache_counts(self) -> dict[str, int]:
         return self.cache.take_counts() if self.cache else {}
 
     def _tar(self, shard: int) -> RemoteObject:
@@ -151,7 +151,7 @@ class ShardDataset(Dataset):
     def _read(self, tar: RemoteObject, key: str, offset: int, size: int) -> bytes:
         try:
             if is_remote(tar.url):
-                return self._cached(tar.url).read_range(tar, offset, size, uncached=self.are_few)
+                return self._cached(tar.url).read_range(tar, offset, size, uncached=self.reads_ranges)
             return read_range(Path(tar.url), offset, size)
         except OSError as error:
             raise BadSampleError(tar.url, key, f"cannot be read: {error.strerror}") from None

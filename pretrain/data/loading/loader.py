@@ -1,7 +1,8 @@
-"""Batches, by torch's own DataLoader over a map-style dataset of positions. The loader's whole state is one integer.
+"""Batches for training and evaluation, loaded by torch's DataLoader from a map-style dataset.
 
-A sample that cannot be used is replaced by another of its window, so that no step and no other sample changes. The
-fault travels with its batch, and so does the time that each stage took.
+The training loader's whole state is one integer: the position in the run's order of samples. A sample that cannot be
+used is replaced by another one of its shuffle window, so the number of steps and all other samples stay the same. Each
+batch carries its unusable samples and the time that each loading stage took.
 """
 
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, tee
 from typing import Any, NamedTuple
@@ -18,24 +20,23 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from pretrain.data.dataset.dataset import Dataset, EncodedSample, Sample, decoded
-from pretrain.data.dataset.order import Order, Repeats, micro_batches, random_bits
-from pretrain.data.transforms.decode import Jpeg, Pixels, decode, decode_unless_jpeg
+from pretrain.data.dataset.dataset import Dataset, EncodedSample, Sample, decode_sample
+from pretrain.data.dataset.order import Order, RepeatedAugmentation, micro_batches, random_bits
+from pretrain.data.transforms.batch import Batch
+from pretrain.data.transforms.decode import EncodedJpeg, ImageArray, decode, decode_unless_jpeg
 from pretrain.data.transforms.device_decode import collate
 from pretrain.data.transforms.views import View
 from pretrain.errors import BadSampleError, DataError
 
-Batch = dict[str, torch.Tensor]
-
-BATCHES_AHEAD = 4
+BATCHES_AHEAD = 4  # per worker
 SUBSTITUTES_TRIED = 100
-FEW = 10  # of as many samples only one is read: its bytes alone are less than a shard
-VALIDATION = -1  # the position of what is not drawn by a run
-GRACE_SECONDS = 30  # as long as the deepspeed launcher waits for a training process
+SPARSE_STRIDE = 10  # an evaluation of fewer than one in 10 samples fetches byte ranges instead of whole shards
+VALIDATION_POSITION = -1  # position of a validation sample: it is not part of the run's order
+GRACE_SECONDS = 30  # the deepspeed launcher waits as long for a training process
 
 
-class Fault(NamedTuple):
-    """A sample that could not be used where it stood."""
+class BadSample(NamedTuple):
+    """A sample that could not be used, and its position in the run."""
 
     position: int
     shard: str
@@ -43,8 +44,8 @@ class Fault(NamedTuple):
     reason: str
 
 
-class Work(NamedTuple):
-    """What the loader did: seconds of each stage over all workers, bytes read, and what the cache had to do."""
+class LoadingStats(NamedTuple):
+    """Work of the data workers: seconds of each stage, bytes read, and the use of the shard cache."""
 
     fetch: float = 0.0
     decode: float = 0.0
@@ -55,237 +56,269 @@ class Work(NamedTuple):
     downloaded_bytes: float = 0.0
     retries: float = 0.0
 
-    def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+    def __add__(self, other: "LoadingStats") -> "LoadingStats":  # type: ignore[override]
+        return LoadingStats(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-class Loaded(NamedTuple):
-    """A batch: what the objective sees, what its mean loss counts, and how it came about."""
+class LoadedBatch(NamedTuple):
+    """A batch with its bookkeeping.
+
+    Attributes:
+        tensors: The batch itself.
+        weight: Factor of the batch's mean loss in the mean over the global batch, see `order.MicroBatch`.
+        bad_samples: Samples that could not be used while the batch was loaded.
+        stats: Work that loading the batch took.
+        done_at: Time at which the batch was complete (`time.monotonic`).
+    """
 
     tensors: Batch
     weight: float
-    faults: list[Fault]
-    work: Work
+    bad_samples: list[BadSample]
+    stats: LoadingStats
     done_at: float
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a run divides its order of samples into this rank's micro-batches, and how they are loaded.
+
+    Attributes:
+        seed: Seed of the run: determines the order of the samples and their augmentation.
+        shuffle_window: Number of shards whose samples are shuffled together.
+        global_batch_size: Number of samples per optimizer step, over all ranks.
+        accumulation_steps: Number of micro-batches per rank and optimizer step.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        num_workers: Number of worker processes per rank; 0 loads in the training process.
+        num_threads: Number of reader threads per worker.
+        group_size: Number of neighboring samples that must be in the same micro-batch.
+        views_per_image: Number of views of each image in a global batch (repeated augmentation).
+        decodes_jpegs: Whether the workers decode JPEGs; if not, they leave them to `device_decode.decode_on_device`.
+    """
+
+    seed: int
+    shuffle_window: int
+    global_batch_size: int
+    accumulation_steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+    num_threads: int = 1
+    group_size: int = 1
+    views_per_image: int = 1
+    decodes_jpegs: bool = True
+
+    def order(self, dataset: Dataset) -> Order:
+        """Return the order in which the run visits the samples of a dataset."""
+        repeats = RepeatedAugmentation(self.views_per_image, self.global_batch_size)
+        return dataset.order(self.seed, self.shuffle_window, repeats)
+
+
 class _Item(NamedTuple):
-    """One sample on its way into a batch."""
+    """One sample before it becomes part of a batch."""
 
     fields: dict[str, Any]
-    faults: list[Fault]
-    work: Work
+    bad_samples: list[BadSample]
+    stats: LoadingStats
 
 
-class _Positions(TorchDataset[_Item]):
-    """The sample at a position of the run, as the objective sees it."""
+class _TrainingSamples(TorchDataset[_Item]):
+    """The sample at each position of a run, transformed by the view."""
 
-    def __init__(
-        self,
-        samples: Dataset,
-        view: View,
-        seed: int,
-        window: int,
-        repeats: Repeats,
-        num_threads: int,
-        decode_here: bool,
-    ) -> None:
-        self.samples = samples
+    def __init__(self, dataset: Dataset, view: View, plan: BatchPlan) -> None:
+        self.dataset = dataset
         self.view = view
-        self.seed = seed
-        self.window = window
-        self.repeats = repeats
-        self.num_threads = num_threads
-        self.decoder = decode if decode_here else decode_unless_jpeg
-        self.pool: ThreadPoolExecutor | None = None
+        self.plan = plan
+        self.decoder = decode if plan.decodes_jpegs else decode_unless_jpeg
+        self.threads: ThreadPoolExecutor | None = None
         self.order: Order | None = None
-        self.position = 0  # the first that is still needed
+        self.position = 0  # first position that is still needed
 
     def __getitems__(self, positions: Sequence[int]) -> list[_Item]:
-        """Return a whole batch: torch's loader asks so where it can."""
-        order = self._order()
-        if self.num_threads == 1:
+        """Return the samples of a batch; torch's DataLoader prefers this method to `__getitem__`."""
+        order = self._ensure_order()
+        if self.plan.num_threads == 1:
             return [self._next_item(order, position) for position in positions]
-        self.position = positions[0]  # until the whole batch is done: it may stand in two windows
-        if self.pool is None:
-            self.pool = ThreadPoolExecutor(self.num_threads)
-        return list(self.pool.map(partial(self._item, order), positions))
+        self.position = positions[0]  # for the whole batch, because it may reach into the next window
+        if self.threads is None:
+            self.threads = ThreadPoolExecutor(self.plan.num_threads)
+        return list(self.threads.map(partial(self._item, order), positions))
 
     def _next_item(self, order: Order, position: int) -> _Item:
         self.position = position
         return self._item(order, position)
 
-    def _order(self) -> Order:
-        """Return the order, built where it is used, so that nothing but this object travels to a worker."""
+    def _ensure_order(self) -> Order:
+        """Return the order. Each worker builds its own, because it is cheap to build and large to send."""
         if self.order is None:
-            self.order = order = self.samples.order(self.seed, self.window, self.repeats)
-            self.samples.expect(
+            self.order = order = self.plan.order(self.dataset)
+            self.dataset.set_read_schedule(
                 lambda shard: order.distance(shard, self.position), lambda: order.upcoming(self.position)
             )
         return self.order
 
     def _item(self, order: Order, position: int) -> _Item:
-        record, faults, work = self._read(order, position)
+        sample, bad_samples, stats = self._read(order, position)
         started = time.perf_counter()
-        view = self.repeats.view(position)
-        key = (*order.locate(position), *([view] if view else []))  # the first view is that of a run without repeats
-        random = np.random.Generator(random_bits(self.samples.digest, self.seed, *key))
-        fields = {**self.view(record.image, random), "label": record.label, "position": position}
-        return _Item(fields, faults, work._replace(augment=time.perf_counter() - started))
+        view = order.repeats.view_at(position)
+        key = (*order.locate(position), *([view] if view else []))  # view 0 equals the view of a run without repeats
+        random = np.random.Generator(random_bits(self.dataset.digest, self.plan.seed, *key))
+        fields = {**self.view(sample.image, random), "label": sample.label, "position": position}
+        return _Item(fields, bad_samples, stats._replace(augment=time.perf_counter() - started))
 
-    def _read(self, order: Order, position: int) -> tuple[Sample, list[Fault], Work]:
+    def _read(self, order: Order, position: int) -> tuple[Sample, list[BadSample], LoadingStats]:
         """Read the sample at a position, or the first usable substitute."""
-        faults: list[Fault] = []
-        places = chain([order.locate(position)], order.substitutes(position))
-        for _, shard, row in islice(places, 1 + SUBSTITUTES_TRIED):
+        bad_samples: list[BadSample] = []
+        locations = chain([order.locate(position)], order.substitutes(position))
+        for _, shard, row in islice(locations, 1 + SUBSTITUTES_TRIED):
             try:
-                record, work = _timed_read(self.samples, shard, row, self.decoder)
-            except BadSampleError as bad:
-                faults.append(Fault(position, bad.shard, bad.key, bad.reason))
+                sample, stats = _timed_read(self.dataset, shard, row, self.decoder)
+            except BadSampleError as error:
+                bad_samples.append(BadSample(position, error.shard, error.key, error.reason))
             else:
-                return record, faults, work
-        raise DataError(f"{faults[0].shard}: nothing near sample {faults[0].key} can be used: {faults[0].reason}")
+                return sample, bad_samples, stats
+        first = bad_samples[0]
+        raise DataError(f"{first.shard}: nothing near sample {first.key} can be used: {first.reason}")
 
 
-class _Rows(TorchDataset[_Item]):
-    """Every sample once, in the order of the shards; one that cannot be used has weight 0."""
+class _EvaluationSamples(TorchDataset[_Item]):
+    """Every sample once, in the order of the shards; an unusable sample has weight 0."""
 
-    def __init__(self, samples: Dataset, view: View) -> None:
-        self.samples = samples
+    def __init__(self, dataset: Dataset, view: View) -> None:
+        self.dataset = dataset
         self.view = view
-        self.sizes = samples.shard_sizes
+        self.sizes = dataset.shard_sizes
         self.ends = np.cumsum(self.sizes)
 
     def __getitem__(self, i: int) -> _Item:
-        faults: list[Fault] = []
+        bad_samples: list[BadSample] = []
         try:
-            record, work = self._read(i)
-        except BadSampleError as bad:
-            faults.append(Fault(VALIDATION, bad.shard, bad.key, bad.reason))
-            record, work = Sample(bad.key, np.zeros((8, 8, 3), np.uint8), 0), Work()
-        fields = self.view(record.image, np.random.Generator(np.random.Philox(i)))  # the same at every evaluation
-        weight = np.asarray(not faults, dtype=np.float32)
-        return _Item({**fields, "label": record.label, "position": i, "weight": weight}, faults, work)
+            sample, stats = self._read(i)
+        except BadSampleError as error:
+            bad_samples.append(BadSample(VALIDATION_POSITION, error.shard, error.key, error.reason))
+            sample, stats = Sample(error.key, np.zeros((8, 8, 3), np.uint8), 0), LoadingStats()
+        fields = self.view(sample.image, np.random.Generator(np.random.Philox(i)))  # the same in every evaluation
+        weight = np.asarray(not bad_samples, dtype=np.float32)
+        return _Item({**fields, "label": sample.label, "position": i, "weight": weight}, bad_samples, stats)
 
-    def _read(self, i: int) -> tuple[Sample, Work]:
+    def _read(self, i: int) -> tuple[Sample, LoadingStats]:
         shard = int(np.searchsorted(self.ends, i, side="right"))
-        return _timed_read(self.samples, shard, i - int(self.ends[shard]) + self.sizes[shard])
+        return _timed_read(self.dataset, shard, i - int(self.ends[shard]) + self.sizes[shard])
 
 
 def _timed_read(
-    samples: Dataset, shard: int, row: int, decoder: Callable[[bytes], Pixels | Jpeg] = decode
-) -> tuple[Sample, Work]:
-    """Fetch and decode a sample; say how long each took."""
+    dataset: Dataset, shard: int, row: int, decoder: Callable[[bytes], ImageArray | EncodedJpeg] = decode
+) -> tuple[Sample, LoadingStats]:
+    """Fetch and decode a sample, and measure how long each takes."""
     started = time.perf_counter()
-    encoded: EncodedSample = samples.fetch(shard, row)
+    encoded: EncodedSample = dataset.fetch(shard, row)
     fetched = time.perf_counter()
-    record = decoded(encoded, decoder)
+    sample = decode_sample(encoded, decoder)
     seconds = {"fetch": fetched - started, "decode": time.perf_counter() - fetched}
-    return record, Work(**seconds, bytes=len(encoded.data), **samples.take_counts())
+    return sample, LoadingStats(**seconds, bytes=len(encoded.data), **dataset.take_cache_counts())
 
 
 def training_batches(
-    samples: Dataset,
-    view: View,
-    *,
-    seed: int,
-    window: int,
-    start: int,
-    stop: int,
-    global_batch_size: int,
-    accumulation_steps: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    num_threads: int = 1,
-    decode_here: bool = True,
-    group_size: int = 1,
-    views: int = 1,
-) -> Generator[Loaded, None, None]:
+    dataset: Dataset, view: View, plan: BatchPlan, start: int, stop: int
+) -> Generator[LoadedBatch, None, None]:
     """Yield this rank's micro-batches of the positions from `start` to before `stop`.
 
-    The tensors are what `view` returns, "label" [B] and "position" [B]; see `micro_batches` for B and the weight.
-    Without `decode_here` JPEGs come as they are, for `device_decode.unpack`. A global batch has so many `views` of each
-    of its images.
+    A batch has the fields that `view` returns, "label" [B] and "position" [B]. `order.micro_batches` determines B and
+    the weights. The same positions have the same pixels for any number of ranks, workers and threads.
+
+    Args:
+        dataset: Training set.
+        view: Transforms a decoded image and a random generator into the fields of a sample.
+        plan: Division into micro-batches, and settings of the workers.
+        start: First position, a multiple of the global batch size.
+        stop: Position after the last one, a multiple of the global batch size.
     """
     ahead, behind = tee(
         micro_batches(
             start,
             stop,
-            global_batch_size=global_batch_size,
-            accumulation_steps=accumulation_steps,
-            rank=rank,
-            world_size=world_size,
-            group_size=group_size,
+            global_batch_size=plan.global_batch_size,
+            accumulation_steps=plan.accumulation_steps,
+            rank=plan.rank,
+            world_size=plan.world_size,
+            group_size=plan.group_size,
         )
     )
     positions = (batch.positions for batch in ahead)
-    repeats = Repeats(views, global_batch_size)
-    dataset = _Positions(samples, view, seed, window, repeats, num_threads, decode_here)
-    with closing(_load(dataset, positions, num_workers)) as loading:
+    with closing(_load(_TrainingSamples(dataset, view, plan), positions, plan.num_workers)) as loading:
         for batch, loaded in zip(behind, loading, strict=True):
             yield loaded._replace(weight=batch.weight)
 
 
 def evaluation_batches(
-    samples: Dataset,
+    dataset: Dataset,
     view: View,
     *,
     batch_size: int,
     rank: int,
     world_size: int,
     num_workers: int,
-    at_most: int | None = None,
-) -> Generator[Loaded, None, None]:
-    """Yield this rank's share of all samples: each usable sample has "weight" [B] 1 on exactly one rank.
+    max_samples: int | None = None,
+) -> Generator[LoadedBatch, None, None]:
+    """Yield this rank's share of a dataset; each usable sample has "weight" 1 on exactly one rank.
 
-    All ranks get equally many batches (ZeRO-3 needs that), so the last may hold copies; their weight is 0. With
-    `at_most` so many samples are taken, spread evenly over the set; of remote shards no more than they are.
+    All ranks get the same number of batches, as ZeRO-3 needs it. The last batches may therefore repeat a sample, with
+    weight 0.
+
+    Args:
+        dataset: Validation set, or any other.
+        view: Transforms a decoded image into the fields of a sample; its random generator depends on the row only.
+        batch_size: Number of samples per batch and rank.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        num_workers: Number of worker processes per rank; 0 loads in this process.
+        max_samples: Number of samples to take, spread evenly over the dataset; None takes all. If they are few, only
+            their bytes are fetched from remote shards.
     """
-    total = sum(samples.shard_sizes)
-    num_samples = min(total, at_most or total)
-    if num_samples * FEW < total:
-        samples = samples.few()
+    total = sum(dataset.shard_sizes)
+    num_samples = min(total, max_samples or total)
+    if num_samples * SPARSE_STRIDE < total:
+        dataset = dataset.for_sparse_reads()
     stride = batch_size * world_size
     firsts = range(rank * batch_size, num_samples + (-num_samples) % stride, stride)
     batches = (
         [min(i, num_samples - 1) * total // num_samples for i in range(first, first + batch_size)] for first in firsts
     )
-    with closing(_load(_Rows(samples, view), batches, num_workers)) as loading:
+    with closing(_load(_EvaluationSamples(dataset, view), batches, num_workers)) as loading:
         for first, loaded in zip(firsts, loading, strict=True):
             loaded.tensors["weight"] *= torch.arange(first, first + batch_size) < num_samples
             yield loaded
 
 
-def _load(dataset: TorchDataset[_Item], batches: Iterator[Any], num_workers: int) -> Generator[Loaded, None, None]:
-    """Yield the dataset's batches; the workers end with the last one, with an error, or when nobody wants more."""
+def _load(dataset: TorchDataset[_Item], batches: Iterator[Any], num_workers: int) -> Generator[LoadedBatch, None, None]:
+    """Yield the dataset's batches; the workers end with the last batch, with an error, or when the generator closes."""
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=batches,  # an iterator does: a run is gone through once
+        batch_sampler=batches,  # an iterator is enough, because the loader is iterated once
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # of its own, else starting the workers would move the model's dropout
+        generator=torch.Generator(),  # the global one drives the model's dropout, and starting workers would advance it
     )
     iterator = iter(loader)
     try:
         yield from iterator
     finally:
-        if num_workers:  # left to the garbage collector, torch's iterator can only wait and then kill them
+        if num_workers:  # without this, torch's iterator waits for the garbage collector and then kills the workers
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _collate(items: list[_Item]) -> Loaded:
+def _collate(items: list[_Item]) -> LoadedBatch:
     """Make a batch of samples."""
-    faults = [fault for item in items for fault in item.faults]
-    work = sum((item.work for item in items), Work())
-    return Loaded(collate([item.fields for item in items]), 1.0, faults, work, time.monotonic())
+    bad_samples = [bad for item in items for bad in item.bad_samples]
+    stats = sum((item.stats for item in items), LoadingStats())
+    return LoadedBatch(collate([item.fields for item in items]), 1.0, bad_samples, stats, time.monotonic())
 
 
 def _start_worker(_: int) -> None:
-    """One thread a worker. A launcher signals everyone, but the training process needs batches until it has saved."""
+    """Keep a worker alive when a launcher signals the whole group: training needs batches until it has saved."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -1,82 +1,99 @@
-"""What the input stage did between two rows of metrics, and the sentence that says what it waits for."""
+"""Measure data loading between two rows of metrics, and explain what an input-bound run waits for."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from pretrain.data.loading.loader import Loaded, Work
+from pretrain.data.loading.loader import LoadedBatch, LoadingStats
 
-STAGES = {
-    "fetch": "put the shards on faster storage, raise data.num_threads, or give data.cache_bytes room for more of them",
-    "decode": "add workers (data.num_workers), or make smaller images with `vitrail shards make --resize`",
-    "augment": "add workers (data.num_workers)",
+STAGES = {  # stage -> what it does, and how to speed it up
+    "fetch": (
+        "fetching",
+        "use faster storage, increase data.num_threads, or increase data.cache_bytes to keep more shards",
+    ),
+    "decode": ("decoding", "increase data.num_workers, or make smaller images with `vitrail shards make --resize`"),
+    "augment": ("augmentation", "increase data.num_workers"),
 }
-INPUT_BOUND = 0.1  # share of the time spent waiting from which a run says so
-BUSY = 0.5
+INPUT_BOUND_FRACTION = 0.1  # share of the time spent waiting from which a run counts as input-bound
+BUSY_FRACTION = 0.5  # below it the workers cannot be the bottleneck
+BATCHES_REMEMBERED = 64
 
 
 class Meter:
-    """Sums up one rank's batches until the numbers are taken."""
+    """Sums the loading statistics of one rank until they are taken."""
 
     def __init__(self) -> None:
         self.taken_at: list[float] = []
         self.batches = 0
         self.waited = 0.0
         self.ready = 0
-        self.work = Work()
+        self.stats = LoadingStats()
 
-    def note(self, loaded: Loaded, asked_at: float, got_at: float) -> None:
-        """Count a batch that was asked for and given at these times (`time.monotonic`)."""
+    def add(self, loaded: LoadedBatch, asked_at: float, got_at: float) -> None:
+        """Count a batch.
+
+        Args:
+            loaded: The batch.
+            asked_at: Time at which it was requested (`time.monotonic`).
+            got_at: Time at which it arrived.
+        """
         self.waited += got_at - asked_at
-        self.work = self.work + loaded.work
-        # It lay ready whenever an earlier batch was taken after it was done: that is how full the queue was.
+        self.stats = self.stats + loaded.stats
+        # The batch was waiting in the queue whenever an earlier one was taken after this one was done.
         self.ready += len(self.taken_at) - bisect_left(self.taken_at, loaded.done_at)
         self.batches += 1
-        self.taken_at = [*self.taken_at[-63:], got_at]
+        self.taken_at = [*self.taken_at[-BATCHES_REMEMBERED + 1 :], got_at]
 
     def take(self) -> list[float]:
-        """Return what was summed up, to be summed over ranks, and begin anew."""
-        values = [self.batches, self.ready, self.waited, *self.work]
-        self.batches, self.ready, self.waited, self.work = 0, 0, 0.0, Work()
+        """Return the sums since the last call, for `loading_metrics`, and reset them."""
+        values = [self.batches, self.ready, self.waited, *self.stats]
+        self.batches, self.ready, self.waited, self.stats = 0, 0, 0.0, LoadingStats()
         return [float(value) for value in values]
 
 
-def metrics(totals: Sequence[float], seconds: float, world_size: int, num_loading: int) -> dict[str, float]:
+def loading_metrics(totals: Sequence[float], seconds: float, world_size: int, num_loaders: int) -> dict[str, float]:
     """Turn the sums over all ranks into metrics.
 
     Args:
-        totals: the sum over ranks of `Meter.take`.
-        seconds: that all ranks took.
-        world_size: how many they are.
-        num_loading: workers of each rank, times the threads of each.
+        totals: Sum of `Meter.take` over the ranks.
+        seconds: Duration of the interval.
+        world_size: Number of ranks.
+        num_loaders: Number of reader threads per rank: workers times threads.
     """
     batches, ready, waited = totals[:3]
-    work = Work(*totals[3:])
-    worker_seconds = seconds * world_size * num_loading
-    busy = {f"data/{stage}_busy": getattr(work, stage) / worker_seconds for stage in STAGES}
+    stats = LoadingStats(*totals[3:])
+    loader_seconds = seconds * world_size * num_loaders
+    busy = {f"data/{stage}_busy": getattr(stats, stage) / loader_seconds for stage in STAGES}
     row = {
         "data/wait_fraction": waited / world_size / seconds,
         "data/batches_ready": ready / max(batches, 1),
-        "data/megabytes_per_second": work.bytes / 1e6 / seconds,
+        "data/megabytes_per_second": stats.bytes / 1e6 / seconds,
         **busy,
     }
-    if asked := work.hits + work.downloads:  # only what is remote asks the cache
+    if requests := stats.hits + stats.downloads:  # local data does not use the cache
         row |= {
-            "data/cache_hits": work.hits / asked,
-            "data/downloaded_megabytes_per_second": work.downloaded_bytes / 1e6 / seconds,
-            "data/retries": work.retries,
+            "data/cache_hits": stats.hits / requests,
+            "data/downloaded_megabytes_per_second": stats.downloaded_bytes / 1e6 / seconds,
+            "data/retries": stats.retries,
         }
     return row
 
 
-def verdict(row: dict[str, float], num_workers: int) -> str | None:
-    """Say in one sentence what an input-bound run waits for; None while it isn't."""
-    if row["data/wait_fraction"] < INPUT_BOUND:
+def describe_bottleneck(row: dict[str, float], num_workers: int) -> str | None:
+    """Return one sentence that says which loading stage limits training; None if none does.
+
+    Args:
+        row: Result of `loading_metrics`.
+        num_workers: Number of workers per rank.
+    """
+    if row["data/wait_fraction"] < INPUT_BOUND_FRACTION:
         return None
-    bound = f"input-bound, {row['data/wait_fraction']:.0%} of the time: "
+    bound = f"input-bound {row['data/wait_fraction']:.0%} of the time: "
     if not num_workers:
-        return f"{bound}loading takes turns with training; set data.num_workers"
+        return f"{bound}the training process loads the data itself; set data.num_workers"
     stage = max(STAGES, key=lambda name: row[f"data/{name}_busy"])
     busy = sum(row[f"data/{name}_busy"] for name in STAGES)
-    if busy < BUSY:
-        return None  # the workers had little to do: they were starting
-    return f"{bound}{stage} {row[f'data/{stage}_busy']:.0%} busy on {num_workers} workers a rank: {STAGES[stage]}"
+    if busy < BUSY_FRACTION:
+        return None  # the workers were mostly idle: they had just been started
+    activity, cure = STAGES[stage]
+    workers = f"{num_workers} worker{'s' if num_workers > 1 else ''} per rank"
+    return f"{bound}{activity} keeps {workers} {row[f'data/{stage}_busy']:.0%} busy; {cure}"

@@ -31,11 +31,11 @@ from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
-from pretrain.data.loading.loader import Loaded, training_batches
+from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
 from pretrain.data.shards.encoding import Stored
 from pretrain.data.shards.writer import ShardWriter
 from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS
-from pretrain.data.transforms.decode import Pixels, decode, to_rgb
+from pretrain.data.transforms.decode import ImageArray, decode, to_rgb
 from pretrain.data.transforms.views import TrainView, crop_box, resize
 from pretrain.errors import DataError
 
@@ -206,20 +206,19 @@ def loader_rate(samples: Dataset, image_size: int, num_workers: int, seconds: fl
 
 def _batches(
     samples: Dataset, image_size: int, batch: int, stop: int, num_workers: int, num_threads: int = 1
-) -> Generator[Loaded, None, None]:
+) -> Generator[LoadedBatch, None, None]:
     return training_batches(
         samples,
         TrainView(AugmentConfig(), image_size),
-        seed=0,
-        window=64,
+        BatchPlan(
+            seed=0,
+            shuffle_window=64,
+            global_batch_size=batch,
+            num_workers=num_workers,
+            num_threads=num_threads,
+        ),
         start=0,
         stop=stop,
-        global_batch_size=batch,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
-        num_threads=num_threads,
     )
 
 
@@ -236,7 +235,7 @@ def in_turn(
     return seconds
 
 
-def by_pillow(encoded: Sequence[bytes]) -> list[Pixels]:
+def by_pillow(encoded: Sequence[bytes]) -> list[ImageArray]:
     """Decode, crop and resize as most loaders do."""
     random = np.random.default_rng(1)
     return [_crop(to_rgb(Image.open(io.BytesIO(data))), random) for data in encoded]
@@ -280,7 +279,7 @@ def _tar_keys(tars: Sequence[Path]) -> Iterator[str]:
                     yield key
 
 
-def _crop(image: Image.Image, random: np.random.Generator) -> Pixels:
+def _crop(image: Image.Image, random: np.random.Generator) -> ImageArray:
     top, left, bottom, right = crop_box(image.height, image.width, (0.08, 1.0), (3 / 4, 4 / 3), random)
     return np.asarray(image.crop((left, top, right, bottom)).resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 

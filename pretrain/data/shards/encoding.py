@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pretrain.data.transforms.decode import DeepGrayscaleError, Pixels, decode
+from pretrain.data.transforms.decode import DeepGrayscaleError, ImageArray, decode
 
 Format = Literal["jpg", "png", "webp"]
 
@@ -71,14 +71,14 @@ def _format_of(data: bytes) -> Format | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def _shrink(pixels: Pixels, shorter_side: int) -> Pixels:
+def _shrink(pixels: ImageArray, shorter_side: int) -> ImageArray:
     height, width = pixels.shape[:2]
     scale = shorter_side / min(height, width)
     size = (max(round(width * scale), shorter_side), max(round(height * scale), shorter_side))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def _encode(pixels: Pixels, extension: Format, quality: int) -> bytes:
+def _encode(pixels: ImageArray, extension: Format, quality: int) -> bytes:
     if extension == "jpg":
         return bytes(
             simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality, colorspace="RGB", colorsubsampling="420")

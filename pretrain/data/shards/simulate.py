@@ -84,7 +84,7 @@ def classes_in_a_batch(
     done: Callable[[int], None] = lambda _: None,
 ) -> float:
     """Return the mean number of distinct classes in batches from anywhere in the first epoch."""
-    total = sum(part.num_samples for part in order.sets)
+    total = sum(part.num_samples for part in order.parts)
     steps = max(total // global_batch_size, 1)
     counts = []
     for step in permutation(steps, seed, "simulated batches")[:batches].tolist():

@@ -15,13 +15,13 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-Pixels = npt.NDArray[np.uint8]
+ImageArray = npt.NDArray[np.uint8]
 
 # A 164 kB PNG was seen to decode to 507 MB; Pillow itself only warns.
 MAX_PIXELS = 64_000_000
 
 
-class Jpeg(NamedTuple):
+class EncodedJpeg(NamedTuple):
     """A JPEG left for the device to decode, and the size it will have, in pixels."""
 
     data: bytes
@@ -42,7 +42,7 @@ class DeepGrayscaleError(DecodeError):
         )
 
 
-def decode(data: bytes, *, scales: bool = False) -> Pixels:
+def decode(data: bytes, *, scales: bool = False) -> ImageArray:
     """Decode an image.
 
     Args:
@@ -50,7 +50,7 @@ def decode(data: bytes, *, scales: bool = False) -> Pixels:
         scales: whether 16-bit grayscale is scaled to 8 bits.
 
     Returns:
-        Pixels [height, width, 3], RGB.
+        ImageArray [height, width, 3], RGB.
 
     Raises:
         DecodeError: broken, truncated, of an unknown format, of more than MAX_PIXELS, or deeper than 8 bits.
@@ -71,7 +71,7 @@ def decode(data: bytes, *, scales: bool = False) -> Pixels:
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
-def decode_unless_jpeg(data: bytes) -> Pixels | Jpeg:
+def decode_unless_jpeg(data: bytes) -> ImageArray | EncodedJpeg:
     """Leave a JPEG to the device if that decodes it as `decode` would; decode everything else.
 
     Raises:
@@ -110,13 +110,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _plain_jpeg(data: bytes) -> Jpeg | None:
+def _plain_jpeg(data: bytes) -> EncodedJpeg | None:
     """Return a JPEG that simplejpeg decodes as Pillow would: no CMYK, no EXIF that turns the image."""
     if data[:2] != b"\xff\xd8" or (b"Exif\x00\x00" in data[:4096] and _is_turned(data)):
         return None
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
-    return Jpeg(data, height, width) if colorspace in ("YCbCr", "Gray", "RGB") else None
+    return EncodedJpeg(data, height, width) if colorspace in ("YCbCr", "Gray", "RGB") else None
 
 
 def _is_turned(data: bytes) -> bool:

@@ -45,7 +45,9 @@ def warp(images: Tensor, affine: Tensor) -> Tensor:
     return F.grid_sample(images - FILL, places, mode="bilinear", padding_mode="zeros", align_corners=False) + FILL
 
 
-def draw_blur(probability: float, sigma: tuple[float, float], image_size: int, random: np.random.Generator) -> Array:
+def sample_blur_kernel(
+    probability: float, sigma: tuple[float, float], image_size: int, random: np.random.Generator
+) -> Array:
     """Draw the kernel [K] of a Gaussian; of one that changes nothing where the blur is not drawn.
 
     Args:
@@ -73,7 +75,7 @@ def blur(images: Tensor, kernels: Tensor) -> Tensor:
     return planes.view(images.shape)
 
 
-def draw_erased(probability: float, random: np.random.Generator) -> Array:
+def sample_erase_box(probability: float, random: np.random.Generator) -> Array:
     """Draw the box to erase (arXiv 1708.04896); an empty one where nothing is erased."""
     if random.random() >= probability:
         return np.zeros(4)

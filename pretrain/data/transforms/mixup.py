@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.config import AugmentConfig
+from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.geometry import Array, box_mask
 
 
-def draw_mix(config: AugmentConfig, random: np.random.Generator) -> dict[str, Any]:
+def sample_mix(config: AugmentConfig, random: np.random.Generator) -> dict[str, Any]:
     """Draw how much of the neighbor comes in, by mixup or by cutmix; both take turns where both are on."""
     mixup, cutmix = config.mixup, config.cutmix
     is_cutmix = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
@@ -24,7 +25,7 @@ def draw_mix(config: AugmentConfig, random: np.random.Generator) -> dict[str, An
     return {"mix_share": share, "cut_box": np.zeros(4)}
 
 
-def mix_neighbors(images: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def mix_neighbors(images: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mix each image with its neighbor in the order (0 with 1, 2 with 3 ...): mixup and cutmix.
 
     Neighbors stay together on any number of ranks, so the pixels do too.

@@ -1,4 +1,4 @@
-"""Several crops of one image, and blocks of patches to hide from the student. Runs in the loader's workers."""
+"""Multi-crop views for self-distillation, and the patches that are masked for the student. Runs in the data workers."""
 
 import math
 from dataclasses import dataclass
@@ -7,70 +7,78 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.data.transforms.decode import Pixels
+from pretrain.data.transforms.decode import ImageArray
 from pretrain.data.transforms.views import TrainView
 
-LEAST_BLOCK = 4  # patches
+NUM_GLOBAL_CROPS = 2
+MIN_BLOCK_PATCHES = 4
 BLOCK_ASPECT = (0.3, 1 / 0.3)
-BLOCKS_TRIED = 10
-NUM_LARGE = 2
+MAX_BLOCKS = 10
 
 
 @dataclass(frozen=True)
-class CropsView:
-    """Two large crops and some small ones, each augmented by draws of its own (arXiv 2006.09882).
+class MultiCropView:
+    """Two global crops and several local crops of an image, each augmented independently (arXiv 2006.09882).
 
-    The fields of a large crop stand together as "large.image" [2, C, H, W], "large.flip" [2] and so on, those of the
-    small ones as "small.image"; "hidden" [2, N] says which patches of the large ones the student is not shown.
+    The fields of a sample are "mask" [2, N], the patches of each global crop that are hidden from the student, and
+    "global_crops" and "local_crops": a dictionary each, with "image" [crops, C, H, W] and the augmentation's parameters
+    [crops, ...].
 
     Attributes:
-        large: the view of a large crop.
-        small: of a small one.
-        num_small: how many of these.
-        patches_a_side: of a large crop.
-        mask_probability: that any patch of a large crop is hidden.
-        mask_ratio: the smallest and the largest share that is hidden then.
+        global_view: View of a global crop.
+        local_view: View of a local crop.
+        num_local_crops: Number of local crops per image.
+        patches_per_side: Number of patches along a side of a global crop.
+        mask_probability: Probability that any patch of a global crop is masked.
+        mask_ratio: Smallest and largest share of the patches that is masked in a masked crop.
     """
 
-    large: TrainView
-    small: TrainView
-    num_small: int
-    patches_a_side: int
+    global_view: TrainView
+    local_view: TrainView
+    num_local_crops: int
+    patches_per_side: int
     mask_probability: float
     mask_ratio: tuple[float, float]
 
-    def __call__(self, image: Pixels, random: np.random.Generator) -> dict[str, Any]:
-        hidden = [self._hide(random) for _ in range(NUM_LARGE)]
-        fields: dict[str, Any] = {"hidden": np.stack(hidden)}
-        for size, view, count in (("large", self.large, NUM_LARGE), ("small", self.small, self.num_small)):
-            crops = [view(image, random) for _ in range(count)]
-            fields |= {f"{size}.{name}": np.stack([np.asarray(crop[name]) for crop in crops]) for name in crops[0]}
-        return fields
+    def __call__(self, image: ImageArray, random: np.random.Generator) -> dict[str, Any]:
+        masks = [self._sample_mask(random) for _ in range(NUM_GLOBAL_CROPS)]
+        return {
+            "mask": np.stack(masks),
+            "global_crops": _crops(self.global_view, NUM_GLOBAL_CROPS, image, random),
+            "local_crops": _crops(self.local_view, self.num_local_crops, image, random),
+        }
 
-    def _hide(self, random: np.random.Generator) -> npt.NDArray[np.bool_]:
-        """Draw which patches of one crop are hidden, [N]."""
-        share = random.uniform(*self.mask_ratio) if random.random() < self.mask_probability else 0.0
-        return draw_hidden(self.patches_a_side, round(share * self.patches_a_side**2), random).reshape(-1)
+    def _sample_mask(self, random: np.random.Generator) -> npt.NDArray[np.bool_]:
+        """Return which patches of one crop are masked, [N]."""
+        ratio = random.uniform(*self.mask_ratio) if random.random() < self.mask_probability else 0.0
+        return sample_block_mask(self.patches_per_side, round(ratio * self.patches_per_side**2), random).reshape(-1)
 
 
-def draw_hidden(side: int, count: int, random: np.random.Generator) -> npt.NDArray[np.bool_]:
-    """Hide exactly `count` patches of a square of `side`, most of them in rectangles (arXiv 2106.08254).
+def _crops(view: TrainView, count: int, image: ImageArray, random: np.random.Generator) -> dict[str, Any]:
+    """Return `count` crops of an image, each field stacked: [count, ...]."""
+    crops = [view(image, random) for _ in range(count)]
+    return {name: np.stack([np.asarray(crop[name]) for crop in crops]) for name in crops[0]}
+
+
+def sample_block_mask(patches_per_side: int, count: int, random: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Mask exactly `count` patches, most of them in rectangular blocks (BEiT, arXiv 2106.08254).
 
     Returns:
-        [side, side], true where a patch is hidden.
+        bool [patches_per_side, patches_per_side], True where a patch is masked.
     """
-    hidden = np.zeros((side, side), dtype=np.bool_)
-    for _ in range(BLOCKS_TRIED):
-        missing = count - int(hidden.sum())
-        if missing < LEAST_BLOCK:
+    side = patches_per_side
+    mask = np.zeros((side, side), dtype=np.bool_)
+    for _ in range(MAX_BLOCKS):
+        missing = count - int(mask.sum())
+        if missing < MIN_BLOCK_PATCHES:
             break
-        area, aspect = random.uniform(LEAST_BLOCK, missing), math.exp(random.uniform(*np.log(BLOCK_ASPECT)))
+        area, aspect = random.uniform(MIN_BLOCK_PATCHES, missing), math.exp(random.uniform(*np.log(BLOCK_ASPECT)))
         height, width = min(round(math.sqrt(area * aspect)), side), min(round(math.sqrt(area / aspect)), side)
         top, left = random.integers(side - height + 1), random.integers(side - width + 1)
-        block = hidden.copy()
-        block[top : top + height, left : left + width] = True
-        if block.sum() <= count:
-            hidden = block
-    shown = np.flatnonzero(~hidden)
-    hidden.flat[random.choice(shown, count - int(hidden.sum()), replace=False)] = True
-    return hidden
+        with_block = mask.copy()
+        with_block[top : top + height, left : left + width] = True
+        if with_block.sum() <= count:
+            mask = with_block
+    visible = np.flatnonzero(~mask)
+    mask.flat[random.choice(visible, count - int(mask.sum()), replace=False)] = True
+    return mask

@@ -23,7 +23,7 @@ COLORS = ("identity", "brightness", "contrast", "saturation", "sharpness", "post
 SHARPEN = ((1.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 1.0))
 
 
-def draw_rand_augment(num_operations: int, magnitude: float, random: np.random.Generator) -> dict[str, Any]:
+def sample_rand_augment(num_operations: int, magnitude: float, random: np.random.Generator) -> dict[str, Any]:
     """Draw a sample's operations, repeats allowed, those with a direction in either.
 
     Returns:

@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from pretrain.config import AugmentConfig
-from pretrain.data.transforms.color import Channels, grayscale, jitter, normalize, shift_hue, solarize
-from pretrain.data.transforms.decode import Jpeg, Pixels
-from pretrain.data.transforms.geometry import blur, box_mask, draw_blur, draw_erased, warp
-from pretrain.data.transforms.mixup import draw_mix
-from pretrain.data.transforms.rand_augment import draw_rand_augment, recolor
+from pretrain.data.transforms.decode import EncodedJpeg, ImageArray
+from pretrain.data.transforms.geometry import sample_blur_kernel, sample_erase_box
+from pretrain.data.transforms.mixup import sample_mix
+from pretrain.data.transforms.rand_augment import sample_rand_augment
 
-View = Callable[[Any, np.random.Generator], dict[str, Any]]  # of Pixels, and training's of a Jpeg too
+View = Callable[[Any, np.random.Generator], dict[str, Any]]  # of ImageArray, and training's of a EncodedJpeg too
 
 CROP_TRIES = 10
 
@@ -33,10 +32,10 @@ class TrainView:
     config: AugmentConfig
     image_size: int
 
-    def __call__(self, image: Pixels | Jpeg, random: np.random.Generator) -> dict[str, Any]:
-        height, width = (image.height, image.width) if isinstance(image, Jpeg) else image.shape[:2]
+    def __call__(self, image: ImageArray | EncodedJpeg, random: np.random.Generator) -> dict[str, Any]:
+        height, width = (image.height, image.width) if isinstance(image, EncodedJpeg) else image.shape[:2]
         box = crop_box(height, width, self.config.crop_scale, self.config.crop_aspect, random)
-        if isinstance(image, Jpeg):
+        if isinstance(image, EncodedJpeg):
             return {"jpeg": image.data, "crop_box": np.asarray(box), **self.draw(random)}
         top, left, bottom, right = box
         return {"image": resize(image[top:bottom, left:right], self.image_size), **self.draw(random)}
@@ -48,7 +47,7 @@ class TrainView:
         if config.flip:
             draws["flip"] = random.random() < config.flip
         if config.rand_augment_ops:
-            draws |= draw_rand_augment(config.rand_augment_ops, config.rand_augment_magnitude, random)
+            draws |= sample_rand_augment(config.rand_augment_ops, config.rand_augment_magnitude, random)
         for name in ("brightness", "contrast", "saturation"):
             if strength := getattr(config, name):
                 draws[name] = random.uniform(max(0.0, 1 - strength), 1 + strength)
@@ -58,25 +57,25 @@ class TrainView:
             if probability := getattr(config, name):
                 draws[name] = random.random() < probability
         if config.blur:
-            draws["blur_kernel"] = draw_blur(config.blur, config.blur_sigma, self.image_size, random)
+            draws["blur_kernel"] = sample_blur_kernel(config.blur, config.blur_sigma, self.image_size, random)
         if config.three_augment:
             draws["grayscale"], draws["solarize"], is_blurred = np.eye(3)[random.integers(3)]
-            draws["blur_kernel"] = draw_blur(is_blurred, config.blur_sigma, self.image_size, random)
+            draws["blur_kernel"] = sample_blur_kernel(is_blurred, config.blur_sigma, self.image_size, random)
         if config.erasing:
-            draws["erase_box"] = draw_erased(config.erasing, random)
+            draws["erase_box"] = sample_erase_box(config.erasing, random)
         if config.mixes:
-            draws |= draw_mix(config, random)
+            draws |= sample_mix(config, random)
         return {name: np.asarray(value, dtype=np.float32) for name, value in draws.items()}
 
 
 @dataclass(frozen=True)
-class MaskedView:
+class PatchOrderView:
     """Another view, and an order of the patches in which the visible ones come first."""
 
     view: View
     num_patches: int
 
-    def __call__(self, image: Pixels | Jpeg, random: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: ImageArray | EncodedJpeg, random: np.random.Generator) -> dict[str, Any]:
         return {**self.view(image, random), "patch_order": random.permutation(self.num_patches)}
 
 
@@ -89,10 +88,10 @@ class EvalView:
 
     @property
     def shortest_edge(self) -> int:
-        """Pixels of the shorter edge before the crop."""
+        """ImageArray of the shorter edge before the crop."""
         return round(self.image_size * self.resize_ratio)
 
-    def __call__(self, image: Pixels, random: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: ImageArray, random: np.random.Generator) -> dict[str, Any]:
         # Hugging Face truncates the longer edge and floors the center; torchvision rounds both.
         shorter = min(image.shape[:2])
         height, width = (int(self.shortest_edge * edge / shorter) for edge in image.shape[:2])
@@ -125,7 +124,7 @@ def crop_box(
     return top, left, top + h, left + w
 
 
-def resize(image: Pixels, size: int) -> Tensor:
+def resize(image: ImageArray, size: int) -> Tensor:
     """Resize [H, W, C] to a square, antialiased bicubic in uint8; about twice Pillow's speed.
 
     Returns:
@@ -133,42 +132,3 @@ def resize(image: Pixels, size: int) -> Tensor:
     """
     channels_last = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
     return F.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)[0].contiguous()
-
-
-def augment(batch: dict[str, Tensor], mean: Channels, std: Channels) -> Tensor:
-    """Augment and normalize a batch by its draws; an operation without a draw is left out.
-
-    The order: flip, RandAugment, brightness, contrast, saturation, hue, grayscale, solarize, blur, normalize, erase.
-    Mixup and cutmix come last and are the objective's, because they mix the labels too.
-
-    Args:
-        batch: "image" uint8 [B, C, H, W] and those draws of `TrainView` that are switched on.
-        mean: of each channel, of pixels in [0, 1].
-        std: of each channel.
-
-    Returns:
-        float [B, C, H, W].
-    """
-    images = batch["image"].float() / 255
-    if "flip" in batch:
-        images = torch.where(_is_drawn(batch["flip"]), images.flip(-1), images)
-    if "affine" in batch:
-        images = recolor(warp(images, batch["affine"]), batch["colors"], batch["strengths"])
-    images = jitter(images, batch.get("brightness"), batch.get("contrast"), batch.get("saturation"))
-    if "hue" in batch:
-        images = shift_hue(images, batch["hue"])
-    if "grayscale" in batch:
-        images = torch.where(_is_drawn(batch["grayscale"]), grayscale(images), images)
-    if "solarize" in batch:
-        images = torch.where(_is_drawn(batch["solarize"]), solarize(images), images)
-    if "blur_kernel" in batch:
-        images = blur(images, batch["blur_kernel"])
-    images = normalize(images, mean, std)
-    if "erase_box" in batch:
-        images = images.masked_fill(box_mask(batch["erase_box"], images), 0.0)
-    return images
-
-
-def _is_drawn(draw: Tensor) -> Tensor:
-    """Spread a yes or no [B] over the images of a batch."""
-    return draw.bool()[:, None, None, None]

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 from torch._dynamo.testing import CompileCounter
+from torch.utils.data import default_collate
 
 from pretrain.config import ModelConfig, PreprocessingConfig, SelfDistillationConfig
-from pretrain.data.transforms.multi_crop import draw_hidden
-from pretrain.data.transforms.views import augment
+from pretrain.data.transforms.batch import Batch, augment
+from pretrain.data.transforms.multi_crop import sample_block_mask
 from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.self_distillation import (
@@ -46,12 +47,11 @@ def build(**changes: object) -> SelfDistillationObjective:
     return objective.train()
 
 
-def batch(objective: SelfDistillationObjective, size: int) -> dict[str, torch.Tensor]:
+def batch(objective: SelfDistillationObjective, size: int) -> Batch:
     view, images = objective.train_view(32), np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
     large = [np.kron(image, np.ones((6, 6, 1), np.uint8)) for image in images]
     samples = [view(image, np.random.default_rng(i)) for i, image in enumerate(large)]
-    fields = {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
-    return {**fields, "position": torch.arange(size)}
+    return {**default_collate(samples), "position": torch.arange(size)}
 
 
 def test_the_first_losses_are_those_of_a_student_that_says_nothing() -> None:
@@ -124,7 +124,7 @@ def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
     first = float(objective(data)["loss"])
     last = overfit(objective, data, steps=150)
     cls, patches = objective._teacher_targets(
-        objective._crops(data, "large"), data["hidden"].flatten(0, 1), torch.ones(12)
+        objective._augment(data["global_crops"]), data["mask"].flatten(0, 1), torch.ones(12)
     )
     least = sum(float(-(t * t.clamp_min(1e-30).log()).sum(-1).mean()) for t in (cls, patches))  # the targets' entropy
     assert last - least < 0.35 * (first - least)
@@ -141,8 +141,7 @@ def test_student_and_teacher_see_what_the_papers_say() -> None:
     objective.before_step(0.5)
     mean, std = objective.preprocessing.image_mean, objective.preprocessing.image_std
 
-    def crops(size: str) -> list[torch.Tensor]:
-        fields = {name.removeprefix(f"{size}."): data[name] for name in data if name.startswith(f"{size}.")}
+    def crops(fields: Batch) -> list[torch.Tensor]:
         of_each = ({name: field[:, i] for name, field in fields.items()} for i in range(fields["image"].shape[1]))
         return [augment(each, mean, std) for each in of_each]
 
@@ -158,8 +157,8 @@ def test_student_and_teacher_see_what_the_papers_say() -> None:
     def cross(targets: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
         return -(targets * F.log_softmax(cosines / 0.1, dim=-1)).sum(-1)
 
-    large, small, hidden = crops("large"), crops("small"), data["hidden"].unbind(1)
-    assert {int(count) for count in data["hidden"].sum(2).flatten()} >= {0, 2}
+    large, small, hidden = crops(data["global_crops"]), crops(data["local_crops"]), data["mask"].unbind(1)
+    assert {int(count) for count in data["mask"].sum(2).flatten()} >= {0, 2}
     with torch.no_grad():
         seen = [objective.encoder(crop) for crop in large]
         cls = balanced(torch.cat([objective.cls_head(tokens[:, 0]) for tokens in seen])).chunk(2)
@@ -217,11 +216,13 @@ def test_crops_are_keyed_by_the_sample() -> None:
     objective = build(mask_probability=0.5)
     view, image = objective.train_view(32), np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not np.array_equal(first["large.image"], other["large.image"])
-    assert first["large.image"].shape == (2, 3, 32, 32)
-    assert first["small.image"].shape == (3, 3, 16, 16)
-    counts = np.stack([view(image, np.random.default_rng(seed))["hidden"].sum(1) for seed in range(200)]).ravel()
+    assert np.array_equal(first["mask"], again["mask"])
+    for crops in ("global_crops", "local_crops"):
+        assert all(np.array_equal(first[crops][name], again[crops][name]) for name in first[crops])
+    assert not np.array_equal(first["global_crops"]["image"], other["global_crops"]["image"])
+    assert first["global_crops"]["image"].shape == (2, 3, 32, 32)
+    assert first["local_crops"]["image"].shape == (3, 3, 16, 16)
+    counts = np.stack([view(image, np.random.default_rng(seed))["mask"].sum(1) for seed in range(200)]).ravel()
     assert 0.4 < (counts > 0).mean() < 0.6
     assert set(counts[counts > 0]) <= set(range(2, 9))  # from 0.1 to 0.5 of 16
 
@@ -229,7 +230,7 @@ def test_crops_are_keyed_by_the_sample() -> None:
 @given(st.integers(1, 14), st.floats(0, 1), st.integers(0, 2**32))
 def test_exactly_so_many_patches_are_hidden(side: int, share: float, seed: int) -> None:
     count = round(share * side * side)
-    hidden = draw_hidden(side, count, np.random.default_rng(seed))
+    hidden = sample_block_mask(side, count, np.random.default_rng(seed))
     assert hidden.shape == (side, side)
     assert hidden.sum() == count
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.dataset.order import MIX_BLOCK, Order, Part, Repeats, micro_batches, permutation
+from pretrain.data.dataset.order import MIX_BLOCK, Order, Part, RepeatedAugmentation, micro_batches, permutation
 
 layouts = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any)
 
@@ -61,7 +61,7 @@ def test_any_layout_gives_each_sample_once_and_equal_steps(
     sizes[0] = max(sizes[0], 1)
     order = Order([Part("digest", sizes)], 0, data.draw(st.integers(1, 500)))
     group_size = data.draw(st.sampled_from([1, 2])) if batch % 2 == 0 else 1
-    first = data.draw(st.integers(0, 2 * order.sets[0].num_samples // batch))
+    first = data.draw(st.integers(0, 2 * order.parts[0].num_samples // batch))
     start, stop = first * batch, (first + 2) * batch
     ranks = [
         list(
@@ -208,12 +208,14 @@ FROZEN_ORDER = [(0, 0, 0), (0, 0, 2), (1, 0, 0), (1, 0, 1)]
 def test_a_batch_has_each_of_its_images_as_often_as_asked(
     sizes: list[int], views: int, images: int, batch: int
 ) -> None:
-    repeats = Repeats(views, views * images)
+    repeats = RepeatedAugmentation(views, views * images)
     once, order = Order([Part("digest", sizes)], 0, 3), Order([Part("digest", sizes)], 0, 3, repeats=repeats)
-    positions = range(batch * repeats.batch, (batch + 1) * repeats.batch)
+    positions = range(batch * repeats.batch_size, (batch + 1) * repeats.batch_size)
     expected = [once.locate(batch * images + i) for i in range(images)]
     assert [order.locate(position) for position in positions] == views * expected
-    assert [repeats.view(position) for position in positions] == [view for view in range(views) for _ in range(images)]
+    assert [repeats.view_at(position) for position in positions] == [
+        view for view in range(views) for _ in range(images)
+    ]
     assert order.epochs(positions.start) == once.epochs(batch * images)
     assert order.upcoming(positions.start) == once.upcoming(batch * images)
     assert [*order.substitutes(positions[-1])] == [*once.substitutes((batch + 1) * images - 1)]

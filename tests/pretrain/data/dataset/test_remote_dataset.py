@@ -19,7 +19,7 @@ import pytest
 from pretrain.config import AugmentConfig, DataConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
-from pretrain.data.loading.loader import evaluation_batches, training_batches
+from pretrain.data.loading.loader import BatchPlan, evaluation_batches, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
@@ -43,17 +43,11 @@ def epochs(samples: Dataset, num_workers: int = 2) -> dict[int, bytes]:
     for loaded in training_batches(
         samples,
         TrainView(AugmentConfig(), 8),
-        seed=0,
-        window=3,
+        BatchPlan(seed=0, shuffle_window=3, global_batch_size=16, num_workers=num_workers),
         start=0,
         stop=2 * sum(samples.shard_sizes) // 16 * 16,
-        global_batch_size=16,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
     ):
-        assert not loaded.faults
+        assert not loaded.bad_samples
         for i, position in enumerate(loaded.tensors["position"].tolist()):
             seen[position] = loaded.tensors["image"][i].numpy().tobytes()
     return seen
@@ -127,7 +121,7 @@ def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count:
     samples = opened(place, cache_dir, cache_bytes=cache_bytes)
     order = samples.order(seed=0, window=window)
     position = 0
-    samples.expect(lambda shard: order.distance(shard, position), lambda: order.upcoming(position))
+    samples.set_read_schedule(lambda shard: order.distance(shard, position), lambda: order.upcoming(position))
     for position in range(count):
         _, shard, row = order.locate(position)
         samples.fetch(shard, row)
@@ -152,7 +146,7 @@ def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, t
 
     def few(samples: Dataset) -> list[bytes]:
         batches = evaluation_batches(
-            samples, EvalView(8), batch_size=4, rank=0, world_size=1, num_workers=1, at_most=12
+            samples, EvalView(8), batch_size=4, rank=0, world_size=1, num_workers=1, max_samples=12
         )
         return [loaded.tensors["image"].numpy().tobytes() for loaded in batches]
 
@@ -177,13 +171,13 @@ def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path
     per_shard = max(shard.num_bytes + shard.index_bytes for shard in info.shards)
     with serve(Hostile(digits / "train")) as server:
         samples = opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard)
-        samples.check_room(window=3)
+        samples.check_cache_size(window=3)
         assert epochs(samples) == epochs(open_dataset(digits / "train"), 0)
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 6 * per_shard
         with pytest.raises(
             DataError, match=r"data.cache_bytes: \d+ bytes cannot hold two windows of 4 shards, \d+ byt"
         ):
-            opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard).check_room(window=4)
+            opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard).check_cache_size(window=4)
 
 
 def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path) -> None:

@@ -13,37 +13,30 @@ import pytest
 from PIL import Image
 
 from pretrain.config import AugmentConfig
-from pretrain.data.dataset.dataset import Dataset, LabelSubset
+from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
-from pretrain.data.loading.loader import Loaded, evaluation_batches, training_batches
+from pretrain.data.dataset.subset import LabelSubset
+from pretrain.data.loading.loader import BatchPlan, LoadedBatch, evaluation_batches, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
-from pretrain.data.transforms.views import EvalView, MaskedView, TrainView, View
+from pretrain.data.transforms.views import EvalView, PatchOrderView, TrainView, View
 from pretrain.errors import DataError
 
 VIEW = TrainView(AugmentConfig(brightness=0.3, mixup=0.8, cutmix=1.0, erasing=0.3), 16)
 GLOBAL_BATCH = 24
 
 
-def batches(samples: Dataset, view: View = VIEW, **changes: Any) -> Generator[Loaded, None, None]:
-    settings: dict[str, Any] = {
-        "seed": 0,
-        "window": 3,
-        "start": 0,
-        "stop": 20 * GLOBAL_BATCH,
-        "global_batch_size": GLOBAL_BATCH,
-        "accumulation_steps": 12,
-        "rank": 0,
-        "world_size": 1,
-        "num_workers": 0,
-    }
-    return training_batches(samples, view, **(settings | changes))
+def batches(
+    samples: Dataset, view: View = VIEW, start: int = 0, stop: int = 20 * GLOBAL_BATCH, **changes: Any
+) -> Generator[LoadedBatch, None, None]:
+    settings = {"seed": 0, "shuffle_window": 3, "global_batch_size": GLOBAL_BATCH, "accumulation_steps": 12}
+    return training_batches(samples, view, BatchPlan(**(settings | changes)), start, stop)
 
 
-def by_position(batches: Iterable[Loaded]) -> dict[int, tuple[int, bytes]]:
+def by_position(batches: Iterable[LoadedBatch]) -> dict[int, tuple[int, bytes]]:
     """Label and every pixel and draw of each position."""
     seen: dict[int, tuple[int, bytes]] = {}
     for loaded in batches:
@@ -118,7 +111,7 @@ def test_a_masks_key_is_seed_epoch_and_sample(digits: Path) -> None:
     orders = [
         [
             order.tobytes()
-            for loaded in batches(samples, MaskedView(VIEW, 16), seed=seed, **settings)
+            for loaded in batches(samples, PatchOrderView(VIEW, 16), seed=seed, **settings)
             for order in loaded.tensors["patch_order"].numpy()
         ]
         for seed in (0, 0, 1)
@@ -155,7 +148,7 @@ def test_some_samples_are_spread_over_the_set(digits: Path) -> None:
     samples, positions = open_dataset(digits / "train"), []
     for rank in range(2):
         for loaded in evaluation_batches(
-            samples, EvalView(16), batch_size=4, rank=rank, world_size=2, num_workers=0, at_most=10
+            samples, EvalView(16), batch_size=4, rank=rank, world_size=2, num_workers=0, max_samples=10
         ):
             positions += loaded.tensors["position"][loaded.tensors["weight"] == 1].tolist()
     total = sum(samples.shard_sizes)
@@ -181,7 +174,7 @@ def test_views_of_an_image_have_other_pixels(digits: Path) -> None:
     """The first is that of a run without repeats; a batch of 12 has the 6 images that such a run would have had."""
     samples = open_dataset(digits / "train")
     settings = {"global_batch_size": 12, "accumulation_steps": 1}
-    twice = by_position(batches(samples, stop=24, views=2, **settings))
+    twice = by_position(batches(samples, stop=24, views_per_image=2, **settings))
     once = by_position(batches(samples, stop=12, **settings))
     for first in (0, 12):
         for i in range(6):
@@ -202,18 +195,18 @@ def test_a_sample_that_cannot_be_used_is_replaced_and_nothing_else_changes(copie
     assert isinstance(samples, ShardDataset)
     key = samples.index(3).key[0]
     loaded = list(batches(samples, num_workers=num_workers))
-    faults = [fault for batch in loaded for fault in batch.faults]
+    faults = [fault for batch in loaded for fault in batch.bad_samples]
     assert {fault[1:] for fault in faults} == {(str(tar), key, "damaged: its checksum is off")}
     seen = by_position(loaded)
     assert {p for p in seen if seen[p] != whole[p]} == {fault.position for fault in faults}
-    assert [b.faults for b in batches(samples)] == [b.faults for b in loaded]  # again the same
+    assert [b.bad_samples for b in batches(samples)] == [b.bad_samples for b in loaded]  # again the same
 
 
 def test_a_substitute_is_of_the_same_window(copied: Path) -> None:
     samples = open_dataset(copied)
     order = samples.order(0, 3)
     (copied / "shard-000002.tar").unlink()
-    bad = [fault for batch in batches(samples) for fault in batch.faults if "No such file" in fault.reason]
+    bad = [fault for batch in batches(samples) for fault in batch.bad_samples if "No such file" in fault.reason]
     assert len(bad) > 10
     for fault in bad[:5]:
         window = {shard for _, shard, _ in order.substitutes(fault.position)}
@@ -226,7 +219,7 @@ def test_an_edited_index_is_noticed(copied: Path) -> None:
     content = json.loads(path.read_text())
     content["label"][0] = (content["label"][0] + 1) % 3
     path.write_text(json.dumps(content))
-    faults = [fault for batch in batches(open_dataset(copied)) for fault in batch.faults]
+    faults = [fault for batch in batches(open_dataset(copied)) for fault in batch.bad_samples]
     assert {fault.shard for fault in faults} == {str(copied / "shard-000001.tar")}
     assert all("its checksum is off" in fault.reason for fault in faults)
 

@@ -13,9 +13,9 @@ from pretrain.data.dataset.dataset import Dataset, EncodedSample, Sample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.loading import loader
-from pretrain.data.loading.loader import Loaded, Work, training_batches
-from pretrain.data.loading.meters import Meter, metrics, verdict
-from pretrain.data.transforms.decode import Pixels
+from pretrain.data.loading.loader import BatchPlan, LoadedBatch, LoadingStats, training_batches
+from pretrain.data.loading.meters import STAGES, Meter, describe_bottleneck, loading_metrics
+from pretrain.data.transforms.decode import ImageArray
 from pretrain.data.transforms.views import TrainView
 
 SLOW_SECONDS = 0.004
@@ -28,17 +28,17 @@ class SlowFetch(ShardDataset):
 
 
 class SlowView(TrainView):
-    def __call__(self, image: Pixels, random: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, image: ImageArray, random: np.random.Generator) -> dict[str, Any]:
         time.sleep(SLOW_SECONDS)
         return super().__call__(image, random)
 
 
-def slow_decoded(encoded: EncodedSample, decoder: Callable[[bytes], Any]) -> Sample:
+def slow_decode_sample(encoded: EncodedSample, decoder: Callable[[bytes], Any]) -> Sample:
     time.sleep(SLOW_SECONDS)
-    return decoded(encoded, decoder)
+    return decode_sample(encoded, decoder)
 
 
-decoded = loader.decoded
+decode_sample = loader.decode_sample
 
 
 def row_of(samples: Dataset, view: TrainView, train_seconds: float = 0.0) -> dict[str, float]:
@@ -47,54 +47,52 @@ def row_of(samples: Dataset, view: TrainView, train_seconds: float = 0.0) -> dic
     loading = training_batches(
         samples,
         view,
-        seed=0,
-        window=4,
+        BatchPlan(seed=0, shuffle_window=4, global_batch_size=16, num_workers=1),
         start=0,
         stop=20 * 16,
-        global_batch_size=16,
-        accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        num_workers=1,
     )
     for _ in range(20):
         asked_at = time.monotonic()
         loaded = next(loading)
-        meter.note(loaded, asked_at, time.monotonic())
+        meter.add(loaded, asked_at, time.monotonic())
         time.sleep(train_seconds)
-    return metrics(meter.take(), time.monotonic() - started, 1, 1)
+    return loading_metrics(meter.take(), time.monotonic() - started, 1, 1)
 
 
-@pytest.mark.parametrize("stage", ["fetch", "decode", "augment"])
-def test_the_stage_that_is_slow_is_named(digits: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "activity"), [("fetch", "fetching"), ("decode", "decoding"), ("augment", "augmentation")]
+)
+def test_the_stage_that_is_slow_is_named(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, stage: str, activity: str
+) -> None:
     samples = SlowFetch([str(digits / "train")]) if stage == "fetch" else open_dataset(digits / "train")
     view = (SlowView if stage == "augment" else TrainView)(AugmentConfig(), 16)
     if stage == "decode":
-        monkeypatch.setattr(loader, "decoded", slow_decoded)
-    sentence = verdict(row_of(samples, view), 1)
+        monkeypatch.setattr(loader, "decode_sample", slow_decode_sample)
+    sentence = describe_bottleneck(row_of(samples, view), 1)
     assert sentence is not None
-    assert f": {stage} " in sentence
-    assert "busy on 1 workers a rank: " in sentence
+    assert f"% of the time: {STAGES[stage][0]} keeps 1 worker per rank " in sentence
+    assert "% busy; " in sentence
 
 
 def test_a_loader_that_keeps_up_is_not_blamed(digits: Path) -> None:
     row = row_of(open_dataset(digits / "train"), TrainView(AugmentConfig(), 16), train_seconds=0.1)
-    assert verdict(row | {"data/wait_fraction": 0.02}, 1) is None
+    assert describe_bottleneck(row | {"data/wait_fraction": 0.02}, 1) is None
     assert row["data/batches_ready"] > 1
     assert row["data/megabytes_per_second"] > 0
 
 
 def test_without_workers_the_cure_is_workers() -> None:
-    sentence = verdict({"data/wait_fraction": 0.4}, 0)
-    assert sentence == "input-bound, 40% of the time: loading takes turns with training; set data.num_workers"
+    sentence = describe_bottleneck({"data/wait_fraction": 0.4}, 0)
+    assert sentence == "input-bound 40% of the time: the training process loads the data itself; set data.num_workers"
 
 
 def test_the_queue_is_as_full_as_it_was() -> None:
     """Batches done at 1, 2 and 3, taken at 4, 5 and 6: two, then one, then none lay ready behind the one taken."""
     meter = Meter()
     for done, taken in [(1.0, 4.0), (2.0, 5.0), (3.0, 6.0)]:
-        meter.note(Loaded({}, 1.0, [], Work(1.0, 2.0, 3.0, 4e6), done), taken - 0.5, taken)
-    row = metrics(meter.take(), 10.0, 1, 2)
+        meter.add(LoadedBatch({}, 1.0, [], LoadingStats(1.0, 2.0, 3.0, 4e6), done), taken - 0.5, taken)
+    row = loading_metrics(meter.take(), 10.0, 1, 2)
     assert row == {
         "data/wait_fraction": pytest.approx(0.15),
         "data/batches_ready": 1.0,
@@ -108,9 +106,9 @@ def test_the_queue_is_as_full_as_it_was() -> None:
 
 def test_what_is_remote_says_how_the_cache_did() -> None:
     meter = Meter()
-    work = Work(bytes=1e6, hits=9, downloads=1, downloaded_bytes=5e6, retries=2)
-    meter.note(Loaded({}, 1.0, [], work, 1.0), 1.5, 2.0)
-    row = metrics(meter.take(), 10.0, 1, 2)
+    stats = LoadingStats(bytes=1e6, hits=9, downloads=1, downloaded_bytes=5e6, retries=2)
+    meter.add(LoadedBatch({}, 1.0, [], stats, 1.0), 1.5, 2.0)
+    row = loading_metrics(meter.take(), 10.0, 1, 2)
     assert row["data/cache_hits"] == pytest.approx(0.9)
     assert row["data/downloaded_megabytes_per_second"] == pytest.approx(0.5)
     assert row["data/retries"] == 2

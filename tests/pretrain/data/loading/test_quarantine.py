@@ -7,29 +7,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.config import FaultBudget
-from pretrain.data.loading.loader import VALIDATION, Fault
+from pretrain.data.loading.loader import VALIDATION_POSITION, BadSample
 from pretrain.data.loading.quarantine import Quarantine
 from pretrain.errors import DataError
 from pretrain.journal import read_rows
 
 
-def fault(position: int, shard: str = "a.tar") -> Fault:
-    return Fault(position, shard, f"key{position}", "damaged: its checksum is off")
+def fault(position: int, shard: str = "a.tar") -> BadSample:
+    return BadSample(position, shard, f"key{position}", "damaged: its checksum is off")
 
 
 def ledger(folder: Path, resume: int = 0, **budget: float) -> Quarantine:
     return Quarantine(folder / "quarantine.jsonl", FaultBudget(**budget), resume, writes=True)  # type: ignore[arg-type]
 
 
-def read_quarantine(path: Path) -> list[Fault]:
-    return [Fault(**row) for row in read_rows(path)]
+def read_quarantine(path: Path) -> list[BadSample]:
+    return [BadSample(**row) for row in read_rows(path)]
 
 
 def test_a_fault_is_written_once(tmp_path: Path) -> None:
     quarantine = ledger(tmp_path)
     quarantine.add([fault(7), fault(3)])
-    quarantine.add([fault(7), fault(VALIDATION)])
-    assert read_quarantine(quarantine.path) == [fault(3), fault(7), fault(VALIDATION)]
+    quarantine.add([fault(7), fault(VALIDATION_POSITION)])
+    assert read_quarantine(quarantine.path) == [fault(3), fault(7), fault(VALIDATION_POSITION)]
     assert len(quarantine) == 2
 
 
@@ -57,9 +57,9 @@ def test_too_large_a_share_ends_the_run_with_a_report(tmp_path: Path) -> None:
         quarantine.check(1050)
     assert str(caught.value).splitlines() == [
         "11 of 1050 samples could not be used, more than data.max_bad_fraction=0.01 allows",
-        "  10 in b.tar, such as key18: damaged: its checksum is off",
-        "  1 in a.tar, such as key100: damaged: its checksum is off",
-        f"all are in {quarantine.path}; mend the data, or allow more in the config",
+        "  10 in b.tar, for example key18: damaged: its checksum is off",
+        "  1 in a.tar, for example key100: damaged: its checksum is off",
+        f"{quarantine.path} lists all of them; repair the data, or raise the limit in the config",
     ]
 
 

@@ -12,7 +12,7 @@ import pytest
 from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
-from pretrain.data.loading.loader import training_batches
+from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
@@ -39,16 +39,18 @@ def run_rank(samples: Dataset, log: Path, start: int, rank: int, world_size: int
     loading = training_batches(
         samples,
         VIEW,
-        seed=1,
-        window=4,
+        BatchPlan(
+            seed=1,
+            shuffle_window=4,
+            global_batch_size=GLOBAL_BATCH,
+            accumulation_steps=2,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            group_size=2,
+        ),
         start=start,
         stop=STEPS * GLOBAL_BATCH,
-        global_batch_size=GLOBAL_BATCH,
-        accumulation_steps=2,
-        rank=rank,
-        world_size=world_size,
-        num_workers=num_workers,
-        group_size=2,
     )
     order = samples.order(1, 4)
     with log.open("a") as file:

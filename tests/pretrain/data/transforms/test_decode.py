@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 
 from pretrain.data.shards.encoding import Encoding
 from pretrain.data.transforms import decode as decode_module
-from pretrain.data.transforms.decode import DecodeError, DeepGrayscaleError, Jpeg, decode, decode_unless_jpeg
+from pretrain.data.transforms.decode import DecodeError, DeepGrayscaleError, EncodedJpeg, decode, decode_unless_jpeg
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[:90, :130])
 
@@ -70,7 +70,7 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     data = encoded(PHOTO, "JPEG", quality=95, exif=exif)
     upright = {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 6: 1, 7: 1, 8: 1}[orientation]
     assert decode(data).shape == ((130, 90, 3) if upright else (90, 130, 3))
-    assert isinstance(decode_unless_jpeg(data), Jpeg) == (orientation == 1)
+    assert isinstance(decode_unless_jpeg(data), EncodedJpeg) == (orientation == 1)
     if orientation == 6:
         turned = np.rot90(np.asarray(PHOTO), k=-1).astype(int)
         assert abs(decode(data).astype(int) - turned).mean() < 3

@@ -14,12 +14,12 @@ from torch import Tensor
 from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
-from pretrain.data.loading.loader import Loaded, training_batches
+from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.folder import list_folder
-from pretrain.data.transforms.decode import DecodeError, Jpeg, decode_unless_jpeg
-from pretrain.data.transforms.device_decode import build_decoder, torchvision_decoder, unpack
+from pretrain.data.transforms.decode import DecodeError, EncodedJpeg, decode_unless_jpeg
+from pretrain.data.transforms.device_decode import build_decoder, decode_on_device, torchvision_decoder
 from pretrain.data.transforms.views import TrainView
 from pretrain.errors import DataError
 
@@ -52,17 +52,17 @@ def refuse(jpegs: list[Tensor]) -> list[Tensor]:
     raise RuntimeError("nvJPEG cannot read this")
 
 
-def load(samples: Dataset, **options: Any) -> list[Loaded]:
+def load(samples: Dataset, **options: Any) -> list[LoadedBatch]:
     view = TrainView(AugmentConfig(brightness=0.2), SIZE)
-    shape = {"global_batch_size": 8, "accumulation_steps": 1, "rank": 0, "world_size": 1}
-    return list(training_batches(samples, view, seed=0, window=9, start=0, stop=48, num_workers=1, **shape, **options))
+    plan = BatchPlan(seed=0, shuffle_window=9, global_batch_size=8, num_workers=1, **options)
+    return list(training_batches(samples, view, plan, start=0, stop=48))
 
 
 @pytest.mark.parametrize("decoder", [by_simplejpeg, refuse])
 def test_the_same_crops_wherever_they_are_made(mixed: Dataset, decoder: Any) -> None:
-    for here, later in zip(load(mixed), load(mixed, decode_here=False), strict=True):
+    for here, later in zip(load(mixed), load(mixed, decodes_jpegs=False), strict=True):
         assert "image" not in later.tensors or len(later.tensors["image"]) < 8
-        batch = unpack(later.tensors, SIZE, CPU, decoder)
+        batch = decode_on_device(later.tensors, SIZE, CPU, decoder)
         assert batch.keys() == here.tensors.keys()
         difference = (batch["image"].int() - here.tensors["image"].int()).abs()
         assert difference.max() <= 2  # one resizes in uint8, the other in float
@@ -71,31 +71,31 @@ def test_the_same_crops_wherever_they_are_made(mixed: Dataset, decoder: Any) -> 
 
 
 def test_a_batch_without_jpegs_is_left_as_it_is(digits: Path) -> None:
-    [first, *_] = load(open_dataset(digits / "train"), decode_here=False)
-    assert unpack(first.tensors, SIZE, CPU, refuse) is first.tensors
+    [first, *_] = load(open_dataset(digits / "train"), decodes_jpegs=False)
+    assert decode_on_device(first.tensors, SIZE, CPU, refuse) is first.tensors
 
 
 def test_what_is_left_to_the_device() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "JPEG")
     left = decode_unless_jpeg(buffer.getvalue())
-    assert isinstance(left, Jpeg)
+    assert isinstance(left, EncodedJpeg)
     assert (left.height, left.width) == (20, 30)
     with pytest.raises(DecodeError):
         decode_unless_jpeg(b"\xff\xd8 no header follows")
     Image.new("CMYK", (30, 20)).save(buffer := io.BytesIO(), "JPEG")
-    assert not isinstance(decode_unless_jpeg(buffer.getvalue()), Jpeg)
+    assert not isinstance(decode_unless_jpeg(buffer.getvalue()), EncodedJpeg)
 
 
 def test_torchvision_or_a_sentence(mixed: Dataset) -> None:
-    with pytest.raises(DataError, match="gpu needs a CUDA device, this run is on cpu; leave it at cpu"):
+    with pytest.raises(DataError, match=r"gpu needs a CUDA device, but this run uses cpu; set data.decode=cpu"):
         build_decoder(CPU)
     try:
         decoder = torchvision_decoder(CPU)
     except DataError as error:
-        assert f"gpu needs a torchvision that fits torch {torch.__version__}" in str(error)
+        assert f"gpu needs a torchvision that matches torch {torch.__version__}" in str(error)
         assert "pip install 'vitrail[gpu-decode]'" in str(error)
         return
-    for here, later in zip(load(mixed), load(mixed, decode_here=False), strict=True):
-        batch = unpack(later.tensors, SIZE, CPU, decoder)
+    for here, later in zip(load(mixed), load(mixed, decodes_jpegs=False), strict=True):
+        batch = decode_on_device(later.tensors, SIZE, CPU, decoder)
         assert (batch["image"].float() - here.tensors["image"].float()).abs().mean() < 1

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_image
 
-from pretrain.data.transforms.geometry import FILL, OPERATIONS, blur, compose, draw_blur, warp
+from pretrain.data.transforms.geometry import FILL, OPERATIONS, blur, compose, sample_blur_kernel, warp
 
 SIDE = 96
 PHOTO = load_sample_image("china.jpg")[100 : 100 + SIDE, 200 : 200 + SIDE]
@@ -91,7 +91,7 @@ def test_the_order_of_operations_matters() -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.4, 2.0])
 def test_blur_equals_scipy(sigma: float) -> None:
-    kernel = draw_blur(1.0, (sigma, sigma), SIDE, np.random.default_rng(0))
+    kernel = sample_blur_kernel(1.0, (sigma, sigma), SIDE, np.random.default_rng(0))
     ours = blur(PIXELS, torch.tensor(kernel, dtype=torch.float32)[None])[0].numpy()
     theirs = gaussian_filter(PIXELS[0].numpy(), (0, sigma, sigma), mode="mirror", radius=(0, *[len(kernel) // 2] * 2))
     np.testing.assert_allclose(ours, theirs, atol=2e-6)  # float32 sums of thirteen weights, twice
@@ -99,7 +99,7 @@ def test_blur_equals_scipy(sigma: float) -> None:
 
 def test_every_image_has_its_own_blur() -> None:
     sigmas = (0.3, 1.0, 2.0)
-    kernels = [draw_blur(1.0, (sigma, sigma + 1e-9), SIDE, np.random.default_rng(0)) for sigma in sigmas]
+    kernels = [sample_blur_kernel(1.0, (sigma, sigma + 1e-9), SIDE, np.random.default_rng(0)) for sigma in sigmas]
     radius = len(kernels[-1]) // 2
     padded = np.stack([np.pad(kernel, radius - len(kernel) // 2) for kernel in kernels])
     together = blur(PIXELS.expand(3, -1, -1, -1), torch.tensor(padded, dtype=torch.float32))
@@ -110,7 +110,7 @@ def test_every_image_has_its_own_blur() -> None:
 
 def test_blurs_are_drawn_with_the_asked_probability_and_width() -> None:
     random = np.random.default_rng(0)
-    kernels = np.stack([draw_blur(0.3, (0.5, 2.0), SIDE, random) for _ in range(2000)])
+    kernels = np.stack([sample_blur_kernel(0.3, (0.5, 2.0), SIDE, random) for _ in range(2000)])
     assert kernels.shape == (2000, 13)  # six pixels either way: three of the widest deviations
     np.testing.assert_allclose(kernels.sum(axis=1), 1)
     is_blurred = kernels[:, 6] < 1
@@ -125,6 +125,6 @@ def test_blurs_are_drawn_with_the_asked_probability_and_width() -> None:
 
 @pytest.mark.parametrize("side", [1, 2, 5])
 def test_blur_fits_into_a_small_image(side: int) -> None:
-    kernel = draw_blur(1.0, (2.0, 2.0), side, np.random.default_rng(0))
+    kernel = sample_blur_kernel(1.0, (2.0, 2.0), side, np.random.default_rng(0))
     flat = torch.full((1, 3, side, side), 0.7)
     assert torch.allclose(blur(flat, torch.tensor(kernel, dtype=torch.float32)[None]), flat)

@@ -4,13 +4,13 @@ import numpy as np
 import torch
 
 from pretrain.config import AugmentConfig
-from pretrain.data.transforms.mixup import draw_mix, mix_neighbors, neighbors
+from pretrain.data.transforms.mixup import mix_neighbors, neighbors, sample_mix
 
 
 def test_mixing_counts_its_pixels_right() -> None:
     """An image of ones beside one of zeros: its mean after mixing is its own share."""
     random, config = np.random.default_rng(0), AugmentConfig(mixup=0.8, cutmix=1.0)
-    draws = [draw_mix(config, random) for _ in range(64)]
+    draws = [sample_mix(config, random) for _ in range(64)]
     batch = {
         name: torch.tensor(np.array([draw[name] for draw in draws]), dtype=torch.float32)
         for name in ("mix_share", "cut_box")

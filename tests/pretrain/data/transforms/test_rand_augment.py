@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_image
 
 from pretrain.data.transforms.geometry import OPERATIONS, compose
-from pretrain.data.transforms.rand_augment import COLORS, draw_rand_augment, recolor
+from pretrain.data.transforms.rand_augment import COLORS, recolor, sample_rand_augment
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg")[100:164, 200:280] // 2 + 40)
 PIXELS = torch.from_numpy(np.array(PHOTO)).permute(2, 0, 1)[None] / 255
@@ -62,7 +62,7 @@ def test_all_operations_are_drawn_alike() -> None:
     random, counts = np.random.default_rng(0), Counter[str]()
     moves = {compose([(name, sign * 0.4)]).tobytes(): name for name in OPERATIONS for sign in (-1, 1)}
     for _ in range(2800):
-        drawn = draw_rand_augment(1, 4.0, random)
+        drawn = sample_rand_augment(1, 4.0, random)
         moved = moves.get(drawn["affine"].tobytes())
         counts[moved or COLORS[int(drawn["colors"][0])]] += 1
         assert moved is None or drawn["strengths"][0] == 0
@@ -74,7 +74,7 @@ def test_all_operations_are_drawn_alike() -> None:
 def test_moves_are_composed_in_the_order_drawn() -> None:
     for seed in range(40):
         random = np.random.default_rng(seed)
-        one, two = (draw_rand_augment(1, 7.0, random)["affine"] for _ in range(2))
-        both = draw_rand_augment(2, 7.0, np.random.default_rng(seed))["affine"]
+        one, two = (sample_rand_augment(1, 7.0, random)["affine"] for _ in range(2))
+        both = sample_rand_augment(2, 7.0, np.random.default_rng(seed))["affine"]
         square = [np.vstack([affine, [0, 0, 1]]) for affine in (one, two)]
         np.testing.assert_allclose(both, (square[0] @ square[1])[:2], atol=1e-12)

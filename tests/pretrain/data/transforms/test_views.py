@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from sklearn.datasets import load_sample_image
 
 from pretrain.config import AugmentConfig
+from pretrain.data.transforms.batch import augment
 from pretrain.data.transforms.color import grayscale, jitter, normalize, shift_hue, solarize
 from pretrain.data.transforms.geometry import blur, box_mask, warp
 from pretrain.data.transforms.mixup import mix_neighbors
 from pretrain.data.transforms.rand_augment import recolor
-from pretrain.data.transforms.views import EvalView, TrainView, augment, crop_box, resize
+from pretrain.data.transforms.views import EvalView, TrainView, crop_box, resize
 
 PHOTO = load_sample_image("china.jpg")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
