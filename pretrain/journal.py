@@ -1,4 +1,4 @@
-"""What a run notes while it goes on, a JSON object a line: metrics, skipped steps, samples that could not be used."""
+"""Append-only JSON Lines files: metrics, skipped steps and unusable samples of a run."""
 
 import contextlib
 import json
@@ -8,33 +8,41 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.files import atomic_write
+
 Row = dict[str, Any]
 
 
 class Journal:
-    """A file of rows that only grows. A disk that refuses some costs no run: they wait in memory for the next ones.
+    """A file to which rows are appended. If the disk rejects rows, they wait in memory and the run continues.
 
     Args:
-        path: of the file.
-        lasts: says which of its rows are still true; the others are of a past that did not last, and are taken out.
-        writes: whether this process writes the file.
+        path: File to append to; it may exist.
+        keep: Function that returns whether an existing row is still valid. Others are removed, such as rows of steps
+            after the checkpoint that the run resumes from.
+        writes: Whether this process writes the file; all ranks may open it, but only one may write.
+
+    Attributes:
+        kept: Valid rows that were in the file when it was opened.
     """
 
-    def __init__(self, path: Path, lasts: Callable[[Row], bool], *, writes: bool) -> None:
+    def __init__(self, path: Path, keep: Callable[[Row], bool], *, writes: bool) -> None:
         self.path = path
         self.writes = writes
-        self._waiting = ""
-        self.kept = [row for row in read_rows(path) if lasts(row)]
+        self._pending = ""
+        self.kept = [row for row in read_rows(path) if keep(row)]
         text = "".join(map(_line, self.kept))
         if writes and path.exists() and path.read_text(encoding="utf-8") != text:
-            aside = path.with_name(path.name + ".partial")
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(path)
+            atomic_write(path, text)
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append rows; they are on their way to the disk when this returns, unless it refuses them."""
-        late = self._waiting
-        text = late + "".join(map(_line, rows))
+        """Append rows, after those that the disk has rejected before. A first rejection is reported on stderr.
+
+        Args:
+            rows: Rows of JSON values.
+        """
+        pending = self._pending
+        text = pending + "".join(map(_line, rows))
         if not text or not self.writes:
             return
         length = self.path.stat().st_size if self.path.exists() else 0
@@ -42,18 +50,25 @@ class Journal:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            self._waiting = text
+            self._pending = text
             with contextlib.suppress(OSError):
-                os.truncate(self.path, length)  # a disk that is nearly full has taken a part
-            if not late:
+                os.truncate(self.path, length)  # a nearly full disk has accepted a part of the text
+            if not pending:
                 reason = error.strerror or error
-                print(f"{self.path}: {reason}; its rows wait in memory, the run goes on", file=sys.stderr, flush=True)
+                message = (
+                    f"{self.path}: {reason}; the run continues and keeps the rows in memory until a write succeeds"
+                )
+                print(message, file=sys.stderr, flush=True)
         else:
-            self._waiting = ""
+            self._pending = ""
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Read a file of rows; a last line that a crash cut off is not a row."""
+    """Return the rows of a file, up to the first line that is not JSON, which a crash may have left incomplete.
+
+    Args:
+        path: File to read; if it does not exist, there are no rows.
+    """
     rows: list[Row] = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

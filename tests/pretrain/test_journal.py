@@ -1,4 +1,4 @@
-"""Rows survive a crash, a return to an earlier step, and a full disk."""
+"""Rows survive a crash, a rollback to an earlier step, and a full disk."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def journal(path: Path, last: int = 99, *, writes: bool = True) -> Journal:
     return Journal(path, lambda row: row["step"] <= last, writes=writes)
 
 
-def test_rows_of_a_past_that_did_not_last_go(tmp_path: Path) -> None:
+def test_rows_after_the_resumed_step_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     journal(path).add({"step": step, "name": "é"} for step in (1, 2, 3))
     with path.open("a") as file:
@@ -23,7 +23,7 @@ def test_rows_of_a_past_that_did_not_last_go(tmp_path: Path) -> None:
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
 
 
-def test_only_one_rank_writes(tmp_path: Path) -> None:
+def test_only_the_writing_rank_changes_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     journal(path, writes=False).add([{"step": 1}])
     assert not path.exists()
@@ -33,7 +33,7 @@ def test_only_one_rank_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("room", range(14, 40, 3))
-def test_what_a_full_disk_refuses_comes_later_and_whole(
+def test_rows_that_a_full_disk_rejected_are_written_later(
     tmp_path: Path, room: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.jsonl"
@@ -43,9 +43,10 @@ def test_what_a_full_disk_refuses_comes_later_and_whole(
         for step in (2, 3, 4):
             rows.add([{"step": step}])
             assert [row["step"] for row in read_rows(path)] == list(range(1, len(read_rows(path)) + 1))
-            assert path.read_bytes().endswith(b"\n")  # no half of a row is left
+            assert path.read_bytes().endswith(b"\n")  # no partial row is left
         assert len(read_rows(path)) < 4
-    said = capsys.readouterr().err
-    assert said == f"{path}: File too large; its rows wait in memory, the run goes on\n"  # once
+    [message] = capsys.readouterr().err.splitlines()  # one for all failures
+    expected = f"{path}: File too large; the run continues and keeps the rows in memory until a write succeeds"
+    assert message == expected
     rows.add([])
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""DeepSpeed's config, derived from ours."""
+"""DeepSpeed's config is derived from ours."""
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -10,7 +10,7 @@ from pretrain.engine.deepspeed import deepspeed_config
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
-def test_accumulation_is_what_is_left(world_size: int, micro: int, accumulation: int) -> None:
+def test_accumulation_steps_follow_from_the_batch_sizes(world_size: int, micro: int, accumulation: int) -> None:
     config = EngineConfig(micro_batch_size=micro, global_batch_size=world_size * micro * accumulation)
     derived = deepspeed_config(config, world_size, on_gpu=False)
     assert derived["gradient_accumulation_steps"] == accumulation
@@ -21,18 +21,18 @@ def test_accumulation_is_what_is_left(world_size: int, micro: int, accumulation:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_deepspeed_accepts_it(stage: int, precision: str, on_gpu: bool) -> None:
+def test_deepspeed_accepts_the_config(stage: int, precision: str, on_gpu: bool) -> None:
     config = EngineConfig(zero_stage=stage, precision=precision, offload_optimizer=stage > 0)  # type: ignore[arg-type]
     derived = deepspeed_config(config, 1, on_gpu=on_gpu)
     if stage:
         assert derived["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": on_gpu}
     parsed = DeepSpeedConfig(derived)
     assert parsed.zero_optimization_stage == stage
-    assert parsed.zero_config.overlap_comm is False  # one rank has nothing to overlap
+    assert parsed.zero_config.overlap_comm is False  # overlapping slows a single rank down
     assert parsed.bfloat16_config.check_grad_overflow is False
 
 
-def test_a_batch_that_the_ranks_do_not_divide_takes_one_more_micro_batch() -> None:
+def test_a_batch_that_the_ranks_do_not_divide_takes_another_micro_batch() -> None:
     derived = deepspeed_config(EngineConfig(global_batch_size=64, micro_batch_size=8), 3, on_gpu=False)
     assert derived["gradient_accumulation_steps"] == 3
-    assert derived["train_batch_size"] == 72  # DeepSpeed's own arithmetic: the product of the three
+    assert derived["train_batch_size"] == 72  # DeepSpeed requires the product of all three

@@ -1,4 +1,4 @@
-"""The installed DeepSpeed has every private attribute that `pretrain/engine` relies on.
+"""The installed DeepSpeed has every attribute that `pretrain/engine` relies on, and its version has an upper bound.
 
 DeepSpeed's public API can neither save one rank's partition, nor load it at another ZeRO stage, nor tell an optimizer
 which parameters its flat tensors hold. `pretrain/engine` reads private attributes for that, and they may change in any
@@ -18,9 +18,11 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from pretrain.engine.protocol import TrainingEngine
 from tests.support.launching import ROOT, Shell
 
 ENGINE = ROOT / "pretrain" / "engine"
+MEMBERS = [f"engine.{name}" for name in vars(TrainingEngine) if not name.startswith("_")]
 STAGES_1_AND_2 = [
     "engine.optimizer.optimizer",
     "engine.optimizer._global_grad_norm",
@@ -47,6 +49,7 @@ STAGE_3 = [
 # ZeRO stage and precision -> the attributes that we use there.
 ATTRIBUTES = {
     "0 fp32": [
+        *MEMBERS,
         "engine.__class__.clip_fp32_gradients",  # the class's, because `build_engine` replaces the engine's
         "engine.gradient_clipping",
         "engine.get_global_grad_norm",
@@ -113,6 +116,10 @@ def test_every_private_attribute_in_the_source_is_listed() -> None:
                 used.add(ast.literal_eval(node.args[1]))
     assert {"_hp_mapping", "ds_tensor", "_global_grad_norm", "fp16_groups", "grad_position"} <= used
     assert used - PUBLIC <= listed
+
+
+def test_the_protocol_has_the_members_that_training_needs() -> None:
+    assert {"engine.module", "engine.device", "engine.optimizer", "engine.backward", "engine.step"} <= {*MEMBERS}
 
 
 def test_the_upper_bound_is_the_minor_release_after_the_tested_one() -> None:

@@ -1,4 +1,4 @@
-"""What is decayed, by name; LAMB, Muon and layer-wise decay against what they stand for."""
+"""Which parameters have weight decay; LAMB, Muon and layer-wise decay compared with reference implementations."""
 
 import copy
 import math
@@ -18,7 +18,7 @@ from pretrain.optimizers.muon import orthogonalize
 from pretrain.optimizers.placement import Placement, Range
 
 
-def test_weights_are_decayed_and_nothing_else() -> None:
+def test_weight_decay_applies_to_weights_only() -> None:
     model = ViT(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16))
     decayed, undecayed = build_optimizer(model, OptimizerConfig(weight_decay=0.3)).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -30,7 +30,7 @@ def test_weights_are_decayed_and_nothing_else() -> None:
     assert len(decayed["params"]) + len(undecayed["params"]) == len(names)
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_in_no_group() -> None:
     model = ViT(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16))
     model.requires_grad_(False)
     model.norm.requires_grad_(True)
@@ -38,8 +38,8 @@ def test_frozen_parameters_are_left_out() -> None:
     assert len(group["params"]) == 2
 
 
-def lamb_of_the_paper(weights: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
-    """Algorithm 2 of arXiv 1904.00962, phi the identity, one parameter."""
+def reference_lamb(weights: torch.Tensor, gradients: list[torch.Tensor], decay: float) -> torch.Tensor:
+    """Return one parameter after LAMB steps by Algorithm 2 of arXiv 1904.00962, with the identity for phi."""
     first, second = torch.zeros_like(weights), torch.zeros_like(weights)
     for t, gradient in enumerate(gradients, start=1):
         first = 0.9 * first + 0.1 * gradient
@@ -51,16 +51,16 @@ def lamb_of_the_paper(weights: torch.Tensor, gradients: list[torch.Tensor], deca
     return weights
 
 
-def test_lamb_is_the_papers_also_in_pieces_and_passes_over_bad_steps() -> None:
+def test_lamb_equals_algorithm_2_whole_and_partitioned_and_skips_bad_steps() -> None:
     torch.manual_seed(0)
     whole, other = torch.randn(4, 6), torch.randn(7)
     gradients = [(torch.randn(4, 6), torch.randn(7)) for _ in range(5)]
     expected = [
-        lamb_of_the_paper(weights, [pair[i] for pair in gradients], decay)
+        reference_lamb(weights, [pair[i] for pair in gradients], decay)
         for i, (weights, decay) in enumerate([(whole, 0.1), (other, 0.0)])
     ]
     for is_flat in (False, True):
-        if is_flat:  # as ZeRO would: one tensor of both, and some padding
+        if is_flat:  # as ZeRO lays parameters out: one flat tensor of two ranges, with padding
             tensors = [torch.cat([whole.flatten(), torch.zeros(2)]), other.clone()]
         else:
             tensors = [whole.clone(), other.clone()]
@@ -82,8 +82,8 @@ def test_lamb_is_the_papers_also_in_pieces_and_passes_over_bad_steps() -> None:
         torch.testing.assert_close(tensors[1], expected[1])
 
 
-def test_muon_is_torchs_but_for_its_precision() -> None:
-    """Torch orthogonalizes in bf16."""
+def test_muon_equals_torchs_up_to_precision() -> None:
+    """The difference is that torch always orthogonalizes in bf16, hence the tolerance."""
     torch.manual_seed(0)
     for shape in ((24, 16), (16, 40)):
         module = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(*shape, bias=False)])})
@@ -101,20 +101,20 @@ def test_muon_is_torchs_but_for_its_precision() -> None:
         assert (moved - expected).norm() < 0.03 * expected.norm()
 
 
-def test_lamb_takes_a_parameter_whose_gradient_comes_late() -> None:
+def test_lamb_updates_a_parameter_whose_first_gradient_comes_late() -> None:
     early, late = torch.ones(2, 2), torch.ones(2, 2)
     optimizer = LAMB([early, late], lr=0.1, weight_decay=0.1)
     early.grad = torch.ones(2, 2)
     optimizer.step()
     late.grad = torch.ones(2, 2)
     optimizer.step()
-    assert float(late.mean()) == pytest.approx(0.9)  # as long a step as the parameter, times the rate
+    assert float(late.mean()) == pytest.approx(0.9)  # the update has the norm of the parameter times the learning rate
 
 
-def test_a_step_of_muon_is_orthogonal() -> None:
+def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((20, 20), (8, 30), (30, 8)):
-        for precision in (torch.float32, torch.bfloat16):  # a GPU takes the latter
+        for precision in (torch.float32, torch.bfloat16):  # GPUs use the latter
             found = orthogonalize(torch.randn(shape), precision)
             assert found.dtype == torch.float32
             singular = torch.linalg.svdvals(found) / (0.2 * math.sqrt(max(shape)))
@@ -122,7 +122,7 @@ def test_a_step_of_muon_is_orthogonal() -> None:
             assert float(singular.max()) < 1.3
 
 
-def test_muon_moves_matrices_of_blocks_alone_and_passes_over_bad_steps() -> None:
+def test_muon_orthogonalizes_matrices_of_blocks_only_and_skips_bad_steps() -> None:
     torch.manual_seed(0)
     model = ViT(ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16))
     reference = copy.deepcopy(model)
@@ -143,7 +143,7 @@ def test_muon_moves_matrices_of_blocks_alone_and_passes_over_bad_steps() -> None
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon"])
-def test_layer_decay_does_what_a_group_for_each_layer_would(
+def test_layer_decay_equals_a_parameter_group_per_layer(
     name: Literal["adamw", "lamb", "muon"],
 ) -> None:
     torch.manual_seed(0)
@@ -156,14 +156,14 @@ def test_layer_decay_does_what_a_group_for_each_layer_would(
     groups = len(ours.param_groups)
     apply_layer_decay(ours, Placement.unpartitioned(model.named_parameters()), 0.5)
     assert len(ours.param_groups) == groups <= 3
-    shares = {"encoder.layers.2.": 0.5, "encoder.layers.1.": 0.25, "encoder.layers.0.": 0.125, "encoder.norm": 1.0}
-    shares |= {"encoder.": 0.0625, "classifier.": 1.0}
+    factors = {"encoder.layers.2.": 0.5, "encoder.layers.1.": 0.25, "encoder.layers.0.": 0.125, "encoder.norm": 1.0}
+    factors |= {"encoder.": 0.0625, "classifier.": 1.0}
     split = []
     for group in theirs.param_groups:
         for parameter in group["params"]:
             name_of = next(n for n, p in reference.named_parameters() if p is parameter)
-            share = next(share for start, share in shares.items() if name_of.startswith(start))
-            split.append({**group, "params": [parameter], "lr": 1e-2 * share})
+            factor = next(factor for prefix, factor in factors.items() if name_of.startswith(prefix))
+            split.append({**group, "params": [parameter], "lr": 1e-2 * factor})
     theirs.param_groups[:] = split
     for _ in range(3):
         for one, two in zip(model.parameters(), reference.parameters(), strict=True):
@@ -174,7 +174,7 @@ def test_layer_decay_does_what_a_group_for_each_layer_would(
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-7, msg=key)
 
 
-def test_transformers_layers_have_their_shares_too() -> None:
+def test_layer_factors_of_transformers_models() -> None:
     config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8)
     vit = layer_factors([name for name, _ in transformers.ViTForImageClassification(config).named_parameters()], 0.5)
     assert {*vit} == {0.125, 0.25, 0.5, 1.0}
