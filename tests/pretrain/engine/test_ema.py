@@ -1,4 +1,4 @@
-"""The moving average of the weights; `test_train.py` compares it with torch's at every ZeRO stage and after a resume."""
+"""The moving average of the weights; `test_train.py` compares it with torch's, at every ZeRO stage and when resumed."""
 
 import torch
 from torch import nn
