@@ -1,6 +1,6 @@
-"""YAML and dotted overrides become a validated config; every mistake is named with file, line, key and the likely word.
+"""Read a config from YAML and dotted overrides. Every mistake is reported with file, line, key and the likely fix.
 
-Scalars are read as YAML 1.2 does: `1e-4` is a number, `no` is a word, `12:30` is text, equal keys are an error.
+Scalars follow YAML 1.2: `1e-4` is a number, `no` is text, `12:30` is text, and a duplicate key is an error.
 """
 
 import argparse
@@ -12,21 +12,33 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar, get_args
+from typing import Any, Generic, NoReturn, TypeVar
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticUndefined
+from pydantic_core import ErrorDetails
 
-from pretrain.config import Section
+from pretrain.config.schema import (
+    Key,
+    alternatives,
+    default_text,
+    dotted,
+    field_at,
+    leaves,
+    plain,
+    scalar,
+    sections,
+    sections_at,
+    union_name,
+)
+from pretrain.config.section import Section
 from pretrain.errors import UserError
 from pretrain.outcome import EXIT_USER_ERROR
 
 Config = TypeVar("Config", bound=Section)
-Key = tuple[str | int, ...]
 
-# What engineers coming from other tools type; nothing here is accepted, it only makes the answer better.
+COMMAND_LINE = "command line"
+# Names from other tools. None is accepted; they only improve the suggestion for an unknown key.
 SYNONYMS = {
     "lr": "learning_rate",
     "wd": "weight_decay",
@@ -54,24 +66,35 @@ BOOLEAN_WORDS = {"no": "false", "off": "false", "n": "false", "yes": "true", "on
 
 
 class ConfigError(UserError):
-    """A user's mistakes, one a line."""
+    """Mistakes in a config, one per line."""
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake: where it stands, which key, and a sentence."""
+    """A single mistake in a config.
+
+    Attributes:
+        place: File and line, or "command line".
+        key: Key of the value; empty if the mistake belongs to no key.
+        sentence: Explanation of the form `<what is wrong>; <how to fix it>`.
+    """
 
     place: str
     key: Key
     sentence: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {_dotted(self.key)}: {self.sentence}" if self.key else f"{self.place}: {self.sentence}"
+        return f"{self.place}: {dotted(self.key)}: {self.sentence}" if self.key else f"{self.place}: {self.sentence}"
 
 
 @dataclass(frozen=True)
 class Loaded(Generic[Config]):
-    """A config with its text: every value resolved, each line saying where it came from."""
+    """A validated config.
+
+    Attributes:
+        config: The config.
+        text: The whole config as YAML, with the origin of each value as a comment.
+    """
 
     config: Config
     text: str
@@ -79,7 +102,13 @@ class Loaded(Generic[Config]):
 
 @dataclass(frozen=True)
 class CommandLine(Generic[Config]):
-    """What the user asked of a launch script."""
+    """The parsed command line of a launch script.
+
+    Attributes:
+        config: The config.
+        text: The whole config as YAML, with the origin of each value as a comment.
+        resume: Whether the run must continue from a checkpoint.
+    """
 
     config: Config
     text: str
@@ -89,19 +118,26 @@ class CommandLine(Generic[Config]):
 def read_command_line(
     config_class: type[Config], description: str, example: str, *, resumable: bool
 ) -> CommandLine[Config]:
-    """Parse `--config FILE key.path=value ...`; print the mistakes and exit with code 2 if there are any."""
+    """Parse `--config FILE key.path=value ...`. On mistakes, print them and exit with code 2.
+
+    Args:
+        config_class: Class of the config.
+        description: What the script does, for --help.
+        example: Command line to show in --help.
+        resumable: Whether the script has the option --resume.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"example:\n  {example}\n\nkeys and defaults:\n{_reference(config_class)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the keys below")
-    parser.add_argument("--print-config", action="store_true", help="print every value and its origin, then stop")
+    parser.add_argument("--print-config", action="store_true", help="print every value with its origin and exit")
     if resumable:
-        insist = "insist on continuing: fail if the run has no checkpoint"
-        parser.add_argument("--resume", action="store_true", help=insist)
+        resume_help = "fail if the run has no checkpoint to resume from (without it, such a run starts from step 0)"
+        parser.add_argument("--resume", action="store_true", help=resume_help)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="replaces the file's value")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
     arguments = parser.parse_intermixed_args()
     try:
         loaded = load_config(config_class, arguments.config, arguments.overrides)
@@ -115,22 +151,27 @@ def read_command_line(
 
 
 def exit_with_mistake(message: str) -> NoReturn:
-    """Print a user's mistake, once however many ranks there are, and exit with code 2."""
+    """Print a user's mistake on the first rank and exit with code 2."""
     if is_first_rank():
         print(message, file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
 
 
 def is_first_rank() -> bool:
-    """Say whether this process speaks for the run; known from the environment before torch is imported."""
+    """Return whether this process has rank 0, read from the environment because torch is not imported yet."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def load_config(config_class: type[Config], path: Path, overrides: Sequence[str] = ()) -> Loaded[Config]:
-    """Read `path`, apply `overrides`, validate.
+    """Read a YAML file, apply overrides and validate the result.
+
+    Args:
+        config_class: Class of the config.
+        path: YAML file.
+        overrides: Values of the form `key.path=value`, which replace the file's.
 
     Raises:
-        ConfigError: every mistake at once, each with its file and line.
+        ConfigError: If anything is wrong. The message names all mistakes, each with its file and line.
     """
     document = _Document(path)
     for override in overrides:
@@ -146,12 +187,38 @@ def load_config(config_class: type[Config], path: Path, overrides: Sequence[str]
 
 
 def flatten(config: Section, above: str = "") -> dict[str, Any]:
-    """Return a config's values by dotted key."""
+    """Return all values of a config by dotted key."""
     flat: dict[str, Any] = {}
     for name in type(config).model_fields:
         value = getattr(config, name)
-        flat |= flatten(value, f"{above}{name}.") if isinstance(value, Section) else {above + name: _plain(value)}
+        flat |= flatten(value, f"{above}{name}.") if isinstance(value, Section) else {above + name: plain(value)}
     return flat
+
+
+def _reference(config_class: type[Section]) -> str:
+    """Return every key with its default and description, by section."""
+    lines = []
+    for above, section in sections(config_class):
+        fields = {key: field for key, field in section.model_fields.items() if not alternatives(field)}
+        if above:
+            name = f" with name={union_name(section)}" if len(sections_at(config_class, above)) > 1 else ""
+            is_union = name and "name" in fields
+            lines += ["", f"{dotted(above)}{name if is_union else ''}:"]
+        for name, field in fields.items():
+            lines.append(f"  {dotted((*above, name)) + ': ' + default_text(field):<52} {field.description or ''}")
+    return "\n".join(lines)
+
+
+def _text(section: Section, places: dict[Key, str], above: Key = ()) -> Iterator[str]:
+    """Yield the YAML of a section line by line, each value with its origin as a comment."""
+    for name in type(section).model_fields:
+        value, key = getattr(section, name), (*above, name)
+        indent = "  " * len(above)
+        if isinstance(value, Section):
+            yield f"{indent}{name}:"
+            yield from _text(value, places, key)
+        else:
+            yield f"{f'{indent}{name}: {scalar(plain(value))}':<56}  # {places.get(key, 'default')}"
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -174,46 +241,56 @@ for _tag, (_pattern, _) in _SCALARS.items():
 
 
 class _Document:
-    """The values of a file and its overrides, and the place each came from."""
+    """The values of a file and its overrides, and where each of them was set.
+
+    Args:
+        path: YAML file to read.
+
+    Raises:
+        ConfigError: If the file cannot be read, is not valid YAML, or does not contain keys.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.places: dict[Key, str] = {}
         self.mistakes: list[Mistake] = []
         self.values: dict[str, Any] = {}
-        self.undecided: set[Key] = set()  # names that do not say which section of a union is meant
+        self.undecided: set[Key] = set()  # keys `name` whose value selects no alternative of a union
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{path}: cannot read the config file ({reason}); check the path") from None
         node = self._compose(text, str(path))
         values = self._construct(node, (), lambda node: f"{path}:{node.start_mark.line + 1}") if node else {}
         if isinstance(values, dict):
             self.values = values
         else:
-            raise ConfigError(f"{path}:1: expected keys with values, got {_shown(values)}")
+            raise ConfigError(f"{path}:1: must contain keys and values, got {_shown(values)}; write key: value")
 
     def override(self, text: str) -> None:
         """Set one value from `key.path=value`."""
-        dotted, equals, value = text.partition("=")
-        key = tuple(dotted.split("."))
+        name, equals, value = text.partition("=")
+        key = tuple(name.split("."))
         if not equals or not all(key):
-            self.mistakes.append(Mistake("command line", (), f"expected key.path=value, got {text!r}"))
+            self.mistakes.append(Mistake(COMMAND_LINE, (), f"cannot parse {text!r}; write it as key.path=value"))
             return
         try:
-            node = self._compose(value, "command line")
+            node = self._compose(value, COMMAND_LINE)
         except ConfigError as error:
-            self.mistakes.append(Mistake("command line", key, str(error).removeprefix("command line: ")))
+            self.mistakes.append(Mistake(COMMAND_LINE, key, str(error).removeprefix(f"{COMMAND_LINE}: ")))
             return
         section = self.values
         for i, part in enumerate(key[:-1], start=1):
             section = section.setdefault(part, {})
-            self.places.setdefault(key[:i], "command line")
+            self.places.setdefault(key[:i], COMMAND_LINE)
             if not isinstance(section, dict):
-                self.mistakes.append(Mistake("command line", key, f"{_dotted(key[:i])} is a value, not a section"))
+                parent = dotted(key[:i])
+                sentence = f"{parent} is a value, not a section; set {parent} itself"
+                self.mistakes.append(Mistake(COMMAND_LINE, key, sentence))
                 return
-        section[key[-1]] = self._construct(node, key, lambda _: "command line") if node else None
-        self.places[key] = "command line"
+        section[key[-1]] = self._construct(node, key, lambda _: COMMAND_LINE) if node else None
+        self.places[key] = COMMAND_LINE
 
     def _compose(self, text: str, name: str) -> yaml.Node | None:
         try:
@@ -223,25 +300,30 @@ class _Document:
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=token.start_mark)
             return yaml.compose(text, Loader=_Yaml)
         except yaml.MarkedYAMLError as error:
-            line = f":{error.problem_mark.line + 1}" if error.problem_mark and name != "command line" else ""
-            raise ConfigError(f"{name}{line}: not valid YAML: {error.problem}") from None
+            line = f":{error.problem_mark.line + 1}" if error.problem_mark and name != COMMAND_LINE else ""
+            sentence = str(error.problem)
+            if "; " not in sentence:
+                sentence = f"not valid YAML ({sentence}); correct the syntax"
+            raise ConfigError(f"{name}{line}: {sentence}") from None
         except yaml.YAMLError as error:
-            raise ConfigError(f"{name}: not valid YAML: {error}") from None
+            raise ConfigError(f"{name}: not valid YAML ({error}); correct the syntax") from None
 
     def _construct(self, node: yaml.Node, key: Key, place: Callable[[yaml.Node], str]) -> Any:
-        """Turn a node into plain values, noting the place of each."""
+        """Turn a node into plain values and record the place of each."""
         self.places[key] = place(node)
         if isinstance(node, yaml.MappingNode):
             return self._construct_mapping(node, key, place)
         if isinstance(node, yaml.SequenceNode):
             return [self._construct(item, (*key, i), place) for i, item in enumerate(node.value)]
         if node.tag not in _SCALARS:
-            self.mistakes.append(Mistake(place(node), key, f"the tag {node.tag} is not supported"))
+            sentence = f"the YAML tag {node.tag} is not supported; write the value without a tag"
+            self.mistakes.append(Mistake(place(node), key, sentence))
             return None
         try:
             return _SCALARS[node.tag][1](node.value)
         except ValueError:
-            self.mistakes.append(Mistake(place(node), key, f"{_shown(node.value)} is not what its tag says"))
+            sentence = f"{_shown(node.value)} does not match its YAML tag; write the value without a tag"
+            self.mistakes.append(Mistake(place(node), key, sentence))
             return None
 
     def _construct_mapping(self, node: yaml.MappingNode, key: Key, place: Callable[[yaml.Node], str]) -> dict[str, Any]:
@@ -251,17 +333,18 @@ class _Document:
             here = (*key, name)
             if name in values:
                 first = self.places[here].rpartition(":")[2]
-                self.mistakes.append(Mistake(place(name_node), here, f"duplicate key, first set on line {first}"))
+                sentence = f"duplicate key, first set on line {first}; remove one of the two"
+                self.mistakes.append(Mistake(place(name_node), here, sentence))
                 continue
             values[name] = self._construct(value_node, here, place)
             self.places[here] = place(name_node)
         return values
 
     def explain(self, config_class: type[Section], error: ValidationError) -> list[Mistake]:
-        """Return all mistakes, those of reading and pydantic's, one for each key."""
+        """Return all mistakes, from reading and from validation, at most one per key."""
         found = {mistake.key: mistake for mistake in self.mistakes}
         self._explain(config_class, error, found)
-        # Pydantic judges combinations only in sections without other errors: look again without what is wrong.
+        # Pydantic checks combinations only in sections without other errors: validate again without the wrong values.
         for key in [key for key in found if key in self.places]:
             _delete(self.values, key[:-1] if key in self.undecided else key)
         try:
@@ -281,16 +364,16 @@ class _Document:
                 found[key] = Mistake(self._place(key), key, _sentence(detail, key, config_class))
 
     def _key(self, location: Key, config_class: type[Section]) -> Key:
-        """Drop what pydantic puts into a location beside keys: tags of unions."""
+        """Return the key of pydantic's location, which also contains the names of alternatives."""
         key: Key = ()
         for part in location:
             inside = (*key, part)
-            if inside in self.places or _field(config_class, inside):
+            if inside in self.places or field_at(config_class, inside):
                 key = inside
         return key
 
     def _place(self, key: Key) -> str:
-        """Return where a key stands, or the nearest section above it."""
+        """Return where a key was set, or the closest section above it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key, str(self.path)) if key else str(self.path)
@@ -300,7 +383,7 @@ class _Document:
 
 
 def _sentence(error: ErrorDetails, key: Key, config_class: type[Section]) -> str:
-    """Say what was expected and the likely fix."""
+    """Explain one of pydantic's errors: what is wrong and how to fix it."""
     kind, context, got = error["type"], error.get("ctx", {}), _shown(error["input"])
     match kind:
         case "impossible":
@@ -308,151 +391,71 @@ def _sentence(error: ErrorDetails, key: Key, config_class: type[Section]) -> str
         case "extra_forbidden":
             return f"unknown key{_suggestion(error['loc'], key, config_class)}"
         case "missing" if isinstance(error["loc"][-1], int):
-            return f"expected more values, got {got}"
+            return f"has too few values, got {got}; add the missing ones"
         case "missing":
-            return "missing, and it has no default"
+            return "required but missing; set it in the file or on the command line"
         case "literal_error":
-            return _expected_one_of(context["expected"], error["input"])
+            return _wrong_choice(context["expected"], error["input"])
         case "union_tag_invalid":
-            return _expected_one_of(" or ".join(context["expected_tags"].rsplit(", ", 1)), context["tag"])
+            return _wrong_choice(" or ".join(context["expected_tags"].rsplit(", ", 1)), context["tag"])
         case "bool_type":
-            word = BOOLEAN_WORDS.get(str(error["input"]).lower())
-            return f"expected true or false, got {got}" + (f"; write {word}" if word else "")
+            word = BOOLEAN_WORDS.get(str(error["input"]).lower(), "one of them")
+            return f"must be true or false, got {got}; write {word}"
         case "int_type" | "int_from_float":
-            return f"expected a whole number, got {got}"
+            return f"must be a whole number, got {got}; write digits only"
         case "float_type" | "float_parsing":
-            return f"expected a number, got {got}"
+            return f"must be a number, got {got}; write it like 0.5 or 1e-4"
         case "model_type" | "model_attributes_type":
-            return f"expected a section of keys, got {got}"
+            return f"must be a section, got {got}; write its keys below it"
         case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            bound = kind.replace("_", " ").replace("equal", "or equal").replace(" than or", " than or")
-            return f"expected a number {bound} to {next(iter(context.values()))}, got {got}".replace("than to", "than")
+            comparison = kind.replace("_than", " than").replace("_equal", " or equal to")
+            fix = "increase it" if kind.startswith("greater") else "lower it"
+            return f"must be {comparison} {next(iter(context.values())):g}, got {got}; {fix}"
         case "too_short" | "too_long":
-            return f"expected {context.get('min_length', context.get('max_length'))} values, got {got}"
+            fix = "add the missing ones" if kind == "too_short" else "remove the others"
+            return f"must have {context.get('min_length', context.get('max_length'))} values, got {got}; {fix}"
         case "path_type" | "string_type":
-            return f"expected text, got {got}"
+            return f"must be text, got {got}; put it in quotes"
         case "tuple_type" | "list_type":
-            return f"expected a list, got {got}"
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {got}"
+            return f"must be a list, got {got}; write it as [a, b]"
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, got {got}; correct the value"
 
 
-def _expected_one_of(expected: str, value: Any) -> str:
+def _wrong_choice(expected: str, value: Any) -> str:
     choices = re.findall(r"[\w.-]+", expected.replace(" or ", " "))
     near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
-    return f"expected {expected}, got {_shown(value)}" + (f"; did you mean {near[0]}?" if near else "")
+    fix = f"did you mean {near[0]}?" if near else "choose one of these"
+    return f"must be {expected.replace(chr(39), '')}, got {_shown(value)}; {fix}"
 
 
 def _suggestion(location: Key, key: Key, config_class: type[Section]) -> str:
-    """Return the likely word for an unknown key: a neighbor, or the same name in another section."""
+    """Return the likely fix for an unknown key: a similar key of this section, or the same key in another section."""
     word = SYNONYMS.get(str(key[-1]), str(key[-1]))
-    sections = _sections(config_class, location[:-1])
-    neighbors = [name for section in sections for name in section.model_fields]
-    others = {name: _name(section) for section in _sections(config_class, key[:-1]) for name in section.model_fields}
-    everywhere = {str(leaf[-1]): _dotted(leaf) for leaf, _ in _leaves(config_class)}
-    if word in neighbors:
+    here = [name for section in sections_at(config_class, location[:-1]) for name in section.model_fields]
+    others = {
+        name: union_name(section) for section in sections_at(config_class, key[:-1]) for name in section.model_fields
+    }
+    everywhere = {str(leaf[-1]): dotted(leaf) for leaf, _ in leaves(config_class)}
+    if word in here:
         return f"; did you mean {word}?"
     if word in everywhere and word not in others:
         return f"; did you mean {everywhere[word]}?"
-    if near := difflib.get_close_matches(word, [*neighbors, *others], n=1):
-        other = "" if near[0] in neighbors else f", which {_dotted((*key[:-1], 'name'))}={others[near[0]]} has"
+    if near := difflib.get_close_matches(word, [*here, *others], n=1):
+        other = "" if near[0] in here else f", which requires {dotted((*key[:-1], 'name'))}={others[near[0]]}"
         return f"; did you mean {near[0]}{other}?"
     if near := difflib.get_close_matches(word, list(everywhere), n=1, cutoff=0.75):
         return f"; did you mean {everywhere[near[0]]}?"
-    return f"; the keys here are {', '.join(neighbors)}" if neighbors else ""
+    return f"; the valid keys are {', '.join(here)}" if here else "; remove it"
 
 
 def _delete(values: Any, key: Key) -> None:
-    """Remove the value at `key`."""
-    *sections, name = key
-    for part in sections:
+    """Remove the value at `key` from nested dicts, if it exists."""
+    *above, name = key
+    for part in above:
         values = values[part] if isinstance(values, dict) and part in values else None
     if isinstance(values, dict):
         values.pop(name, None)
 
 
-def _sections(config_class: type[Section], location: Key) -> list[type[Section]]:
-    """Return the section classes that may stand at a location; where a union has been decided there is one."""
-    found = [config_class]
-    for part in location:
-        if len(found) > 1 and any(_name(section) == part for section in found):
-            found = [section for section in found if _name(section) == part]
-        else:
-            fields = [section.model_fields[str(part)] for section in found if str(part) in section.model_fields]
-            found = [alternative for field in fields for alternative in _alternatives(field)]
-    return found
-
-
-def _alternatives(field: FieldInfo) -> list[type[Section]]:
-    """Return the section classes that a field may hold."""
-    candidates = [getattr(one, "__origin__", one) for one in (field.annotation, *get_args(field.annotation))]
-    return [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
-
-
-def _name(section: type[Section]) -> str:
-    """Return the name by which a section is told from the others of its union."""
-    return str(section.model_fields["name"].default) if "name" in section.model_fields else ""
-
-
-def _field(config_class: type[Section], key: Key) -> FieldInfo | None:
-    fields = [section.model_fields.get(str(key[-1])) for section in _sections(config_class, key[:-1])] if key else []
-    return next((field for field in fields if field), None)
-
-
-def _leaves(config_class: type[Section], above: Key = ()) -> Iterator[tuple[Key, FieldInfo]]:
-    """Yield every key that holds a value, in the order of the config; what several of a union have, once."""
-    for name, field in config_class.model_fields.items():
-        here = (*above, name)
-        seen: set[Key] = set()
-        for section in _alternatives(field):
-            leaves = [leaf for leaf in _leaves(section, here) if leaf[0] not in seen]
-            seen |= {key for key, _ in leaves}
-            yield from leaves
-        if not seen:
-            yield here, field
-
-
-def _reference(config_class: type[Section]) -> str:
-    """List every key with its default and meaning."""
-    lines = []
-    for key, field in _leaves(config_class):
-        default = "required" if field.default is PydanticUndefined else _scalar(_plain(field.default))
-        lines.append(f"  {_dotted(key) + ': ' + default:<52} {field.description or ''}".rstrip())
-    return "\n".join(lines)
-
-
-def _text(section: Section, places: dict[Key, str], above: Key = ()) -> Iterator[str]:
-    """Yield the YAML of a section, each value with its origin as a comment."""
-    for name in type(section).model_fields:
-        value, key = getattr(section, name), (*above, name)
-        indent = "  " * len(above)
-        if isinstance(value, Section):
-            yield f"{indent}{name}:"
-            yield from _text(value, places, key)
-        else:
-            yield f"{f'{indent}{name}: {_scalar(_plain(value))}':<56}  # {places.get(key, 'default')}"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as YAML and JSON know it."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def _scalar(value: Any) -> str:
-    """Write a value on one line, so that reading it gives the same value."""
-    if (
-        isinstance(value, str)
-        and re.fullmatch(r"[A-Za-z_./][\w./-]*", value)
-        and value not in ("null", "true", "false")
-    ):
-        return value
-    return json.dumps(value)
-
-
 def _shown(value: Any) -> str:
     return json.dumps(value, default=str)
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(str(part) for part in key)

@@ -15,7 +15,9 @@ class FaultBudget(Section):
     max_bad_fraction: Fraction = Field(
         0.01, description="Fraction of unusable samples above which the run stops; 0 stops at the first one."
     )
-    max_bad_consecutive: Count = Field(100, description="Number of consecutive unusable samples above which it stops.")
+    max_bad_consecutive: Count = Field(
+        100, description="Number of consecutive unusable samples above which the run stops."
+    )
 
 
 class SourceConfig(FaultBudget):

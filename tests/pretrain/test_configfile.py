@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig, Section
-from pretrain.configfile import ConfigError, _dotted, _leaves, flatten, load_config
+from pretrain.config.schema import dotted, leaves
+from pretrain.configfile import ConfigError, flatten, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "run_dir: runs/x\ndata: {train: shards}\nschedule: {total_steps: 100}\n"
@@ -24,21 +25,29 @@ MISTAKES = [
     ("engine:\n  zero_stag: 2", [], "x.yaml:5: engine.zero_stag: unknown key; did you mean zero_stage?"),
     ("learning_rate: 1e-3", [], "x.yaml:4: learning_rate: unknown key; did you mean optimizer.learning_rate?"),
     ("optimizer: {lr: 1e-3}", [], "x.yaml:4: optimizer.lr: unknown key; did you mean learning_rate?"),
-    ("logging: {q: 1}", [], "x.yaml:4: logging.q: unknown key; the keys here are every_steps"),
-    ("seed: x", [], 'x.yaml:4: seed: expected a whole number, got "x"'),
-    ("seed: 1e-4", [], "x.yaml:4: seed: expected a whole number, got 0.0001"),
-    ("seed: -1", [], "x.yaml:4: seed: expected a number greater than or equal to 0, got -1"),
-    ("optimizer: {learning_rate: 0}", [], "optimizer.learning_rate: expected a number greater than 0"),
-    ("optimizer: {learning_rate: fast}", [], 'optimizer.learning_rate: expected a number, got "fast"'),
-    ("optimizer: {learning_rate: 12:30}", [], 'optimizer.learning_rate: expected a number, got "12:30"'),
-    ("optimizer: {betas: [0.9]}", [], "x.yaml:4: optimizer.betas: expected more values, got [0.9]"),
-    ("optimizer: {betas: 0.9}", [], "x.yaml:4: optimizer.betas: expected a list, got 0.9"),
-    ("optimizer: {betas: [0.9, 0.9, 0.9]}", [], "optimizer.betas: expected 2 values, got [0.9, 0.9, 0.9]"),
-    ("engine: {compile: no}", [], 'x.yaml:4: engine.compile: expected true or false, got "no"; write false'),
-    ("engine: {precision: bf61}", [], "expected 'fp32' or 'bf16', got \"bf61\"; did you mean bf16?"),
-    ("engine: {zero_stage: 4}", [], "engine.zero_stage: expected 0, 1, 2 or 3, got 4"),
-    ("engine: 3", [], "x.yaml:4: engine: expected a section of keys, got 3"),
-    ("seed: 1\nseed: 2", [], "x.yaml:5: seed: duplicate key, first set on line 4"),
+    ("logging: {q: 1}", [], "x.yaml:4: logging.q: unknown key; the valid keys are every_steps"),
+    ("seed: x", [], 'x.yaml:4: seed: must be a whole number, got "x"; write digits only'),
+    ("seed: 1e-4", [], "x.yaml:4: seed: must be a whole number, got 0.0001; write digits only"),
+    ("seed: -1", [], "x.yaml:4: seed: must be greater than or equal to 0, got -1; increase it"),
+    ("optimizer: {learning_rate: 0}", [], "optimizer.learning_rate: must be greater than 0, got 0; increase it"),
+    (
+        "optimizer: {learning_rate: fast}",
+        [],
+        'optimizer.learning_rate: must be a number, got "fast"; write it like',
+    ),
+    ("optimizer: {learning_rate: 12:30}", [], 'optimizer.learning_rate: must be a number, got "12:30"; '),
+    ("optimizer: {betas: [0.9]}", [], "x.yaml:4: optimizer.betas: has too few values, got [0.9]; add the missing ones"),
+    ("optimizer: {betas: 0.9}", [], "x.yaml:4: optimizer.betas: must be a list, got 0.9; write it as [a, b]"),
+    (
+        "optimizer: {betas: [0.9, 0.9, 0.9]}",
+        [],
+        "optimizer.betas: must have 2 values, got [0.9, 0.9, 0.9]; remove",
+    ),
+    ("engine: {compile: no}", [], 'x.yaml:4: engine.compile: must be true or false, got "no"; write false'),
+    ("engine: {precision: bf61}", [], 'engine.precision: must be fp32 or bf16, got "bf61"; did you mean bf16?'),
+    ("engine: {zero_stage: 4}", [], "engine.zero_stage: must be 0, 1, 2 or 3, got 4; choose one of these"),
+    ("engine: 3", [], "x.yaml:4: engine: must be a section, got 3; write its keys below it"),
+    ("seed: 1\nseed: 2", [], "x.yaml:5: seed: duplicate key, first set on line 4; remove one of the two"),
     ("data: {train: other}", [], "x.yaml:4: data: duplicate key, first set on line 2"),
     ("model: {patch_size: 15}", [], "model.patch_size: 15 does not divide image_size=224; image_size=210 would fit"),
     ("model: {num_attention_heads: 7}", [], "model.num_attention_heads: 7 does not divide hidden_size=768; 6 would"),
@@ -71,11 +80,11 @@ MISTAKES = [
     (
         "objective: {name: mea, mask_ratio: 0.5}",
         [],
-        "expected 'supervised', 'mae' or 'self_distillation', got \"mea\"; did you mean mae?",
+        'objective.name: must be supervised, mae or self_distillation, got "mea"; did you mean mae?',
     ),
-    ("objective: {mask_ratio: 0.5}", [], "unknown key; did you mean mask_ratio, which objective.name=mae has?"),
-    ("objective: {name: mae, label_smoothing: 0.1}", [], "label_smoothing, which objective.name=supervised has?"),
-    ("objective: {name: mae, mask_ratio: 1}", [], "objective.mask_ratio: expected a number less than 1"),
+    ("objective: {mask_ratio: 0.5}", [], "unknown key; did you mean mask_ratio, which requires objective.name=mae?"),
+    ("objective: {name: mae, label_smoothing: 0.1}", [], "label_smoothing, which requires objective.name=supervised?"),
+    ("objective: {name: mae, mask_ratio: 1}", [], "objective.mask_ratio: must be less than 1, got 1; lower it"),
     ("objective: {name: mae, decoder_num_attention_heads: 7}", [], "7 does not divide decoder_hidden_size=512; 8"),
     (
         "objective: {name: mae, augment: {mixup: 0.8}}",
@@ -166,19 +175,27 @@ MISTAKES = [
         ["schedule.name=wsd", "schedule.cooldown_steps=99", "schedule.warmup_steps=1"],
         "1 steps of warm-up and 99 of cool-down leave none of total_steps=100; ",
     ),
-    ("", ["engine.zero_stage=9"], "command line: engine.zero_stage: expected 0, 1, 2 or 3, got 9"),
-    ("", ["seed"], "command line: expected key.path=value, got 'seed'"),
-    ("", ["seed.x=1", "seed.y.z=1"], "command line: seed: expected a whole number"),
-    ("seed: 1", ["seed.x=1"], "command line: seed.x: seed is a value, not a section"),
-    ("seed: *a", [], "x.yaml:4: not valid YAML: aliases (*name) are not supported; write the value out"),
-    ("seed: !!python/name:os.system x", [], "the tag tag:yaml.org,2002:python/name:os.system is not supported"),
-    ("seed: [", [], "not valid YAML"),
-    ("seed: !!int abc", [], 'x.yaml:4: seed: "abc" is not what its tag says'),
-    ("model: {drop_path: 1.0}", [], "model.drop_path: expected a number less than 1.0, got 1.0"),
-    ("optimizer: {betas: [0.9, 1.0]}", [], "expected a number less than 1.0, got 1.0"),
-    ("optimizer: {learning_rate: 1e999}", [], "optimizer.learning_rate: input should be a finite number"),
-    ("tracking: {experiment: 5}", [], "x.yaml:4: tracking.experiment: expected text, got 5"),
-    ("", ["engine.zero_stage=["], "command line: engine.zero_stage: not valid YAML: "),
+    ("", ["engine.zero_stage=9"], "command line: engine.zero_stage: must be 0, 1, 2 or 3, got 9; "),
+    ("", ["seed"], "command line: cannot parse 'seed'; write it as key.path=value"),
+    ("", ["seed.x=1", "seed.y.z=1"], "command line: seed: must be a whole number"),
+    ("seed: 1", ["seed.x=1"], "command line: seed.x: seed is a value, not a section; set seed itself"),
+    ("seed: *a", [], "x.yaml:4: aliases (*name) are not supported; write the value out"),
+    (
+        "seed: !!python/name:os.system x",
+        [],
+        "seed: the YAML tag tag:yaml.org,2002:python/name:os.system is not",
+    ),
+    ("seed: [", [], "x.yaml:4: not valid YAML ("),
+    ("seed: !!int abc", [], 'x.yaml:4: seed: "abc" does not match its YAML tag; write the value without'),
+    ("model: {drop_path: 1.0}", [], "model.drop_path: must be less than 1, got 1.0; lower it"),
+    ("optimizer: {betas: [0.9, 1.0]}", [], "optimizer.betas.1: must be less than 1, got 1.0; lower it"),
+    (
+        "optimizer: {learning_rate: 1e999}",
+        [],
+        "optimizer.learning_rate: input should be a finite number, got",
+    ),
+    ("tracking: {experiment: 5}", [], "x.yaml:4: tracking.experiment: must be text, got 5; put it in quotes"),
+    ("", ["engine.zero_stage=["], "command line: engine.zero_stage: not valid YAML ("),
     (
         "model: {mlp_ratio: 1e-4}",
         [],
@@ -214,12 +231,14 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, overrides: list[str], exp
 def test_missing_keys_and_files(tmp_path: Path) -> None:
     message = answer(PretrainConfig, write(tmp_path, "data: {}\n"), [])
     assert message.splitlines() == [
-        f"{tmp_path}/x.yaml: run_dir: missing, and it has no default",
-        f"{tmp_path}/x.yaml:1: data.train: missing, and it has no default",
-        f"{tmp_path}/x.yaml: schedule: missing, and it has no default",
+        f"{tmp_path}/x.yaml: run_dir: required but missing; set it in the file or on the command line",
+        f"{tmp_path}/x.yaml:1: data.train: required but missing; set it in the file or on the command line",
+        f"{tmp_path}/x.yaml: schedule: required but missing; set it in the file or on the command line",
     ]
-    assert "no.yaml: cannot be read: No such file" in answer(PretrainConfig, tmp_path / "no.yaml", [])
-    assert "expected keys with values, got" in answer(PretrainConfig, write(tmp_path, "- 1\n"), [])
+    message = answer(PretrainConfig, tmp_path / "no.yaml", [])
+    assert message == f"{tmp_path}/no.yaml: cannot read the config file (No such file or directory); check the path"
+    message = answer(PretrainConfig, write(tmp_path, "- 1\n"), [])
+    assert message == f"{tmp_path}/x.yaml:1: must contain keys and values, got [1]; write key: value"
 
 
 def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
@@ -274,7 +293,7 @@ def test_the_printed_config_says_where_values_came_from_and_reads_back(tmp_path:
 def test_nearly_every_typo_of_one_letter_finds_its_key(data: st.DataObject) -> None:
     """Drop one letter of any key: the answer must suggest that key, unless what is left is a key itself."""
     for config_class in (PretrainConfig, FinetuneConfig):
-        keys = [key for key, _ in _leaves(config_class) if len(str(key[-1])) > 3]
+        keys = [key for key, _ in leaves(config_class) if len(str(key[-1])) > 3]
         key = data.draw(st.sampled_from(keys))
         name = str(key[-1])
         i = data.draw(st.integers(0, len(name) - 1))
@@ -290,7 +309,7 @@ def _recipe(config_class: type[Section]) -> str:
 
 @pytest.mark.parametrize("config_class", [PretrainConfig, FinetuneConfig])
 def test_every_key_has_a_description(config_class: type[Section]) -> None:
-    assert [_dotted(key) for key, field in _leaves(config_class) if not field.description] == []
+    assert [dotted(key) for key, field in leaves(config_class) if not field.description] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
