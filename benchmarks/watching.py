@@ -28,9 +28,9 @@ from benchmarks.digits_run import prepare, start
 from pretrain.config import PretrainConfig
 from pretrain.configfile import read_command_line
 from pretrain.heartbeat.beats import Beat, read_beat
-from pretrain.heartbeat.watch import STEPS_TIMED
+from pretrain.heartbeat.watch import MAX_STEPS_TIMED
 
-NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|saves|has been silent)[^\n]*\n +File ")
+NAMED = re.compile(r"rank (\d+) \(process \d+ on [^)]*\) (hangs|lags|saves slowly|is silent)[^\n]*\n +File ")
 GIVEN_UP = 30.0  # seconds without being named
 SLICE = 0.005  # seconds that a slowed rank runs, between twice as long of standing still
 WATCHED = "VITRAIL_BENCHMARK_WATCHED"  # in the environment of a rank
@@ -126,12 +126,12 @@ def main() -> None:
         settings += [f"data.validation={work / 'shards' / 'train'}", *EVALUATED] if arguments.quiet else []
         process = start([*command, *settings], log, **{WATCHED: "1"})
         try:
-            beats = wait_for_steps(run_dir, 2 * STEPS_TIMED)
+            beats = wait_for_steps(run_dir, 2 * MAX_STEPS_TIMED)
             begun, first_step, alarms = time.monotonic(), beats[0].step, []
             while arguments.quiet and time.monotonic() < begun + arguments.quiet and process.poll() is None:
                 time.sleep(1)
             for kind in [] if arguments.quiet else list(kinds) * arguments.faults:
-                victim = chance.choice(wait_for_steps(run_dir, 2 * STEPS_TIMED))
+                victim = chance.choice(wait_for_steps(run_dir, 2 * MAX_STEPS_TIMED))
                 known = len(named(log))
                 since = time.monotonic()
                 with kinds[kind](victim.pid):

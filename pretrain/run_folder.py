@@ -9,7 +9,7 @@ from pretrain import distributed
 from pretrain.checkpoint.history import list_unfinished
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import UserError
-from pretrain.heartbeat.beats import GO_ON, beats_folder, find_living, give_order
+from pretrain.heartbeat.beats import CONTINUE, beats_folder, find_live_rank, write_order
 
 MAIN_RANK = "main"  # beside the beats: which process is the main rank
 
@@ -29,14 +29,14 @@ def make_run_dir(run_dir: Path, main: str) -> None:
     """
     if not distributed.is_main():
         return
-    if other := find_living(run_dir):
+    if other := find_live_rank(run_dir):
         raise UserError(f"{run_dir}: {other} is training into it; end that run, or choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     for remains in (*list_unfinished(run_dir), beats_folder(run_dir)):
         shutil.rmtree(remains, ignore_errors=True)
     beats_folder(run_dir).mkdir()
     (beats_folder(run_dir) / MAIN_RANK).write_text(main, encoding="utf-8")
-    give_order(run_dir, GO_ON)
+    write_order(run_dir, CONTINUE)
 
 
 def find_main(run_dir: Path, main: str) -> None:

@@ -16,7 +16,7 @@ from pretrain.checkpoint.history import list_checkpoints, step_of
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.errors import UserError
-from pretrain.heartbeat.beats import GO_ON, LEAVE, STOP, Beat, beats_folder, give_order, read_beats
+from pretrain.heartbeat.beats import ABORT, CONTINUE, STOP, Beat, beats_folder, read_beats, write_order
 from pretrain.heartbeat.diagnosis import SILENT_SECONDS
 from pretrain.outcome import Outcome
 
@@ -120,23 +120,23 @@ class Supervisor:
         exit_code = self._process.wait()
         beats = read_beats(self.run_dir)
         beat = next(iter(beats), None)
-        phase_seconds = dict(beat.seconds) if beat else {}
-        if beat and not beat.is_over:
-            phase_seconds[beat.phase] = phase_seconds.get(beat.phase, 0.0) + beat.since
+        phase_seconds = dict(beat.phase_seconds) if beat else {}
+        if beat and not beat.has_ended:
+            phase_seconds[beat.phase] = phase_seconds.get(beat.phase, 0.0) + beat.seconds_in_phase
         return Attempt(
             outcome=outcome_of_attempt(exit_code, beats),
             exit_code=exit_code,
             wall_seconds=time.monotonic() - started,
             phase_seconds=phase_seconds,
             first_step=first_step,
-            last_step=max(first_step, beat.step + beat.is_over if beat else 0),
+            last_step=max(first_step, beat.step + beat.has_ended if beat else 0),
             saved_step=self._saved_step(),
             world_size=len(beats),
         )
 
     def _running(self) -> list[Beat]:
         """Return the last heartbeats of the ranks that have not reported their end."""
-        return [beat for beat in read_beats(self.run_dir) if not beat.is_over]
+        return [beat for beat in read_beats(self.run_dir) if not beat.has_ended]
 
     def _saved_step(self) -> int:
         checkpoints = list_checkpoints(self.run_dir)
@@ -156,12 +156,12 @@ class Supervisor:
             send_signal(beat, signal.SIGKILL)
         remote = [beat for beat in running if not is_local(beat)]
         if remote:
-            give_order(self.run_dir, LEAVE)
+            write_order(self.run_dir, ABORT)
             while remote:
                 time.sleep(SILENT_SECONDS)
                 latest = {beat.rank: beat for beat in self._running()}
                 remote = [latest[beat.rank] for beat in remote if latest.get(beat.rank, beat) != beat]
-            give_order(self.run_dir, GO_ON)
+            write_order(self.run_dir, CONTINUE)
 
     def _forward_stop(self) -> None:
         """Ask every rank once, as soon as it runs, to save and stop. A second stop request ends them at once."""
@@ -173,7 +173,7 @@ class Supervisor:
             if beat.rank not in self._stopping_ranks:
                 send_signal(beat, signal.SIGTERM)
         if not self._stopping_ranks and not all(map(is_local, running)):
-            give_order(self.run_dir, STOP)
+            write_order(self.run_dir, STOP)
         self._stopping_ranks |= {beat.rank for beat in running}
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:

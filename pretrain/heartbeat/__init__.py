@@ -1,1 +1,1 @@
-"""Where every rank is, and who hangs, lags or is silent."""
+"""Heartbeats of all ranks, and the watch that finds ranks that hang, lag or are silent."""

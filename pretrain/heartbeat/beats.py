@@ -1,8 +1,8 @@
-"""What every rank says of itself once a second, and what all are told: small files in the run folder.
+"""Heartbeats: small files in the run folder that every rank rewrites once per second, and orders to all ranks.
 
-So a rank which is stopped, or a machine that is gone, is missed by the others within seconds, and not after a
-collective's ten minutes; and a person can look. The last beat says how the rank has ended, which a launcher's exit code
-may hide.
+They let the other ranks notice within seconds that a process was stopped or a machine was lost, long before a
+collective times out after ten minutes. A person can read them too. The last heartbeat records how the rank ended, which
+the exit code of a launcher may hide.
 """
 
 import json
@@ -12,53 +12,58 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 BEAT_SECONDS = 1.0
-READ_TRIES = 10
-START, END = "start", "end"  # the phases of a rank before its first step, and of one that is through
-GO_ON, STOP, LEAVE = "", "stop", "leave"  # orders: save and end; end at once
-WAITING = ("torch/distributed/", "deepspeed/comm/", "torch/cuda/streams.py")
+READ_ATTEMPTS = 10
+START, END = "start", "end"  # the phase before a rank's first step, and the phase after its last
+CONTINUE, STOP, ABORT = "", "stop", "abort"  # orders; STOP saves a checkpoint first, ABORT ends the process at once
+# A rank whose innermost frame is in one of these files waits for other ranks or for its own device.
+WAITING_PATHS = ("torch/distributed/", "deepspeed/comm/", "torch/cuda/streams.py")
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself.
+    """One heartbeat: what a rank is doing.
 
     Attributes:
-        rank: its number.
-        pid: of its process on `host`.
-        host: its machine.
-        beats: how many it has written; a number that stands still is silence.
-        turns: how many phases it has entered; all ranks enter the same ones.
-        step: of the run, counted from 0.
-        phase: what it does.
-        since: seconds it has been at that.
-        work: seconds of a step that it spends on its own work, the median of the last ones.
-        seconds: spent in each phase since it began.
-        stack: the innermost frames of its main thread.
-        outcome: how it has ended, once it has.
+        rank: Rank of the process in the run.
+        pid: Process ID on `host`.
+        host: Name of the machine.
+        num_beats: Number of heartbeats written so far; a rank is silent while it does not grow.
+        num_phases: Number of phases entered so far; all ranks enter the same phases in the same order.
+        step: Current step of the run, counted from 0.
+        phase: Current phase, for example "forward" or "save".
+        seconds_in_phase: Seconds since the current phase began.
+        work_seconds: Median seconds of a step that the rank spends on its own work, without waiting for other ranks;
+            None before enough steps are timed.
+        phase_seconds: Total seconds spent in each phase.
+        stack: Innermost frames of the main thread.
+        outcome: Value of the rank's `Outcome` once it has ended, else None.
     """
 
     rank: int
     pid: int
     host: str
-    beats: int
-    turns: int
+    num_beats: int
+    num_phases: int
     step: int
     phase: str
-    since: float
-    work: float | None
-    seconds: dict[str, float]
+    seconds_in_phase: float
+    work_seconds: float | None
+    phase_seconds: dict[str, float]
     stack: str
     outcome: str | None = None
 
     @property
-    def waits(self) -> bool:
-        """Say whether it waits for others, or for its device, by its innermost frame: what hangs may hang above one."""
+    def is_waiting(self) -> bool:
+        """Whether the main thread waits for other ranks or for its device.
+
+        Only the innermost frame decides: code that hangs inside a collective, such as a signal handler, does not wait.
+        """
         innermost = self.stack.rpartition('File "')[2]
-        return any(place in innermost for place in WAITING)
+        return any(path in innermost for path in WAITING_PATHS)
 
     @property
-    def is_over(self) -> bool:
-        """Say whether it is through."""
+    def has_ended(self) -> bool:
+        """Whether this is the rank's last heartbeat."""
         return self.phase == END
 
     def __str__(self) -> str:
@@ -66,31 +71,36 @@ class Beat:
 
 
 def beats_folder(run_dir: Path) -> Path:
-    """Return where a run's ranks write their beats."""
+    """Return the folder of a run's heartbeats."""
     return run_dir / "ranks"
 
 
-def give_order(run_dir: Path, order: str) -> None:
-    """Leave an order for every rank of a run; each looks for it once a second."""
+def write_order(run_dir: Path, order: str) -> None:
+    """Leave an order (CONTINUE, STOP or ABORT) for every rank of a run; each rank reads it once per second."""
     (beats_folder(run_dir) / "order").write_text(order, encoding="utf-8")
 
 
 def read_order(run_dir: Path) -> str:
-    """Read what the ranks of a run are to do."""
+    """Return the current order to the ranks of a run; CONTINUE if there is none."""
     try:
         return (beats_folder(run_dir) / "order").read_text(encoding="utf-8")
     except OSError:
-        return GO_ON
+        return CONTINUE
 
 
 def read_beats(run_dir: Path) -> list[Beat]:
-    """Read the last beat of every rank that has written one."""
-    numbers = sorted(int(path.stem.partition("-")[2]) for path in beats_folder(run_dir).glob("rank-*.json"))
-    return [beat for number in numbers if (beat := read_beat(run_dir, number))]
+    """Return the last heartbeat of every rank that has written one, ordered by rank."""
+    ranks = sorted(int(path.stem.partition("-")[2]) for path in beats_folder(run_dir).glob("rank-*.json"))
+    return [beat for rank in ranks if (beat := read_beat(run_dir, rank))]
 
 
-def find_living(run_dir: Path, seconds: float = 2.5 * BEAT_SECONDS) -> Beat | None:
-    """Return a rank that beats in a run folder; it takes that long to tell, where some rank's end is not known."""
+def find_live_rank(run_dir: Path, seconds: float = 2.5 * BEAT_SECONDS) -> Beat | None:
+    """Return a heartbeat of a rank that is still running in a run folder, or None.
+
+    Args:
+        run_dir: Run folder.
+        seconds: Time to wait for a new heartbeat, if there is a rank that has not reported its end.
+    """
     before = {beat.rank: beat for beat in read_beats(run_dir) if beat.outcome is None}
     if before:
         time.sleep(seconds)
@@ -98,12 +108,12 @@ def find_living(run_dir: Path, seconds: float = 2.5 * BEAT_SECONDS) -> Beat | No
 
 
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
-    """Read a rank's last beat; None where there is none."""
+    """Return the last heartbeat of a rank, or None if there is none."""
     path = _path_of(run_dir, rank)
-    for _ in range(READ_TRIES):
+    for _ in range(READ_ATTEMPTS):
         try:
             return Beat(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):  # it is just being written
+        except (ValueError, TypeError):  # the rank is just writing it
             continue
         except OSError:
             break
@@ -111,10 +121,10 @@ def read_beat(run_dir: Path, rank: int) -> Beat | None:
 
 
 def write_beat(run_dir: Path, beat: Beat) -> None:
-    """Write a rank's beat, in place: a new file would be seen late on a network's file system.
+    """Write the heartbeat of a rank in place, because network file systems show a new file late.
 
-    It is one write, so that whoever is stopped in between has left the old or the new; and the file never becomes
-    shorter, for to cut it would be a second stroke.
+    It is a single write call, so a process that is stopped in between leaves either the old heartbeat or the new one.
+    The file never becomes shorter (spaces fill the rest), because truncating it would be a second operation.
     """
     file = os.open(_path_of(run_dir, beat.rank), os.O_WRONLY | os.O_CREAT, 0o644)
     try:

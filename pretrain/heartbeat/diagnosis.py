@@ -1,4 +1,4 @@
-"""Who hangs, lags or is silent, by comparing what the ranks say of themselves from second to second."""
+"""Find the ranks that hang, lag or are silent by comparing the heartbeats of all ranks over time."""
 
 import statistics
 from collections.abc import Iterator
@@ -7,92 +7,140 @@ from dataclasses import dataclass, field
 from pretrain.heartbeat.beats import Beat
 from pretrain.outcome import Outcome
 
-SILENT_SECONDS = 5.0  # without a beat
-BEHIND_SECONDS = 6.0  # in a phase that others have left
-FIRST_STEPS_SECONDS = 120.0  # the same for a rank that may still be compiling
-STANDSTILL = 4.0  # times as patient as with one that hangs, when none gets on: they may all be at something long
-FATAL = ("silent", "hangs", "ended")  # what ends a run, if it lasts
-LAG, LEAST_LAG = 2.0, 0.02  # times the others' own work, and seconds a step beyond it: less is not worth a word
+SILENT_SECONDS = 5.0  # without a heartbeat
+BEHIND_SECONDS = 6.0  # in a phase that other ranks wait for or have left
+FIRST_STEPS_SECONDS = 120.0  # the same limit for a rank that may still be compiling
+STANDSTILL_FACTOR = 4.0  # all ranks may be doing something long, so a standstill gets more time than a single rank
+FATAL_KINDS = ("silent", "hangs", "ended")  # kinds of findings that end a run if they last
+LAG_FACTOR, LAG_SECONDS = 2.0, 0.02  # a lagging rank takes this many times, and this much, longer per step
 
 
 @dataclass
 class Diagnosis:
-    """Compares the ranks' beats from second to second, and says each thing once."""
+    """Compares the heartbeats of all ranks over time and returns each finding once.
 
-    _seen: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> beats, when they last grew
-    _behind: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> turns, since when others wait for it
-    _told: dict[tuple[int, str], float] = field(default_factory=dict)  # since when something has been so
-    _moved: tuple[list[int], float] = ([], 0.0)  # everyone's turns, when they last grew
+    A finding belongs to one rank and has a kind: "ended" (with an error, while others run), "silent", "hangs", "saves"
+    (slow storage, which is reported but does not end a run) or "lags".
+    """
 
-    def look(self, beats: list[Beat], now: float) -> list[str]:
-        """Return what is new to say.
+    _last_beats: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> its num_beats, and since when
+    _behind: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank behind -> its num_phases, and since when
+    _findings: dict[tuple[int, str], float] = field(default_factory=dict)  # (rank, kind) -> time of its first report
+    _progress: tuple[list[int], float] = ([], 0.0)  # num_phases of all ranks, and since when
+
+    def new_findings(self, beats: list[Beat], now: float) -> list[str]:
+        """Return a sentence for each finding that was not there at the previous call.
 
         Args:
-            beats: the last one of each rank.
-            now: seconds for which this process itself has been awake.
+            beats: Last heartbeat of each rank.
+            now: Seconds during which this process itself was awake.
         """
-        found = {(beat.rank, what): sentence for beat, what, sentence in self._findings(beats, now)}
-        self._told = {key: since for key, since in self._told.items() if key in found}
-        fresh = [sentence for key, sentence in found.items() if key not in self._told]
-        for key in found:
-            self._told.setdefault(key, now)
+        sentences = {(beat.rank, kind): sentence for beat, kind, sentence in self._examine(beats, now)}
+        self._findings = {key: since for key, since in self._findings.items() if key in sentences}
+        fresh = [sentence for key, sentence in sentences.items() if key not in self._findings]
+        for key in sentences:
+            self._findings.setdefault(key, now)
         return fresh
 
     def is_stuck(self, now: float, seconds: float) -> bool:
-        """Say whether some rank has hung or been silent for that long, or all have stood still for much longer."""
-        stands_still = bool(self._moved[0]) and now - self._moved[1] > STANDSTILL * seconds
-        return stands_still or any(now - since > seconds for (_, what), since in self._told.items() if what in FATAL)
+        """Return whether the run should be ended.
 
-    def silence(self, beat: Beat, now: float) -> float:
-        """Return for how many seconds a rank has not written a new beat."""
-        count, since = self._seen.get(beat.rank, (-1, now))
-        if beat.beats != count:
-            self._seen[beat.rank] = (beat.beats, now)
+        This is so if a rank hangs, is silent or has failed for more than `seconds`, or if no rank makes progress for
+        four times as long.
+
+        Args:
+            now: Seconds during which this process itself was awake.
+            seconds: Tolerated time.
+        """
+        is_standstill = bool(self._progress[0]) and now - self._progress[1] > STANDSTILL_FACTOR * seconds
+        fatal = (since for (_, kind), since in self._findings.items() if kind in FATAL_KINDS)
+        return is_standstill or any(now - since > seconds for since in fatal)
+
+    def silent_seconds(self, beat: Beat, now: float) -> float:
+        """Return for how many seconds a rank has not written a new heartbeat.
+
+        Args:
+            beat: Last heartbeat of the rank.
+            now: Seconds during which this process itself was awake.
+        """
+        num_beats, since = self._last_beats.get(beat.rank, (-1, now))
+        if beat.num_beats != num_beats:
+            self._last_beats[beat.rank] = (beat.num_beats, now)
             return 0.0
         return now - since
 
-    def _findings(self, beats: list[Beat], now: float) -> Iterator[tuple[Beat, str, str]]:
-        ended, beats = [b for b in beats if b.is_over], [b for b in beats if not b.is_over]
-        for beat in ended if beats else []:
-            if beat.outcome not in (None, Outcome.DONE, Outcome.STOPPED):
-                yield beat, "ended", f"{beat} has ended in step {beat.step} ({beat.outcome}), the others wait"
-        turns = [beat.turns for beat in beats]
-        if turns != self._moved[0]:
-            self._moved = turns, now
-        silent = set()
-        for beat in beats:
-            if (seconds := self.silence(beat, now)) > SILENT_SECONDS:
-                silent.add(beat.rank)
-                sentence = f"{beat} has been silent for {seconds:.0f} s; it was in {beat.phase} of step {beat.step}"
+    def _examine(self, beats: list[Beat], now: float) -> Iterator[tuple[Beat, str, str]]:
+        """Yield (heartbeat, kind, sentence) for everything that is wrong now."""
+        running = [beat for beat in beats if not beat.has_ended]
+        num_phases = [beat.num_phases for beat in running]
+        if num_phases != self._progress[0]:
+            self._progress = num_phases, now
+        silent = {
+            beat.rank: seconds for beat in running if (seconds := self.silent_seconds(beat, now)) > SILENT_SECONDS
+        }
+        if running:
+            yield from _failed(beats)
+        for beat in running:
+            if beat.rank in silent:
+                sentence = (
+                    f"{beat} is silent: no heartbeat for {silent[beat.rank]:.0f} s; "
+                    f"it was in phase {beat.phase} of step {beat.step}"
+                )
                 yield beat, "silent", _with_stack(sentence, beat)
-        farthest = max((beat.turns for beat in beats), default=0)
-        some_wait = len({beat.waits for beat in beats}) == 2  # for those that do not, however far they have come
-        for beat in beats:
-            behind = not beat.waits if some_wait else beat.turns < farthest
-            if beat.rank in silent or not behind:  # whoever was stopped has not hung when it wakes
+        yield from self._hanging(running, silent, now)
+        yield from _lagging(running, silent)
+
+    def _hanging(self, running: list[Beat], silent: dict[int, float], now: float) -> Iterator[tuple[Beat, str, str]]:
+        """Yield the ranks that the others have waited for too long.
+
+        If some ranks wait and others do not, those that do not wait are behind, however far they are. Otherwise, those
+        that have entered fewer phases are behind.
+        """
+        most_phases = max((beat.num_phases for beat in running), default=0)
+        only_some_wait = len({beat.is_waiting for beat in running}) == 2
+        for beat in running:
+            is_behind = not beat.is_waiting if only_some_wait else beat.num_phases < most_phases
+            if beat.rank in silent or not is_behind:  # a stopped process has not hung when it wakes up
                 self._behind.pop(beat.rank, None)
                 continue
-            patience = FIRST_STEPS_SECONDS if beat.work is None else max(BEHIND_SECONDS, beat.work)
-            if self._waited_for(beat, now) >= patience:
-                what = "saves" if beat.phase == "save" else "hangs"  # a disk may take its time
-                sentence = f"{beat} {what}: {beat.since:.0f} s in {beat.phase} of step {beat.step}, the others wait"
-                yield beat, what, _with_stack(sentence, beat)
-        timed = {beat.rank: beat.work for beat in beats if beat.work is not None}
-        for beat in beats:
-            others = [work for rank, work in timed.items() if rank != beat.rank]
-            if beat.rank not in silent and beat.rank in timed and others:
-                usual = statistics.median(others)
-                if timed[beat.rank] > max(LAG * usual, usual + LEAST_LAG):
-                    times = f"{timed[beat.rank]:.3f} s a step for its data and forward, the others {usual:.3f} s"
-                    yield beat, "lags", _with_stack(f"{beat} lags: {times}", beat)
+            limit = FIRST_STEPS_SECONDS if beat.work_seconds is None else max(BEHIND_SECONDS, beat.work_seconds)
+            if self._seconds_behind(beat, now) >= limit:
+                kind, verb = ("saves", "saves slowly") if beat.phase == "save" else ("hangs", "hangs")
+                sentence = (
+                    f"{beat} {verb}: {beat.seconds_in_phase:.0f} s in phase {beat.phase} of step {beat.step} "
+                    "while other ranks wait"
+                )
+                yield beat, kind, _with_stack(sentence, beat)
 
-    def _waited_for(self, beat: Beat, now: float) -> float:
-        """Return for how long a rank that is behind has not got on."""
-        turns, since = self._behind.get(beat.rank, (-1, now))
-        if turns != beat.turns:
-            turns, since = beat.turns, now
-        self._behind[beat.rank] = turns, since
+    def _seconds_behind(self, beat: Beat, now: float) -> float:
+        """Return for how many seconds a rank that is behind has not entered a new phase."""
+        num_phases, since = self._behind.get(beat.rank, (-1, now))
+        if num_phases != beat.num_phases:
+            num_phases, since = beat.num_phases, now
+        self._behind[beat.rank] = num_phases, since
         return now - since
+
+
+def _failed(beats: list[Beat]) -> Iterator[tuple[Beat, str, str]]:
+    """Yield the ranks that have ended with an error."""
+    for beat in beats:
+        if beat.has_ended and beat.outcome not in (None, Outcome.DONE, Outcome.STOPPED):
+            yield beat, "ended", f"{beat} ended in step {beat.step} ({beat.outcome}) while other ranks wait for it"
+
+
+def _lagging(running: list[Beat], silent: dict[int, float]) -> Iterator[tuple[Beat, str, str]]:
+    """Yield the ranks whose own work takes much longer than that of the others."""
+    timed = {beat.rank: beat.work_seconds for beat in running if beat.work_seconds is not None}
+    for beat in running:
+        others = [seconds for rank, seconds in timed.items() if rank != beat.rank]
+        if beat.rank not in silent and beat.rank in timed and others:
+            typical = statistics.median(others)
+            if timed[beat.rank] > max(LAG_FACTOR * typical, typical + LAG_SECONDS):
+                sentence = (
+                    f"{beat} lags: {timed[beat.rank]:.3f} s per step for data and forward pass, "
+                    f"other ranks {typical:.3f} s"
+                )
+                yield beat, "lags", _with_stack(sentence, beat)
 
 
 def _with_stack(sentence: str, beat: Beat) -> str:

@@ -1,4 +1,4 @@
-"""A rank's watch over itself and the others: a thread that beats, looks, and ends what is stuck."""
+"""A thread in every rank that writes heartbeats, compares those of all ranks, and ends a run that is stuck."""
 
 import contextlib
 import os
@@ -18,10 +18,10 @@ import torch
 from typing_extensions import Self
 
 from pretrain.heartbeat.beats import (
+    ABORT,
     BEAT_SECONDS,
+    CONTINUE,
     END,
-    GO_ON,
-    LEAVE,
     START,
     STOP,
     Beat,
@@ -31,25 +31,30 @@ from pretrain.heartbeat.beats import (
     write_beat,
 )
 from pretrain.heartbeat.diagnosis import SILENT_SECONDS, Diagnosis
-from pretrain.outcome import Outcome, outcome_of
+from pretrain.outcome import EXIT_FAILED, Outcome, outcome_of
 
-STEPS_TIMED = 8  # at most; fewer where they last long, so that a slow rank is named soon
-LEAST_STEPS_TIMED, SECONDS_TIMED = 3, 2.0
-FRAMES = 12  # of a stack, the innermost
-SECONDS_AT_ONCE = 2.0  # between two looks; more of it was this rank's own sleep, which says nothing of the others
-OWN_WORK = ("data", "forward")  # what no other rank is waited for in; at ZeRO 3 its gathers are part of it
+# A step's own work is the median of the last steps: of 8, or of fewer (at least 3) if they take 2 seconds together, so
+# that a slow rank is found soon even if steps are long.
+MAX_STEPS_TIMED, MIN_STEPS_TIMED, SECONDS_TIMED = 8, 3, 2.0
+NUM_FRAMES = 12  # innermost frames of the stack that a heartbeat contains
+MAX_INTERVAL_SECONDS = 2.0  # a longer interval between two heartbeats means that this process was suspended
+OWN_WORK_PHASES = ("data", "forward")  # other ranks are not waited for here, except for ZeRO 3's parameter gathers
 
 
 class Watch:
-    """A rank's own beats, and its look at the others'. The lowest rank that still beats is the one that speaks.
+    """Writes the heartbeats of this rank and reports ranks that hang, lag or are silent.
+
+    The thread runs from construction until the end of the `with` block. Only the lowest rank that is alive compares
+    heartbeats and reports.
 
     Args:
-        run_dir: of the run.
-        rank: of this process.
-        world_size: how many there are.
-        hang_seconds: after so long the run is ended, for a supervisor to start again; 0: never.
-        say: is told what is wrong; by default it goes to stderr.
-        on_gpu: whether the device, and not this process, does the work.
+        run_dir: Run folder, shared by all ranks.
+        rank: Rank of this process.
+        world_size: Number of ranks.
+        hang_seconds: Seconds without progress after which the process exits, so that a supervisor can restart the run;
+            0 never exits.
+        report: Function that is called with each finding; None prints it to stderr.
+        on_gpu: Whether a GPU runs the model, so that the forward pass must be timed on the device.
     """
 
     def __init__(
@@ -59,147 +64,167 @@ class Watch:
         world_size: int,
         *,
         hang_seconds: float = 0.0,
-        say: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None = None,
         on_gpu: bool = False,
     ) -> None:
-        self.run_dir = run_dir
-        self.rank = rank
-        self.world_size = world_size
-        self.hang_seconds = hang_seconds
-        self.say = say or partial(print, file=sys.stderr, flush=True)
-        self.on_gpu = on_gpu
+        self._run_dir = run_dir
+        self._rank = rank
+        self._world_size = world_size
+        self._hang_seconds = hang_seconds
+        self._report = report or partial(print, file=sys.stderr, flush=True)
+        self._on_gpu = on_gpu
         self._outcome = Outcome.FAILED  # for a process that leaves the watch without `finish` or an error
-        self._main = threading.get_ident()
-        self._turns = self._step = self._beats = 0
-        self._phase, self._entered = START, time.monotonic()
-        self._obeyed = GO_ON
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._own = 0.0
-        self._work: deque[float] = deque(maxlen=STEPS_TIMED)
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=STEPS_TIMED)
+        self._main_thread = threading.get_ident()
+        self._num_phases = self._step = self._num_beats = 0
+        self._phase, self._phase_began = START, time.monotonic()
+        self._last_order = CONTINUE
+        self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._work_of_step = 0.0
+        self._work_of_steps: deque[float] = deque(maxlen=MAX_STEPS_TIMED)
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=MAX_STEPS_TIMED)
         self._diagnosis = Diagnosis()
-        self._ended = threading.Event()
+        self._closing = threading.Event()
         beats_folder(run_dir).mkdir(parents=True, exist_ok=True)
         self._beat()
-        self._thread = threading.Thread(target=self._go, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say what comes now; `step` where a new one begins."""
+        """Begin a new phase of work; all ranks must enter the same phases in the same order.
+
+        Args:
+            phase: Name of the phase, for example "data", "forward" or "save".
+            step: Number of the step if the phase begins a new one, else None.
+        """
         now = time.monotonic()
-        spent = now - self._entered
-        self._seconds[self._phase] += spent
-        if self._phase in OWN_WORK:
-            self._own += self._gpu_seconds() if self.on_gpu and self._phase == "forward" else spent
+        spent = now - self._phase_began
+        self._phase_seconds[self._phase] += spent
+        if self._phase in OWN_WORK_PHASES:
+            self._work_of_step += self._gpu_seconds() if self._on_gpu and self._phase == "forward" else spent
         if step is not None and step != self._step:
-            if self._own:
-                self._work.append(self._own)
-            self._step, self._own = step, 0.0
-        if self.on_gpu and phase == "forward":
-            self._events.append((_recorded(), _recorded()))
-        self._phase, self._entered = phase, now
-        self._turns += 1
+            if self._work_of_step:
+                self._work_of_steps.append(self._work_of_step)
+            self._step, self._work_of_step = step, 0.0
+        if self._on_gpu and phase == "forward":
+            self._events.append((_recorded_event(), _recorded_event()))
+        self._phase, self._phase_began = phase, now
+        self._num_phases += 1
 
     def finish(self, outcome: Outcome) -> None:
-        """Record how the run ended. The last beat, which is written when the watch closes, reports it."""
+        """Record how the run ended. The last heartbeat, which is written at the end of the `with` block, reports it."""
         self._outcome = outcome
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """End the beats; the last one stays."""
+        """Stop the thread and write the last heartbeat, which stays in the run folder."""
         if error is not None:
             self._outcome = outcome_of(error)
         self.enter(END)
-        self._ended.set()
+        self._closing.set()
         self._thread.join()
         self._beat()
 
     def _gpu_seconds(self) -> float:
-        """Mark the end of a forward pass, and return how long the last one took that the device has finished."""
+        """Mark the end of a forward pass; return the duration of the last forward pass that the GPU has finished.
+
+        The host does not wait for the GPU, so that the duration is usually that of an earlier step.
+        """
         self._events[-1][1].record()
         done = [pair for pair in self._events if pair[1].query()]  # type: ignore[no-untyped-call]
         return float(done[-1][0].elapsed_time(done[-1][1])) / 1000 if done else 0.0
 
-    def _go(self) -> None:
-        awake, last = 0.0, time.monotonic()  # a run that is suspended as a whole, as Slurm can, goes on in peace
-        while not self._ended.wait(BEAT_SECONDS):
+    def _run(self) -> None:
+        # Time counts only while this process is awake, so a run that is suspended as a whole (by Slurm, or a laptop)
+        # continues without false alarms.
+        awake, last = 0.0, time.monotonic()
+        while not self._closing.wait(BEAT_SECONDS):
             now = time.monotonic()
-            awake, last = awake + min(now - last, SECONDS_AT_ONCE), now
+            awake, last = awake + min(now - last, MAX_INTERVAL_SECONDS), now
             try:
-                self._obey()
+                self._follow_order()
                 if self._beat():
-                    self._look(awake)
-            except Exception as error:  # a watch that stumbles goes on, or its rank would be called silent
+                    self._examine_ranks(awake)
+            except Exception as error:  # without heartbeats, the others would report this rank as silent
                 with contextlib.suppress(OSError):
-                    self.say(f"rank {self.rank}: its watch has stumbled: {error!r}")
+                    self._report(f"rank {self._rank}: error in the watch thread, which continues: {error!r}")
 
-    def _look(self, now: float) -> None:
-        beats = self._all_beats(now)  # without any, what was told before is over
-        for sentence in self._diagnosis.look(beats, now):
-            self.say(sentence)
-        if self.hang_seconds and self._diagnosis.is_stuck(now, self.hang_seconds):
-            self.say("stuck for longer than health.hang_seconds; the run is ended, and can be continued")
-            os._exit(1)
+    def _examine_ranks(self, now: float) -> None:
+        beats = self._beats_to_examine(now)
+        for sentence in self._diagnosis.new_findings(beats, now):  # also without beats, which ends all findings
+            self._report(sentence)
+        if self._hang_seconds and self._diagnosis.is_stuck(now, self._hang_seconds):
+            self._report(
+                f"no progress for more than health.hang_seconds={self._hang_seconds:g}; ending the run, which the same "
+                "command resumes from the last checkpoint"
+            )
+            os._exit(EXIT_FAILED)
 
-    def _obey(self) -> None:
-        """Do what the run's supervisor asks, who may be on another machine."""
-        order = read_order(self.run_dir)
-        if order == LEAVE:
-            os._exit(1)
-        if order == STOP and self._obeyed != STOP:
+    def _follow_order(self) -> None:
+        """Do what the supervisor orders; it may run on another machine, so it cannot send signals to every rank."""
+        order = read_order(self._run_dir)
+        if order == ABORT:
+            os._exit(EXIT_FAILED)
+        if order == STOP and self._last_order != STOP:
             os.kill(os.getpid(), signal.SIGTERM)
-        self._obeyed = order
+        self._last_order = order
 
-    def _all_beats(self, now: float) -> list[Beat]:
-        """Read every rank's beat, if it is for this rank to look: no lower one still beats. Else there are none."""
+    def _beats_to_examine(self, now: float) -> list[Beat]:
+        """Return the last heartbeats of all ranks; none if a lower rank is alive, since that one examines them."""
         beats = []
-        for rank in range(self.world_size):
-            beat = read_beat(self.run_dir, rank)
-            if rank < self.rank and (beat is None or self._diagnosis.silence(beat, now) <= SILENT_SECONDS):
+        for rank in range(self._world_size):
+            beat = read_beat(self._run_dir, rank)
+            if rank < self._rank and (beat is None or self._diagnosis.silent_seconds(beat, now) <= SILENT_SECONDS):
                 return []
             beats += [beat] if beat else []
         return beats
 
     def _beat(self) -> bool:
-        """Write this rank's beat; return whether the disk has taken it."""
-        frame = sys._current_frames().get(self._main)
-        stack = "".join(traceback.format_stack(frame)[-FRAMES:]) if frame else ""
-        self._beats += 1
+        """Write a heartbeat of this rank; return whether the file system accepted it."""
+        frame = sys._current_frames().get(self._main_thread)
+        work_of_steps = [*self._work_of_steps]
+        is_timed = len(work_of_steps) == MAX_STEPS_TIMED
+        self._num_beats += 1
         beat = Beat(
-            rank=self.rank,
+            rank=self._rank,
             pid=os.getpid(),
             host=socket.gethostname(),
-            beats=self._beats,
-            turns=self._turns,
+            num_beats=self._num_beats,
+            num_phases=self._num_phases,
             step=self._step,
             phase=self._phase,
-            since=round(time.monotonic() - self._entered, 3),
-            work=statistics.median(recent(work)) if len(work := [*self._work]) == STEPS_TIMED else None,
-            seconds={name: round(seconds, 3) for name, seconds in self._seconds.copy().items()},
-            stack=stack,
+            seconds_in_phase=round(time.monotonic() - self._phase_began, 3),
+            work_seconds=statistics.median(recent(work_of_steps)) if is_timed else None,
+            phase_seconds={name: round(seconds, 3) for name, seconds in self._phase_seconds.copy().items()},
+            stack="".join(traceback.format_stack(frame)[-NUM_FRAMES:]) if frame else "",
             outcome=self._outcome.value if self._phase == END else None,
         )
         try:
-            write_beat(self.run_dir, beat)
+            write_beat(self._run_dir, beat)
         except OSError as error:  # a full disk must not end a run
-            self.say(f"rank {self.rank}: its beat cannot be written: {error}")
+            self._report(f"rank {self._rank}: cannot write its heartbeat: {error}")
             return False
         return True
 
 
-def recent(work: Sequence[float]) -> list[float]:
-    """Return the last of these seconds: as many as make up SECONDS_TIMED, and no fewer than LEAST_STEPS_TIMED."""
+def recent(seconds_of_steps: Sequence[float]) -> list[float]:
+    """Return the durations of the last steps, newest first.
+
+    There are as many as together take SECONDS_TIMED, but no fewer than MIN_STEPS_TIMED.
+
+    Args:
+        seconds_of_steps: Durations of steps, oldest first.
+    """
     counted: list[float] = []
-    for seconds in reversed(work):
-        if len(counted) >= LEAST_STEPS_TIMED and sum(counted) >= SECONDS_TIMED:
+    for seconds in reversed(seconds_of_steps):
+        if len(counted) >= MIN_STEPS_TIMED and sum(counted) >= SECONDS_TIMED:
             break
         counted.append(seconds)
     return counted
 
 
-def _recorded() -> "torch.cuda.Event":
+def _recorded_event() -> "torch.cuda.Event":
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event

@@ -1,4 +1,4 @@
-"""The real launchers, from a foreign directory: the whole way on two ranks, two nodes, a stop and a restart."""
+"""The real launchers, started from another directory: all stages on two ranks, two nodes, stops and restarts."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def mlflow_runs(folder: Path) -> dict[str, Run]:
     return {str(run.info.run_name): run for run in client.search_runs([experiment.experiment_id])}
 
 
-def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: Tool, tmp_path: Path) -> None:
+def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: Tool, tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "tiny"
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, "--config", tiny]
     done = shell(deepspeed)
@@ -106,10 +106,10 @@ def test_the_whole_way_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool
     check_mlflow(tmp_path)
 
 
-def test_other_architectures_on_two_ranks(shell: Shell, digits: Path, tool: Tool, tmp_path: Path) -> None:
-    """DINOv2 has a parameter that classification never uses; ResNet has statistics that differ by rank.
+def test_finetuning_of_other_architectures_on_two_ranks(shell: Shell, digits: Path, tool: Tool, tmp_path: Path) -> None:
+    """DINOv2 has a parameter that classification never uses, and ResNet has statistics that differ between ranks.
 
-    And each way to start fine-tuning: deepspeed, torchrun, accelerate.
+    They also cover each way to start fine-tuning: deepspeed, torchrun, accelerate.
     """
     recipe = tmp_path / "finetune.yaml"
     recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
@@ -144,7 +144,7 @@ def best_top1(run_dir: Path) -> float:
 
 
 def check_mlflow(folder: Path) -> None:
-    """Both stages, each one run with params, the commit, the folder and every curve of the file."""
+    """Assert that each stage is one MLflow run with its params, its commit, its folder and every metric of its file."""
     runs = mlflow_runs(folder)
     assert runs.keys() == {"tiny", "finetune", "alone"}
     client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
@@ -168,13 +168,13 @@ def check_mlflow(folder: Path) -> None:
     assert runs["tiny"].data.tags["exported_folder"] == str(folder / "runs" / "tiny" / "export")
 
 
-def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
+def test_run_that_is_stopped_hangs_and_is_killed_gives_identical_losses(
     shell: Shell, tiny: Path, tool: Tool, tmp_path: Path
 ) -> None:
-    """One rank is asked to stop; then, under a supervisor, it is stopped by force, and once more killed."""
+    """One rank gets a stop signal. Then, under a supervisor, one rank is frozen by SIGSTOP, and later one is killed."""
     settings = ["--config", tiny, "schedule.total_steps=150", "checkpoint.every_steps=20", "health.hang_seconds=3"]
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, *settings]
-    whole = shell([*deepspeed, f"run_dir={tmp_path}/runs/whole"])  # and makes MLflow's store
+    whole = shell([*deepspeed, f"run_dir={tmp_path}/runs/whole"])  # this also creates the MLflow store
     assert whole.code == 0, whole.err[-3000:]
 
     run_dir = tmp_path / "runs" / "stopped"
@@ -187,7 +187,7 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     finally:
         end(process)
     assert process.returncode == 75, err[-3000:]
-    assert time.monotonic() - asked < 30  # the launcher's own patience
+    assert time.monotonic() - asked < 30  # after 30 s the launcher would kill the ranks
     assert "stopped as asked; the same command continues from here" in out, err[-3000:]
     stopped_at = len(losses(run_dir))
     assert 3 <= stopped_at < 150
@@ -204,7 +204,7 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
         hanging = process_of(run_dir, 1)
         os.kill(hanging, signal.SIGSTOP)
         again, saved = process_of(run_dir, 1, other_than=hanging), list_checkpoints(run_dir)
-        wait_for(lambda: list_checkpoints(run_dir) != saved)  # a second failure without one would take a rank away
+        wait_for(lambda: list_checkpoints(run_dir) != saved)  # without one, a second failure would remove a rank
         os.kill(again, signal.SIGKILL)
         out, err = process.communicate(timeout=120)
     finally:
@@ -212,8 +212,10 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
     assert process.returncode == 0, err[-3000:]
     assert len(re.findall(r"batch 16, from step [1-9]", out)) == 3
     assert f"rank 1 (process {hanging} on " in err
-    assert "stuck for longer than health.hang_seconds; the run is ended, and can be continued" in err
-    assert len(re.findall(r"supervise: exit code -?\d+ at step \d+; again in 1 s from step \d+", err)) == 2, err[-3000:]
+    assert "no progress for more than health.hang_seconds=3; ending the run, which the same command resumes" in err
+    assert len(re.findall(r"supervise: exit code -?\d+ at step \d+; restarting from step \d+ in 1 s", err)) == 2, err[
+        -3000:
+    ]
     assert re.search(r"goodput \d+.\d% of \d+ s, 2 restarts: compute \d+ s, ", err)
     assert losses(run_dir) == losses(tmp_path / "runs" / "whole")
     run = mlflow_runs(tmp_path)["stopped"]
@@ -223,19 +225,19 @@ def test_a_run_that_is_stopped_hangs_and_dies_ends_as_if_nothing_had_happened(
 
 
 def process_of(run_dir: Path, rank: int, other_than: int = 0) -> int:
-    """Wait until a rank says that it trains, as another process than the one before; return its number."""
+    """Return the process ID of a rank once it trains, in a process other than `other_than`."""
     beats: list[Beat] = []
 
-    def trains() -> bool:
+    def is_training() -> bool:
         beats[:] = [beat for beat in [read_beat(run_dir, rank)] if beat and beat.phase != START]
         return bool(beats) and beats[0].pid != other_than
 
-    wait_for(trains)
+    wait_for(is_training)
     return beats[0].pid
 
 
-def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: Tool, tmp_path: Path) -> None:
-    """Under a supervisor, whom a terminal's Ctrl-C reaches as well as the rank; and where going on makes no sense."""
+def test_exit_codes_with_plain_python(shell: Shell, tiny: Path, tool: Tool, tmp_path: Path) -> None:
+    """With and without a supervisor: Ctrl-C, which a terminal sends to both, and errors that no restart fixes."""
     run = [sys.executable, "-u", PRETRAIN, "--config", tiny, "tracking.uri=off", "schedule.total_steps=5000"]
     supervise = [tool("vitrail"), "supervise", "--"]
     process = shell.start([*supervise, *run, f"run_dir={tmp_path}/stopped"])
@@ -249,7 +251,9 @@ def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: To
 
     steps = len(losses(tmp_path / "stopped"))
     shorter = [*run[:-1], f"schedule.total_steps={steps}", "schedule.warmup_steps=0"]
-    assert f"from step {steps}" in shell([*shorter, f"run_dir={tmp_path}/stopped"]).out  # only to be evaluated
+    assert (
+        f"from step {steps}" in shell([*shorter, f"run_dir={tmp_path}/stopped"]).out
+    )  # only the final evaluation is left
     assert len(column(tmp_path / "stopped", "validation/loss")) == 1
     nothing = shell([*run, f"run_dir={tmp_path}/never", "--resume"])
     assert nothing.code == 2
@@ -267,13 +271,13 @@ def test_plain_python_ends_with_its_exit_code(shell: Shell, tiny: Path, tool: To
     diverged = shell([*supervise, *run, f"run_dir={tmp_path}/nan", *diverging])
     assert diverged.code == 1
     assert "steps in a row could not be taken, the loss is nan, and there is no checkpoint to go back" in diverged.err
-    assert "0 restarts" in diverged.err  # it would diverge again
+    assert "0 restarts" in diverged.err  # a restart would diverge again
     assert "Traceback" not in diverged.err
 
 
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[str, str]]:
-    """Two network namespaces, each with an address of its own, joined by a cable."""
+    """Create two network namespaces, each with its own address, that are connected by a virtual cable."""
     if shutil.which("ip") is None:
         pytest.skip("needs `ip` (iproute2) to make network namespaces")
     names = f"vitrail{os.getpid()}a", f"vitrail{os.getpid()}b"
@@ -299,7 +303,7 @@ def two_nodes() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def test_two_nodes_train_as_one(
+def test_two_nodes_give_the_losses_of_one(
     shell: Shell, tiny: Path, tool: Tool, two_nodes: tuple[str, str], tmp_path: Path
 ) -> None:
     hostfile = tmp_path / "hostfile"
@@ -313,7 +317,7 @@ def test_two_nodes_train_as_one(
                 "10.77.0.1",
                 "--master_port",
                 "29631",
-            ]  # in namespaces of its own, so it is free
+            ]  # always free in a new namespace
             command = ["ip", "netns", "exec", namespace, *launcher, PRETRAIN, "--config", tiny, "tracking.uri=off"]
             card = f"ts{'ab'[i]}{os.getpid()}"
             nodes.append(shell.start(command, GLOO_SOCKET_IFNAME=card))

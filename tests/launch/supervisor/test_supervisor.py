@@ -22,11 +22,11 @@ ELSEWHERE = """
 import json, sys, time
 from pathlib import Path
 ranks, left = Path(sys.argv[1]), Path(sys.argv[2])
-beat = {"rank": 1, "pid": 1, "host": "elsewhere", "turns": 1, "step": 1, "phase": "backward", "since": 0.0}
-for beats in range(300):
-    text = json.dumps({**beat, "beats": beats, "work": None, "seconds": {}, "stack": ""})
-    (ranks / "rank-00001.json").write_text(text)
-    if (ranks / "order").read_text() == "leave":
+beat = {"rank": 1, "pid": 1, "host": "elsewhere", "num_phases": 1, "step": 1, "phase": "backward"}
+for num_beats in range(300):
+    beat |= {"num_beats": num_beats, "seconds_in_phase": 0.0, "work_seconds": None, "phase_seconds": {}, "stack": ""}
+    (ranks / "rank-00001.json").write_text(json.dumps(beat))
+    if (ranks / "order").read_text() == "abort":
         left.touch()
         break
     time.sleep(0.1)
