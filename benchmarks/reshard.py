@@ -62,7 +62,7 @@ def train_all(work: Path, precision: str) -> None:
         place = work / name_of(distributed.world_size(), stage)
         run = _continue(work, place, stage, precision)
         run.engine.save_checkpoint(str(work / "deepspeed" / place.name), tag="it")
-        distributed.wait_for_all()
+        distributed.barrier()
 
 
 def load_all(work: Path, precision: str) -> None:
@@ -77,7 +77,7 @@ def load_all(work: Path, precision: str) -> None:
             if distributed.is_main():
                 checkpoint = Path("checkpoints") / f"step-{SAVED_AT:08d}"
                 shutil.copytree(work / source / checkpoint, place / checkpoint)
-            distributed.wait_for_all()
+            distributed.barrier()
             run = _continue(work, place, stage, precision)
             for way, folder in WAYS.items():
                 run.engine._config.load_universal_checkpoint = folder == UNIVERSAL
@@ -197,13 +197,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
-        from pretrain.distributed import leave
+        from pretrain.distributed import leave_process_group
         from pretrain.engine.deepspeed import start_distributed
 
         start_distributed()
         task = {"train": train_all, "convert": convert_all, "load": load_all}[arguments.task]
         task(arguments.work, arguments.precision)
-        leave()
+        leave_process_group()
         return
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)

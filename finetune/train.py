@@ -329,7 +329,7 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
     """Measure; keep the model if it is the best so far."""
     config = run.config
     # BatchNorm's statistics differ by rank; the main rank's are measured and saved.
-    distributed.copy_from_main(run.classifier.buffers())
+    distributed.broadcast_from_main(run.classifier.buffers())
     measured = evaluate(
         run.classifier,
         run.validation,
@@ -357,7 +357,7 @@ def _evaluate(run: Run, tracker: Tracker, progress: ProgressLine, step: int, epo
             epochs=config.schedule.epochs,
         )
         save_folder(run.classifier, run.preprocessor, card, config.run_dir / MODEL_FOLDER)
-    distributed.wait_for_all()
+    distributed.barrier()
     return Best(measured["top1"], epoch)
 
 

@@ -1,6 +1,7 @@
-"""Rank, world and reductions; the same calls do nothing when alone.
+"""Ranks and collectives. In a process without a process group, the collectives return their input.
 
-Ranks come from the environment, which the deepspeed launcher, torchrun and accelerate all set.
+Ranks come from the environment variables that the deepspeed launcher, torchrun and accelerate all set. Every rank must
+call the functions marked as collective, in the same order; otherwise the others wait forever.
 """
 
 import os
@@ -15,49 +16,58 @@ from pretrain.errors import MachineError, UserError
 
 Result = TypeVar("Result")
 
-WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+# Errors of the operating system that a wrong path or missing permission causes, so that the user can fix them.
+PATH_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def rank() -> int:
-    """Return this process's number among all."""
+    """Return the number of this process among all processes, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """Return this process's number on its machine."""
+    """Return the number of this process among those of its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
-    """Return how many processes train together."""
+    """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Say whether this process writes the run's files."""
+    """Return whether this is rank 0, which writes the run's files and prints its messages."""
     return rank() == 0
 
 
 def device() -> torch.device:
-    """Return the device this process trains on."""
+    """Return the device of this rank: its GPU, or the CPU if there is none."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum of every rank's `values`, on every rank."""
+    """Return the sum of a tensor over all ranks, on every rank (collective).
+
+    Args:
+        values: Tensor of the same shape on all ranks; it is not changed.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
     return values
 
 
-def is_true_anywhere(value: bool) -> bool:
-    """Say, on every rank, whether any rank's `value` is true."""
+def any_over_ranks(value: bool) -> bool:
+    """Return, on every rank, whether the value is true on at least one of them (collective)."""
     return bool(sum_over_ranks(torch.tensor(float(value), device=device())) > 0)
 
 
 def gather(value: Result) -> list[Result]:
-    """Return every rank's value, on every rank."""
+    """Return the values of all ranks, in the order of the ranks, on every rank (collective).
+
+    Args:
+        value: Value that can be pickled.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         values: list[Result] = [value] * dist.get_world_size()
         dist.all_gather_object(values, value)
@@ -66,7 +76,7 @@ def gather(value: Result) -> list[Result]:
 
 
 class _GatheredRows(torch.autograd.Function):
-    """Every rank's rows one after the other; what another rank makes of mine comes back as gradient."""
+    """Gather rows from all ranks; the backward pass sums the gradients that the ranks have for the rows of each."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, sizes: list[int]) -> Tensor:
@@ -81,10 +91,13 @@ class _GatheredRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """Return every rank's rows, one after the other, and where this rank's own begin; gradients flow to all ranks.
+    """Concatenate the rows of all ranks (collective). Gradients flow back to the rank that each row comes from.
 
     Args:
-        rows: [B, ...]; each rank may have another B.
+        rows: Rows of this rank, [B, ...]; B may differ between ranks.
+
+    Returns:
+        The rows of all ranks, [sum of B, ...], and the index of this rank's first row among them.
     """
     sizes = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
     sizes[rank()] = len(rows)
@@ -94,39 +107,54 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Do the work on every rank, which must not meet in it; when something stops any of them, raise that on all.
+    """Run a function on every rank, and raise an error on all ranks if it fails on any (collective).
+
+    Without this, a rank that fails alone would leave the others waiting in their next collective.
+
+    Args:
+        work: Function to run. It must not use collectives.
+
+    Returns:
+        This rank's result.
 
     Raises:
-        UserError: a mistake; every rank's sentence, each once.
-        MachineError: the same, where it was no mistake.
+        UserError: If all failures are the user's mistakes. The message has one line for each different failure.
+        MachineError: If some failure is not.
     """
-    trouble: tuple[str, bool] | None = None
+    failure: tuple[str, bool] | None = None
     try:
         result = work()
     except (UserError, MachineError, OSError) as error:
-        is_mistake = isinstance(error, (UserError, *WRONG_PATHS)) and not isinstance(error, MachineError)
-        trouble = str(error), is_mistake
-    if found := {each: None for each in gather(trouble) if each is not None}:
-        kind = UserError if all(is_mistake for _, is_mistake in found) else MachineError
-        raise kind("\n".join(sentence for sentence, _ in found))
+        is_mistake = isinstance(error, (UserError, *PATH_ERRORS)) and not isinstance(error, MachineError)
+        failure = str(error), is_mistake
+    if failures := {each: None for each in gather(failure) if each is not None}:
+        kind = UserError if all(is_mistake for _, is_mistake in failures) else MachineError
+        raise kind("\n".join(message for message, _ in failures))
     return result
 
 
-def copy_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite every rank's tensors by the main rank's."""
+def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors on every rank with those of rank 0 (collective).
+
+    Args:
+        tensors: Tensors of the same shapes, in the same order, on all ranks.
+    """
     if dist.is_initialized() and dist.get_world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
 
-def wait_for_all() -> None:
-    """Return once every rank is here."""
+def barrier() -> None:
+    """Wait until every rank has called this function (collective)."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
 
-def leave() -> None:
-    """Leave the process group after a barrier: gloo's threads may abort a process whose peers are gone."""
+def leave_process_group() -> None:
+    """Destroy the process group once every rank is here: gloo may abort a process whose peers have exited (collective).
+
+    Does nothing in a process without a process group.
+    """
     if dist.is_initialized():
-        wait_for_all()
+        barrier()
         dist.destroy_process_group()

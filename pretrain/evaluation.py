@@ -42,7 +42,7 @@ def is_owed(run: Run, rows: Iterable[Mapping[str, float]]) -> bool:
     """Say whether a run that begins at its end was ended in its last evaluation; `rows` are what it has logged."""
     step = run.state.step
     done = any(row["step"] == step and "validation/loss" in row for row in rows)
-    return _is_last(run) and run.data.validation is not None and not distributed.is_true_anywhere(done)
+    return _is_last(run) and run.data.validation is not None and not distributed.any_over_ranks(done)
 
 
 def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Callable[[], bool]) -> Outcome:
@@ -115,7 +115,7 @@ def _batches(
     faults: list[BadSample] = []
     for loaded in batches:
         run.watch.enter("evaluate")  # each a turn of its own, so that a long evaluation is no hang
-        if distributed.is_true_anywhere(stopping()):
+        if distributed.any_over_ranks(stopping()):
             batches.close()
             raise _StoppedError
         faults += loaded.bad_samples

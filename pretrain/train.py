@@ -42,7 +42,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
         if distributed.is_main():
             print(error, file=sys.stderr, flush=True)
         return outcome_of(error).exit_code
-    distributed.leave()
+    distributed.leave_process_group()
     return outcome.exit_code
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from pretrain.checkpoint.history import checkpoints_folder, list_checkpoints, mark_damaged
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import Reader, find_faults
-from pretrain.distributed import gather, is_main, on_all_ranks, rank, wait_for_all, world_size
+from pretrain.distributed import barrier, gather, is_main, on_all_ranks, rank, world_size
 from pretrain.engine.partitions import (
     WEIGHT,
     copy_masters_to_model,
@@ -53,7 +53,7 @@ def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
             if is_main():
                 for each in damaged:
                     mark_damaged(each)
-            wait_for_all()
+            barrier()
             return folder, found
         damaged.append(folder)
         found += faults

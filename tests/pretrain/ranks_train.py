@@ -197,7 +197,7 @@ def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[s
     if distributed.is_main():
         shutil.copytree(whole_dir / "checkpoints" / MIDDLE, resumed_dir / "checkpoints" / MIDDLE)
         shutil.copy(whole_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
-    distributed.wait_for_all()
+    distributed.barrier()
     first, repeated, _ = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
     if not distributed.is_main():
         return {}
@@ -225,7 +225,7 @@ def reshard(recipe: Path, folder: Path, source: Path) -> dict[str, dict[str, Any
         run_dir = folder / f"{saved}-to-{name}"
         if distributed.is_main():
             shutil.copytree(source / saved / "whole" / "checkpoints" / MIDDLE, run_dir / "checkpoints" / MIDDLE)
-        distributed.wait_for_all()
+        distributed.barrier()
         settings = [
             "tracking.uri=off",
             "data.num_workers=0",
@@ -286,7 +286,7 @@ def end_before_the_last_evaluation(recipe: Path, folder: Path, name: str) -> lis
     run_dir = folder / "killed" / name
     if distributed.is_main():
         shutil.copytree(folder / name / "whole" / "checkpoints" / LAST, run_dir / "checkpoints" / LAST)
-    distributed.wait_for_all()
+    distributed.barrier()
     settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *(STAGES | OTHERS)[name], f"run_dir={run_dir}"]
     run_to_end(load_config(PretrainConfig, recipe, settings).config)
     return rows_of(run_dir)
