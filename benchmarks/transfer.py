@@ -39,7 +39,8 @@ from pretrain.data.shards.plan import Recipe
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.export.folder import export
-from pretrain.metrics.probes import predict_by_linear_probe, predict_by_neighbors
+from pretrain.metrics.knn import predict_knn
+from pretrain.metrics.linear_probe import predict_linear_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -114,7 +115,7 @@ def probe(loaded: Loaded[FinetuneConfig]) -> dict[str, float]:
         features = [backbone(tensors["image"]).last_hidden_state[:, 0][kept] for tensors, kept in parts]
         found += [torch.cat(features), torch.cat([tensors["label"][kept] for tensors, kept in parts])]
     known, labels, unknown, truth = found
-    guesses = {"k-NN": predict_by_neighbors, "linear": predict_by_linear_probe}
+    guesses = {"k-NN": predict_knn, "linear": predict_linear_probe}
     return {name: float((guess(known, labels, unknown) == truth).float().mean()) for name, guess in guesses.items()}
 
 

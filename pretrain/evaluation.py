@@ -17,7 +17,9 @@ from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import BadSample, LoadedBatch, evaluation_batches
 from pretrain.data.transforms.batch import to_device
 from pretrain.errors import DataError
-from pretrain.metrics.probes import effective_rank, feature_spread, predict_by_linear_probe, predict_by_neighbors
+from pretrain.metrics.feature_rank import effective_rank, feature_spread
+from pretrain.metrics.knn import predict_knn
+from pretrain.metrics.linear_probe import predict_linear_probe
 from pretrain.objectives.objective import Output
 from pretrain.outcome import Outcome
 from pretrain.run import Run
@@ -26,7 +28,7 @@ from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker, picture_name
 
 NUM_PICTURES, LEAST_PICTURE = 8, 96  # pixels of its height; smaller ones are enlarged
 GAP, PAPER = 4, 1.0  # pixels between pictures, and their color
-PROBES = {"knn_top1": predict_by_neighbors, "linear_top1": predict_by_linear_probe}
+PROBES = {"knn_top1": predict_knn, "linear_top1": predict_linear_probe}
 
 
 class _StoppedError(Exception):

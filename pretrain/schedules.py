@@ -1,4 +1,4 @@
-"""Pure functions of the step."""
+"""Schedules as pure functions of the step or of the position in the data."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,20 +14,23 @@ def learning_rate_at(
     name: str = "cosine",
     cooldown_steps: int = 0,
 ) -> float:
-    """Return the learning rate of optimizer step `step`, counted from 0.
+    """Return the learning rate of an optimizer step.
 
-    Linear warm-up that reaches `peak` at step `warmup_steps`; then a way down that would reach `final` at step
-    `total_steps`, one past the last.
+    A linear warm-up reaches `peak` at step `warmup_steps`. The decay after it would reach `final` at step
+    `total_steps`, which is one past the last.
 
     Args:
-        step: of the optimizer.
-        peak: the highest rate.
-        final: the last one.
-        warmup_steps: before the peak.
-        total_steps: of the run.
-        name: cosine, half of one (arXiv 1608.03983); linear; or wsd, which holds the peak until the last
-            `cooldown_steps` and there falls as 1 - sqrt (arXiv 2405.18392).
-        cooldown_steps: of wsd.
+        step: Optimizer step, counted from 0.
+        peak: Highest learning rate.
+        final: Learning rate at the end of the decay.
+        warmup_steps: Steps before the peak.
+        total_steps: Steps of the whole run.
+        name: Decay: "cosine" (arXiv 1608.03983), "linear", or "wsd", which holds the peak and falls as 1 - sqrt over
+            the last `cooldown_steps` (arXiv 2405.18392).
+        cooldown_steps: Length of the decay of wsd.
+
+    Returns:
+        Learning rate.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
@@ -37,18 +40,21 @@ def learning_rate_at(
     return final + (peak - final) * left[name]
 
 
-def stretches_by_size(
-    start: int, stop: int, until: Sequence[tuple[int, int]], image_size: int
+def split_by_image_size(
+    start: int, stop: int, changes: Sequence[tuple[int, int]], image_size: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, stop, pixels) of the positions from `start` to before `stop`, cut where the images' size changes.
+    """Split a range of positions in the data where the size of training images changes.
 
     Args:
-        start: first position.
-        stop: one past the last.
-        until: (position, pixels), ascending: before that position images have that size.
-        image_size: of all that come after.
+        start: First position.
+        stop: Position after the last one.
+        changes: Pairs (position, pixels), ascending: images before that position have that size.
+        image_size: Side in pixels of all images after the last change.
+
+    Yields:
+        Tuples (start, stop, pixels) that cover the range in order.
     """
-    for end, pixels in [*until, (stop, image_size)]:
+    for end, pixels in [*changes, (stop, image_size)]:
         if start < min(end, stop):
             yield start, min(end, stop), pixels
             start = min(end, stop)

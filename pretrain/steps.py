@@ -17,7 +17,7 @@ from pretrain.data.transforms.device_decode import decode_on_device
 from pretrain.errors import BadSampleError
 from pretrain.health import Verdict
 from pretrain.run import Run
-from pretrain.schedules import stretches_by_size
+from pretrain.schedules import split_by_image_size
 
 
 class Batches:
@@ -55,7 +55,7 @@ class Batches:
         self.loading = chain.from_iterable(
             self._load(run, *stretch)
             for start, stop in run.state.upcoming_ranges(left)
-            for stretch in stretches_by_size(start, stop, changes, self.image_size)
+            for stretch in split_by_image_size(start, stop, changes, self.image_size)
         )
 
     def _load(self, run: Run, start: int, stop: int, image_size: int) -> Generator[LoadedBatch, None, None]:

@@ -1,1 +1,1 @@
-"""Pure functions of tensors that measure what a model has learned."""
+"""Metrics of features as pure functions of tensors: k-NN and linear probes, feature rank."""

@@ -1,4 +1,4 @@
-"""The learning rate against torch's and transformers' own schedulers."""
+"""Learning rates equal those of torch's and transformers' schedulers."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import transformers
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pretrain.config import OptimizerConfig
-from pretrain.schedules import learning_rate_at, stretches_by_size
+from pretrain.schedules import learning_rate_at, split_by_image_size
 
 
 def test_cosine_equals_torch() -> None:
@@ -20,7 +20,7 @@ def test_cosine_equals_torch() -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "wsd"])
-def test_the_others_equal_transformers(name: str) -> None:
+def test_linear_and_wsd_equal_transformers(name: str) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     if name == "linear":
         scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 10, 60)
@@ -32,13 +32,13 @@ def test_the_others_equal_transformers(name: str) -> None:
         ours = learning_rate_at(
             step, peak=0.3, final=0.0, warmup_steps=10, total_steps=60, name=name, cooldown_steps=20 * (name == "wsd")
         )
-        if step >= 10:  # they begin their warm-up at 0, so that the first step does nothing
+        if step >= 10:  # their warm-up starts at 0, ours at the first step above it
             assert abs(ours - scheduler.get_last_lr()[0]) < 1e-12, step
         optimizer.step()
         scheduler.step()
 
 
-def test_a_wsd_run_can_be_lengthened_before_its_cool_down() -> None:
+def test_wsd_run_can_be_extended_before_its_cooldown() -> None:
     short, long = (
         [
             learning_rate_at(s, peak=1.0, final=0.0, warmup_steps=5, total_steps=total, name="wsd", cooldown_steps=10)
@@ -50,7 +50,7 @@ def test_a_wsd_run_can_be_lengthened_before_its_cool_down() -> None:
     assert short[40:] == long[90:]
 
 
-def test_the_peak_is_scaled_by_the_batch_as_asked_and_said() -> None:
+def test_peak_learning_rate_scales_with_the_batch() -> None:
     for scaling, expected in (("none", 1.5e-4), ("linear", 2.4e-3), ("sqrt", 6e-4)):
         config = OptimizerConfig.model_validate({"learning_rate": 1.5e-4, "scaling": scaling})
         assert config.peak_learning_rate(4096) == pytest.approx(expected)
@@ -58,17 +58,17 @@ def test_the_peak_is_scaled_by_the_batch_as_asked_and_said() -> None:
     assert OptimizerConfig().describe_learning_rate(64) == "learning rate 0.0001"
 
 
-def test_warmup_rises_to_the_peak_and_the_end_is_the_final_rate() -> None:
+def test_warmup_ends_at_the_peak_and_decay_at_the_final_rate() -> None:
     rates = [learning_rate_at(step, peak=1.0, final=0.1, warmup_steps=4, total_steps=10) for step in range(11)]
     assert rates[:5] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert abs(rates[10] - 0.1) < 1e-12
 
 
-def test_images_grow_where_the_schedule_says_so() -> None:
-    until = [(20, 128), (50, 192)]
-    assert [*stretches_by_size(0, 100, until, 224)] == [(0, 20, 128), (20, 50, 192), (50, 100, 224)]
-    assert [*stretches_by_size(30, 40, until, 224)] == [(30, 40, 192)]
-    assert [*stretches_by_size(20, 60, until, 224)] == [(20, 50, 192), (50, 60, 224)]
-    assert [*stretches_by_size(60, 90, until, 224)] == [(60, 90, 224)]
-    assert [*stretches_by_size(5, 9, [], 224)] == [(5, 9, 224)]
+def test_range_is_split_where_the_image_size_changes() -> None:
+    changes = [(20, 128), (50, 192)]
+    assert [*split_by_image_size(0, 100, changes, 224)] == [(0, 20, 128), (20, 50, 192), (50, 100, 224)]
+    assert [*split_by_image_size(30, 40, changes, 224)] == [(30, 40, 192)]
+    assert [*split_by_image_size(20, 60, changes, 224)] == [(20, 50, 192), (50, 60, 224)]
+    assert [*split_by_image_size(60, 90, changes, 224)] == [(60, 90, 224)]
+    assert [*split_by_image_size(5, 9, [], 224)] == [(5, 9, 224)]
