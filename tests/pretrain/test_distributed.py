@@ -1,0 +1,108 @@
+"""Collectives of one process and of two gloo ranks."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pretrain import distributed
+from pretrain.errors import DataError, MachineError, UserError
+
+ROWS = (torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[7.0, 8.0]]))  # of ranks 0 and 1
+
+
+def raising(error: Exception | None) -> Callable[[], str]:
+    def work() -> str:
+        if error:
+            raise error
+        return "result"
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UserError("wrong"), UserError),
+        (DataError("wrong"), UserError),
+        (FileNotFoundError(2, "No such file", "x"), UserError),
+        (PermissionError(13, "Permission denied", "x"), UserError),
+        (MachineError("broken"), MachineError),
+        (OSError(28, "No space left on device"), MachineError),
+    ],
+)
+def test_a_failure_is_the_users_or_the_machines(error: Exception, kind: type[Exception]) -> None:
+    with pytest.raises(kind) as caught:
+        distributed.on_all_ranks(raising(error))
+    assert type(caught.value) is kind
+    assert str(caught.value) == str(error)
+
+
+def test_other_errors_are_raised_as_they_are() -> None:
+    with pytest.raises(ZeroDivisionError):
+        distributed.on_all_ranks(raising(ZeroDivisionError()))
+
+
+def test_collectives_of_one_process_return_their_input() -> None:
+    assert distributed.on_all_ranks(raising(None)) == "result"
+    assert distributed.gather("value") == ["value"]
+    assert [distributed.any_over_ranks(value) for value in (True, False)] == [True, False]
+    rows, first = distributed.gather_rows(ROWS[0])
+    assert torch.equal(rows, ROWS[0])
+    assert first == 0
+    distributed.barrier()
+    distributed.broadcast_from_main([rows])
+    distributed.leave_process_group()
+
+
+def run_rank(rank: int, folder: str) -> None:
+    """Check all collectives on one of two ranks."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    own = torch.tensor([1.0 + rank])
+    assert distributed.sum_over_ranks(own).tolist() == [3.0]
+    assert own.tolist() == [1.0 + rank]  # unchanged
+    assert distributed.any_over_ranks(rank == 1)
+    assert not distributed.any_over_ranks(False)
+    assert distributed.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    check_gathered_rows(rank)
+    tensor = torch.full((2,), float(rank))
+    distributed.broadcast_from_main([tensor])
+    assert tensor.tolist() == [0.0, 0.0]
+    for errors, kind, message in (
+        ((None, UserError("x.tar: missing")), UserError, "x.tar: missing"),
+        ((UserError("x.tar: missing"), UserError("x.tar: missing")), UserError, "x.tar: missing"),
+        ((UserError("x.tar: missing"), UserError("y.tar: missing")), UserError, "x.tar: missing\ny.tar: missing"),
+        ((UserError("x.tar: missing"), MachineError("disk full")), MachineError, "x.tar: missing\ndisk full"),
+    ):
+        with pytest.raises(kind) as caught:
+            distributed.on_all_ranks(raising(errors[rank]))
+        assert str(caught.value) == message
+    assert distributed.on_all_ranks(raising(None)) == "result"
+    Path(folder, f"rank{rank}").touch()
+    distributed.leave_process_group()
+
+
+def check_gathered_rows(rank: int) -> None:
+    """Compare the loss and the gradients of gathered rows with those of one process that has all rows."""
+    rows = ROWS[rank].clone().requires_grad_()
+    gathered, first = distributed.gather_rows(rows)
+    assert torch.equal(gathered, torch.cat(ROWS))
+    assert first == (0, 3)[rank]
+    (gathered @ gathered.T).tril().sum().mul(rank + 1).backward()  # each rank has another loss of all rows
+    everyone = torch.cat(ROWS).requires_grad_()
+    (everyone @ everyone.T).tril().sum().mul(1 + 2).backward()
+    assert rows.grad is not None
+    assert everyone.grad is not None
+    torch.testing.assert_close(rows.grad, everyone.grad[first : first + len(rows)])
+
+
+def test_collectives_of_two_ranks() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_rank, args=(folder,), nprocs=2)  # type: ignore[no-untyped-call]
+        assert len(list(Path(folder).glob("rank*"))) == 2
