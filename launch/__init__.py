@@ -1,1 +1,1 @@
-"""What a user starts: the scripts that launchers run, and the `vitrail` command."""
+"""Entry points: the scripts that launchers start, and the `vitrail` command."""

@@ -1,9 +1,9 @@
-"""Pretrain a Vision Transformer: started by `deepspeed`, `torchrun` or plain `python`, from any directory."""
+"""Pretrain a Vision Transformer; start it with `deepspeed`, `torchrun` or `python`, from any directory."""
 
 import sys
 from pathlib import Path
 
-# A launcher puts this folder first on the path, where `pretrain` would be this very file.
+# Python puts the folder of this script first on the path, where `pretrain` would be this file, not the package.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.config import PretrainConfig
@@ -12,10 +12,10 @@ from pretrain.configfile import read_command_line
 if __name__ == "__main__":
     command = read_command_line(
         PretrainConfig,
-        description="Pretrain a Vision Transformer. A run folder with a checkpoint is continued.",
+        description="Pretrain a Vision Transformer. If the run folder has a checkpoint, the run resumes from it.",
         example="deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml optimizer.learning_rate=3e-4",
         resumable=True,
     )
-    from pretrain.train import main  # torch and deepspeed come only now, when there is no mistake left
+    from pretrain.train import main  # slow: imports torch and deepspeed, so config errors are reported first
 
     sys.exit(main(command))
