@@ -31,6 +31,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.save import Saver
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
+from pretrain.engine.protocol import torch_optimizer
 from pretrain.model.vit import ViT
 from pretrain.state import TrainState
 
@@ -54,7 +55,7 @@ def state_of(engine: Any) -> dict[str, Tensor]:
     flat = engine.optimizer.single_partition_of_fp32_groups
     state = {f"weight {i}": tensor.detach() for i, tensor in enumerate(flat)}
     for i, tensor in enumerate(flat):
-        moments = engine.optimizer.optimizer.state[tensor]
+        moments = torch_optimizer(engine).state[tensor]
         state |= {f"{kind} {i}": moments[kind] for kind in ("exp_avg", "exp_avg_sq")}
     return state
 

@@ -31,7 +31,7 @@ class BadSampleError(DataError):
     Args:
         shard: Name of the shard.
         key: Key of the sample within its shard.
-        reason: What is wrong with the sample.
+        reason: Description of the fault.
     """
 
     def __init__(self, shard: str, key: str, reason: str) -> None:

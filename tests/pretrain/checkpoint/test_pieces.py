@@ -6,6 +6,8 @@ import multiprocessing
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from pretrain.checkpoint.save import Saver
 from pretrain.errors import CheckpointError
 from tests.support.checkpoints import MANIFEST, PlainEngine, one_rank_manifest, write_checkpoint
 from tests.support.disk import full_disk
+from tests.support.launching import ROOT
 
 
 @settings(max_examples=50, deadline=None)
@@ -184,3 +187,10 @@ def test_pieces_with_a_gap_are_found(run: Path, tmp_path: Path) -> None:
     manifest.save(folder)
     assert list(find_faults(folder)) == [f"{folder}: damaged (the pieces of layer.weight leave a gap or overlap)"]
     assert json.loads((folder / "manifest.json").read_text())["version"] == 4
+
+
+def test_reading_a_checkpoint_does_not_import_deepspeed() -> None:
+    """Its import takes seconds, which `vitrail export` and `vitrail checkpoints` need not spend."""
+    code = "import sys, pretrain.checkpoint.restore, pretrain.engine.ema; print('deepspeed' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
