@@ -11,7 +11,7 @@ from pathlib import Path
 from launch.supervisor.supervisor import is_alive
 from pretrain.checkpoint.history import list_unfinished
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.heartbeat.beats import END, START, Beat, read_beats
@@ -33,7 +33,7 @@ tracking: {{uri: "off"}}
 
 def prepare(work: Path, steps: int, save_every: int, script: Path = PRETRAIN) -> list[str]:
     """Write the shards and the config; return the command that trains on two ranks, without its run folder."""
-    make_shards(keep_classes(list_digits(), ["0", "1", "2"]), work / "shards", Recipe(validation=0.0))
+    make_shards(keep_classes(list_digits(), ["0", "1", "2"]), work / "shards", ShardOptions(validation_fraction=0.0))
     config = CONFIG.format(shards=work / "shards", steps=steps, save_every=save_every)
     (work / "config.yaml").write_text(config)
     launcher = str(Path(sys.executable).parent / "deepspeed")

@@ -48,7 +48,7 @@ from pretrain.config import (
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.transforms.batch import Batch, augment
 from pretrain.engine.deepspeed import build_engine, set_learning_rate, start_distributed
@@ -321,7 +321,7 @@ def main() -> None:
     results = Results(arguments.results)
     with tempfile.TemporaryDirectory() as name:
         shards = Path(name) / "shards/train"
-        make_shards(list_digits(), shards.parent, Recipe(validation=0.0))
+        make_shards(list_digits(), shards.parent, ShardOptions(validation_fraction=0.0))
         if arguments.profile:
             show_profile(shards, config, arguments)
             return

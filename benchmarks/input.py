@@ -33,10 +33,10 @@ from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.order import Order, Part, micro_batches
 from pretrain.data.loading.loader import BatchPlan, training_batches
-from pretrain.data.shards.bench import SIZE, Row, compare, loader_rate
+from pretrain.data.shards.bench import IMAGE_SIZE, Row, compare, loader_rate
 from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.folder import list_folder
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DatasetInfo
@@ -66,9 +66,9 @@ def make_photos(folder: Path, count: int) -> None:
 
 def scaling(samples: Dataset, workers: int) -> list[Row]:
     """The loader with one worker and with all, once they run; what the training process has to do with it."""
-    one, all_of_them = (loader_rate(samples, SIZE, count, SECONDS_TIMED) for count in (1, workers))
+    one, all_of_them = (loader_rate(samples, IMAGE_SIZE, count, SECONDS_TIMED) for count in (1, workers))
     started = time.process_time()
-    loader_rate(samples, SIZE, workers, SECONDS_TIMED)
+    loader_rate(samples, IMAGE_SIZE, workers, SECONDS_TIMED)
     own = (time.process_time() - started) / (all_of_them * SECONDS_TIMED)
     return [
         Row(f"whole loader, 1 and {workers} workers", f"{one:.0f} and {all_of_them:.0f} images/s", "start-up left out"),
@@ -86,7 +86,7 @@ def slow_disk(folder: Path) -> list[Row]:
         return fetch(shard, row)
 
     slow.fetch = late  # type: ignore[method-assign]
-    rates = [loader_rate(slow, SIZE, 1, SECONDS_TIMED, num_threads) for num_threads in (1, 16)]
+    rates = [loader_rate(slow, IMAGE_SIZE, 1, SECONDS_TIMED, num_threads) for num_threads in (1, 16)]
     return [Row("reads of 10 ms: 1 and 16 threads", f"{rates[0]:.0f} and {rates[1]:.0f} images/s", "one worker")]
 
 
@@ -121,7 +121,7 @@ def starting(work: Path) -> list[Row]:
     samples = open_dataset(folder)
     loading = training_batches(
         samples,
-        TrainView(AugmentConfig(), SIZE),
+        TrainView(AugmentConfig(), IMAGE_SIZE),
         BatchPlan(seed=0, shuffle_window=64, global_batch_size=64, num_workers=1),
         start=64 * 1000,
         stop=64 * 2000,
@@ -259,7 +259,9 @@ def main() -> None:
         work = Path(name)
         make_photos(work / "photos", arguments.images)
         made = work / "shards" / "train"
-        make_shards(list_folder(work / "photos"), work / "shards", Recipe(validation=0.0, shard_bytes=10**7))
+        make_shards(
+            list_folder(work / "photos"), work / "shards", ShardOptions(validation_fraction=0.0, shard_bytes=10**7)
+        )
         rows = [
             *compare(made, arguments.images, arguments.workers, arguments.rounds),
             *scaling(open_dataset(made), arguments.workers),

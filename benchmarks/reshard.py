@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 
@@ -208,7 +208,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         source = keep_classes(list_digits(), ["0", "1", "2"])
-        make_shards(source, work / "shards", Recipe(validation=0.0, shard_bytes=50_000, seed=0))
+        make_shards(source, work / "shards", ShardOptions(validation_fraction=0.0, shard_bytes=50_000, seed=0))
         (work / "config.yaml").write_text(CONFIG.format(shards=work / "shards", steps=STEPS, saved_at=SAVED_AT))
         for task, world_sizes in (("train", WORLD_SIZES), ("convert", (1,)), ("load", WORLD_SIZES)):
             for world_size in world_sizes:

@@ -35,7 +35,7 @@ from finetune.train import build_run, open_tracker, train
 from pretrain.configfile import Loaded, load_config
 from pretrain.data.loading.loader import evaluation_batches
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.export.folder import export
@@ -55,7 +55,7 @@ def make_digits(folder: Path) -> None:
     digits = list_digits()
     for name, classes, validation in (("pretrain", "01234", 0.1), ("finetune", "56789", 0.5)):
         source = keep_classes(digits, list(classes))
-        make_shards(source, folder / name, Recipe(validation=validation, shard_bytes=64_000, seed=0))
+        make_shards(source, folder / name, ShardOptions(validation_fraction=validation, shard_bytes=64_000, seed=0))
 
 
 def pretrain(folder: Path, objective: str, seed: int, overrides: list[str]) -> Path:

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from tests.support.launching import TINY, Shell
@@ -45,7 +45,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of the digits 0 to 2: 8 or more small ones, and a validation split that no batch size divides."""
     out = tmp_path_factory.mktemp("data") / "digits"
     source = keep_classes(list_digits(), ["0", "1", "2"])
-    make_shards(source, out, Recipe(validation=0.1, shard_bytes=50_000, seed=0))
+    make_shards(source, out, ShardOptions(validation_fraction=0.1, shard_bytes=50_000, seed=0))
     return out
 
 

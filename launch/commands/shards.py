@@ -131,38 +131,39 @@ def make(
     """
     shard_bytes = parse_size(shard_size, "--shard-size")
     from pretrain.data.shards.encoding import Encoding
-    from pretrain.data.shards.make import LEFT_OUT_FILE, make_shards, refuse_used
-    from pretrain.data.shards.plan import Recipe
-    from pretrain.data.shards.units import run_units, run_units_on_ray
-    from pretrain.data.sources.open import Listing, list_source
+    from pretrain.data.shards.make import LEFT_OUT_FILE, make_shards, refuse_existing
+    from pretrain.data.shards.plan import ShardOptions
+    from pretrain.data.shards.tasks import run_tasks, run_tasks_on_ray
+    from pretrain.data.sources.open import SourceOptions, list_source
     from pretrain.data.sources.source import keep_classes
     from pretrain.data.sources.table import Columns
 
-    recipe = Recipe(validation, shard_bytes, seed, Encoding(resize, image_format, quality))
+    options = ShardOptions(validation, shard_bytes, seed, Encoding(resize, image_format, quality))
     with report_errors():
         names = read_class_names(class_names) if class_names else None
-        listing = Listing(labeled=not unlabeled, class_names=names, columns=Columns(image_column, label_column))
-        refuse_used(out)
+        columns = Columns(image_column, label_column)
+        source_options = SourceOptions(labeled=not unlabeled, class_names=names, columns=columns)
+        refuse_existing(out)
         with progress_bar("listing", None, "images") as advance:
-            images = list_source(source, listing, advance)
+            images = list_source(source, source_options, advance)
         if classes is not None:
             images = keep_classes(images, [name.strip() for name in classes.split(",")])
-        for remark in images.remarks:
-            print(remark)
+        for note in images.notes:
+            print(note)
         try:
             with progress_bar("writing shards", len(images), "images") as advance:
                 made = make_shards(
                     images,
                     out,
-                    recipe,
+                    options,
                     skip_bad=skip_bad,
-                    engine=partial(run_units, num_workers=workers) if engine == "local" else run_units_on_ray,
+                    executor=partial(run_tasks, num_workers=workers) if engine == "local" else run_tasks_on_ray,
                     progress=advance,
                 )
         except KeyboardInterrupt:
             print(f"{out}: interrupted; the same command continues from here", file=sys.stderr)
             sys.exit(EXIT_RESUMABLE)
-    left_out = [*(images.faults if skip_bad else []), *made.left_out[:NUM_SHOWN]]
+    left_out = [*(images.problems if skip_bad else []), *made.left_out[:NUM_SHOWN]]
     print("".join(f"left out: {line}\n" for line in left_out), end="")
     if len(made.left_out) > NUM_SHOWN:
         print(f"left out: {len(made.left_out)} images in total; {out / LEFT_OUT_FILE} lists them all")
@@ -199,25 +200,25 @@ def index(
     Example: vitrail shards index 's3://bucket/train-{000000..001023}.tar' --out shards/train
     """
     from pretrain.data.shards.scan import index_shards
-    from pretrain.data.shards.units import run_units
+    from pretrain.data.shards.tasks import run_tasks
     from pretrain.data.storage.remote import FetchPolicy
 
     with report_errors():
         folder, tars = find_tars(source, out)
         names = read_class_names(class_names) if class_names else None
         with progress_bar("indexing", len(tars), "shards") as advance:
-            scanned = index_shards(
+            indexed = index_shards(
                 tars,
                 folder,
                 names,
                 None if unlabeled else label_key,
                 FetchPolicy(allow_pipe=allow_pipe),
-                partial(run_units, num_workers=workers),
+                partial(run_tasks, num_workers=workers),
                 advance,
             )
-    for remark in scanned.remarks:
-        print(remark)
-    print(f"{folder}: {describe(scanned.info)}")
+    for note in indexed.notes:
+        print(note)
+    print(f"{folder}: {describe(indexed.info)}")
 
 
 @app.command("check")
@@ -233,13 +234,13 @@ def check(
     """
     from pretrain.data.dataset.sharded import load_info
     from pretrain.data.shards.check import check_set, stray_files
-    from pretrain.data.shards.units import run_units
+    from pretrain.data.shards.tasks import run_tasks
     from pretrain.data.storage.remote import FetchPolicy, is_remote
 
     num_faults, policy = 0, FetchPolicy(allow_pipe=allow_pipe)
     with report_errors():
         with progress_bar("checking", None, "shards") as advance:
-            for fault in check_set(split, policy, partial(run_units, num_workers=workers), advance):
+            for fault in check_set(split, policy, partial(run_tasks, num_workers=workers), advance):
                 num_faults += 1
                 print(json.dumps(fault._asdict()) if as_json else "  ".join(filter(None, fault)))
         for name in [] if is_remote(split) else stray_files(Path(split)):
@@ -264,14 +265,14 @@ def stats(
 
     Example: vitrail shards stats shards/photos/train --picture photos.png
     """
-    from pretrain.data.shards.stats import draw, read_stats, summary
+    from pretrain.data.shards.stats import plot, read_stats, summary
 
     with report_errors():
         opened = open_split(split)
         with progress_bar("reading indexes", len(opened.shard_sizes), "shards") as advance:
             found = read_stats(opened, advance)
         if picture is not None:
-            draw(opened, found, picture)
+            plot(opened, found, picture)
     if as_json:
         print(json.dumps(summary(found)))
         return
@@ -313,12 +314,12 @@ def simulate(
     """
     cache_bytes = parse_size(cache_size, "--cache-size")
     from pretrain.data.shards.bench import loader_rate
-    from pretrain.data.shards.simulate import BATCHES_DRAWN
+    from pretrain.data.shards.simulate import NUM_SAMPLED_BATCHES
     from pretrain.data.shards.simulate import simulate as simulate_epoch
 
     with report_errors():
         opened = open_split(split)
-        num_batches = min(BATCHES_DRAWN, max(sum(opened.shard_sizes) // global_batch_size, 1))
+        num_batches = min(NUM_SAMPLED_BATCHES, max(sum(opened.shard_sizes) // global_batch_size, 1))
         with progress_bar("simulating", num_batches, "steps") as advance:
             result = simulate_epoch(
                 opened,
@@ -371,12 +372,14 @@ def bench(
 
     Example: vitrail shards bench shards/photos/train
     """
-    from pretrain.data.shards.bench import ROWS, compare
+    from pretrain.data.shards.bench import NUM_ROWS, compare
 
-    with report_errors(), progress_bar("measuring", ROWS, "figures") as advance:
+    with report_errors(), progress_bar("measuring", NUM_ROWS, "figures") as advance:
         for row in compare(folder, samples, workers, rounds):
             advance(1)
-            print(json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.ours:<28}{row.beside}", flush=True)
+            print(
+                json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.value:<28}{row.comparison}", flush=True
+            )
 
 
 def open_split(split: str) -> "Dataset":

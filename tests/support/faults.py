@@ -11,7 +11,7 @@ from pretrain.config import AugmentConfig
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BadSample, BatchPlan, training_batches
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.views import TrainView
@@ -44,7 +44,7 @@ def make_small_set(folder: Path) -> Path:
     """Write forty digits in five or more shards; returns the folder of the shards."""
     source = keep_classes(list_digits(), ["0", "1"])
     source = source.take(range(0, len(source), 9))
-    make_shards(source, folder, Recipe(validation=0.0, shard_bytes=3_000, seed=0))
+    make_shards(source, folder, ShardOptions(validation_fraction=0.0, shard_bytes=3_000, seed=0))
     return folder / "train"
 
 

@@ -18,8 +18,8 @@ class FolderDataset(Dataset):
 
     def __init__(self, folder: Path) -> None:
         source = list_folder(folder)
-        if source.faults:
-            raise DataError("\n".join(f"{folder}: {fault}" for fault in source.faults))
+        if source.problems:
+            raise DataError("\n".join(f"{folder}: {problem}" for problem in source.problems))
         self.folder = folder
         self.source = source
         self.class_names = source.class_names

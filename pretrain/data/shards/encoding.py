@@ -1,4 +1,4 @@
-"""How an image is stored: its own bytes where they will do, else resized, scaled to 8 bits, encoded anew."""
+"""How an image is stored: with its original bytes if training can read them, else re-encoded with 8 bits a channel."""
 
 import io
 from dataclasses import dataclass
@@ -13,8 +13,15 @@ from pretrain.data.transforms.decode import DeepGrayscaleError, ImageArray, deco
 Format = Literal["jpg", "png", "webp"]
 
 
-class Stored(NamedTuple):
-    """An image as it goes into a shard; width and height are in pixels, as it decodes."""
+class StoredImage(NamedTuple):
+    """An encoded image as it is written to a shard.
+
+    Attributes:
+        data: Encoded image.
+        extension: File name extension: jpg, png or webp.
+        width: Width of the decoded image, in pixels.
+        height: Height of the decoded image, in pixels.
+    """
 
     data: bytes
     extension: str
@@ -24,12 +31,13 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoding:
-    """Makes of any image what is stored, and proves on the way that it decodes.
+    """A callable that turns any encoded image into the stored one, and verifies that it decodes.
 
     Args:
-        shorter_side: images whose shorter side is longer are shrunk to it (Pillow's bicubic); None keeps their size.
-        format: of all images; None keeps JPEG, PNG and WebP, and makes PNG of the rest.
-        quality: of a JPEG or WebP that is encoded here.
+        shorter_side: Length in pixels to which a longer shorter side is reduced (Pillow's bicubic filter); None keeps
+            the size.
+        format: Format of all images; None keeps JPEG, PNG and WebP, and converts other formats to PNG.
+        quality: Quality of re-encoded JPEG and WebP images, from 1 to 100.
     """
 
     shorter_side: int | None = None
@@ -38,32 +46,27 @@ class Encoding:
 
     @property
     def keeps_bytes(self) -> bool:
-        """Whether images that training reads stay as they are."""
+        """Whether images that training can read keep their original bytes."""
         return self.shorter_side is None and self.format is None
 
-    def __call__(self, data: bytes) -> Stored:
-        """Return what is stored of an image.
-
-        Raises:
-            DecodeError: it is no usable image.
-        """
+    def __call__(self, data: bytes) -> StoredImage:
         try:
-            pixels, usable = decode(data), True
+            pixels, is_readable = decode(data), True
         except DeepGrayscaleError:
-            pixels, usable = decode(data, scales=True), False
+            pixels, is_readable = decode(data, scales=True), False
         height, width = pixels.shape[:2]
         known = _format_of(data)
         if self.shorter_side is not None and min(height, width) > self.shorter_side:
             pixels = _shrink(pixels, self.shorter_side)
             height, width = pixels.shape[:2]
-        elif usable and known is not None and self.format in (None, known):
-            return Stored(data, known, width, height)
+        elif is_readable and known is not None and self.format in (None, known):
+            return StoredImage(data, known, width, height)
         extension = self.format or known or "png"
-        return Stored(_encode(pixels, extension, self.quality), extension, width, height)
+        return StoredImage(_encode(pixels, extension, self.quality), extension, width, height)
 
 
 def _format_of(data: bytes) -> Format | None:
-    """Return a format that training reads, by the first bytes; a file's name may lie."""
+    """Return the format if training can read it, by the first bytes because a file's extension can be wrong."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):

@@ -1,4 +1,4 @@
-"""Find keys that stand twice in a set, eight bytes a sample, so that a billion samples fit into memory."""
+"""Find sample keys that occur twice in a set, using 8 bytes per sample, so that a billion samples fit into memory."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,19 +7,22 @@ import numpy as np
 import numpy.typing as npt
 
 Digests = npt.NDArray[np.uint64]
-Place = tuple[int, int]  # shard, row
+SampleLocation = tuple[int, int]  # shard, row
 
 
 def digest_keys(keys: Sequence[str]) -> Digests:
-    """Return 64 bits of each key's BLAKE2b."""
+    """Return 64 bits of each key's BLAKE2b digest [N]."""
     data = b"".join(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest() for key in keys)
     return np.frombuffer(data, np.uint64)
 
 
-def find_repeated(shards: Sequence[Digests]) -> list[tuple[Place, Place]]:
-    """Return the places of digests that stood before, each with its first place; in the order of the places.
+def find_repeated(shards: Sequence[Digests]) -> list[tuple[SampleLocation, SampleLocation]]:
+    """Return the location of each repeated digest and that of its first occurrence, ordered by location.
 
-    Two keys have the same digest by chance once in 2^64; the caller, who has the keys, compares them.
+    Two different keys share a digest with a probability of 2^-64; a caller that has the keys can compare them.
+
+    Args:
+        shards: Digests of the keys of each shard.
     """
     if not shards:
         return []
@@ -31,8 +34,8 @@ def find_repeated(shards: Sequence[Digests]) -> list[tuple[Place, Place]]:
     repeated = sorted(zip(order[~is_new].tolist(), first[~is_new].tolist(), strict=True))
     ends = np.cumsum([len(shard) for shard in shards])
 
-    def place(position: int) -> Place:
+    def location(position: int) -> SampleLocation:
         shard = int(np.searchsorted(ends, position, side="right"))
         return shard, position - int(ends[shard] - len(shards[shard]))
 
-    return [(place(later), place(earlier)) for later, earlier in repeated]
+    return [(location(later), location(earlier)) for later, earlier in repeated]

@@ -1,8 +1,8 @@
-"""Images become shards: plain WebDataset tars, an index beside each, `dataset.json` over each split.
+"""Turn images into shards: plain WebDataset tars, an index next to each, and one `dataset.json` per split.
 
-What goes into which shard is planned before anything is written, from the source's list alone. So a shard is a unit of
-work by itself: any number of workers writes the same bytes, and a command that was stopped goes on where it was. All of
-it happens in OUT.partial; its `out` becomes OUT last.
+The content of every shard is planned before any is written. Each shard is therefore an independent task: any number of
+workers writes the same bytes, and a command that was stopped continues where it was. All work happens in OUT.partial,
+whose `out` is renamed to OUT at the end.
 """
 
 import fcntl
@@ -15,13 +15,14 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.data.shards.encoding import Encoding, Stored
-from pretrain.data.shards.plan import PLAN_FILE, READERS, UNUSABLE, Recipe, plan_shards
-from pretrain.data.shards.units import run_units
+from pretrain.data.shards.encoding import Encoding, StoredImage
+from pretrain.data.shards.plan import NUM_READERS, PLAN_FILE, SAMPLE_ERRORS, ShardOptions, plan_shards
+from pretrain.data.shards.tasks import run_tasks
 from pretrain.data.shards.writer import ShardWriter
-from pretrain.data.sources.source import NAMES_SHOWN, Content, Integers, Source, SourceImage
+from pretrain.data.sources.source import MAX_NAMES_SHOWN, Content, Integers, Source, SourceImage
 from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, index_name, write_json
 from pretrain.errors import DataError
+from pretrain.files import partial_path, publish
 
 READ_AHEAD = 32
 LEFT_OUT_FILE = "left_out.txt"
@@ -30,31 +31,50 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One shard to write."""
+class ShardTask:
+    """The task of writing one shard.
+
+    Attributes:
+        tar: Path of the tar.
+        result_file: Path of the JSON file that marks the shard as written.
+        images: Images of the shard, in order.
+        class_names: Name of each class, in the order of the labels.
+        encoding: How images are stored.
+    """
 
     tar: Path
-    record: Path
+    result_file: Path
     images: list[SourceImage]
     class_names: list[str]
     encoding: Encoding
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is known of a shard that is written: for `dataset.json`, and for the person."""
+class WrittenShard:
+    """The result of a `ShardTask`.
+
+    Attributes:
+        entry: The shard's entry in `dataset.json`.
+        class_counts: Number of samples by label.
+        left_out: Images that could not be used, with the reason, one line each.
+    """
 
     entry: ShardEntry
     class_counts: dict[int, int]
     left_out: list[str]
 
 
-Engine = Callable[[Callable[[Unit], Record], Iterable[Unit]], Generator[Record, None, None]]
+Executor = Callable[[Callable[[ShardTask], WrittenShard], Iterable[ShardTask]], Generator[WrittenShard, None, None]]
 
 
 @dataclass(frozen=True)
-class Made:
-    """What `make_shards` wrote."""
+class MadeShards:
+    """The result of `make_shards`.
+
+    Attributes:
+        splits: Content of `dataset.json` by the name of the split.
+        left_out: Images that could not be used, with the reason, one line each.
+    """
 
     splits: dict[str, DatasetInfo]
     left_out: list[str]
@@ -63,63 +83,64 @@ class Made:
 def make_shards(
     source: Source,
     out: Path,
-    recipe: Recipe,
+    options: ShardOptions,
     *,
     skip_bad: bool = False,
-    engine: Engine = run_units,
+    executor: Executor = run_tasks,
     progress: Progress = lambda _: None,
-) -> Made:
-    """Write `out/train` and `out/validation`.
+) -> MadeShards:
+    """Write the shards of `out/train` and `out/validation`.
 
     Args:
-        source: the images.
-        out: a folder that does not exist yet.
-        recipe: how they are split, ordered, encoded and cut into shards.
-        skip_bad: leave out what cannot be used, instead of stopping.
-        engine: runs the units of work; where that is on several machines, all must see `out` and the source.
-        progress: called with the number of images just done, those of an earlier call of the same command first.
+        source: Images.
+        out: Output folder, which must not exist yet.
+        options: How the images are split, ordered, encoded and divided into shards.
+        skip_bad: Whether to leave out images that cannot be used, instead of raising an error.
+        executor: Function that runs the tasks; if it uses several machines, all must see `out` and the source.
+        progress: Function called with the number of images finished since the last call. Images that an earlier,
+            interrupted call has finished are reported first.
 
     Raises:
-        DataError: an image is unreadable or a class is empty, and `skip_bad` is not set; or `out` is in use.
+        DataError: If `out` exists, the source has no images, or images would be lost and `skip_bad` is not set.
     """
-    refuse_used(out)
-    if source.faults and not skip_bad:
-        faults = "\n".join(f"  {fault}" for fault in source.faults)
-        raise DataError(f"going on would lose data:\n{faults}\nmend this, or leave it all out with --skip-bad")
+    refuse_existing(out)
+    if source.problems and not skip_bad:
+        problems = "\n".join(f"  {problem}" for problem in source.problems)
+        raise DataError(f"some data would be lost:\n{problems}\nfix this, or leave it out with --skip-bad")
     if not len(source):
-        raise DataError("the source has no images")
-    partial_folder = out.with_name(out.name + ".partial")
-    with _claim(partial_folder):
-        shards = plan_shards(source, recipe, partial_folder)
-        records = _write(source, recipe.encoding, shards, partial_folder, skip_bad, engine, progress)
-        made = _describe(source.class_names, records)
-        _report(made, skip_bad)
+        raise DataError("the source has no images; check its path")
+    work_folder = partial_path(out)
+    with _claim(work_folder):
+        shards = plan_shards(source, options, work_folder)
+        written = _write_missing(source, options.encoding, shards, work_folder, skip_bad, executor, progress)
+        made = _summarize(source.class_names, written)
+        _check(made, skip_bad)
         for name, info in made.splits.items():
-            info.save(partial_folder / "out" / name)
+            info.save(work_folder / "out" / name)
         if made.left_out:
-            (partial_folder / "out" / LEFT_OUT_FILE).write_text("\n".join(made.left_out) + "\n")
-        (partial_folder / "out").rename(out)
-        shutil.rmtree(partial_folder)
+            (work_folder / "out" / LEFT_OUT_FILE).write_text("\n".join(made.left_out) + "\n")
+        publish(work_folder / "out", out)
+        shutil.rmtree(work_folder)
     return made
 
 
-def refuse_used(out: Path) -> None:
-    """Make sure that nothing is where shards shall be.
+def refuse_existing(out: Path) -> None:
+    """Check that the output folder does not exist.
 
     Raises:
-        DataError: something is.
+        DataError: If it exists.
     """
     if out.exists():
-        raise DataError(f"{out}: is there already; choose another folder or remove it")
+        raise DataError(f"{out}: already exists; choose another folder or remove it")
 
 
-def write_unit(unit: Unit) -> Record:
-    """Write one shard, its index and its record."""
+def write_shard(task: ShardTask) -> WrittenShard:
+    """Write one shard, its index and its result file."""
     left_out: list[str] = []
-    writer = ShardWriter(unit.tar)
+    writer = ShardWriter(task.tar)
     try:
-        for image, content, stored in _read(unit.images, unit.encoding, left_out):
-            name = {} if image.label == NO_LABEL else {"class": unit.class_names[image.label]}
+        for image, content, stored in _read_encoded(task.images, task.encoding, left_out):
+            name = {} if image.label == NO_LABEL else {"class": task.class_names[image.label]}
             metadata = {**name, "source": image.origin, **content.metadata, **name}
             text = json.dumps(metadata, ensure_ascii=False, default=str).encode()
             writer.add(image.key, stored, image.label, {"json": text, **content.members})
@@ -127,16 +148,16 @@ def write_unit(unit: Unit) -> Record:
         writer.abandon()
         raise
     index = writer.close()
-    record = Record(index.save(unit.tar.parent), dict(Counter(index.label)), left_out)
-    write_json(unit.record, asdict(record))
-    return record
+    written = WrittenShard(index.save(task.tar.parent), dict(Counter(index.label)), left_out)
+    write_json(task.result_file, asdict(written))
+    return written
 
 
-def _read(
+def _read_encoded(
     images: Sequence[SourceImage], encoding: Encoding, left_out: list[str]
-) -> Iterator[tuple[SourceImage, Content, Stored]]:
-    """Read images some way ahead, in their order; prove and encode each."""
-    with ThreadPoolExecutor(READERS) as pool:
+) -> Iterator[tuple[SourceImage, Content, StoredImage]]:
+    """Yield each image with its content and its stored form, in order; threads read ahead."""
+    with ThreadPoolExecutor(NUM_READERS) as pool:
         ahead: deque[tuple[SourceImage, Future[Content]]] = deque()
         for i in range(len(images) + READ_AHEAD):
             if i < len(images):
@@ -146,102 +167,103 @@ def _read(
                 try:
                     content = future.result()
                     yield image, content, encoding(content.image)
-                except UNUSABLE as error:
+                except SAMPLE_ERRORS as error:
                     left_out.append(f"{image.origin}: {error}")
 
 
 @contextmanager
 def _claim(folder: Path) -> Iterator[None]:
-    """Hold a folder that only one command may write to, and that must not be anyone else's.
+    """Lock the working folder, so that only one command writes to it.
 
     Raises:
-        DataError: another command holds it, or it holds other things.
+        DataError: If another command holds the lock, or the folder contains other files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if not {path.name for path in folder.iterdir()} <= {"lock", PLAN_FILE, f"{PLAN_FILE}.partial", "done", "out"}:
-        raise DataError(f"{folder}: is where shards are put together, and holds other things; move them away")
+    ours = {"lock", PLAN_FILE, partial_path(Path(PLAN_FILE)).name, "done", "out"}
+    if not {path.name for path in folder.iterdir()} <= ours:
+        raise DataError(f"{folder}: shards are written in this folder, but it contains other files; move them away")
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{folder}: another command is writing it; wait for that, or stop it") from None
+            raise DataError(f"{folder}: another command is writing to this folder; wait for it or stop it") from None
         yield
 
 
-def _write(
+def _write_missing(
     source: Source,
     encoding: Encoding,
     shards: dict[str, list[Integers]],
     folder: Path,
     skip_bad: bool,
-    engine: Engine,
+    executor: Executor,
     progress: Progress,
-) -> dict[str, list[Record]]:
-    """Write every shard that is not there yet; return the record of each, by split."""
+) -> dict[str, list[WrittenShard]]:
+    """Write every shard that is not written yet; return all of them by split."""
     (folder / "done").mkdir(exist_ok=True)
-    records: dict[str, list[Record | None]] = {}
+    written: dict[str, list[WrittenShard | None]] = {}
     missing = []
     for name, rows_of_shards in shards.items():
         (folder / "out" / name).mkdir(parents=True, exist_ok=True)
-        records[name] = [_load_record(folder, name, number) for number in range(len(rows_of_shards))]
-        for number, (rows, record) in enumerate(zip(rows_of_shards, records[name], strict=True)):
-            if record is None or (record.left_out and not skip_bad):
+        written[name] = [_load_written(folder, name, number) for number in range(len(rows_of_shards))]
+        for number, (rows, shard) in enumerate(zip(rows_of_shards, written[name], strict=True)):
+            if shard is None or (shard.left_out and not skip_bad):
                 missing.append((name, number, rows))
             else:
                 progress(len(rows))
 
-    def unit(name: str, number: int, rows: Integers) -> Unit:
+    def task(name: str, number: int, rows: Integers) -> ShardTask:
         tar, images = folder / "out" / name / f"shard-{number:06d}.tar", [source.image(int(row)) for row in rows]
-        return Unit(tar, _record_path(folder, name, number), images, source.class_names, encoding)
+        return ShardTask(tar, _result_file(folder, name, number), images, source.class_names, encoding)
 
-    with closing(engine(write_unit, (unit(*which) for which in missing))) as results:
-        for (name, number, rows), record in zip(missing, results, strict=True):
-            records[name][number] = record
+    with closing(executor(write_shard, (task(*which) for which in missing))) as results:
+        for (name, number, rows), shard in zip(missing, results, strict=True):
+            written[name][number] = shard
             progress(len(rows))
-    return {name: [record for record in known if record] for name, known in records.items()}
+    return {name: [shard for shard in known if shard] for name, known in written.items()}
 
 
-def _record_path(folder: Path, name: str, number: int) -> Path:
+def _result_file(folder: Path, name: str, number: int) -> Path:
     return folder / "done" / f"{name}-{number:06d}.json"
 
 
-def _load_record(folder: Path, name: str, number: int) -> Record | None:
-    """Return a shard's record if tar and index are there, whole: a power cut may have taken what it promises."""
+def _load_written(folder: Path, name: str, number: int) -> WrittenShard | None:
+    """Return the result for a shard if its tar and index are complete: a power failure may have truncated them."""
     try:
-        content = json.loads(_record_path(folder, name, number).read_bytes())
-        record = Record(
+        content = json.loads(_result_file(folder, name, number).read_bytes())
+        shard = WrittenShard(
             ShardEntry(**content["entry"]),
             {int(label): count for label, count in content["class_counts"].items()},
             content["left_out"],
         )
-        written = folder / "out" / name
-        sizes = [(written / file).stat().st_size for file in (record.entry.name, index_name(record.entry.name))]
+        out = folder / "out" / name
+        sizes = [(out / file).stat().st_size for file in (shard.entry.name, index_name(shard.entry.name))]
     except (OSError, ValueError):
         return None
-    return record if sizes == [record.entry.num_bytes, record.entry.index_bytes] else None
+    return shard if sizes == [shard.entry.num_bytes, shard.entry.index_bytes] else None
 
 
-def _describe(class_names: list[str], records: dict[str, list[Record]]) -> Made:
-    """Sum up the shards of each split."""
+def _summarize(class_names: list[str], written: dict[str, list[WrittenShard]]) -> MadeShards:
+    """Combine the shards of each split."""
     splits = {}
-    for name, shards in records.items():
+    for name, shards in written.items():
         counts: Counter[int] = Counter()
-        for record in shards:
-            counts.update(record.class_counts)
+        for shard in shards:
+            counts.update(shard.class_counts)
         class_counts = [counts[label] for label in range(len(class_names))]
-        splits[name] = DatasetInfo(class_names, class_counts, [record.entry for record in shards])
-    return Made(splits, [line for shards in records.values() for record in shards for line in record.left_out])
+        splits[name] = DatasetInfo(class_names, class_counts, [shard.entry for shard in shards])
+    return MadeShards(splits, [line for shards in written.values() for shard in shards for line in shard.left_out])
 
 
-def _report(made: Made, skip_bad: bool) -> None:
-    """Refuse what would lose data."""
+def _check(made: MadeShards, skip_bad: bool) -> None:
+    """Refuse a result that has lost images, or has none to train on."""
     left_out = made.left_out
     if left_out and not skip_bad:
-        more = ["..."] if len(left_out) > NAMES_SHOWN else []
-        shown = "\n".join(f"  {line}" for line in [*left_out[:NAMES_SHOWN], *more])
+        more = ["..."] if len(left_out) > MAX_NAMES_SHOWN else []
+        shown = "\n".join(f"  {line}" for line in [*left_out[:MAX_NAMES_SHOWN], *more])
         raise DataError(
             f"{len(left_out)} unreadable {'file' if len(left_out) == 1 else 'files'}:\n{shown}\n"
-            "mend or remove them, or leave them out with --skip-bad; what is written is kept for the next try"
+            "repair or remove them, or leave them out with --skip-bad; the next attempt reuses the finished shards"
         )
     if "train" not in made.splits or not made.splits["train"].num_samples:
-        raise DataError("no image to train on is readable")
+        raise DataError("no training image is readable; check the source")

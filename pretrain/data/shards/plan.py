@@ -1,4 +1,4 @@
-"""Plan shards: which image goes into which, decided before anything is written, from the source's list alone."""
+"""Plan shards: decide which image goes into which shard before any is written, from the list of images alone."""
 
 import hashlib
 import json
@@ -20,57 +20,71 @@ from pretrain.errors import DataError
 
 SPLITS = ("train", "validation")
 PLAN_FILE = "plan.json"
-HEADERS_BYTES = 6 * BLOCK_BYTES  # of a sample: three headers, two small files, and what fills the blocks
-IMAGES_TRIED = 64
-READERS = 8
-UNUSABLE = (DataError, DecodeError, OSError, ValueError)  # what reading and encoding an image may end with
+OVERHEAD_BYTES = 6 * BLOCK_BYTES  # per sample: three headers, two small files and padding
+NUM_PROBED_IMAGES = 64
+NUM_READERS = 8
+SAMPLE_ERRORS = (DataError, DecodeError, OSError, ValueError)  # raised when one image cannot be read or encoded
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What is made of a source; together with that, it decides every byte.
+class ShardOptions:
+    """How a source becomes shards. The source and these options determine every byte.
 
     Args:
-        validation: the share of each class that goes to the validation split.
-        shard_bytes: no shard is expected to be larger; all of a split are about equal.
-        seed: of the split and of the order in the shards.
-        encoding: how the images are stored.
+        validation_fraction: Fraction of each class that goes to the validation split.
+        shard_bytes: Maximum expected size of a shard; the shards of a split are about equally large.
+        seed: Random seed for the split and for the order within the shards.
+        encoding: How images are stored.
     """
 
-    validation: float = 0.1
+    validation_fraction: float = 0.1
     shard_bytes: int = 256 * 10**6
     seed: int = 0
     encoding: Encoding = field(default_factory=Encoding)
 
 
-def plan_shards(source: Source, recipe: Recipe, folder: Path) -> dict[str, list[Integers]]:
-    """Return the rows of each shard of each split that has any; write the plan down in a folder, or prove it the same.
+def plan_shards(source: Source, options: ShardOptions, folder: Path) -> dict[str, list[Integers]]:
+    """Return the positions in the source of the images of each shard, for each split that has any.
+
+    Args:
+        source: Images.
+        options: How they become shards.
+        folder: Working folder. The plan is saved there, or compared with one that is saved there.
 
     Raises:
-        DataError: the folder was begun with another source or recipe.
+        DataError: If the folder holds the plan of another source or of other options.
     """
-    digest = _digest(source, recipe)
+    digest = _digest(source, options)
     path = folder / PLAN_FILE
     if path.exists():
         plan = json.loads(path.read_bytes())
         if plan["digest"] != digest:
             raise DataError(
-                f"{folder}: was begun with other images or another recipe; remove it to begin anew, or go on with those"
+                f"{folder}: was started with other images or options; remove it to start again, or use the same ones"
             )
     else:
-        plan = {"digest": digest, **_sizes_of_stored(source, recipe)}
+        plan = {"digest": digest, **_estimate_sizes(source, options)}
         write_json(path, plan)
-    sizes = plan["factor"] * np.where(source.sizes > 0, source.sizes, plan["unknown_bytes"]) + HEADERS_BYTES
+    sizes = plan["factor"] * np.where(source.sizes > 0, source.sizes, plan["unknown_bytes"]) + OVERHEAD_BYTES
     shards = {}
-    for name, rows in zip(SPLITS, split(source, recipe.validation, recipe.seed), strict=True):
+    splits = split(source, options.validation_fraction, options.seed)
+    for name, rows in zip(SPLITS, splits, strict=True):
         if len(rows):
-            mixed = rows[permutation(len(rows), recipe.seed, name, "mix")]
-            shards[name] = _cut(mixed, sizes[mixed], recipe.shard_bytes)
+            mixed = rows[permutation(len(rows), options.seed, name, "mix")]
+            shards[name] = _cut(mixed, sizes[mixed], options.shard_bytes)
     return shards
 
 
-def split(source: Source, validation: float, seed: int) -> tuple[Integers, Integers]:
-    """Split each class by itself, by a draw that depends on the class's name and size alone; return the rows."""
+def split(source: Source, validation_fraction: float, seed: int) -> tuple[Integers, Integers]:
+    """Split each class at random into training and validation images; return the positions of both.
+
+    The random numbers of a class depend only on the seed and on its name and size, so adding a class changes no other.
+
+    Args:
+        source: Images.
+        validation_fraction: Fraction of each class for validation; at least one image stays on each side.
+        seed: Random seed.
+    """
     train, held_out = [], []
     classes = [*enumerate(source.class_names)] or [(NO_LABEL, "unlabeled")]
     order = np.argsort(source.labels, kind="stable")
@@ -78,8 +92,8 @@ def split(source: Source, validation: float, seed: int) -> tuple[Integers, Integ
     starts = np.searchsorted(source.labels[order], [label for label, _ in classes], side="left")
     for (_, name), start, end in zip(classes, starts, ends, strict=True):
         rows = order[start:end]
-        count = round(len(rows) * validation)
-        if validation > 0 and len(rows) > 1:
+        count = round(len(rows) * validation_fraction)
+        if validation_fraction > 0 and len(rows) > 1:
             count = min(max(count, 1), len(rows) - 1)
         mixed = rows[permutation(len(rows), seed, name, "split")]
         held_out.append(mixed[:count])
@@ -88,44 +102,46 @@ def split(source: Source, validation: float, seed: int) -> tuple[Integers, Integ
 
 
 def _cut(rows: Integers, sizes: "np.ndarray[Any, Any]", shard_bytes: int) -> list[Integers]:
-    """Cut rows into shards of about equal bytes, none expected to be larger than asked."""
+    """Cut rows into shards of about equal size, none expected to exceed `shard_bytes`."""
     ends = np.cumsum(sizes)
     count = int(-(-ends[-1] // shard_bytes))
     shard = np.minimum((ends - sizes) * count // ends[-1], count - 1)
     return np.split(rows, np.flatnonzero(np.diff(shard)) + 1)
 
 
-def _digest(source: Source, recipe: Recipe) -> str:
-    """Digest everything that decides what is written, as far as a list of the source can tell."""
-    digest = hashlib.sha256(json.dumps([asdict(recipe), source.class_names, len(source)]).encode())
+def _digest(source: Source, options: ShardOptions) -> str:
+    """Return a digest of everything that determines the shards, as far as the list of images shows it."""
+    digest = hashlib.sha256(json.dumps([asdict(options), source.class_names, len(source)]).encode())
     digest.update(source.labels.tobytes() + source.sizes.tobytes())
     for name in source.names:
         digest.update(name.encode(errors="surrogateescape") + b"\0")
     return digest.hexdigest()
 
 
-def _sizes_of_stored(source: Source, recipe: Recipe) -> dict[str, float]:
-    """Return what an image of unknown size is expected to have, and what becomes of a byte; from a few, if need be.
+def _estimate_sizes(source: Source, options: ShardOptions) -> dict[str, float]:
+    """Return the expected size of an image of unknown size, and the ratio of stored to original bytes.
 
-    Raises:
-        DataError: not one of them can be used.
+    Both are estimated from a few random images, unless all sizes are known and stay the same.
     """
-    if recipe.encoding.keeps_bytes and source.sizes.all():
+    if options.encoding.keeps_bytes and source.sizes.all():
         return {"factor": 1.0, "unknown_bytes": 0}
-    images = [source.image(int(row)) for row in permutation(len(source), recipe.seed, "tried")[:IMAGES_TRIED]]
-    with ThreadPoolExecutor(READERS) as pool:
-        tried = list(pool.map(partial(_size_of_stored, recipe.encoding), images))
-    sizes = [size for size in tried if not isinstance(size, str)]
+    rows = permutation(len(source), options.seed, "tried")[:NUM_PROBED_IMAGES]
+    images = [source.image(int(row)) for row in rows]
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        probed = list(pool.map(partial(_probe_size, options.encoding), images))
+    sizes = [size for size in probed if not isinstance(size, str)]
     if not sizes:
-        raise DataError(f"none of {len(tried)} images that were tried can be used; the first: {tried[0]}")
-    read, stored = (sum(column) for column in zip(*sizes, strict=True))
-    return {"factor": stored / read, "unknown_bytes": read / len(sizes)}
+        raise DataError(
+            f"none of {len(probed)} sampled images can be used; check the source. The first error: {probed[0]}"
+        )
+    original, stored = (sum(column) for column in zip(*sizes, strict=True))
+    return {"factor": stored / original, "unknown_bytes": original / len(sizes)}
 
 
-def _size_of_stored(encoding: Encoding, image: SourceImage) -> tuple[int, int] | str:
-    """Return an image's bytes as it is and as it is stored, or why it cannot be used."""
+def _probe_size(encoding: Encoding, image: SourceImage) -> tuple[int, int] | str:
+    """Return the original and stored size of an image in bytes, or the reason why it cannot be used."""
     try:
         data = image.read().image
         return len(data), len(encoding(data).data)
-    except UNUSABLE as error:
+    except SAMPLE_ERRORS as error:
         return f"{image.origin}: {error}"

@@ -1,4 +1,4 @@
-"""Index tars that someone else wrote, as WebDataset reads them: members that share a key are one sample."""
+"""Index existing tars in WebDataset format: members that share a key form one sample."""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -10,8 +10,8 @@ from pathlib import Path
 from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
-from pretrain.data.shards.units import run_units
-from pretrain.data.sources.source import NAMES_SHOWN
+from pretrain.data.shards.tasks import run_tasks
+from pretrain.data.sources.source import summarize
 from pretrain.data.storage.archive import TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.storage.remote import FetchPolicy, is_remote
@@ -21,25 +21,38 @@ from pretrain.errors import DataError
 
 
 @dataclass
-class Scanned:
-    """What `index_shards` found."""
+class IndexedShards:
+    """The result of `index_shards`.
+
+    Attributes:
+        info: Content of the `dataset.json` that was written.
+        notes: Remarks for the user, one sentence each.
+    """
 
     info: DatasetInfo
-    remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
-class _Indexed:
-    """What one tar has to say beyond its index: digests of its keys, its classes, members that we do not use."""
+class IndexedTar:
+    """The result for one tar.
+
+    Attributes:
+        entry: The tar's entry in `dataset.json`.
+        keys: Digests of the sample keys.
+        class_counts: Number of samples by label.
+        class_names: Class names found in the samples' JSON, by label.
+        ignored: Number of members that are not used, by kind.
+    """
 
     entry: ShardEntry
     keys: Digests
     class_counts: Counter[int]
     class_names: dict[int, str]
-    left_out: Counter[str]
+    ignored: Counter[str]
 
 
-Engine = Callable[[Callable[[str], _Indexed], Iterable[str]], Generator[_Indexed, None, None]]
+Executor = Callable[[Callable[[str], IndexedTar], Iterable[str]], Generator[IndexedTar, None, None]]
 
 
 def index_shards(
@@ -48,46 +61,53 @@ def index_shards(
     class_names: Sequence[str] | None = None,
     label_key: str | None = "label",
     policy: FetchPolicy | None = None,
-    engine: Engine = run_units,
+    executor: Executor = run_tasks,
     progress: Callable[[int], None] = lambda _: None,
-) -> Scanned:
-    """Write an index of each tar and `dataset.json` into a folder.
+    *,
+    tar_folder: Path | None = None,
+) -> IndexedShards:
+    """Write an index of each tar, and `dataset.json` last.
 
     Args:
-        tars: shards of one split, as `dataset.json` will name them: by their names in the folder, or by their URLs.
-        out: the folder.
-        class_names: in the order of the labels; else taken from the samples' JSON ("class"), else the labels' numbers.
-        label_key: the JSON key of the label where a sample has no `cls`; None when the samples have no labels.
-        policy: how patient to be with remote tars.
-        engine: runs the units of work, a tar each.
-        progress: called with 1 after each tar.
+        tars: Tars of one split as `dataset.json` will name them: by file name or by URL.
+        out: Folder for the indexes.
+        class_names: Names of the classes in the order of the labels. None takes them from "class" in the samples' JSON,
+            or uses the labels.
+        label_key: JSON key of the label for samples without .cls; None if the samples have no labels.
+        policy: Timeouts and permissions for remote tars.
+        executor: Function that runs the tasks, one per tar.
+        progress: Function called with 1 after each tar.
+        tar_folder: Folder of the local tars, if it is not `out`.
 
     Raises:
-        DataError: a damaged tar, an unreadable image, a duplicate key, no image or label, a label out of range.
+        DataError: If the tars have no samples, or a key occurs twice.
     """
     entries: list[ShardEntry] = []
     keys: list[Digests] = []
     counts: Counter[int] = Counter()
-    found: dict[int, str] = {}
-    left_out: Counter[str] = Counter()
-    with closing(engine(partial(_index_tar, out, label_key, policy or FetchPolicy()), tars)) as results:
+    names_found: dict[int, str] = {}
+    ignored: Counter[str] = Counter()
+    work = partial(_index_tar, tar_folder or out, out, label_key, policy or FetchPolicy())
+    with closing(executor(work, tars)) as results:
         for indexed in results:
             entries.append(indexed.entry)
             keys.append(indexed.keys)
             counts.update(indexed.class_counts)
-            found |= indexed.class_names
-            left_out.update(indexed.left_out)
+            names_found |= indexed.class_names
+            ignored.update(indexed.ignored)
             progress(1)
     if not counts:
-        raise DataError(f"{out}: the tars hold no samples")
+        raise DataError(
+            f"{tar_folder or out}: the tars contain no samples; expected members like 0001.jpg and 0001.cls"
+        )
     _refuse_repeated(out, entries, keys)
-    names = name_classes(max(counts), class_names, found) if label_key else []
+    names = name_classes(max(counts), class_names, names_found) if label_key else []
     info = DatasetInfo(names, [counts[label] for label in range(len(names))], entries)
     info.save(out)
-    remarks = [f"{count} {what}, left as they are" for what, count in left_out.items()]
-    if empty := [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]:
-        remarks.append(f"{len(empty)} classes without samples: {', '.join(empty[:NAMES_SHOWN])}")
-    return Scanned(info, remarks)
+    notes = [f"{count} {kind}, ignored" for kind, count in ignored.items()]
+    empty = [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]
+    notes += summarize(empty, "class without samples", "classes without samples")
+    return IndexedShards(info, notes)
 
 
 def _refuse_repeated(out: Path, entries: Sequence[ShardEntry], keys: Sequence[Digests]) -> None:
@@ -95,32 +115,32 @@ def _refuse_repeated(out: Path, entries: Sequence[ShardEntry], keys: Sequence[Di
         path = out / index_name(entries[shard].name)
         key = ShardIndex.parse(path.read_bytes(), path, entries[shard].index_sha256).key[row]
         raise DataError(
-            f"{entries[shard].name}: the key {key} is also in {entries[first].name}; keys must be unique over a split"
+            f"{entries[shard].name}: the key {key} is also in {entries[first].name}; keys must be unique in a split"
         )
 
 
-def _index_tar(out: Path, label_key: str | None, policy: FetchPolicy, name: str) -> _Indexed:
-    """Read a tar from front to back and write its index."""
-    index, left_out, found = ShardIndex(name), Counter[str](), dict[int, str]()
-    with open_tar(name if is_remote(name) else str(out / name), policy) as stream:
-        archive = TarReader(name, stream)
-        for key, members in samples_of(archive, left_out):
+def _index_tar(tar_folder: Path, out: Path, label_key: str | None, policy: FetchPolicy, name: str) -> IndexedTar:
+    """Read a tar from start to end and write its index."""
+    index, ignored, names_found = ShardIndex(name), Counter[str](), dict[int, str]()
+    with open_tar(name if is_remote(name) else str(tar_folder / name), policy) as stream:
+        tar = TarReader(name, stream)
+        for key, members in samples_of(tar, ignored):
             extension, image = image_of(name, key, members)
             height, width = _size(name, key, image.data)
             metadata = metadata_of(name, key, members.get("json"))
             label = label_of(name, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
             if isinstance(metadata.get("class"), str):
-                found[label] = metadata["class"]
+                names_found[label] = metadata["class"]
             index.append(key, extension, image.offset, image.size, crc32(image.data), label, width, height)
-            left_out.update(f"members .{other}" for other in members.keys() - {extension, "cls", "json"})
-    index.num_bytes, index.sha256 = archive.num_bytes, archive.sha256
-    return _Indexed(index.save(out), digest_keys(index.key), Counter(index.label), found, left_out)
+            ignored.update(f"members .{other}" for other in members.keys() - {extension, "cls", "json"})
+    index.num_bytes, index.sha256 = tar.num_bytes, tar.sha256
+    return IndexedTar(index.save(out), digest_keys(index.key), Counter(index.label), names_found, ignored)
 
 
 def _size(tar: str, key: str, data: bytes) -> tuple[int, int]:
-    """Return (height, width) of an image that has proved to decode."""
+    """Return the height and width of an image in pixels, after decoding it to verify it."""
     try:
         height, width, _ = decode(data).shape
     except DecodeError as error:
-        raise DataError(f"{tar}: sample {key} is no usable image: {error}") from None
+        raise DataError(f"{tar}: sample {key} is not a usable image: {error}") from None
     return height, width

@@ -1,4 +1,4 @@
-"""What is in a shard set: classes, sizes, shapes, duplicates; from the indexes, so that it is quick. And a picture."""
+"""Statistics of a shard set, computed from the indexes: classes, sizes, shapes and duplicates; and a plot of them."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pretrain.data.dataset.order import permutation
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.errors import DataError
 
-SHOWN = 5
+MAX_SHOWN = 5
 PERCENTILES = {"smallest": 0, "5%": 5, "median": 50, "95%": 95, "largest": 100}
 MOSAIC_ROWS, MOSAIC_COLUMNS, TILE = 6, 16, 96
 INK, ACCENT = "#22303c", "#2a7f9e"
@@ -23,9 +23,17 @@ INK, ACCENT = "#22303c", "#2a7f9e"
 
 @dataclass(frozen=True)
 class Stats:
-    """The columns of all indexes; the groups of samples whose bytes are the same, by their keys.
+    """Columns of all indexes, and duplicates.
 
-    `conflicts` are those of the groups whose samples are not all of one class.
+    Attributes:
+        class_names: Name of each class, in the order of the labels.
+        labels: Label of each sample [N].
+        widths: Width of each image in pixels [N].
+        heights: Height of each image in pixels [N].
+        sizes: Size of each encoded image in bytes [N].
+        extensions: Number of images by file name extension.
+        duplicates: Keys of each group of samples with identical bytes.
+        conflicts: The groups of `duplicates` whose samples have different labels.
     """
 
     class_names: list[str]
@@ -38,46 +46,50 @@ class Stats:
     conflicts: list[list[str]]
 
 
-def read_stats(samples: Dataset, progress: Callable[[int], None] = lambda _: None) -> Stats:
-    """Read every index of a set; `progress` is called with 1 after each.
+def read_stats(dataset: Dataset, progress: Callable[[int], None] = lambda _: None) -> Stats:
+    """Read every index of a shard set.
+
+    Args:
+        dataset: Shard set.
+        progress: Function called with 1 after each index.
 
     Raises:
-        DataError: it is no shard set, or an index cannot be used.
+        DataError: If the data is a folder of images.
     """
-    if not isinstance(samples, ShardDataset):
-        raise DataError("a plain folder has no index; make shards of it first, with `vitrail shards make`")
+    if not isinstance(dataset, ShardDataset):
+        raise DataError("a folder of images has no index; create shards from it with `vitrail shards make`")
     columns: dict[str, list[int]] = defaultdict(list)
     extensions: dict[str, int] = defaultdict(int)
-    places: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    for shard in range(len(samples.shard_sizes)):
-        index = samples.index(shard)
+    locations: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for shard in range(len(dataset.shard_sizes)):
+        index = dataset.index(shard)
         for name in ("label", "width", "height", "size"):
             columns[name] += getattr(index, name)
         for row, extension in enumerate(index.extension):
             extensions[extension] += 1
-            places[index.crc32[row], index.size[row]].append((shard, row))
+            locations[index.crc32[row], index.size[row]].append((shard, row))
         progress(1)
-    alike = [group for group in places.values() if len(group) > 1]
-    same = [encoded for group in alike for encoded in _same_bytes(samples, group)]
-    conflicts = [group for group in same if len({encoded.label for encoded in group}) > 1]
+    alike = [group for group in locations.values() if len(group) > 1]
+    duplicates = [encoded for group in alike for encoded in _identical(dataset, group)]
+    conflicts = [group for group in duplicates if len({encoded.label for encoded in group}) > 1]
     arrays = {name: np.asarray(values, dtype=np.int64) for name, values in columns.items()}
     return Stats(
-        samples.class_names,
+        dataset.class_names,
         arrays["label"],
         arrays["width"],
         arrays["height"],
         arrays["size"],
         dict(sorted(extensions.items())),
-        [_keys(group) for group in same],
+        [_keys(group) for group in duplicates],
         [_keys(group) for group in conflicts],
     )
 
 
-def _same_bytes(samples: Dataset, places: list[tuple[int, int]]) -> list[list[EncodedSample]]:
-    """Return those whose bytes are truly the same, not their checksums alone."""
+def _identical(dataset: Dataset, locations: list[tuple[int, int]]) -> list[list[EncodedSample]]:
+    """Group samples with equal checksums by their actual bytes."""
     groups: dict[bytes, list[EncodedSample]] = defaultdict(list)
-    for shard, row in places:
-        encoded = samples.fetch(shard, row)
+    for shard, row in locations:
+        encoded = dataset.fetch(shard, row)
         groups[encoded.data].append(encoded)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -87,7 +99,7 @@ def _keys(group: list[EncodedSample]) -> list[str]:
 
 
 def summary(stats: Stats) -> dict[str, Any]:
-    """Return the numbers that a person reads."""
+    """Return the statistics to show to the user, by their descriptions."""
     counts = np.bincount(stats.labels, minlength=len(stats.class_names)) if stats.class_names else np.zeros(0, int)
     classes: dict[str, Any] = {"count": len(stats.class_names)}
     if len(counts):
@@ -113,7 +125,7 @@ def summary(stats: Stats) -> dict[str, Any]:
 
 
 def _classes_with_half(counts: npt.NDArray[np.int64]) -> int:
-    """Return how few classes together have half of the samples."""
+    """Return the smallest number of classes that together have half of the samples."""
     return int(np.searchsorted(np.cumsum(np.sort(counts)[::-1]), counts.sum() / 2)) + 1
 
 
@@ -121,8 +133,14 @@ def _percentiles(values: npt.NDArray[Any]) -> dict[str, Any]:
     return {name: values.dtype.type(np.percentile(values, percent)).item() for name, percent in PERCENTILES.items()}
 
 
-def draw(samples: Dataset, stats: Stats, path: Path) -> None:
-    """Draw a mosaic of samples over histograms of classes, sizes, shapes and bytes."""
+def plot(dataset: Dataset, stats: Stats, path: Path) -> None:
+    """Plot a mosaic of samples above histograms of classes, image sizes and file sizes.
+
+    Args:
+        dataset: Shard set.
+        stats: Its statistics.
+        path: PNG file to write.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -137,26 +155,27 @@ def draw(samples: Dataset, stats: Stats, path: Path) -> None:
             height_ratios=[2.05, 1],
             layout="constrained",
         )
-        axes["mosaic"].imshow(_mosaic(samples))
+        axes["mosaic"].imshow(_mosaic(dataset))
         axes["mosaic"].set_axis_off()
         axes["mosaic"].set_title(f"{len(stats.sizes):,} images in {len(stats.class_names)} classes", fontsize=15)
-        _draw_classes(axes["classes"], stats)
-        shades = ListedColormap(mpl.colormaps["GnBu"](np.linspace(0.4, 1.0, 256)))  # one image must be seen too
+        _plot_classes(axes["classes"], stats)
+        # Start at 0.4, so that a single image is visible.
+        shades = ListedColormap(mpl.colormaps["GnBu"](np.linspace(0.4, 1.0, 256)))
         axes["shape"].hexbin(stats.widths, stats.heights, gridsize=40, mincnt=1, bins="log", cmap=shades)
-        axes["shape"].set(title="size of the images", xlabel="width, pixels", ylabel="height, pixels")
+        axes["shape"].set(title="image sizes", xlabel="width, pixels", ylabel="height, pixels")
         axes["bytes"].hist(stats.sizes / 1000, bins=60, color=ACCENT)
-        axes["bytes"].set(title="size of the files", xlabel="kilobytes", ylabel="images")
+        axes["bytes"].set(title="file sizes", xlabel="kilobytes", ylabel="images")
         for name in ("classes", "shape", "bytes"):
             axes[name].spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=110)
         plt.close(figure)
 
 
-def _draw_classes(axes: Any, stats: Stats) -> None:
+def _plot_classes(axes: Any, stats: Stats) -> None:
     counts = np.bincount(np.maximum(stats.labels, 0), minlength=len(stats.class_names))
     order = np.argsort(-counts, kind="stable")
     axes.bar(np.arange(len(counts)), counts[order], width=1.0 if len(counts) > 60 else 0.8, color=ACCENT)
-    axes.set(title="images a class, largest first", ylabel="images", xlabel="classes")
+    axes.set(title="images per class, largest first", ylabel="images", xlabel="classes")
     if len(counts) <= 30:
         names = [stats.class_names[label].replace("$", r"\$") if stats.class_names else "" for label in order]
         longest = max(map(len, names))
@@ -166,15 +185,15 @@ def _draw_classes(axes: Any, stats: Stats) -> None:
         axes.set_xlabel("")
 
 
-def _mosaic(samples: Dataset) -> npt.NDArray[np.uint8]:
-    """Return tiles of samples drawn over all shards, each fitted into a square."""
-    ends = np.cumsum(samples.shard_sizes)
-    drawn = permutation(int(ends[-1]), "mosaic")[: MOSAIC_ROWS * MOSAIC_COLUMNS].tolist()
+def _mosaic(dataset: Dataset) -> npt.NDArray[np.uint8]:
+    """Return tiles of random samples of all shards, each cropped to a square [height, width, 3]."""
+    ends = np.cumsum(dataset.shard_sizes)
+    chosen = permutation(int(ends[-1]), "mosaic")[: MOSAIC_ROWS * MOSAIC_COLUMNS].tolist()
     canvas = np.full((MOSAIC_ROWS * TILE, MOSAIC_COLUMNS * TILE, 3), 255, np.uint8)
-    for place, position in enumerate(drawn):
+    for tile_number, position in enumerate(chosen):
         shard = int(np.searchsorted(ends, position, side="right"))
-        record = samples.read(shard, position - int(ends[shard]) + samples.shard_sizes[shard])
-        tile = ImageOps.fit(Image.fromarray(record.image), (TILE - 4, TILE - 4), Image.Resampling.BICUBIC)
-        top, left = place // MOSAIC_COLUMNS * TILE + 2, place % MOSAIC_COLUMNS * TILE + 2
+        sample = dataset.read(shard, position - int(ends[shard]) + dataset.shard_sizes[shard])
+        tile = ImageOps.fit(Image.fromarray(sample.image), (TILE - 4, TILE - 4), Image.Resampling.BICUBIC)
+        top, left = tile_number // MOSAIC_COLUMNS * TILE + 2, tile_number % MOSAIC_COLUMNS * TILE + 2
         canvas[top : top + TILE - 4, left : left + TILE - 4] = np.asarray(tile)
     return canvas

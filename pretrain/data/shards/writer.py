@@ -1,41 +1,52 @@
-"""Write one shard: a tar that every tool reads, its checksums and its index, in one pass.
+"""Write one shard in a single pass: a tar that every tool reads, its checksums and its index.
 
-The headers are ours (POSIX.1-2001: ustar, and pax where a name needs it): the same bytes under any Python, and faster
-than tarfile's.
+The tar headers are written by this module (POSIX.1-2001: ustar, with pax records for long or non-ASCII names), because
+the bytes must be the same under any Python version, and because that is faster than tarfile.
 """
 
 import hashlib
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from zlib_ng.zlib_ng import crc32
 
-from pretrain.data.shards.encoding import Stored
+from pretrain.data.shards.encoding import StoredImage
+from pretrain.data.storage.archive import BLOCK_BYTES
 from pretrain.data.storage.index import NO_LABEL, ShardIndex
+from pretrain.files import partial_path, publish
 
-BLOCK = 512
 NAME_BYTES = 100
-LONGEST_FILE = 0o77777777777
-# mode 0644, no owner, [size], the epoch's first second, [checksum], [type], then: ustar, and blanks.
+MAX_FILE_BYTES = 0o77777777777
+# A header: mode 0644, no owner, [size], modification time 0, [checksum], [type], then the ustar magic and zeros.
 BEFORE_SIZE, AFTER_SIZE = b"0000644\0" + b"0000000\0" * 2, b"00000000000\0"
-AFTER_TYPE = b"\0" * 100 + b"ustar\x0000" + b"\0" * (BLOCK - 265)
-FIXED_SUM = sum(BEFORE_SIZE + AFTER_SIZE + AFTER_TYPE) + 8 * ord(" ")  # its own checksum counts as blanks
+AFTER_TYPE = b"\0" * 100 + b"ustar\x0000" + b"\0" * (BLOCK_BYTES - 265)
+FIXED_SUM = sum(BEFORE_SIZE + AFTER_SIZE + AFTER_TYPE) + 8 * ord(" ")  # the checksum field itself counts as blanks
 
 
 class ShardWriter:
-    """Writes a shard's tar aside; `close` puts it in its place. The bytes depend on the samples alone."""
+    """Writes a tar under a temporary name until `close`. The bytes depend only on the samples.
+
+    Args:
+        path: Path of the tar.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.aside = path.with_name(path.name + ".partial")
-        self.file: BinaryIO = self.aside.open("wb")
+        self.file: BinaryIO = partial_path(path).open("wb")
         self.hash = hashlib.sha256()
         self.position = 0
         self.index = ShardIndex(path.name)
 
-    def add(self, key: str, image: Stored, label: int, members: dict[str, bytes]) -> None:
-        """Append a sample: the image, its class, and other members by extension."""
+    def add(self, key: str, image: StoredImage, label: int, members: dict[str, bytes]) -> None:
+        """Append a sample.
+
+        Args:
+            key: Key of the sample.
+            image: Image to store.
+            label: Label, NO_LABEL if the sample has none.
+            members: Other files of the sample by extension.
+        """
         size = len(image.data)
         name = header(f"{key}.{image.extension}", size)
         offset = self.position + len(name)
@@ -47,20 +58,19 @@ class ShardWriter:
         self._write(b"".join(pieces))
 
     def close(self) -> ShardIndex:
-        """Write tar's end mark, make the file last, give it its name; return the index."""
-        self._write(b"\0" * (2 * BLOCK))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        """Write the end mark, flush the tar to the disk, give it its final name, and return its index."""
+        self._write(b"\0" * (2 * BLOCK_BYTES))
         self.file.close()
-        self.aside.replace(self.path)
+        publish(partial_path(self.path), self.path)
         self.index.num_bytes = self.position
         self.index.sha256 = self.hash.hexdigest()
         return self.index
 
     def abandon(self) -> None:
-        """Remove what was written."""
-        self.file.close()
-        self.aside.unlink(missing_ok=True)
+        """Remove what was written so far."""
+        with suppress(OSError):  # on a full disk, closing the file fails to write its last bytes
+            self.file.close()
+        partial_path(self.path).unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:
         self.file.write(data)
@@ -69,13 +79,17 @@ class ShardWriter:
 
 
 def header(name: str, size: int) -> bytes:
-    """Return what stands before a file of `size` bytes in a tar.
+    """Return the tar header of a file.
+
+    Args:
+        name: Name of the file in the tar.
+        size: Size of the file in bytes.
 
     Raises:
-        ValueError: the file is too large for tar's plain size field, 8 GiB.
+        ValueError: If the file exceeds 8 GiB, the limit of tar's size field.
     """
-    if size > LONGEST_FILE:
-        raise ValueError(f"{name}: {size} bytes, more than the 8 GiB of a tar's member")
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{name}: {size} bytes, but a file in a tar must not exceed 8 GiB")
     plain = name.encode("ascii", "replace")
     if len(plain) <= NAME_BYTES and plain.decode() == name:
         return _ustar(plain, size, b"0")
@@ -93,11 +107,11 @@ def _ustar(name: bytes, size: int, kind: bytes) -> bytes:
 
 
 def _pax_record(keyword: str, value: str) -> bytes:
-    """Return `LENGTH keyword=value`, where the length counts its own digits."""
+    """Return `LENGTH keyword=value`, where the length includes its own digits."""
     rest = f" {keyword}={value}\n".encode()
     length = len(rest) + len(str(len(rest)))
     return str(len(rest) + len(str(length))).encode() + rest
 
 
 def _padding(size: int) -> bytes:
-    return b"\0" * (-size % BLOCK)
+    return b"\0" * (-size % BLOCK_BYTES)

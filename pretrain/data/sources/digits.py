@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a source: data for tests and first runs, without a download."""
+"""scikit-learn's handwritten digits as a source: data for tests and first runs that needs no download."""
 
 import io
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ def list_digits() -> Source:
     names = [f"sklearn.datasets.load_digits()[{i}]" for i in range(len(pngs))]
 
     def image(i: int) -> SourceImage:
-        return SourceImage(f"{labels[i]}/{i:04d}", int(labels[i]), names[i], _Ready(pngs[i]))
+        return SourceImage(f"{labels[i]}/{i:04d}", int(labels[i]), names[i], _ReadMemory(pngs[i]))
 
     return Source([str(name) for name in digits.target_names], names, labels, np.asarray(list(map(len, pngs))), image)
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """An image that is in memory already."""
+class _ReadMemory:
+    """A callable that returns an image from memory."""
 
     data: bytes
 
@@ -35,7 +35,7 @@ class _Ready:
 
 
 def _digit_png(pixels: npt.NDArray[np.float64]) -> bytes:
-    """Return a digit, 8 x 8 values of 0 to 16, as a PNG."""
+    """Encode a digit, 8 x 8 values from 0 to 16, as a PNG."""
     image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
     buffer = io.BytesIO()
     image.resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "PNG")

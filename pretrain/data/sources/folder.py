@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.sources.source import Content, Integers, Source, SourceImage, counted
+from pretrain.data.sources.source import Content, Integers, Source, SourceImage, summarize
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.errors import DataError
 
@@ -16,7 +16,11 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass(frozen=True)
 class ReadFile:
-    """Reads an image's file."""
+    """A callable that reads an image file.
+
+    Args:
+        path: Path of the file.
+    """
 
     path: str
 
@@ -24,98 +28,101 @@ class ReadFile:
         return Content(Path(self.path).read_bytes(), {}, {})
 
 
-def list_folder(folder: Path, labeled: bool = True, listed: Callable[[int], None] = lambda _: None) -> Source:
-    """List a folder that has a subfolder for each class, or, without labels, images at any depth.
+def list_folder(folder: Path, labeled: bool = True, progress: Callable[[int], None] = lambda _: None) -> Source:
+    """List the images of a folder: one subfolder per class or, without labels, images at any depth.
 
     Args:
-        folder: files below a class's subfolder, at any depth, belong to the class.
-        labeled: whether there are classes.
-        listed: called with the number of files just seen.
+        folder: Folder to list. Images at any depth below a class's subfolder belong to the class.
+        labeled: Whether the subfolders are classes.
+        progress: Function called with the number of files listed since the last call.
 
     Raises:
-        DataError: there is no such folder, or no subfolder for a class.
+        DataError: If the folder does not exist, or has no subfolders although `labeled` is true.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder (the built-in source is called digits)")
+        raise DataError(f"{folder}: no such folder; name a folder, or `digits` for the built-in source")
     if not labeled:
-        found = _Found(folder)
-        found.add("", NO_LABEL, listed)
-        return found.source([])
+        scan = _FolderScan(folder)
+        scan.add("", NO_LABEL, progress)
+        return scan.source([])
     entries = sorted(folder.iterdir())
     folders = [path.name for path in entries if path.is_dir()]
     class_names = [name for name in folders if not name.startswith(".")]
     if not class_names:
         raise DataError(
-            f"{folder}: has no subfolders; expected one for each class, as in {folder}/cat/1.jpg, or --unlabeled"
+            f"{folder}: has no subfolders; expected one per class, such as {folder}/cat/1.jpg, or --unlabeled"
         )
-    found = _Found(folder)
-    empty = [name for label, name in enumerate(class_names) if not found.add(name, label, listed)]
-    stray = [path.name for path in entries if path.is_file()]
-    images_outside = [name for name in stray if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    found.others += [name for name in stray if name not in images_outside]
-    source = found.source(class_names)
+    scan = _FolderScan(folder)
+    empty = [name for label, name in enumerate(class_names) if not scan.add(name, label, progress)]
+    top_level = [path.name for path in entries if path.is_file()]
+    images_outside = [name for name in top_level if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    scan.not_images += [name for name in top_level if name not in images_outside]
+    source = scan.source(class_names)
     hidden = [name for name in folders if name not in class_names]
-    source.remarks += counted(hidden, "hidden folder, left out", "hidden folders, left out")
-    source.faults += counted(images_outside, "image outside of any class", "images outside of any class")
-    source.faults += counted(empty, "class without images", "classes without images")
+    source.notes += summarize(hidden, "hidden folder, skipped", "hidden folders, skipped")
+    source.problems += summarize(images_outside, "image outside of the classes", "images outside of the classes")
+    source.problems += summarize(empty, "class without images", "classes without images")
     return source
 
 
-class _Found:
-    """The images of a folder, by their names relative to it, and what else is there."""
+class _FolderScan:
+    """The files found in a folder, by their paths relative to it.
+
+    Args:
+        folder: Folder to scan.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.names: list[str] = []
         self.labels: list[int] = []
         self.sizes: list[int] = []
-        self.names_of_keys: dict[str, str] = {}
-        self.others: list[str] = []
-        self.twice: list[str] = []
-        self.unnameable: list[str] = []
-        self.unlisted: list[str] = []
+        self.name_by_key: dict[str, str] = {}
+        self.not_images: list[str] = []
+        self.repeated_keys: list[str] = []
+        self.unprintable: list[str] = []
+        self.unreadable_folders: list[str] = []
 
-    def add(self, subfolder: str, label: int, listed: Callable[[int], None]) -> int:
-        """Take all images below a subfolder; return how many they are."""
+    def add(self, subfolder: str, label: int, progress: Callable[[int], None]) -> int:
+        """Add all images below a subfolder; return their number."""
         before = len(self.names)
-        for path, size in _files_below(str(self.folder / subfolder), self.unlisted):
-            listed(1)
+        for path, size in _files_below(str(self.folder / subfolder), self.unreadable_folders):
+            progress(1)
             name = os.path.relpath(path, self.folder)
             key, suffix = _key(name), Path(name).suffix.lower()
             if not path.isprintable():
-                self.unnameable.append(ascii(name))
+                self.unprintable.append(ascii(name))
             elif suffix not in IMAGE_SUFFIXES:
-                self.others.append(name)
-            elif key in self.names_of_keys:
-                self.twice.append(f"{name} (as {self.names_of_keys[key]})")
+                self.not_images.append(name)
+            elif key in self.name_by_key:
+                self.repeated_keys.append(f"{name} (same as {self.name_by_key[key]})")
             else:
-                self.names_of_keys[key] = name
+                self.name_by_key[key] = name
                 self.names.append(name)
                 self.labels.append(label)
                 self.sizes.append(size)
         return len(self.names) - before
 
     def source(self, class_names: list[str]) -> Source:
-        """Return what was found as a source."""
+        """Return the images as a source."""
         labels = np.asarray(self.labels, np.int64)
+        unreadable = summarize(self.unreadable_folders, "folder that cannot be listed", "folders that cannot be listed")
+        repeated = summarize(self.repeated_keys, "image whose key is taken", "images whose keys are taken")
+        unprintable = summarize(self.unprintable, "name that is not printable", "names that are not printable")
         return Source(
             class_names,
             self.names,
             labels,
             np.asarray(self.sizes, np.int64),
-            _ImageOfFolder(self.folder, self.names, labels),
-            counted(self.others, "not an image, left out", "not images, left out"),
-            [
-                *counted(self.unlisted, "folder that cannot be listed", "folders that cannot be listed"),
-                *counted(self.twice, "image with a key already taken", "images with keys already taken"),
-                *counted(self.unnameable, "name that is not readable text", "names that are not readable text"),
-            ],
+            _ImageAt(self.folder, self.names, labels),
+            summarize(self.not_images, "file that is not an image, skipped", "files that are not images, skipped"),
+            [*unreadable, *repeated, *unprintable],
         )
 
 
 @dataclass(frozen=True)
-class _ImageOfFolder:
-    """The i-th image of a folder; not a closure, so that it can be sent to a loader's workers."""
+class _ImageAt:
+    """A callable that returns the image at a position; not a closure, so that it can be sent to loader workers."""
 
     folder: Path
     names: list[str]
@@ -127,15 +134,18 @@ class _ImageOfFolder:
 
 
 def _key(name: str) -> str:
-    """Return the key of a file's sample; WebDataset takes a key to end at the first dot."""
+    """Return the sample key of a file; dots are replaced because WebDataset ends a key at the first dot."""
     return str(Path(name).with_suffix("")).replace(".", "_")
 
 
-def _files_below(folder: str, unlisted: list[str], above: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
-    """Yield every file at any depth and its size, links followed; a link to nowhere has size 0, and fails when read."""
-    here = os.path.realpath(folder)
-    if here in above:
-        unlisted.append(f"{folder} (links to a folder above it)")
+def _files_below(folder: str, unreadable: list[str], parents: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
+    """Yield the path and size of every file at any depth, following links.
+
+    A broken link has size 0 and fails when it is read.
+    """
+    real_path = os.path.realpath(folder)
+    if real_path in parents:
+        unreadable.append(f"{folder} (links to one of its parent folders)")
         return
     try:
         with os.scandir(folder) as found:
@@ -143,11 +153,11 @@ def _files_below(folder: str, unlisted: list[str], above: tuple[str, ...] = ()) 
                 ((entry.path, entry.is_dir(), _size(entry)) for entry in found), key=lambda entry: entry[0]
             )
     except OSError as error:
-        unlisted.append(f"{folder} ({error.strerror})")
+        unreadable.append(f"{folder} ({error.strerror})")
         return
     for path, is_folder, size in entries:
         if is_folder:
-            yield from _files_below(path, unlisted, (*above, here))
+            yield from _files_below(path, unreadable, (*parents, real_path))
         else:
             yield path, size
 

@@ -1,4 +1,4 @@
-"""Find out by its name what kind of source a user means, and list it."""
+"""Choose the kind of source by its path, and list its images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +15,15 @@ from pretrain.errors import DataError
 
 
 @dataclass(frozen=True)
-class Listing:
-    """How a source is to be understood.
+class SourceOptions:
+    """How to interpret a source.
 
     Args:
-        labeled: whether its images have classes.
-        class_names: in the order of the labels, where the source has numbers.
-        columns: of a table.
-        label_key: the label's key in the JSON of a tar's sample that has no `cls`.
-        policy: how patient to be with what is remote.
+        labeled: Whether the images have classes.
+        class_names: Names of the classes in the order of the labels, for sources with numeric labels.
+        columns: Columns of a table.
+        label_key: JSON key of the label for samples of a tar without .cls.
+        policy: Timeouts for remote sources.
     """
 
     labeled: bool = True
@@ -33,38 +33,44 @@ class Listing:
     policy: FetchPolicy = field(default_factory=FetchPolicy)
 
 
-def list_source(name: str, listing: Listing | None = None, listed: Callable[[int], None] = lambda _: None) -> Source:
-    """List the images of `name`: a folder, a table, tars, or `digits`.
+def list_source(
+    path: str, options: SourceOptions | None = None, progress: Callable[[int], None] = lambda _: None
+) -> Source:
+    """List the images of a folder, a table, tars or the built-in digits.
 
     Args:
-        name: a folder of images or of tars; a .csv, .tsv or .parquet file; URLs or paths of tars; `digits`.
-        listing: how to understand it.
-        listed: called with the number of images just seen.
+        path: Folder of images or of tars; .csv, .tsv or .parquet file; paths or URLs of tars; or `digits`.
+        options: How to interpret the source.
+        progress: Function called with the number of images listed since the last call.
 
     Raises:
-        DataError: nothing usable is there.
+        DataError: If the path is a pipe, or a folder of several splits.
     """
-    listing = listing or Listing()
-    path = Path(name)
-    if name == "digits" and not path.exists():
+    options = options or SourceOptions()
+    folder = Path(path)
+    if path == "digits" and not folder.exists():
         return list_digits()
-    if path.suffix in SUFFIXES and not is_remote(name):
-        return list_table(path, listing.columns, listing.class_names, listing.labeled, listing.policy, listed)
-    if name.startswith(PIPE):
-        raise DataError(f"{name}: the output of a command has no random access; write it to a file first")
-    tars = find_tars(name)
+    if folder.suffix in SUFFIXES and not is_remote(path):
+        return list_table(folder, options.columns, options.class_names, options.labeled, options.policy, progress)
+    if path.startswith(PIPE):
+        raise DataError(f"{path}: the output of a command has no random access; write it to a file first")
+    tars = find_tars(path)
     if tars:
-        names = listing.class_names
-        if names is None and (path / DATASET_FILE).exists():
-            names = DatasetInfo.load(path).class_names or None
-        return list_tars(tars, names, listing.label_key if listing.labeled else None, listing.policy, listed)
-    if (path / "train" / DATASET_FILE).exists():
-        raise DataError(f"{path}: holds several splits; name one, as in {path / 'train'}")
-    return list_folder(path, listing.labeled, listed)
+        names = options.class_names
+        if names is None and (folder / DATASET_FILE).exists():
+            names = DatasetInfo.load(folder).class_names or None
+        return list_tars(tars, names, options.label_key if options.labeled else None, options.policy, progress)
+    if (folder / "train" / DATASET_FILE).exists():
+        raise DataError(f"{folder}: contains several splits; name one, such as {folder / 'train'}")
+    return list_folder(folder, options.labeled, progress)
 
 
-def find_tars(name: str) -> list[str]:
-    """Return the tars that a name means: URLs, paths with braces, or a folder's; none where it means something else."""
-    if is_remote(name) or name.endswith(".tar"):
-        return expand_braces(name)
-    return sorted(map(str, Path(name).glob("*.tar")))
+def find_tars(path: str) -> list[str]:
+    """Return the tars that a path stands for; empty if it is another kind of source.
+
+    Args:
+        path: URLs or paths of tars, with braces; or a folder.
+    """
+    if is_remote(path) or path.endswith(".tar"):
+        return expand_braces(path)
+    return sorted(map(str, Path(path).glob("*.tar")))

@@ -1,4 +1,4 @@
-"""What a source is: images in any form, before they become shards."""
+"""What a source is: images in any form, before they are written as shards."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,11 +12,17 @@ from pretrain.errors import DataError
 
 Integers = npt.NDArray[np.int64]
 
-NAMES_SHOWN = 5
+MAX_NAMES_SHOWN = 5
 
 
 class Content(NamedTuple):
-    """What a sample holds: the encoded image; what its JSON says; other members by extension, as a caption's txt."""
+    """The content of one sample.
+
+    Attributes:
+        image: Encoded image.
+        metadata: JSON object that is stored with the image.
+        members: Other files of the sample by extension, such as the txt of a caption.
+    """
 
     image: bytes
     metadata: dict[str, Any]
@@ -25,7 +31,14 @@ class Content(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image before it is in a shard; `read` gets its content, in this process or another."""
+    """An image that is not in a shard yet.
+
+    Attributes:
+        key: Key of the sample in its shard.
+        label: Label of the image, NO_LABEL if it has none.
+        origin: Where the image comes from, for messages and metadata.
+        read: Function that reads the content; it can be pickled, to run in another process.
+    """
 
     key: str
     label: int
@@ -35,10 +48,16 @@ class SourceImage:
 
 @dataclass
 class Source:
-    """Images in columns, so that millions can be listed, and everything that was noticed while listing them.
+    """A list of images in columns, which is small enough for millions of images.
 
-    `names` are a person's words for the images; `labels` count from 0, NO_LABEL where there are no classes; `sizes`
-    are in bytes, 0 where they are not known beforehand; `image` gives the i-th.
+    Attributes:
+        class_names: Name of each class, in the order of the labels; empty if the images have no labels.
+        names: Name of each image, for messages.
+        labels: Label of each image [N], NO_LABEL if the images have none.
+        sizes: Size of each encoded image in bytes [N], 0 if it is unknown.
+        image: Function that returns the image at a position.
+        notes: Remarks for the user, one sentence each.
+        problems: Reasons why images would be lost, one sentence each; making shards refuses them unless told otherwise.
     """
 
     class_names: list[str]
@@ -46,28 +65,36 @@ class Source:
     labels: Integers
     sizes: Integers
     image: Callable[[int], SourceImage]
-    remarks: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, rows: Sequence[int] | Integers) -> "Source":
-        """Return some of the images, with all that was noticed."""
-        rows = np.asarray(rows, np.int64)
+    def take(self, positions: Sequence[int] | Integers) -> "Source":
+        """Return a source with the images at some positions, and with all notes and problems."""
+        rows = np.asarray(positions, np.int64)
         return Source(
             self.class_names,
             [self.names[row] for row in rows],
             self.labels[rows],
             self.sizes[rows],
             lambda i: self.image(int(rows[i])),
-            self.remarks,
-            self.faults,
+            self.notes,
+            self.problems,
         )
 
 
 def keep_classes(source: Source, names: Sequence[str]) -> Source:
-    """Keep only some classes; their labels are counted anew from 0, in the source's order."""
+    """Return a source with only some of the classes; their labels are renumbered from 0 in the source's order.
+
+    Args:
+        source: Labeled source.
+        names: Names of the classes to keep.
+
+    Raises:
+        DataError: If the source has no class of a given name.
+    """
     unknown = [name for name in names if name not in source.class_names]
     if unknown:
         raise DataError(f"no class {', '.join(unknown)}; the classes are {', '.join(source.class_names)}")
@@ -82,9 +109,15 @@ def keep_classes(source: Source, names: Sequence[str]) -> Source:
     )
 
 
-def counted(names: list[str], one: str, many: str) -> list[str]:
-    """Return one line that counts and names, or none."""
+def summarize(names: list[str], singular: str, plural: str) -> list[str]:
+    """Return one line with the number of names and the first few of them; no line if there are no names.
+
+    Args:
+        names: Names of what is counted.
+        singular: Description of one.
+        plural: Description of several.
+    """
     if not names:
         return []
-    shown = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
-    return [f"{len(names)} {one if len(names) == 1 else many}: {shown}"]
+    shown = ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
+    return [f"{len(names)} {singular if len(names) == 1 else plural}: {shown}"]

@@ -1,4 +1,4 @@
-"""A CSV or Parquet table as a source: a row an image, by its path or URL, its class, and whatever else is known."""
+"""A CSV or Parquet table as a source: each row has the path or URL of an image, its class and optional metadata."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.data.sources.folder import ReadFile
-from pretrain.data.sources.source import Content, Integers, Source, SourceImage, counted
+from pretrain.data.sources.source import Content, Integers, Source, SourceImage, summarize
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.remote import FetchPolicy, fetch_bytes, is_remote
 from pretrain.errors import DataError
@@ -23,7 +23,12 @@ LABEL_COLUMNS = ("label", "class", "category", "target")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to use; None takes the first of the usual names."""
+    """Columns of a table.
+
+    Args:
+        image: Column with the paths or URLs; None takes the first column named in IMAGE_COLUMNS.
+        label: Column with the classes; None takes the first column named in LABEL_COLUMNS.
+    """
 
     image: str | None = None
     label: str | None = None
@@ -31,16 +36,22 @@ class Columns:
 
 @dataclass(frozen=True)
 class ReadRow:
-    """Reads a row's image; the row's other columns are its metadata."""
+    """A callable that reads the image of one row.
 
-    place: str
+    Args:
+        path: Path or URL of the image.
+        metadata: Values of the row's other columns.
+        policy: Timeouts for a URL.
+    """
+
+    path: str
     metadata: dict[str, Any]
     policy: FetchPolicy
 
     def __call__(self) -> Content:
-        if is_remote(self.place):
-            return Content(fetch_bytes(self.place, self.policy), self.metadata, {})
-        return Content(ReadFile(self.place)().image, self.metadata, {})
+        if is_remote(self.path):
+            return Content(fetch_bytes(self.path, self.policy), self.metadata, {})
+        return Content(ReadFile(self.path)().image, self.metadata, {})
 
 
 def list_table(
@@ -49,30 +60,31 @@ def list_table(
     class_names: Sequence[str] | None,
     labeled: bool,
     policy: FetchPolicy,
-    listed: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Source:
-    """List the rows of a table; a path is relative to the table's folder.
+    """List the rows of a table. Relative paths start at the table's folder.
 
     Args:
-        path: of a .csv (with a line of names), .tsv or .parquet file.
-        columns: where the images and labels stand.
-        class_names: in the order of the labels; else labels that are words give them, sorted, and numbers themselves.
-        labeled: whether there are classes.
-        policy: how patient to be with URLs.
-        listed: called with the number of rows just seen.
+        path: Path of a .csv, .tsv (both with a header line) or .parquet file.
+        columns: Columns of the images and labels.
+        class_names: Names of the classes in the order of the labels. None takes the sorted names from a column of text,
+            or uses the numbers of a column of numbers.
+        labeled: Whether the images have classes.
+        policy: Timeouts for URLs.
+        progress: Function called with the number of rows listed since the last call.
 
     Raises:
-        DataError: not readable, a column is missing, or labels are neither words nor whole numbers from 0.
+        DataError: If the table has no rows, or the image column holds neither paths nor URLs.
     """
     table = _read(path)
     if not table.num_rows:
         raise DataError(f"{path}: has no rows")
     image_column = _column(path, table, columns.image, IMAGE_COLUMNS, "--image-column")
     label_column = _column(path, table, columns.label, LABEL_COLUMNS, "--label-column") if labeled else None
-    places = table.column(image_column)
-    if not _is_text(places):
-        raise DataError(f"{path}: column {image_column} holds {places.type}; expected paths or URLs")
-    no_image = _rows(places.is_null())
+    paths = table.column(image_column)
+    if not _is_text(paths):
+        raise DataError(f"{path}: column {image_column} contains {paths.type}; expected paths or URLs")
+    no_image = _rows(paths.is_null())
     no_label = _rows(table.column(label_column).is_null()) if label_column else []
     rows = np.setdiff1d(np.arange(table.num_rows), [*no_image, *no_label])
     table = table.take(rows)
@@ -82,32 +94,32 @@ def list_table(
         labels, names = _labels(f"{path}: column {label_column}", table.column(label_column), class_names)
     others = [name for name in table.column_names if name not in (image_column, label_column)]
 
-    def place(i: int) -> str:
+    def full_path(i: int) -> str:
         return given[i] if is_remote(given[i]) else str(path.parent / given[i])
 
     def image(i: int) -> SourceImage:
         metadata = {name: value for name in others if (value := table.column(name)[i].as_py()) is not None}
-        return SourceImage(f"{rows[i]:09d}", int(labels[i]), given[i], ReadRow(place(i), metadata, policy))
+        return SourceImage(f"{rows[i]:09d}", int(labels[i]), given[i], ReadRow(full_path(i), metadata, policy))
 
     sizes = np.zeros(len(rows), np.int64)
     for i in range(len(rows)):
-        sizes[i] = _size(place(i))
-        listed(1)
+        sizes[i] = _size(full_path(i))
+        progress(1)
     return Source(
         names,
         given,
         labels,
         sizes,
         image,
-        faults=[
-            *counted([f"row {row + 1}" for row in no_image], "row without an image", "rows without an image"),
-            *counted([f"row {row + 1}" for row in no_label], "row without a label", "rows without a label"),
+        problems=[
+            *summarize([f"row {row + 1}" for row in no_image], "row without an image", "rows without an image"),
+            *summarize([f"row {row + 1}" for row in no_label], "row without a label", "rows without a label"),
         ],
     )
 
 
 def _read(path: Path) -> "Table":
-    """Read a table. pyarrow is imported here, since most sources need none."""
+    """Read a table. pyarrow is imported here because most sources do not need it."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 
@@ -121,35 +133,40 @@ def _read(path: Path) -> "Table":
         raise DataError(f"{path}: not a readable table ({error})") from None
 
 
-def _column(path: Path, table: "Table", asked: str | None, usual: Sequence[str], option: str) -> str:
-    """Return the column that was asked for, else the first of the usual names."""
-    for name in [asked] if asked else usual:
+def _column(path: Path, table: "Table", requested: str | None, defaults: Sequence[str], option: str) -> str:
+    """Return the requested column, or the first default name that the table has."""
+    for name in [requested] if requested else defaults:
         if name in table.column_names:
             return name
-    wanted = asked or " or ".join(usual)
-    raise DataError(f"{path}: no column {wanted}; it has {', '.join(table.column_names)}. Name one with {option}")
+    wanted = requested or " or ".join(defaults)
+    columns = ", ".join(table.column_names)
+    raise DataError(f"{path}: no column {wanted}; name one of its columns with {option}: {columns}")
 
 
-def _labels(place: str, column: "ChunkedArray", class_names: Sequence[str] | None) -> tuple[Integers, list[str]]:
-    """Return the labels as numbers, and the classes' names."""
+def _labels(name: str, column: "ChunkedArray", class_names: Sequence[str] | None) -> tuple[Integers, list[str]]:
+    """Return the labels as numbers [N], and the names of the classes."""
     import pyarrow as pa
 
     if pa.types.is_integer(column.type):
         labels = column.to_numpy().astype(np.int64)
         if len(labels) and labels.min() < 0:
-            raise DataError(f"{place}: has the label {labels.min()}; labels count from 0")
+            raise DataError(f"{name}: has the label {labels.min()}; labels must start at 0")
         highest = int(labels.max(initial=-1))
         if class_names is not None and highest >= len(class_names):
-            raise DataError(f"{place}: label {highest} is out of range: there are {len(class_names)} class names")
+            raise DataError(
+                f"{name}: label {highest} is out of range because there are {len(class_names)} class names; "
+                "name every class"
+            )
         return labels, list(class_names) if class_names is not None else [str(i) for i in range(highest + 1)]
     if not _is_text(column):
-        raise DataError(f"{place}: holds {column.type}; expected the classes' names, or whole numbers from 0")
+        raise DataError(f"{name}: contains {column.type}; expected class names, or whole numbers from 0")
     names = sorted(column.unique().to_pylist()) if class_names is None else list(class_names)
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {class_name: number for number, class_name in enumerate(names)}
     unknown = sorted(set(column.unique().to_pylist()) - numbers.keys())
     if unknown:
-        raise DataError(f"{place}: " + counted(unknown, "class without a name", "classes without a name")[0])
-    return np.asarray([numbers[name] for name in column.to_pylist()], np.int64), names
+        [sentence] = summarize(unknown, "class that has no given name", "classes that have no given name")
+        raise DataError(f"{name}: {sentence}")
+    return np.asarray([numbers[class_name] for class_name in column.to_pylist()], np.int64), names
 
 
 def _is_text(column: "ChunkedArray") -> bool:
@@ -159,13 +176,13 @@ def _is_text(column: "ChunkedArray") -> bool:
 
 
 def _rows(mask: "ChunkedArray") -> list[int]:
-    """Return the rows that are true."""
+    """Return the positions of the true values."""
     return np.flatnonzero(mask.to_numpy()).tolist()
 
 
-def _size(place: str) -> int:
-    """Return the bytes of a local file; 0 where nobody knows, as of a URL, or of a file that is not there."""
+def _size(path: str) -> int:
+    """Return the size of a local file in bytes; 0 for a URL or a missing file."""
     try:
-        return 0 if is_remote(place) else Path(place).stat().st_size
+        return 0 if is_remote(path) else Path(path).stat().st_size
     except OSError:
         return 0

@@ -1,4 +1,4 @@
-"""Tars as a source of images: each is skimmed once for its samples, which are then read in any order."""
+"""Tars as a source: each tar is scanned once for its samples, which can then be read in any order."""
 
 import io
 from collections import Counter
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.sources.source import Content, Source, SourceImage, counted
+from pretrain.data.sources.source import Content, Source, SourceImage, summarize
 from pretrain.data.storage.archive import BLOCK_BYTES, TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.local import read_range
@@ -18,7 +18,14 @@ from pretrain.data.storage.webdataset import image_of, label_of, metadata_of, na
 
 @dataclass(frozen=True)
 class ReadSample:
-    """Reads one sample's members out of a tar."""
+    """A callable that reads the members of one sample from a tar.
+
+    Args:
+        tar: Path or URL of the tar.
+        offset: Position of the sample's first header, in bytes.
+        size: Length of all its headers and data, in bytes.
+        policy: Timeouts for a remote tar.
+    """
 
     tar: str
     offset: int
@@ -30,8 +37,8 @@ class ReadSample:
             data = fetch_range(self.tar, self.offset, self.size, self.policy)
         else:
             data = read_range(Path(self.tar), self.offset, self.size)
-        archive = TarReader(self.tar, io.BytesIO(data + b"\0" * (2 * BLOCK_BYTES)))
-        [(key, members)] = samples_of(archive, Counter())
+        tar = TarReader(self.tar, io.BytesIO(data + b"\0" * (2 * BLOCK_BYTES)))
+        [(key, members)] = samples_of(tar, Counter())
         extension, image = image_of(self.tar, key, members)
         others = {name: member.data for name, member in members.items() if name not in (extension, "cls", "json")}
         return Content(image.data, metadata_of(self.tar, key, members.get("json")), others)
@@ -42,45 +49,43 @@ def list_tars(
     class_names: Sequence[str] | None,
     label_key: str | None,
     policy: FetchPolicy,
-    listed: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Source:
-    """List the samples of WebDataset tars. Local tars are skimmed, remote ones stream by once.
+    """List the samples of WebDataset tars. Of local tars only headers and labels are read; remote tars are streamed.
 
     Args:
-        tars: paths or URLs.
-        class_names: in the order of the labels; else taken from the samples' JSON ("class"), else the labels' numbers.
-        label_key: the JSON key of the label where a sample has no `cls`; None when the samples have no labels.
-        policy: how patient to be with remote tars.
-        listed: called with the number of samples just seen.
-
-    Raises:
-        DataError: a damaged tar, no image or label, a label out of range.
+        tars: Paths or URLs.
+        class_names: Names of the classes in the order of the labels. None takes them from "class" in the samples' JSON,
+            or uses the labels.
+        label_key: JSON key of the label for samples without .cls; None if the samples have no labels.
+        policy: Timeouts for remote tars.
+        progress: Function called with the number of samples listed since the last call.
     """
     keys: list[str] = []
-    places: list[tuple[int, int, int, int]] = []  # label, tar, offset, size
-    left_out: Counter[str] = Counter()
-    found: dict[int, str] = {}
-    seen: dict[str, str] = {}
-    twice: list[str] = []
+    rows: list[tuple[int, int, int, int]] = []  # label, tar, offset, size
+    ignored: Counter[str] = Counter()
+    names_found: dict[int, str] = {}
+    tar_of_key: dict[str, str] = {}
+    repeated: list[str] = []
     for number, tar in enumerate(tars):
         with open_tar(tar, policy) as stream:
-            for key, members in samples_of(TarReader(tar, stream, _is_small), left_out):
-                listed(1)
+            for key, members in samples_of(TarReader(tar, stream, _is_label_file), ignored):
+                progress(1)
                 image_of(tar, key, members)
                 metadata = metadata_of(tar, key, members.get("json"))
                 label = label_of(tar, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
                 if isinstance(metadata.get("class"), str):
-                    found[label] = metadata["class"]
-                if key in seen:
-                    twice.append(f"{key} of {tar} (also in {seen[key]})")
+                    names_found[label] = metadata["class"]
+                if key in tar_of_key:
+                    repeated.append(f"{key} in {tar} (also in {tar_of_key[key]})")
                     continue
-                seen[key] = tar
-                begin = min(member.header_offset for member in members.values())
+                tar_of_key[key] = tar
+                start = min(member.header_offset for member in members.values())
                 end = max(member.offset + member.size for member in members.values())
                 keys.append(key)
-                places.append((label, number, begin, end - begin + -(end - begin) % BLOCK_BYTES))
-    columns = np.asarray(places, np.int64).reshape(-1, 4)
-    names = name_classes(int(columns[:, 0].max(initial=-1)), class_names, found) if label_key else []
+                rows.append((label, number, start, end - start + -(end - start) % BLOCK_BYTES))
+    columns = np.asarray(rows, np.int64).reshape(-1, 4)
+    names = name_classes(int(columns[:, 0].max(initial=-1)), class_names, names_found) if label_key else []
 
     def image(i: int) -> SourceImage:
         label, number, offset, size = columns[i].tolist()
@@ -92,11 +97,11 @@ def list_tars(
         columns[:, 0],
         columns[:, 3],
         image,
-        [f"{count} {what}, left out" for what, count in left_out.items()],
-        counted(twice, "sample with a key already taken", "samples with keys already taken"),
+        [f"{count} {kind}, skipped" for kind, count in ignored.items()],
+        summarize(repeated, "sample whose key is taken", "samples whose keys are taken"),
     )
 
 
-def _is_small(name: str) -> bool:
-    """Say whether a member is read while listing: what may hold the label, and the class's name."""
+def _is_label_file(name: str) -> bool:
+    """Return whether a member may hold the label or the name of the class."""
     return name.lower().endswith((".cls", ".json"))

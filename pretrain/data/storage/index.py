@@ -1,6 +1,6 @@
-"""What stands beside a tar: an index of its samples; and over all tars of a split: `dataset.json`.
+"""The index format: one JSON file per tar with the position of every sample, and one `dataset.json` per split.
 
-Both are JSON that a stranger can open. With them a sample is read by offset, in any order, and proved by checksum.
+With the index, a sample is read by offset in any order, and verified by its checksum.
 """
 
 import hashlib
@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import DataError
+from pretrain.files import atomic_write
 
-VERSION = 3
+FORMAT_VERSION = 3
 DATASET_FILE = "dataset.json"
 NO_LABEL = -1
 SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_bytes", "index_sha256")
@@ -19,10 +20,20 @@ SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_bytes", "i
 
 @dataclass
 class ShardIndex:
-    """The samples of one tar, column by column, in the order of the tar.
+    """The samples of one tar in columns, in the order of the tar.
 
-    `offset` and `size` (bytes) find the encoded image in the tar, `crc32` proves it; `width` and `height` (pixels) are
-    the decoded image's.
+    Attributes:
+        name: File name or URL of the tar.
+        num_bytes: Size of the tar.
+        sha256: SHA-256 of the tar, in hexadecimal.
+        key: Key of each sample.
+        extension: File name extension of each image.
+        offset: Position of each encoded image in the tar, in bytes.
+        size: Length of each encoded image, in bytes.
+        crc32: CRC-32 of each encoded image.
+        label: Label of each sample, NO_LABEL if the samples have none.
+        width: Width of each decoded image, in pixels.
+        height: Height of each decoded image, in pixels.
     """
 
     name: str
@@ -43,7 +54,7 @@ class ShardIndex:
     def append(
         self, key: str, extension: str, offset: int, size: int, crc32: int, label: int, width: int, height: int
     ) -> None:
-        """Add a sample."""
+        """Add a sample; the arguments are its values in the columns of the same names."""
         self.key.append(key)
         self.extension.append(extension)
         self.offset.append(offset)
@@ -54,25 +65,42 @@ class ShardIndex:
         self.height.append(height)
 
     def save(self, folder: Path) -> "ShardEntry":
-        """Write the index into the folder of `dataset.json`; return what that has to know of it and its tar."""
-        size, digest = write_json(folder / index_name(self.name), {"version": VERSION, **asdict(self)})
+        """Write the index into the folder of `dataset.json` and return the entry for `dataset.json`."""
+        size, digest = write_json(folder / index_name(self.name), {"version": FORMAT_VERSION, **asdict(self)})
         return ShardEntry(self.name, len(self), self.num_bytes, self.sha256, size, digest)
 
     @classmethod
-    def parse(cls, data: bytes, place: Path | str, digest: str) -> "ShardIndex":
-        """Read an index from its bytes, which must have the sha256 that `dataset.json` promises.
+    def parse(cls, data: bytes, path: Path | str, digest: str) -> "ShardIndex":
+        """Parse the content of an index file and verify its checksum.
+
+        Args:
+            data: Content of the file.
+            path: Path or URL of the file, for error messages.
+            digest: SHA-256 of the file according to `dataset.json`.
 
         Raises:
-            DataError: they have another.
+            DataError: If the checksum differs.
         """
         if hashlib.sha256(data).hexdigest() != digest:
-            raise DataError(f"{place}: damaged or edited, its checksum is off; run `vitrail shards index` again")
-        return cls(**_parse(data, place))
+            raise DataError(
+                f"{path}: damaged or edited, its checksum is not the one in {DATASET_FILE}; "
+                "run `vitrail shards index` again"
+            )
+        return cls(**_parse(data, path))
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as `dataset.json` knows it; `name` is relative to it, or a whole URL."""
+    """The entry of one shard in `dataset.json`.
+
+    Attributes:
+        name: Path of the tar relative to its folder, or its URL.
+        num_samples: Number of samples in the shard.
+        num_bytes: Size of the tar.
+        sha256: SHA-256 of the tar, in hexadecimal.
+        index_bytes: Size of the index file.
+        index_sha256: SHA-256 of the index file, in hexadecimal.
+    """
 
     name: str
     num_samples: int
@@ -84,7 +112,13 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """One split: its classes in the order of their labels, and its shards."""
+    """The content of `dataset.json`: the classes and shards of one split.
+
+    Attributes:
+        class_names: Name of each class, in the order of the labels; empty if the samples have no labels.
+        class_counts: Number of samples of each class.
+        shards: Entry of each shard.
+    """
 
     class_names: list[str]
     class_counts: list[int]
@@ -92,57 +126,71 @@ class DatasetInfo:
 
     @property
     def num_samples(self) -> int:
-        """Dataset over all shards."""
+        """Number of samples in all shards."""
         return sum(shard.num_samples for shard in self.shards)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tars."""
+        """Total size of all tars, in bytes."""
         return sum(shard.num_bytes for shard in self.shards)
 
     @property
     def digest(self) -> str:
-        """A digest of the classes and of every shard's content, labels included; not of where the shards stand."""
+        """SHA-256 over the class names and the content and labels of every shard, but not over where the set is."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
         for shard in self.shards:
             digest.update(f"{shard.num_samples} {shard.sha256} {shard.index_sha256}\n".encode())
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write `dataset.json`."""
+        """Write `dataset.json` into a folder."""
         sums = {"num_samples": self.num_samples, "num_bytes": self.num_bytes, "digest": self.digest}
         shards = {name: [getattr(shard, name) for shard in self.shards] for name in SHARD_COLUMNS}
         classes = {"class_names": self.class_names, "class_counts": self.class_counts}
-        content = {"version": VERSION, **sums, **classes, "shards": shards}
-        write_json(folder / DATASET_FILE, {**content, "sha256": _sha256_of(content)})
+        content = {"version": FORMAT_VERSION, **sums, **classes, "shards": shards}
+        write_json(folder / DATASET_FILE, {**content, "sha256": _sha256_of(content)}, durable=True)
 
     @classmethod
     def load(cls, folder: Path) -> "DatasetInfo":
-        """Read `dataset.json`, which must have the checksum that it promises of itself."""
+        """Read the `dataset.json` of a folder and verify its checksum.
+
+        Raises:
+            DataError: If there is no `dataset.json`.
+        """
         path = folder / DATASET_FILE
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise DataError(f"{path}: not there; `vitrail shards make` writes it") from None
+            raise DataError(
+                f"{path}: does not exist; `vitrail shards make` writes it for new shards, "
+                "`vitrail shards index` for existing tars"
+            ) from None
         return cls.parse(data, path)
 
     @classmethod
-    def parse(cls, data: bytes, place: Path | str) -> "DatasetInfo":
-        """Read `dataset.json` from its bytes.
+    def parse(cls, data: bytes, path: Path | str) -> "DatasetInfo":
+        """Parse the content of `dataset.json` and verify its checksum.
+
+        Args:
+            data: Content of the file.
+            path: Path or URL of the file, for error messages.
 
         Raises:
-            DataError: damaged, edited by hand, or of another version.
+            DataError: If the file is damaged, edited by hand or of another version.
         """
-        content = _parse(data, place)
+        content = _parse(data, path)
         try:
-            promised, found = content.pop("sha256"), _sha256_of({"version": VERSION, **content})
+            expected, actual = content.pop("sha256"), _sha256_of({"version": FORMAT_VERSION, **content})
             columns = content.pop("shards")
             shards = [ShardEntry(*entry) for entry in zip(*(columns[name] for name in SHARD_COLUMNS), strict=True)]
             info = cls(content.pop("class_names"), content.pop("class_counts"), shards)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{place}: damaged ({error!r}); write it again with `vitrail shards index`") from None
-        if promised != found:
-            raise DataError(f"{place}: damaged or edited by hand, its checksum is off; run `vitrail shards index`")
+            raise DataError(f"{path}: damaged ({error!r}); run `vitrail shards index` to write it again") from None
+        if expected != actual:
+            raise DataError(
+                f"{path}: damaged or edited by hand, its checksum is wrong; "
+                "run `vitrail shards index` to write it again"
+            )
         return info
 
 
@@ -151,26 +199,38 @@ def _sha256_of(content: dict[str, Any]) -> str:
 
 
 def index_name(tar: str) -> str:
-    """Return the name of a shard's index in the folder of `dataset.json`, wherever the shard itself stands."""
+    """Return the file name of a shard's index; it is next to `dataset.json`, even if the tar is elsewhere.
+
+    Args:
+        tar: File name or URL of the tar.
+    """
     return Path(tar.partition("?")[0]).with_suffix(".index.json").name
 
 
-def _parse(data: bytes, place: Path | str) -> dict[str, Any]:
-    """Read one of our JSON files."""
+def _parse(data: bytes, path: Path | str) -> dict[str, Any]:
+    """Parse one of the two JSON files and check its version."""
     try:
         content: dict[str, Any] = json.loads(data)
         version = content.pop("version", None)
     except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{place}: damaged ({error}); write it again with `vitrail shards index`") from None
-    if version != VERSION:
-        raise DataError(f"{place}: version {version}, this Vitrail reads {VERSION}; run `vitrail shards index` again")
+        raise DataError(f"{path}: damaged ({error}); run `vitrail shards index` to write it again") from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {version}, but this Vitrail reads version {FORMAT_VERSION}; "
+            "run `vitrail shards index` to write it again"
+        )
     return content
 
 
-def write_json(path: Path, content: dict[str, Any]) -> tuple[int, str]:
-    """Write aside, then rename, so that nobody reads half a file; return the bytes written and their sha256."""
-    aside = path.with_name(path.name + ".partial")
+def write_json(path: Path, content: dict[str, Any], *, durable: bool = False) -> tuple[int, str]:
+    """Write a JSON file atomically; return its size in bytes and its SHA-256.
+
+    Args:
+        path: File to write.
+        content: JSON object.
+        durable: Whether to flush the file to the disk. Most callers can detect and rewrite a file that a power failure
+            left empty.
+    """
     data = (json.dumps(content, separators=(",", ":")) + "\n").encode()
-    aside.write_bytes(data)
-    aside.replace(path)
+    atomic_write(path, data, durable=durable)
     return len(data), hashlib.sha256(data).hexdigest()

@@ -11,75 +11,117 @@ from pretrain.errors import DataError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 
-def samples_of(archive: TarReader, left_out: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Yield each key with its members by extension; count what belongs to no sample.
+def samples_of(tar: TarReader, ignored: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Yield the key of each sample and its members by extension, in lower case.
+
+    Args:
+        tar: Tar to read.
+        ignored: Counter of members that belong to no sample, by kind; it is updated.
 
     Raises:
-        DataError: the tar is damaged, or a sample has two members of one extension.
+        DataError: If a sample has two members with the same extension.
     """
     key: str | None = None
     members: dict[str, Member] = {}
-    for member in archive.members():
+    for member in tar.members():
         folder, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
         if not (member.is_file and dot and stem):
             if not member.is_folder:
-                what = "members without a key and an extension" if member.is_file else "links and the like"
-                left_out[what] += 1
+                ignored["members without a key and an extension" if member.is_file else "links or special files"] += 1
             continue
         if folder + slash + stem != key:
             if key is not None:
                 yield key, members
             key, members = folder + slash + stem, {}
         if extension.lower() in members:
-            raise DataError(f"{archive.name}: sample {key} has two members .{extension.lower()}")
+            raise DataError(f"{tar.name}: sample {key} has two members .{extension.lower()}")
         members[extension.lower()] = member
     if key is not None:
         yield key, members
 
 
 def image_of(tar: str, key: str, members: dict[str, Member]) -> tuple[str, Member]:
-    """Return the sample's one image and its extension."""
+    """Return the only image of a sample: its extension and its member.
+
+    Args:
+        tar: Name of the tar, for error messages.
+        key: Key of the sample.
+        members: Members of the sample by extension.
+
+    Raises:
+        DataError: If the sample has no image or several.
+    """
     images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
     if len(images) != 1:
-        raise DataError(f"{tar}: sample {key} has {len(images) or 'no'} images among .{', .'.join(members)}")
+        raise DataError(
+            f"{tar}: sample {key} has {len(images) or 'no'} images among .{', .'.join(members)}; expected one of "
+            f".{', .'.join(IMAGE_EXTENSIONS)}"
+        )
     return images[0], members[images[0]]
 
 
 def label_of(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], label_key: str) -> int:
-    """Return a sample's label, from its cls or its JSON."""
+    """Return the label of a sample.
+
+    Args:
+        tar: Name of the tar, for error messages.
+        key: Key of the sample.
+        cls: The sample's .cls member, if it has one.
+        metadata: Content of the sample's .json member.
+        label_key: Key of the label in `metadata`, used if there is no .cls member.
+
+    Raises:
+        DataError: If the sample has no label, or it is not a whole number from 0.
+    """
     value = cls.data.decode(errors="replace") if cls else metadata.get(label_key)
     try:
         label = int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise DataError(
             f"{tar}: sample {key} has no label: expected a number in .cls or in .json at {label_key!r}, got {value!r}; "
-            "if none has one, pass --unlabeled"
+            "if no sample has a label, use `vitrail shards index --unlabeled`"
         ) from None
     if label < 0:
-        raise DataError(f"{tar}: sample {key} has the label {label}; labels count from 0")
+        raise DataError(f"{tar}: sample {key} has the label {label}; labels must start at 0")
     return label
 
 
 def metadata_of(tar: str, key: str, member: Member | None) -> dict[str, Any]:
-    """Return what a sample's JSON says."""
+    """Return the content of a sample's .json member; empty if there is none or it is not an object.
+
+    Args:
+        tar: Name of the tar, for error messages.
+        key: Key of the sample.
+        member: The sample's .json member, if it has one.
+
+    Raises:
+        DataError: If the member is not valid JSON.
+    """
     if member is None:
         return {}
     try:
         content = json.loads(member.data)
     except ValueError as error:
-        raise DataError(f"{tar}: sample {key} has broken JSON ({error})") from None
+        raise DataError(f"{tar}: sample {key} has invalid JSON ({error})") from None
     return content if isinstance(content, dict) else {}
 
 
-def name_classes(highest: int, class_names: Sequence[str] | None, found: dict[int, str]) -> list[str]:
-    """Return the classes' names: those given, else those found beside samples, else the labels' numbers.
+def name_classes(max_label: int, class_names: Sequence[str] | None, names_found: dict[int, str]) -> list[str]:
+    """Return the name of each class: the given name, else the one found in the samples' JSON, else the label.
+
+    Args:
+        max_label: Largest label of the set.
+        class_names: Names in the order of the labels, or None.
+        names_found: Names from the samples' JSON, by label.
 
     Raises:
-        DataError: the highest label is out of range.
+        DataError: If `max_label` has no name in `class_names`.
     """
     if class_names is None:
-        return [found.get(label, str(label)) for label in range(highest + 1)]
-    if highest >= len(class_names):
-        raise DataError(f"label {highest} is out of range: there are {len(class_names)} class names")
+        return [names_found.get(label, str(label)) for label in range(max_label + 1)]
+    if max_label >= len(class_names):
+        raise DataError(
+            f"label {max_label} is out of range because there are {len(class_names)} class names; name every class"
+        )
     return list(class_names)

@@ -32,7 +32,7 @@ def test_make_from_a_table_and_again_from_its_shards(tmp_path: Path, shell: Shel
     refused = shell(make)
     assert refused.code == 2
     assert "t.csv: no column path or url or image or" in refused.err
-    assert "it has where, species, note. Name one with --image-column" in refused.err
+    assert "name one of its columns with --image-column: where, species, note" in refused.err
     done = shell([*make, "--image-column", "where", "--label-column", "species", "--skip-bad"])
     assert done.code == 0, done.err
     assert "left out: in/gone.jpg: [Errno 2] No such file or directory" in done.out

@@ -21,7 +21,7 @@ from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.loading.loader import BatchPlan, evaluation_batches, training_batches
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.storage.index import DatasetInfo
@@ -86,7 +86,7 @@ def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_pa
     served, window = tmp_path / "served", 3
     shutil.copytree(digits / "train", served / "a")
     source = keep_classes(list_digits(), ["3", "4", "5"])
-    make_shards(source, tmp_path / "made", Recipe(validation=0.0, shard_bytes=50_000))
+    make_shards(source, tmp_path / "made", ShardOptions(validation_fraction=0.0, shard_bytes=50_000))
     (tmp_path / "made" / "train").rename(served / "b")
     totals = {name: DatasetInfo.load(served / name) for name in ("a", "b")}
     limit = sum(

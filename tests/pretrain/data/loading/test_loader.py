@@ -19,7 +19,7 @@ from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.dataset.subset import LabelSubset
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch, evaluation_batches, training_batches
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.views import EvalView, PatchOrderView, TrainView, View
@@ -280,7 +280,7 @@ def test_a_folder_of_images_is_data_too(digits: Path, tmp_path: Path) -> None:
 
 
 def test_sets_of_different_classes_are_one_where_no_label_is_used(digits: Path, tmp_path: Path) -> None:
-    make_shards(keep_classes(list_digits(), ["4", "5"]), tmp_path / "other", Recipe(validation=0.5))
+    make_shards(keep_classes(list_digits(), ["4", "5"]), tmp_path / "other", ShardOptions(validation_fraction=0.5))
     both = [digits / "train", tmp_path / "other" / "train"]
     with pytest.raises(DataError, match="its classes differ from those of"):
         open_dataset(both)

@@ -14,7 +14,7 @@ from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.views import TrainView
@@ -30,7 +30,7 @@ def mix(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("mix")
     source = keep_classes(list_digits(), ["0", "1", "2"])
     for i, shard_bytes in enumerate([20_000, 60_000, 10**9]):
-        make_shards(source, folder / str(i), Recipe(validation=0.2 * i, shard_bytes=shard_bytes, seed=i))
+        make_shards(source, folder / str(i), ShardOptions(validation_fraction=0.2 * i, shard_bytes=shard_bytes, seed=i))
     return open_dataset([folder / str(i) / "train" for i in range(3)], [3.0, 2.0, 1.0])
 
 

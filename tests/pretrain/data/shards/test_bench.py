@@ -1,4 +1,4 @@
-"""The comparison: the same crops for all, every line there; what it measures is for benchmarks to say."""
+"""The comparison uses the same crops for all and prints every line; the values are left to benchmarks/."""
 
 import json
 import subprocess
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pretrain.data.dataset.open import open_dataset
-from pretrain.data.shards.bench import ROWS, by_pillow, by_us, compare
+from pretrain.data.shards.bench import NUM_ROWS, by_pillow, by_us, compare
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.folder import list_folder
 from pretrain.errors import DataError
@@ -24,7 +24,7 @@ def test_both_make_the_same_crops(digits: Path) -> None:
         assert np.abs(ours.numpy().transpose(1, 2, 0).astype(int) - theirs).max() <= 2
 
 
-def test_the_command_measures_a_users_shards(digits: Path, tool: Callable[[str], str]) -> None:
+def test_command_measures_the_users_shards(digits: Path, tool: Callable[[str], str]) -> None:
     command = [tool("vitrail"), "shards", "bench", str(digits / "train"), "--samples", "64", "--rounds", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
@@ -42,13 +42,13 @@ def test_the_command_measures_a_users_shards(digits: Path, tool: Callable[[str],
         "webdataset",
         "torch DataLoader over a folder",
     ]
-    assert all(row["ours"][0].isdigit() for row in rows)
+    assert all(row["value"][0].isdigit() for row in rows)
 
 
-def test_a_folder_is_no_shard_set(tmp_path: Path) -> None:
+def test_folder_of_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "x.png").write_bytes(list_digits().image(0).read().image)
-    with pytest.raises(DataError, match="a plain folder; make shards of it first"):
+    with pytest.raises(DataError, match="is a folder of images; create shards from it"):
         list(compare(tmp_path / "in", 64, 1, 1))
-    make_shards(list_folder(tmp_path / "in", labeled=False), tmp_path / "out", Recipe(validation=0.0))
-    assert len(list(compare(tmp_path / "out" / "train", 64, 1, 1))) == ROWS  # one sample, unlabeled
+    make_shards(list_folder(tmp_path / "in", labeled=False), tmp_path / "out", ShardOptions(validation_fraction=0.0))
+    assert len(list(compare(tmp_path / "out" / "train", 64, 1, 1))) == NUM_ROWS  # one unlabeled sample

@@ -1,4 +1,4 @@
-"""Whatever is done to a set, the check finds it; beside it, what webdataset notices."""
+"""The check finds every fault of a shard set; for comparison, the faults that webdataset notices."""
 
 import hashlib
 import json
@@ -13,8 +13,8 @@ import pytest
 
 from pretrain.data.shards.check import Finding, check_set
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
-from pretrain.data.shards.units import run_units
+from pretrain.data.shards.plan import ShardOptions
+from pretrain.data.shards.tasks import run_tasks
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.storage.index import DatasetInfo, ShardIndex
@@ -32,11 +32,11 @@ def folder(digits: Path, tmp_path: Path) -> Path:
 
 
 def check(folder: Path, num_workers: int = 1) -> list[Finding]:
-    return list(check_set(str(folder), engine=partial(run_units, num_workers=num_workers)))
+    return list(check_set(str(folder), executor=partial(run_tasks, num_workers=num_workers)))
 
 
 def edit_index(folder: Path, change: Callable[[ShardIndex], None]) -> None:
-    """Change an index as a bug would, not as decay does: every digest fits."""
+    """Change an index as a bug would: all checksums match."""
     info = DatasetInfo.load(folder)
     path = folder / "shard-000000.index.json"
     index = ShardIndex.parse(path.read_bytes(), path, info.shards[0].index_sha256)
@@ -45,29 +45,31 @@ def edit_index(folder: Path, change: Callable[[ShardIndex], None]) -> None:
     info.save(folder)
 
 
-def test_a_sound_set_has_no_findings(folder: Path) -> None:
+def test_intact_set_has_no_findings(folder: Path) -> None:
     assert check(folder) == check(folder, num_workers=2) == []
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda index: index.crc32.__setitem__(3, 7), "its checksum is off"),
-        (lambda index: index.size.__setitem__(3, 7), "bytes, the index promises 7"),
-        (lambda index: index.offset.__setitem__(3, 7), "the tar has no member there"),
-        (lambda index: index.width.__setitem__(3, 7), "is 32 x 32 pixels, the index promises 7 x 32"),
-        (lambda index: index.label.__setitem__(3, 7), "label 7 is out of range: there are 3 classes"),
+        (lambda index: index.crc32.__setitem__(3, 7), "its checksum is wrong"),
+        (lambda index: index.size.__setitem__(3, 7), "bytes, but the index says 7"),
+        (lambda index: index.offset.__setitem__(3, 7), "the tar has no member at the offset in the index"),
+        (lambda index: index.width.__setitem__(3, 7), "is 32 x 32 pixels, but the index says 7 x 32"),
+        (lambda index: index.label.__setitem__(3, 7), "label 7 is out of range because there are 3 classes"),
         (lambda index: index.key.__setitem__(3, index.key[4]), "the same key is in shard-000000.tar"),
     ],
 )
-def test_an_index_that_says_something_else(folder: Path, change: Callable[[ShardIndex], None], expected: str) -> None:
+def test_index_that_disagrees_with_the_tar_is_found(
+    folder: Path, change: Callable[[ShardIndex], None], expected: str
+) -> None:
     edit_index(folder, change)
     [finding] = [finding for finding in check(folder) if expected in finding.reason]
     assert finding.file == "shard-000000.tar"
     assert finding.key is not None
 
 
-def test_a_damaged_header_does_not_hide_what_lies_behind_it(folder: Path) -> None:
+def test_damaged_header_does_not_hide_later_faults(folder: Path) -> None:
     info = DatasetInfo.load(folder)
     tar = folder / "shard-000000.tar"
     index = ShardIndex.parse((folder / "shard-000000.index.json").read_bytes(), "", info.shards[0].index_sha256)
@@ -83,7 +85,7 @@ def test_a_damaged_header_does_not_hide_what_lies_behind_it(folder: Path) -> Non
 def test_every_fault_is_found(tmp_path: Path) -> None:
     source = keep_classes(list_digits(), ["0", "1"])
     source = source.take(range(0, len(source), 30))
-    make_shards(source, tmp_path / "made", Recipe(validation=0.0, shard_bytes=3_000, seed=0))
+    make_shards(source, tmp_path / "made", ShardOptions(validation_fraction=0.0, shard_bytes=3_000, seed=0))
     whole = tmp_path / "made" / "train"
     files, images = sorted(whole.iterdir()), webdataset_images(whole)
     assert images
@@ -103,12 +105,12 @@ def test_every_fault_is_found(tmp_path: Path) -> None:
         if victim.suffix == ".tar" and after != before:
             tried += 1
             silent += webdataset_images(folder) not in (None, images)
-    print(f"webdataset passed over {silent} of {tried} damaged tars in silence")
+    print(f"webdataset did not notice {silent} of {tried} damaged tars")
     assert silent > 0
 
 
-def test_every_flipped_bit_of_the_dataset_is_found(folder: Path) -> None:
-    """Or changes nothing that is said, as in the case of a letter that JSON escapes."""
+def test_every_flipped_bit_of_dataset_json_is_found(folder: Path) -> None:
+    """A flip that does not change the content, such as the case of a letter in a JSON escape, is no fault."""
     path = folder / "dataset.json"
     whole, info = path.read_bytes(), DatasetInfo.load(folder)
     for bit in range(8 * len(whole)):
@@ -121,16 +123,16 @@ def test_every_flipped_bit_of_the_dataset_is_found(folder: Path) -> None:
         assert read == info, bit
 
 
-def test_what_no_digest_can_tell(folder: Path) -> None:
-    """Tar, index and dataset all fit, yet an image is in none of them, or the classes are counted wrong."""
+def test_missing_sample_is_found_although_all_checksums_match(folder: Path) -> None:
+    """Tar, index and dataset.json agree, but an image is missing from the index and the class counts are wrong."""
     edit_index(folder, lambda index: [column.pop(3) for column in vars(index).values() if isinstance(column, list)])
     info = DatasetInfo.load(folder)
     findings = check(folder)
-    assert findings[0].reason == "is in the tar, but not in the index"
-    assert findings[1].reason.startswith(f"counts {info.class_counts} samples of each class, there are ")
+    assert findings[0].reason == "is in the tar but not in the index"
+    assert findings[1].reason.startswith(f"lists {info.class_counts} samples per class, but there are ")
 
 
-def test_a_damaged_index_does_not_hide_a_broken_image(folder: Path) -> None:
+def test_damaged_index_does_not_hide_a_broken_image(folder: Path) -> None:
     index = folder / "shard-000000.index.json"
     content = json.loads(index.read_text())
     tar = folder / "shard-000000.tar"
@@ -139,11 +141,11 @@ def test_a_damaged_index_does_not_hide_a_broken_image(folder: Path) -> None:
     tar.write_bytes(data)
     index.write_text("{")
     reasons = {finding.key: finding.reason for finding in check(folder)}
-    assert reasons[content["key"][3]].startswith("no usable image")
+    assert reasons[content["key"][3]].startswith("not a usable image")
     assert len(reasons) == 2
 
 
-def test_a_torn_dataset_hides_no_missing_shard(digits: Path, tmp_path: Path) -> None:
+def test_damaged_dataset_json_does_not_hide_a_missing_shard(digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     shutil.copytree(digits / "train", folder)
     (folder / "dataset.json").write_bytes((folder / "dataset.json").read_bytes()[:100])
@@ -153,7 +155,7 @@ def test_a_torn_dataset_hides_no_missing_shard(digits: Path, tmp_path: Path) -> 
     assert second.reason == "cannot be read: No such file or directory"
 
 
-def test_remote_tars_are_checked_too(digits: Path, tmp_path: Path) -> None:
+def test_remote_tars_are_checked(digits: Path, tmp_path: Path) -> None:
     with serve(Hostile(digits / "validation")) as server:
         info = DatasetInfo.load(digits / "validation")
         index = ShardIndex.parse(
@@ -170,7 +172,7 @@ def test_remote_tars_are_checked_too(digits: Path, tmp_path: Path) -> None:
         assert finding.reason == "does not exist"
 
 
-def test_the_command_lists_and_exits_with_1(folder: Path, tool: Callable[[str], str]) -> None:
+def test_command_lists_faults_and_exits_with_1(folder: Path, tool: Callable[[str], str]) -> None:
     def run(*options: str) -> "subprocess.CompletedProcess[str]":
         command = [tool("vitrail"), "shards", "check", str(folder), *options]
         return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -194,4 +196,4 @@ def test_the_command_lists_and_exits_with_1(folder: Path, tool: Callable[[str], 
     folder.mkdir()
     nothing = run()
     assert nothing.returncode == 2
-    assert "dataset.json: not there; `vitrail shards make` writes it" in nothing.stderr
+    assert "dataset.json: does not exist; `vitrail shards make` writes it for new shards" in nothing.stderr

@@ -1,4 +1,4 @@
-"""Shards: plain tars that webdataset reads, the same bytes each time, and no data lost in silence."""
+"""Shards are plain tars that webdataset reads, have the same bytes each time, and lose no data silently."""
 
 import errno
 import fcntl
@@ -21,9 +21,9 @@ from sklearn.datasets import load_digits, load_sample_image
 
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.encoding import Encoding
-from pretrain.data.shards.make import Made, Record, Unit, make_shards
-from pretrain.data.shards.plan import Recipe, split
-from pretrain.data.shards.units import run_units, run_units_on_ray
+from pretrain.data.shards.make import MadeShards, ShardTask, WrittenShard, make_shards
+from pretrain.data.shards.plan import ShardOptions, split
+from pretrain.data.shards.tasks import run_tasks, run_tasks_on_ray
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.folder import list_folder
 from pretrain.data.sources.source import Source, keep_classes
@@ -31,16 +31,16 @@ from pretrain.data.storage.index import DatasetInfo, ShardIndex
 from pretrain.errors import DataError
 
 
-def make(source: Source, out: Path, **options: Any) -> Made:
-    """Make shards by a recipe of the tests; options are its parts, or make_shards' own."""
-    recipe = Recipe(validation=0.2, shard_bytes=20_000, seed=0)
-    parts = {name: options.pop(name) for name in list(options) if hasattr(recipe, name)}
-    return make_shards(source, out, replace(recipe, **parts), **options)
+def make(source: Source, out: Path, **options: Any) -> MadeShards:
+    """Make shards with default options; keyword arguments replace single options or go to make_shards."""
+    default = ShardOptions(validation_fraction=0.2, shard_bytes=20_000, seed=0)
+    changes = {name: options.pop(name) for name in list(options) if hasattr(default, name)}
+    return make_shards(source, out, replace(default, **changes), **options)
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of real photos, cut into crops, of three classes and several formats."""
+    """A folder of crops from real photos, in two classes and several formats."""
     folder = tmp_path / "photos"
     for name in ("china", "flower"):
         pixels = load_sample_image(f"{name}.jpg")
@@ -53,7 +53,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_digits_are_all_there_and_split_by_class(tmp_path: Path) -> None:
+def test_digits_are_complete_and_split_by_class(tmp_path: Path) -> None:
     made = make(list_digits(), tmp_path / "out")
     target = load_digits().target
     counts = np.bincount(target)
@@ -64,7 +64,7 @@ def test_digits_are_all_there_and_split_by_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extension", ["png", "jpg"])
-def test_webdataset_reads_what_we_write(tmp_path: Path, photos: Path, extension: str) -> None:
+def test_webdataset_reads_our_shards(tmp_path: Path, photos: Path, extension: str) -> None:
     for path in photos.rglob("*.*"):
         if path.suffix != ".jpg":
             path.unlink()
@@ -82,7 +82,7 @@ def test_webdataset_reads_what_we_write(tmp_path: Path, photos: Path, extension:
         assert theirs[record.key] == (record.image.tobytes(), record.label, ours.class_names[record.label])
 
 
-def test_the_same_source_gives_the_same_bytes(tmp_path: Path, photos: Path) -> None:
+def test_same_source_and_seed_give_the_same_bytes(tmp_path: Path, photos: Path) -> None:
     for name in ("a", "b"):
         make(list_folder(photos), tmp_path / name)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
@@ -93,11 +93,11 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path, photos: Path) -> N
     assert other.splits["train"].digest != DatasetInfo.load(tmp_path / "a" / "train").digest
 
 
-def test_a_folder_keeps_its_bytes_and_names(tmp_path: Path, photos: Path) -> None:
+def test_images_of_a_folder_keep_their_bytes_and_names(tmp_path: Path, photos: Path) -> None:
     (photos / "notes.txt").write_text("not an image")
     source = list_folder(photos)
-    assert source.remarks == ["1 not an image, left out: notes.txt"]
-    make(source, tmp_path / "out", validation=0)
+    assert source.notes == ["1 file that is not an image, skipped: notes.txt"]
+    make(source, tmp_path / "out", validation_fraction=0)
     assert not (tmp_path / "out" / "validation").exists()
     samples = open_dataset(tmp_path / "out" / "train")
     assert samples.class_names == ["china", "flower"]
@@ -112,11 +112,11 @@ def test_a_folder_keeps_its_bytes_and_names(tmp_path: Path, photos: Path) -> Non
     assert data[index.offset[i] : index.offset[i] + index.size[i]] == original.read_bytes()
 
 
-def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
+def test_long_and_non_ascii_names_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "in" / "鳥類"
     folder.mkdir(parents=True)
     Image.new("RGB", (8, 8), "red").save(folder / f"{'長' * 60}.png")
-    make(list_folder(folder.parent), tmp_path / "out", validation=0)
+    make(list_folder(folder.parent), tmp_path / "out", validation_fraction=0)
     samples = open_dataset(tmp_path / "out" / "train")
     assert samples.read(0, 0).key == f"鳥類/{'長' * 60}"
     tar = tmp_path / "out" / "train" / "shard-000000.tar"
@@ -128,17 +128,15 @@ def test_long_and_foreign_names_survive(tmp_path: Path) -> None:
     ("fault", "expected"),
     [
         ("empty", "1 class without images: bird"),
-        ("twice", "1 image with a key already taken: china/crop.1.png (as china/crop.1.jpg)"),
-        ("outside", "1 image outside of any class: stray.png"),
+        ("twice", "1 image whose key is taken: china/crop.1.png (same as china/crop.1.jpg)"),
+        ("outside", "1 image outside of the classes: stray.png"),
         ("text", "china/broken.jpg"),
         ("cut", "china/cut.jpg"),
         ("link", "china/link.jpg: [Errno 2] No such file or directory"),
-        ("name", "1 name that is not readable text: 'china/new\\nline.png'"),
+        ("name", "1 name that is not printable: 'china/new\\nline.png'"),
     ],
 )
-def test_what_would_be_lost_is_an_error_unless_left_out(
-    tmp_path: Path, photos: Path, fault: str, expected: str
-) -> None:
+def test_lost_images_are_an_error_without_skip_bad(tmp_path: Path, photos: Path, fault: str, expected: str) -> None:
     whole = len(list_folder(photos))
     image = Image.new("RGB", (8, 8))
     if fault == "empty":
@@ -165,20 +163,20 @@ def test_what_would_be_lost_is_an_error_unless_left_out(
     assert sum(info.num_samples for info in made.splits.values()) == whole
 
 
-def test_every_unreadable_file_counts_in_both_splits(tmp_path: Path, photos: Path) -> None:
+def test_unreadable_files_of_both_splits_are_reported(tmp_path: Path, photos: Path) -> None:
     for path in (photos / "china").rglob("*.*"):
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match="8 unreadable files") as caught:
-        make(list_folder(photos), tmp_path / "out", validation=0.5)
+        make(list_folder(photos), tmp_path / "out", validation_fraction=0.5)
     named = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
-    assert len(named) == 6  # the first five, and that there are more
+    assert len(named) == 6  # the first five, and an ellipsis
     assert named[-1] == "  ..."
-    made = make(list_folder(photos), tmp_path / "out", validation=0.5, skip_bad=True)
+    made = make(list_folder(photos), tmp_path / "out", validation_fraction=0.5, skip_bad=True)
     assert len(made.left_out) == 8
     assert sorted(made.splits) == ["train", "validation"]
 
 
-def test_folders_that_would_be_passed_over_or_seen_twice(
+def test_skipped_and_repeated_folders_are_reported(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = len(list_folder(photos))
@@ -186,28 +184,28 @@ def test_folders_that_would_be_passed_over_or_seen_twice(
     (photos / ".cache").mkdir()
     source = list_folder(photos)
     assert len(source) == whole
-    assert source.remarks == ["1 hidden folder, left out: .cache"]
-    [fault] = source.faults
-    assert "1 folder that cannot be listed" in fault
-    assert "china/loop (links to a folder above it)" in fault
+    assert source.notes == ["1 hidden folder, skipped: .cache"]
+    [problem] = source.problems
+    assert "1 folder that cannot be listed" in problem
+    assert "china/loop (links to one of its parent folders)" in problem
     (photos / "china" / "loop").unlink()
 
-    (photos / "china" / "far").symlink_to(photos / "flower")  # a link elsewhere is followed
+    (photos / "china" / "far").symlink_to(photos / "flower")  # a link to another folder is followed
     assert len(list_folder(photos)) == whole + len(list(photos.glob("flower/**/*.*")))
     (photos / "china" / "far").unlink()
 
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: _refuse() if str(path).endswith("deep") else scandir(path))
-    [fault] = list_folder(photos).faults
-    assert "2 folders that cannot be listed" in fault
-    assert "deep (Permission denied)" in fault
+    [problem] = list_folder(photos).problems
+    assert "2 folders that cannot be listed" in problem
+    assert "deep (Permission denied)" in problem
 
 
 def _refuse() -> NoReturn:
     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
-def test_shards_have_the_asked_size_and_the_seed_draws_the_split(tmp_path: Path) -> None:
+def test_shards_have_the_requested_size_and_the_seed_selects_the_split(tmp_path: Path) -> None:
     source = list_digits()
     make(source, tmp_path / "out", shard_bytes=100_000)
     for name in ("train", "validation"):
@@ -219,21 +217,21 @@ def test_shards_have_the_asked_size_and_the_seed_draws_the_split(tmp_path: Path)
     assert draws[0] != draws[2]
 
 
-def test_mistakes_of_the_whole_folder(tmp_path: Path, photos: Path) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, photos: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         list_folder(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="has no subfolders; expected one for each class"):
+    with pytest.raises(DataError, match="has no subfolders; expected one per class"):
         list_folder(photos / "china" / "deep")
     with pytest.raises(DataError, match="no class bird; the classes are china, flower"):
         keep_classes(list_folder(photos), ["bird"])
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists; choose another folder"):
         make(list_folder(photos), tmp_path / "out")
     with pytest.raises(DataError, match="no images"):
         make(list_digits().take([]), tmp_path / "none")
 
 
-def test_a_stopped_command_leaves_no_shards_and_can_run_again(tmp_path: Path, photos: Path) -> None:
+def test_interrupted_call_leaves_no_output_and_can_be_repeated(tmp_path: Path, photos: Path) -> None:
     class StopError(Exception):
         pass
 
@@ -255,19 +253,19 @@ def test_split_holds_out_at_least_one_of_each_class() -> None:
     assert not {*train} & {*held_out}
 
 
-def test_a_dataset_edited_by_hand_is_noticed(tmp_path: Path) -> None:
+def test_dataset_edited_by_hand_is_refused(tmp_path: Path) -> None:
     make(keep_classes(list_digits(), ["3"]), tmp_path / "out")
     path = tmp_path / "out" / "train" / "dataset.json"
     content = json.loads(path.read_text())
     content["class_names"] = ["three"]
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="edited by hand"):
+    with pytest.raises(DataError, match="edited by hand, its checksum is wrong"):
         open_dataset(path.parent)
     path.write_text("{")
     with pytest.raises(DataError, match="damaged"):
         open_dataset(path.parent)
     path.write_text('{"version": 99}')
-    with pytest.raises(DataError, match="version 99, this Vitrail reads 3"):
+    with pytest.raises(DataError, match="version 99, but this Vitrail reads version 3"):
         open_dataset(path.parent)
 
 
@@ -284,12 +282,12 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("validation", [0.0, 0.3])
 def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, photos: Path, validation: float) -> None:
-    recipe = Recipe(validation=validation, shard_bytes=20_000, encoding=Encoding(shorter_side=40))
+    options = ShardOptions(validation_fraction=validation, shard_bytes=20_000, encoding=Encoding(shorter_side=40))
     outs = [tmp_path / name for name in ("one", "two", "five")]
     for out, num_workers in zip(outs, (1, 2, 5), strict=True):
         done: list[int] = []
-        engine = partial(run_units, num_workers=num_workers)
-        make_shards(list_folder(photos), out, recipe, engine=engine, progress=done.append)
+        executor = partial(run_tasks, num_workers=num_workers)
+        make_shards(list_folder(photos), out, options, executor=executor, progress=done.append)
         assert sum(done) == len(list_folder(photos))
         assert not out.with_name(out.name + ".partial").exists()
     one, *others = map(files, outs)
@@ -297,25 +295,27 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, photos: Pat
     assert all(other == one for other in others)
 
 
-def test_a_command_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    """Cut off at every unit, half-written files left behind, it ends with the same bytes and does no unit twice."""
-    source, recipe = list_digits(), Recipe(shard_bytes=500_000)
-    make_shards(source, tmp_path / "whole", recipe)
+def test_interrupted_call_continues_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Interrupted at every task with partial files left behind, it writes the same bytes and no shard twice."""
+    source, options = list_digits(), ShardOptions(shard_bytes=500_000)
+    make_shards(source, tmp_path / "whole", options)
     whole = files(tmp_path / "whole")
     written: list[str] = []
 
-    def engine(work: Callable[[Unit], Record], units: Iterable[Unit]) -> Generator[Record, None, None]:
-        for number, unit in enumerate(units):
+    def executor(
+        work: Callable[[ShardTask], WrittenShard], tasks: Iterable[ShardTask]
+    ) -> Generator[WrittenShard, None, None]:
+        for number, task in enumerate(tasks):
             if number == 1:
-                unit.tar.with_name(unit.tar.name + ".partial").write_bytes(b"half")
+                task.tar.with_name(task.tar.name + ".partial").write_bytes(b"half")
                 raise KeyboardInterrupt
-            written.append(unit.tar.name)
-            yield work(unit)
+            written.append(task.tar.name)
+            yield work(task)
 
     for _ in range(100):
         done: list[int] = []
         try:
-            make_shards(source, tmp_path / "out", recipe, engine=engine, progress=done.append)
+            make_shards(source, tmp_path / "out", options, executor=executor, progress=done.append)
             break
         except KeyboardInterrupt:
             assert not (tmp_path / "out").exists()
@@ -324,74 +324,80 @@ def test_a_command_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert files(tmp_path / "out") == whole
 
 
-def test_what_a_power_cut_took_is_written_again(tmp_path: Path) -> None:
-    source, recipe = list_digits(), Recipe(validation=0.0, shard_bytes=1_000_000)
+def test_shards_truncated_by_a_power_failure_are_written_again(tmp_path: Path) -> None:
+    source, options = list_digits(), ShardOptions(validation_fraction=0.0, shard_bytes=1_000_000)
 
-    def stop_late(work: Callable[[Unit], Record], units: Iterable[Unit]) -> Generator[Record, None, None]:
-        yield from islice(map(work, units), 3)
+    def stop_late(
+        work: Callable[[ShardTask], WrittenShard], tasks: Iterable[ShardTask]
+    ) -> Generator[WrittenShard, None, None]:
+        yield from islice(map(work, tasks), 3)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_shards(source, tmp_path / "out", recipe, engine=stop_late)
+        make_shards(source, tmp_path / "out", options, executor=stop_late)
     begun = tmp_path / "out.partial"
     (begun / "out" / "train" / "shard-000000.tar").write_bytes(b"")
     (begun / "done" / "train-000001.json").write_bytes(b"")
-    make_shards(source, tmp_path / "out", recipe)
-    make_shards(source, tmp_path / "whole", recipe)
+    make_shards(source, tmp_path / "out", options)
+    make_shards(source, tmp_path / "whole", options)
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_a_mended_source_goes_on(tmp_path: Path, photos: Path) -> None:
+def test_repaired_source_continues(tmp_path: Path, photos: Path) -> None:
     path = photos / "china" / "crop.1.jpg"
     good = path.read_bytes()
     path.write_bytes(b"x" * len(good))
-    recipe = Recipe(shard_bytes=20_000)
+    options = ShardOptions(shard_bytes=20_000)
     with pytest.raises(DataError, match="1 unreadable file"):
-        make_shards(list_folder(photos), tmp_path / "out", recipe)
+        make_shards(list_folder(photos), tmp_path / "out", options)
     path.write_bytes(good)
-    made = make_shards(list_folder(photos), tmp_path / "out", recipe)
+    made = make_shards(list_folder(photos), tmp_path / "out", options)
     assert sum(info.num_samples for info in made.splits.values()) == len(list_folder(photos))
 
 
-def test_what_is_left_out_is_named_in_a_file(tmp_path: Path, photos: Path) -> None:
+def test_skipped_images_are_listed_in_a_file(tmp_path: Path, photos: Path) -> None:
     for path in photos.glob("china/*.jpg"):
         path.write_bytes(b"no image")
-    make_shards(list_folder(photos), tmp_path / "out", Recipe(), skip_bad=True)
+    make_shards(list_folder(photos), tmp_path / "out", ShardOptions(), skip_bad=True)
     lines = (tmp_path / "out" / "left_out.txt").read_text().splitlines()
     assert sorted(lines) == [f"china/crop.{i}.jpg: not an image of a known format" for i in range(6)]
 
 
-def test_a_folder_that_is_someone_elses(tmp_path: Path, photos: Path) -> None:
+def test_working_folder_with_other_content_is_refused(tmp_path: Path, photos: Path) -> None:
     begun = tmp_path / "out.partial"
 
-    def stop(work: Callable[[Unit], Record], units: Iterable[Unit]) -> Generator[Record, None, None]:
+    def stop(
+        work: Callable[[ShardTask], WrittenShard], tasks: Iterable[ShardTask]
+    ) -> Generator[WrittenShard, None, None]:
         raise KeyboardInterrupt
         yield
 
     with pytest.raises(KeyboardInterrupt):
-        make_shards(list_folder(photos), tmp_path / "out", Recipe(), engine=stop)
-    with pytest.raises(DataError, match="was begun with other images or another recipe; remove it to begin anew"):
-        make_shards(list_folder(photos), tmp_path / "out", Recipe(seed=1))
+        make_shards(list_folder(photos), tmp_path / "out", ShardOptions(), executor=stop)
+    with pytest.raises(DataError, match="was started with other images or options; remove it to start again"):
+        make_shards(list_folder(photos), tmp_path / "out", ShardOptions(seed=1))
     (photos / "china" / "crop.1.jpg").unlink()
-    with pytest.raises(DataError, match="was begun with other images"):
-        make_shards(list_folder(photos), tmp_path / "out", Recipe())
+    with pytest.raises(DataError, match="was started with other images"):
+        make_shards(list_folder(photos), tmp_path / "out", ShardOptions())
     with (begun / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="another command is writing it"):
-            make_shards(list_folder(photos), tmp_path / "out", Recipe())
+        with pytest.raises(DataError, match="another command is writing to this folder"):
+            make_shards(list_folder(photos), tmp_path / "out", ShardOptions())
     (begun / "thesis.docx").touch()
-    with pytest.raises(DataError, match="holds other things; move them away"):
-        make_shards(list_folder(photos), tmp_path / "out", Recipe())
+    with pytest.raises(DataError, match="contains other files; move them away"):
+        make_shards(list_folder(photos), tmp_path / "out", ShardOptions())
     assert (begun / "thesis.docx").exists()
 
 
-def test_shards_of_resized_images_have_the_asked_size_too(tmp_path: Path) -> None:
+def test_shards_of_resized_images_have_the_requested_size(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     pixels = load_sample_image("china.jpg")
     for i in range(60):
         Image.fromarray(pixels[: 300 + i, : 400 + i]).save(tmp_path / "in" / "a" / f"{i}.png")
-    recipe = Recipe(validation=0.0, shard_bytes=100_000, encoding=Encoding(shorter_side=64, format="jpg"))
-    made = make_shards(list_folder(tmp_path / "in"), tmp_path / "out", recipe)
+    options = ShardOptions(
+        validation_fraction=0.0, shard_bytes=100_000, encoding=Encoding(shorter_side=64, format="jpg")
+    )
+    made = make_shards(list_folder(tmp_path / "in"), tmp_path / "out", options)
     sizes = [shard.num_bytes for shard in made.splits["train"].shards]
     assert len(sizes) > 2
     assert all(60_000 < size < 110_000 for size in sizes)
@@ -400,18 +406,18 @@ def test_shards_of_resized_images_have_the_asked_size_too(tmp_path: Path) -> Non
     assert min(Image.open(io.BytesIO(sample.data)).size) == 64
 
 
-def test_sizes_are_not_guessed_from_nothing(tmp_path: Path, photos: Path) -> None:
+def test_sizes_cannot_be_estimated_without_a_usable_image(tmp_path: Path, photos: Path) -> None:
     for path in photos.rglob("*.*"):
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"none of 16 images that were tried can be used; the first: .*not an image"):
+    with pytest.raises(DataError, match=r"none of 16 sampled images can be used; .* The first error: .*not an image"):
         make(list_folder(photos), tmp_path / "out", encoding=Encoding(shorter_side=40), skip_bad=True)
 
 
-def test_unlabeled_images_at_any_depth(tmp_path: Path, photos: Path) -> None:
+def test_unlabeled_images_at_any_depth_are_found(tmp_path: Path, photos: Path) -> None:
     Image.new("RGB", (8, 8)).save(photos / "stray.png")
     source = list_folder(photos, labeled=False)
-    assert not source.faults
-    made = make_shards(source, tmp_path / "out", Recipe())
+    assert not source.problems
+    made = make_shards(source, tmp_path / "out", ShardOptions())
     assert made.splits["train"].class_names == []
     assert made.splits["validation"].num_samples == round(0.1 * len(source))
     extensions = set()
@@ -422,11 +428,11 @@ def test_unlabeled_images_at_any_depth(tmp_path: Path, photos: Path) -> None:
 
 
 def test_ray_writes_the_same_bytes(tmp_path: Path, photos: Path) -> None:
-    recipe = Recipe(shard_bytes=20_000)
-    make_shards(list_folder(photos), tmp_path / "local", recipe)
-    make_shards(list_folder(photos), tmp_path / "ray", recipe, engine=run_units_on_ray)
+    options = ShardOptions(shard_bytes=20_000)
+    make_shards(list_folder(photos), tmp_path / "local", options)
+    make_shards(list_folder(photos), tmp_path / "ray", options, executor=run_tasks_on_ray)
     assert files(tmp_path / "ray") == files(tmp_path / "local")
     source = list_folder(photos)
     (photos / "china" / "crop.1.jpg").unlink()
     with pytest.raises(DataError, match="1 unreadable file"):
-        make_shards(source, tmp_path / "gone", recipe, engine=run_units_on_ray)
+        make_shards(source, tmp_path / "gone", options, executor=run_tasks_on_ray)

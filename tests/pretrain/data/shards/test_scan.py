@@ -1,4 +1,4 @@
-"""Foreign tars: indexed as webdataset would read them, and never half of one in silence."""
+"""Tars of other tools are indexed as webdataset reads them, and no part of one is lost silently."""
 
 import contextlib
 import hashlib
@@ -13,14 +13,16 @@ import webdataset
 from PIL import Image
 
 from pretrain.data.dataset.open import open_dataset
-from pretrain.data.shards.scan import Scanned
+from pretrain.data.shards.scan import IndexedShards
 from pretrain.data.shards.scan import index_shards as index_tars
-from pretrain.data.shards.units import run_units
+from pretrain.data.shards.tasks import run_tasks
 from pretrain.errors import DataError
 from tests.support.servers import Hostile, serve
 
 
-def index_shards(tars: list[Path], class_names: list[str] | None = None, label_key: str | None = "label") -> Scanned:
+def index_shards(
+    tars: list[Path], class_names: list[str] | None = None, label_key: str | None = "label"
+) -> IndexedShards:
     return index_tars([tar.name for tar in tars], tars[0].parent, class_names, label_key)
 
 
@@ -43,20 +45,20 @@ def sample(key: str, label: int) -> list[tuple[str, bytes]]:
     return [(f"{key}.png", png(label)), (f"{key}.cls", str(label).encode())]
 
 
-def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
+def test_tars_from_webdatasets_writer_are_indexed(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for i in range(5):
             content = {"__key__": f"n{i}", "png": Image.new("RGB", (9, 7), (i, 0, 0)), "json": {"label": i % 3}}
             writer.write({**content, "caption.txt": "a photo"})
-    scanned = index_shards([tmp_path / "a.tar"])
-    assert scanned.info.class_counts == [2, 2, 1]
-    assert scanned.remarks == ["5 members .caption.txt, left as they are"]
+    indexed = index_shards([tmp_path / "a.tar"])
+    assert indexed.info.class_counts == [2, 2, 1]
+    assert indexed.notes == ["5 members .caption.txt, ignored"]
     samples = open_dataset(tmp_path)
     assert [samples.read(0, row).label for row in range(5)] == [0, 1, 2, 0, 1]
     assert samples.read(0, 4).image[0, 0].tolist() == [4, 0, 0]
 
 
-def test_our_own_shards_index_to_the_same_files(digits: Path, tmp_path: Path) -> None:
+def test_indexing_our_shards_gives_the_same_files(digits: Path, tmp_path: Path) -> None:
     tars = sorted((digits / "train").glob("*.tar"))
     for tar in tars:
         (tmp_path / tar.name).write_bytes(tar.read_bytes())
@@ -68,10 +70,10 @@ def test_our_own_shards_index_to_the_same_files(digits: Path, tmp_path: Path) ->
 def test_class_names_come_from_a_list_or_the_labels(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", sample("x", 0) + sample("y", 1))
     assert index_shards([tar]).info.class_names == ["0", "1"]
-    scanned = index_shards([tar], ["cat", "dog", "owl"])
-    assert scanned.info.class_names == ["cat", "dog", "owl"]
-    assert scanned.remarks == ["1 classes without samples: owl"]
-    with pytest.raises(DataError, match="label 1 is out of range: there are 1 class names"):
+    indexed = index_shards([tar], ["cat", "dog", "owl"])
+    assert indexed.info.class_names == ["cat", "dog", "owl"]
+    assert indexed.notes == ["1 class without samples: owl"]
+    with pytest.raises(DataError, match="label 1 is out of range because there are 1 class names"):
         index_shards([tar], ["cat"])
 
 
@@ -85,26 +87,26 @@ def test_class_names_come_from_a_list_or_the_labels(tmp_path: Path) -> None:
         ([("x.png", png(0))], "sample x has no label"),
         ([("x.png", png(0)), ("x.cls", b"cat")], "sample x has no label.*got 'cat'"),
         ([("x.png", png(0)), ("x.cls", b"\xff")], "sample x has no label"),
-        ([("x.png", png(0)[:30]), ("x.cls", b"1")], "sample x is no usable image"),
-        ([("readme", b"no key")], "the tars hold no samples"),
+        ([("x.png", png(0)[:30]), ("x.cls", b"1")], "sample x is not a usable image"),
+        ([("readme", b"no key")], "the tars contain no samples"),
         ([("x.png", png(0)), ("x.cls", b"-1")], "sample x has the label -1"),
-        ([("x.png", png(0)), ("x.json", b"{")], "sample x has broken JSON"),
+        ([("x.png", png(0)), ("x.json", b"{")], "sample x has invalid JSON"),
     ],
 )
-def test_samples_that_cannot_be_used(tmp_path: Path, members: list[tuple[str, bytes]], expected: str) -> None:
+def test_unusable_samples_are_refused(tmp_path: Path, members: list[tuple[str, bytes]], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         index_shards([write_tar(tmp_path / "a.tar", members)])
     assert not (tmp_path / "dataset.json").exists()
 
 
-def test_a_key_in_two_shards(tmp_path: Path) -> None:
+def test_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     tars = [write_tar(tmp_path / f"{name}.tar", sample("x", 0)) for name in "ab"]
     with pytest.raises(DataError, match=r"the key x is also in a\.tar"):
         index_shards(tars)
 
 
-def test_every_damage_to_the_structure_is_found(tmp_path: Path) -> None:
-    """Flip a byte in each header, cut at each block: webdataset goes on in silence, the index refuses."""
+def test_every_damage_to_the_tar_structure_is_found(tmp_path: Path) -> None:
+    """Flip a byte in each header and truncate at each block: webdataset continues silently, the index refuses."""
     whole = write_tar(tmp_path / "whole.tar", [m for i in range(4) for m in sample(f"k{i}", i)]).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as archive:
         members = archive.getmembers()
@@ -119,27 +121,27 @@ def test_every_damage_to_the_structure_is_found(tmp_path: Path) -> None:
             index_shards([damaged])
         with contextlib.suppress(tarfile.TarError, ValueError):
             silent += len(list(webdataset.WebDataset(str(damaged), shardshuffle=False))) < 4
-    assert silent > len(members) // 2  # what this is for: the reference loses samples without a word
+    assert silent > len(members) // 2  # the reason for this check: webdataset loses samples without an error
 
 
-def test_what_is_no_sample_is_counted(tmp_path: Path) -> None:
+def test_ignored_members_are_counted(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("README", b"hello"), *sample("x", 0)])
     with tarfile.open(tar, "a") as archive:
         link = tarfile.TarInfo("y.png")
         link.type, link.linkname = tarfile.SYMTYPE, "x.png"
         archive.addfile(link)
-    assert index_shards([tar]).remarks == [
-        "1 members without a key and an extension, left as they are",
-        "1 links and the like, left as they are",
+    assert index_shards([tar]).notes == [
+        "1 members without a key and an extension, ignored",
+        "1 links or special files, ignored",
     ]
 
 
-def test_labels_of_another_name(tmp_path: Path) -> None:
+def test_label_key_selects_the_label(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.json", b'{"species": 1, "label": 0}')])
     assert index_shards([tar], label_key="species").info.class_counts == [0, 1]
 
 
-def test_an_index_needs_its_tars(tmp_path: Path) -> None:
+def test_missing_index_is_reported(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", sample("x", 0))
     with pytest.raises(DataError, match="run `vitrail shards index"):
         open_dataset(tmp_path)
@@ -150,38 +152,40 @@ def test_an_index_needs_its_tars(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "dataset.json").read_text())["num_samples"] == 1
 
 
-def test_images_without_labels_are_data_too(tmp_path: Path) -> None:
+def test_unlabeled_tars_are_indexed_on_request(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.txt", b"a black square")])
-    with pytest.raises(DataError, match=r"sample x has no label.*if none has one, pass --unlabeled"):
+    with pytest.raises(
+        DataError, match=r"sample x has no label.*if no sample has a label, use `vitrail shards index --unlabeled`"
+    ):
         index_shards([tar])
-    scanned = index_shards([tar], label_key=None)
-    assert (scanned.info.class_names, scanned.remarks) == ([], ["1 members .txt, left as they are"])
+    indexed = index_shards([tar], label_key=None)
+    assert (indexed.info.class_names, indexed.notes) == ([], ["1 members .txt, ignored"])
     assert open_dataset(tmp_path).read(0, 0).label == -1
 
 
-def test_a_tar_is_read_once_and_forwards_only(tmp_path: Path) -> None:
+def test_remote_tar_is_read_once_and_sequentially(tmp_path: Path) -> None:
     members = [m for i in range(9) for m in sample(f"{'long' * 40}{i}", i)]
     data = write_tar(tmp_path / "a.tar", members).read_bytes()
     (tmp_path / "out").mkdir()
     with serve(Hostile(tmp_path, ranges=False)) as server:
-        scanned = index_tars([f"{server.url}/a.tar"], tmp_path / "out")
+        indexed = index_tars([f"{server.url}/a.tar"], tmp_path / "out")
         assert server.requests == {"a.tar": 1}
-    [entry] = scanned.info.shards
+    [entry] = indexed.info.shards
     assert (entry.name, entry.num_bytes) == (f"{server.url}/a.tar", len(data))
     assert entry.sha256 == hashlib.sha256(data).hexdigest()
     assert (tmp_path / "out" / "a.index.json").exists()
 
 
-def test_any_number_of_workers_finds_the_same(digits: Path, tmp_path: Path) -> None:
+def test_any_number_of_workers_writes_the_same_index(digits: Path, tmp_path: Path) -> None:
     tars = sorted((digits / "train").glob("*.tar"))
     for tar in tars:
         (tmp_path / tar.name).hardlink_to(tar)
     done: list[int] = []
-    engine = partial(run_units, num_workers=3)
-    index_tars([tar.name for tar in tars], tmp_path, engine=engine, progress=done.append)
+    executor = partial(run_tasks, num_workers=3)
+    index_tars([tar.name for tar in tars], tmp_path, executor=executor, progress=done.append)
     assert sum(done) == len(tars)
     for path in (digits / "train").glob("*.json"):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     (tmp_path / "shard-000001.tar").unlink()
     with pytest.raises(DataError, match=r"shard-000001.tar: cannot be read: No such file"):
-        index_tars([tar.name for tar in tars], tmp_path, engine=engine)
+        index_tars([tar.name for tar in tars], tmp_path, executor=executor)

@@ -1,4 +1,4 @@
-"""The numbers of a set, held against the images themselves; and a picture that shows them."""
+"""Statistics of a shard set, compared with the image files; and their plot."""
 
 import json
 import re
@@ -15,8 +15,8 @@ from sklearn.datasets import load_sample_image
 
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
-from pretrain.data.shards.stats import draw, read_stats, summary
+from pretrain.data.shards.plan import ShardOptions
+from pretrain.data.shards.stats import plot, read_stats, summary
 from pretrain.data.sources.folder import list_folder
 from pretrain.errors import DataError
 
@@ -34,11 +34,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             left, top = chance.integers(0, 120, 2).tolist()
             photo.crop((left, top, left + width, top + height)).save(folder / "in" / name / f"{i}.jpg")
     shutil.copy(folder / "in" / "china" / "3.jpg", folder / "in" / "flower" / "copy.jpg")
-    make_shards(list_folder(folder / "in"), folder / "out", Recipe(validation=0, shard_bytes=10**5, seed=0))
+    make_shards(
+        list_folder(folder / "in"), folder / "out", ShardOptions(validation_fraction=0, shard_bytes=10**5, seed=0)
+    )
     return folder
 
 
-def test_the_numbers_are_those_of_the_files(photos: Path) -> None:
+def test_statistics_match_the_image_files(photos: Path) -> None:
     samples = open_dataset(photos / "out" / "train")
     stats = read_stats(samples)
     files = sorted((photos / "in").rglob("*.jpg"))
@@ -58,20 +60,20 @@ def test_the_numbers_are_those_of_the_files(photos: Path) -> None:
     assert found["formats"] == {"jpg": 66}
     assert found["width"]["median"] == int(np.median([Image.open(path).width for path in files]))
     assert stats.duplicates == stats.conflicts == [["china/3", "flower/copy"]]
-    with pytest.raises(DataError, match="a plain folder has no index; make shards of it first"):
+    with pytest.raises(DataError, match="a folder of images has no index; create shards from it"):
         read_stats(open_dataset(photos / "in"))
 
 
-def test_the_picture_shows_samples_and_histograms(photos: Path) -> None:
+def test_plot_shows_samples_and_histograms(photos: Path) -> None:
     samples = open_dataset(photos / "out" / "train")
-    draw(samples, read_stats(samples), photos / "stats.png")
+    plot(samples, read_stats(samples), photos / "stats.png")
     with Image.open(photos / "stats.png") as picture:
         assert picture.width > 1500
         pixels = np.asarray(picture.convert("RGB").resize((64, 64))).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 500
 
 
-def test_the_command(photos: Path, tool: Callable[[str], str]) -> None:
+def test_command_prints_duplicates_and_json(photos: Path, tool: Callable[[str], str]) -> None:
     command = [tool("vitrail"), "shards", "stats", str(photos / "out" / "train")]
     text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert re.search("identical images +china/3  flower/copy", text)

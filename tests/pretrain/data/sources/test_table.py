@@ -1,4 +1,4 @@
-"""Tables of images: rows become samples, and no row is lost in silence."""
+"""Tables of images: rows become samples, and no row is lost silently."""
 
 from pathlib import Path
 
@@ -48,31 +48,31 @@ def test_rows_become_samples(images: Path, suffix: str) -> None:
     assert source.class_names == ["cat", "dog", "owl"]
     assert source.labels.tolist() == [2, 0, 2, 1, 0, 2]
     assert source.sizes.tolist() == [(images / "in" / f"{i}.png").stat().st_size for i in range(6)]
-    assert not source.faults
+    assert not source.problems
     image = source.image(4)
     assert (image.key, image.label, image.origin) == ("000000004", 0, "in/4.png")
     content = image.read()
     assert content.image == (images / "in" / "4.png").read_bytes()
     assert content.metadata == {"caption": "猫"}
     missing = source.image(2).read().metadata
-    assert missing == ({"caption": ""} if suffix != "parquet" else {})  # CSV knows no null text
+    assert missing == ({"caption": ""} if suffix != "parquet" else {})  # CSV has no null for text
 
 
-def test_numbers_are_labels_and_a_list_names_them(images: Path) -> None:
+def test_numeric_labels_are_named_by_a_list(images: Path) -> None:
     table = write(images / "t.csv", {"file_name": ["in/0.png", "in/1.png"], "target": [3, 1]})
     assert listed(table).class_names == ["0", "1", "2", "3"]
     assert listed(table, class_names=["a", "b", "c", "d"]).labels.tolist() == [3, 1]
-    with pytest.raises(DataError, match="column target: label 3 is out of range: there are 2 class names"):
+    with pytest.raises(DataError, match="column target: label 3 is out of range because there are 2 class names"):
         listed(table, class_names=["a", "b"])
     unlabeled = listed(table, labeled=False)
     assert (unlabeled.class_names, unlabeled.labels.tolist()) == ([], [NO_LABEL, NO_LABEL])
     assert unlabeled.image(0).read().metadata == {"target": 3}
 
 
-def test_rows_that_would_be_lost_are_faults(images: Path) -> None:
+def test_rows_without_image_or_label_are_problems(images: Path) -> None:
     columns: dict[str, list[object]] = {"path": ["in/0.png", None, "in/2.png", "in/gone.png"], "label": [0, 1, None, 1]}
     source = listed(write(images / "t.parquet", columns))
-    assert source.faults == ["1 row without an image: row 2", "1 row without a label: row 3"]
+    assert source.problems == ["1 row without an image: row 2", "1 row without a label: row 3"]
     assert [source.image(i).key for i in range(len(source))] == ["000000000", "000000003"]
     assert source.sizes.tolist()[1] == 0
     with pytest.raises(FileNotFoundError):
@@ -91,19 +91,25 @@ def test_urls_are_fetched(images: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [
-        ({"picture": ["a"], "label": [0]}, "no column path or url .* has picture, label. Name one with --image-column"),
-        ({"path": ["a"], "kind": ["x"]}, "no column label or class .* has path, kind. Name one with --label-column"),
-        ({"path": ["a"], "label": [0.5]}, "column label: holds double; expected the classes' names, or whole numbers"),
-        ({"path": ["a"], "label": [-1]}, "column label: has the label -1; labels count from 0"),
-        ({"path": [b"png"], "label": [0]}, "column path holds binary; expected paths or URLs"),
+        (
+            {"picture": ["a"], "label": [0]},
+            "no column path or url .*; name one of its columns with --image-column: picture, label",
+        ),
+        (
+            {"path": ["a"], "kind": ["x"]},
+            "no column label or class .*; name one of its columns with --label-column: path, kind",
+        ),
+        ({"path": ["a"], "label": [0.5]}, "column label: contains double; expected class names, or whole numbers"),
+        ({"path": ["a"], "label": [-1]}, "column label: has the label -1; labels must start at 0"),
+        ({"path": [b"png"], "label": [0]}, "column path contains binary; expected paths or URLs"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path: Path, columns: dict[str, list[object]], expected: str) -> None:
+def test_unusable_tables_are_refused(tmp_path: Path, columns: dict[str, list[object]], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         listed(write(tmp_path / "t.parquet", columns))
 
 
-def test_files_that_are_no_tables(tmp_path: Path) -> None:
+def test_files_that_are_not_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t.csv: no such file"):
         listed(tmp_path / "t.csv")
     (tmp_path / "empty.csv").write_text("path,label\n")
@@ -113,5 +119,5 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a readable table"):
         listed(tmp_path / "t.parquet")
     table = write(tmp_path / "u.csv", {"path": ["a"], "label": ["owl"]})
-    with pytest.raises(DataError, match="1 class without a name: owl"):
+    with pytest.raises(DataError, match="1 class that has no given name: owl"):
         listed(table, class_names=["cat"])

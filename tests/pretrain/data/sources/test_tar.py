@@ -1,4 +1,4 @@
-"""Tars as a source: every sample with all its members, wherever the tar stands."""
+"""Tars as a source: every sample with all its members, from local and remote tars."""
 
 import io
 import tarfile
@@ -9,9 +9,9 @@ import webdataset
 from PIL import Image
 
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
-from pretrain.data.sources.open import Listing, list_source
-from pretrain.data.sources.source import NAMES_SHOWN
+from pretrain.data.shards.plan import ShardOptions
+from pretrain.data.sources.open import SourceOptions, list_source
+from pretrain.data.sources.source import MAX_NAMES_SHOWN
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.errors import DataError
@@ -22,7 +22,7 @@ PATIENT = FetchPolicy(request_seconds=10, stall_seconds=20)
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> Path:
-    """Two tars as webdataset writes them, with captions, long names and a class in the JSON."""
+    """Two tars from webdataset's writer, with captions, long names and a class in the JSON."""
     folder = tmp_path / "foreign"
     folder.mkdir()
     for number in range(2):
@@ -41,15 +41,15 @@ def foreign(tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, dict[str, object]]:
-    """Read all samples of a folder's tars as webdataset does."""
+    """Read all samples of a folder's tars with webdataset."""
     tars = sorted(map(str, folder.glob("*.tar")))
     return {sample["__key__"]: sample for sample in webdataset.WebDataset(tars, shardshuffle=False).decode()}
 
 
-def test_every_member_comes_along(tmp_path: Path, foreign: Path) -> None:
+def test_all_members_are_kept(tmp_path: Path, foreign: Path) -> None:
     source = list_source(str(foreign))
     assert source.class_names == ["a", "b", "c"]
-    made = make_shards(source, tmp_path / "out", Recipe(validation=0.0, shard_bytes=9_000))
+    made = make_shards(source, tmp_path / "out", ShardOptions(validation_fraction=0.0, shard_bytes=9_000))
     assert len(made.splits["train"].shards) > 2
     before, after = contents(foreign), contents(tmp_path / "out" / "train")
     assert before.keys() == after.keys()
@@ -60,37 +60,37 @@ def test_every_member_comes_along(tmp_path: Path, foreign: Path) -> None:
         assert after[key]["json"]["source"].endswith(f".tar: {key}")  # type: ignore[index]
 
 
-def test_our_own_shards_are_cut_anew(tmp_path: Path, digits: Path) -> None:
+def test_our_own_shards_can_be_divided_again(tmp_path: Path, digits: Path) -> None:
     source = list_source(str(digits / "train"))
     whole = DatasetInfo.load(digits / "train")
     assert source.class_names == whole.class_names
-    made = make_shards(source, tmp_path / "out", Recipe(validation=0.0, shard_bytes=200_000))
+    made = make_shards(source, tmp_path / "out", ShardOptions(validation_fraction=0.0, shard_bytes=200_000))
     assert made.splits["train"].class_counts == whole.class_counts
     assert len(made.splits["train"].shards) < len(whole.shards)
     before, after = contents(digits / "train"), contents(tmp_path / "out" / "train")
     assert before.keys() == after.keys()
-    assert all(after[key]["json"] == before[key]["json"] for key in before)  # their source is still the digits
-    with pytest.raises(DataError, match="holds several splits; name one"):
+    assert all(after[key]["json"] == before[key]["json"] for key in before)  # with the original source
+    with pytest.raises(DataError, match="contains several splits; name one"):
         list_source(str(digits))
 
 
-def test_remote_tars_stream_by_once_and_are_read_in_any_order(tmp_path: Path, foreign: Path) -> None:
+def test_remote_tars_are_listed_and_read_in_any_order(tmp_path: Path, foreign: Path) -> None:
     with serve(Hostile(foreign, unavailable=0.1, reset=0.1)) as server:
-        source = list_source(f"{server.url}/part-{{0..1}}.tar", Listing(policy=PATIENT))
-        made = make_shards(source, tmp_path / "out", Recipe(validation=0.0, seed=1))
+        source = list_source(f"{server.url}/part-{{0..1}}.tar", SourceOptions(policy=PATIENT))
+        made = make_shards(source, tmp_path / "out", ShardOptions(validation_fraction=0.0, seed=1))
     assert made.splits["train"].num_samples == 10
     assert contents(tmp_path / "out" / "train").keys() == contents(foreign).keys()
 
 
-def test_unlabeled_tars(foreign: Path, tmp_path: Path) -> None:
-    source = list_source(str(foreign), Listing(labeled=False))
-    made = make_shards(source, tmp_path / "out", Recipe(validation=0.2))
+def test_unlabeled_tars_have_no_classes(foreign: Path, tmp_path: Path) -> None:
+    source = list_source(str(foreign), SourceOptions(labeled=False))
+    made = make_shards(source, tmp_path / "out", ShardOptions(validation_fraction=0.2))
     assert made.splits["train"].class_names == []
     assert made.splits["train"].num_samples + made.splits["validation"].num_samples == 10
     assert "cls" not in next(iter(contents(tmp_path / "out" / "train").values()))
 
 
-def test_a_damaged_or_truncated_tar_is_found_while_listing(foreign: Path) -> None:
+def test_damaged_or_truncated_tar_is_found_while_listing(foreign: Path) -> None:
     path = foreign / "part-1.tar"
     data = path.read_bytes()
     with tarfile.open(path) as archive:
@@ -104,16 +104,16 @@ def test_a_damaged_or_truncated_tar_is_found_while_listing(foreign: Path) -> Non
             list_source(str(foreign))
 
 
-def test_a_key_in_two_tars_is_a_fault(foreign: Path) -> None:
+def test_key_in_two_tars_is_a_problem(foreign: Path) -> None:
     (foreign / "part-2.tar").write_bytes((foreign / "part-0.tar").read_bytes())
     source = list_source(str(foreign))
     assert len(source) == 10
-    [fault] = source.faults
-    assert fault.startswith("5 samples with keys already taken: ")
-    assert fault.count("also in") == NAMES_SHOWN
+    [problem] = source.problems
+    assert problem.startswith("5 samples whose keys are taken: ")
+    assert problem.count("also in") == MAX_NAMES_SHOWN
 
 
-def test_sources_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_and_unusable_sources_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.tar: cannot be read: No such file"):
         list_source(str(tmp_path / "a.tar"))
     with pytest.raises(DataError, match="the output of a command has no random access"):

@@ -16,7 +16,7 @@ from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
 from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import Recipe
+from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.folder import list_folder
 from pretrain.data.transforms.decode import DecodeError, EncodedJpeg, decode_unless_jpeg
 from pretrain.data.transforms.device_decode import build_decoder, decode_on_device, torchvision_decoder
@@ -39,7 +39,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         exif[0x0112] = 6 if i % 4 == 1 else 1  # turned by a quarter, or upright
         image = piece.convert("L") if i % 4 == 2 else piece
         image.save(folder / "in" / "a" / f"{i}.{'png' if i % 4 == 3 else 'jpg'}", exif=exif)
-    make_shards(list_folder(folder / "in"), folder / "out", Recipe(validation=0.0))
+    make_shards(list_folder(folder / "in"), folder / "out", ShardOptions(validation_fraction=0.0))
     return open_dataset(folder / "out" / "train")
 
 

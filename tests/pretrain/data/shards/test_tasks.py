@@ -1,4 +1,4 @@
-"""Units of work on several processes: results in order, failures as they are, nothing left behind."""
+"""Tasks in several processes: ordered results, original errors, and no process left behind."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.data.shards.units import run_units, run_units_on_ray
+from pretrain.data.shards.tasks import run_tasks, run_tasks_on_ray
 
 
 def late_square(number: int) -> int:
@@ -37,26 +37,26 @@ def note_and_sleep(folder: Path, number: int) -> int:
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_results_come_in_order(num_workers: int) -> None:
-    assert list(run_units(late_square, iter(range(20)), num_workers)) == [i * i for i in range(20)]
+def test_results_keep_the_order_of_the_tasks(num_workers: int) -> None:
+    assert list(run_tasks(late_square, iter(range(20)), num_workers)) == [i * i for i in range(20)]
 
 
-def test_a_failure_reaches_the_caller_and_ends_the_workers() -> None:
-    results = run_units(fail_at_3, range(1000), 2)
+def test_error_reaches_the_caller_and_ends_the_workers() -> None:
+    results = run_tasks(fail_at_3, range(1000), 2)
     with pytest.raises(ValueError, match="three"):
         list(results)
     assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
-def test_a_killed_worker_is_a_sentence() -> None:
-    with pytest.raises(ChildProcessError, match="a worker process died, perhaps for want of memory"):
-        list(run_units(die, range(3), 2))
+def test_killed_worker_is_reported() -> None:
+    with pytest.raises(ChildProcessError, match="a worker process died, possibly because memory ran out"):
+        list(run_tasks(die, range(3), 2))
 
 
-def test_a_caller_that_wants_no_more_does_not_wait(tmp_path: Path) -> None:
-    results = run_units(partial(note_and_sleep, tmp_path), range(-1, 5), 2)
+def test_closing_the_generator_does_not_wait(tmp_path: Path) -> None:
+    results = run_tasks(partial(note_and_sleep, tmp_path), range(-1, 5), 2)
     started = time.monotonic()
-    results.close()  # before anything was asked for, nothing is begun
+    results.close()  # nothing has started before the first result is requested
     assert time.monotonic() - started < 5
 
 
@@ -66,9 +66,9 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> N
 if __name__ == "__main__":
     from functools import partial
     from pathlib import Path
-    from pretrain.data.shards.units import run_units
-    from tests.pretrain.data.shards.test_units import note_and_sleep
-    list(run_units(partial(note_and_sleep, Path({str(tmp_path)!r})), range(9), 2))
+    from pretrain.data.shards.tasks import run_tasks
+    from tests.pretrain.data.shards.test_tasks import note_and_sleep
+    list(run_tasks(partial(note_and_sleep, Path({str(tmp_path)!r})), range(9), 2))
 """
     script = tmp_path.parent / f"{tmp_path.name}.py"
     script.write_text(code)
@@ -91,7 +91,7 @@ def _wait(is_true: object, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_ray_is_asked_for_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ray_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Exception, match=r"--engine ray needs Ray: pip install 'vitrail\[ray\]'"):
-        list(run_units_on_ray(late_square, range(3)))
+        list(run_tasks_on_ray(late_square, range(3)))
