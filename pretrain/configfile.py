@@ -122,7 +122,7 @@ def read_command_line(
 
     Args:
         config_class: Class of the config.
-        description: What the script does, for --help.
+        description: Purpose of the script, for --help.
         example: Command line to show in --help.
         resumable: Whether the script has the option --resume.
     """

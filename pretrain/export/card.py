@@ -48,7 +48,7 @@ def model_card(manifest: Manifest, config: PretrainConfig, usage: str, proof: Pr
     Args:
         manifest: Manifest of the exported checkpoint.
         config: Configuration of the run.
-        usage: How to load the model, with the placeholders {folder} and {num_classes}.
+        usage: Section about loading the model, with the placeholders {folder} and {num_classes}.
         proof: Differences between the folder and our model.
     """
     return CARD.format(
