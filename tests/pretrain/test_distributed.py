@@ -102,6 +102,7 @@ def check_gathered_rows(rank: int) -> None:
     torch.testing.assert_close(rows.grad, everyone.grad[first : first + len(rows)])
 
 
+@pytest.mark.processes
 def test_collectives_of_two_ranks() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(run_rank, args=(folder,), nprocs=2)  # type: ignore[no-untyped-call]

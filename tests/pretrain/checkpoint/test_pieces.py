@@ -103,6 +103,7 @@ def test_none_of_300_damaged_checkpoints_loads(run: Path, tmp_path: Path) -> Non
         shutil.rmtree(copy)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", ["killed", "full disk"])
 def _saves_leave_the_newest_intact_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Saves are killed at 20 different moments, or the disk is full after 20 different numbers of bytes."""
@@ -189,6 +190,7 @@ def test_pieces_with_a_gap_are_found(run: Path, tmp_path: Path) -> None:
     assert json.loads((folder / "manifest.json").read_text())["version"] == 4
 
 
+@pytest.mark.processes
 def test_reading_a_checkpoint_does_not_import_deepspeed() -> None:
     """Its import takes seconds, which `vitrail export` and `vitrail checkpoints` need not spend."""
     code = "import sys, pretrain.checkpoint.restore, pretrain.engine.ema; print('deepspeed' in sys.modules)"

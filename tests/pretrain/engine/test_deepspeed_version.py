@@ -83,6 +83,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bool]
     return result
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("setting", ATTRIBUTES)
 def test_the_installed_deepspeed_has_the_attributes(found: dict[str, dict[str, bool]], setting: str) -> None:
     missing = [path for path, exists in found[setting].items() if not exists]
