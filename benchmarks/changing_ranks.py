@@ -26,8 +26,7 @@ import torch
 from benchmarks.digits_run import disturb, prepare, start
 from pretrain.config import PretrainConfig
 from pretrain.configfile import read_command_line
-from pretrain.data.transforms.batch import Batch
-from pretrain.steps import to_device
+from pretrain.data.transforms.batch import Batch, to_device
 
 RECORDS = "RECORDS"  # the variable that tells a rank where to note its samples
 BATCH = 32

@@ -50,7 +50,7 @@ from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
-from pretrain.data.transforms.batch import Batch, augment
+from pretrain.data.transforms.batch import Batch, augment, to_device
 from pretrain.engine.deepspeed import build_engine, set_learning_rate, start_distributed
 from pretrain.export.vit_mae import hub_mae_config
 from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub
@@ -59,7 +59,6 @@ from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
 from pretrain.objectives.objective import Objective
 from pretrain.schedules import learning_rate_at
-from pretrain.steps import to_device
 
 SMALL = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 4, "image_size": 24}
 MODELS = {

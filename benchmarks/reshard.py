@@ -106,11 +106,11 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
     from pretrain.configfile import load_config
     from pretrain.run import open_run
     from pretrain.stop_signal import StopSignal
-    from pretrain.train import tracked
+    from pretrain.train import train_with_tracking
 
     overrides = [f"run_dir={run_dir}", f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     with open_run(load_config(PretrainConfig, work / "config.yaml", overrides).config) as run:
-        tracked(run, "", StopSignal())
+        train_with_tracking(run, "", StopSignal())
         return run
 
 

@@ -1,203 +1,257 @@
-"""What the run has learned so far: losses of the validation set, probes of the frozen encoder, and pictures."""
+"""Evaluate a model in training: losses on the validation set, probes of the frozen encoder, and pictures."""
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import BadSample, LoadedBatch, evaluation_batches
+from pretrain.data.loading.quarantine import Quarantine
 from pretrain.data.transforms.batch import to_device
+from pretrain.engine.ema import Ema
+from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import DataError
+from pretrain.heartbeat.watch import Watch
 from pretrain.metrics.feature_rank import effective_rank, feature_spread
 from pretrain.metrics.knn import predict_knn
 from pretrain.metrics.linear_probe import predict_linear_probe
-from pretrain.objectives.objective import Output
-from pretrain.outcome import Outcome
-from pretrain.run import Run
-from pretrain.tracking.progress import ProgressLine
-from pretrain.tracking.tracker import PICTURES_FOLDER, Tracker, picture_name
+from pretrain.objectives.objective import Objective, Output
+from pretrain.tracking.pictures import make_grid, save_picture
 
-NUM_PICTURES, LEAST_PICTURE = 8, 96  # pixels of its height; smaller ones are enlarged
-GAP, PAPER = 4, 1.0  # pixels between pictures, and their color
+NUM_PICTURES = 8  # images of the validation set that pictures are made of
 PROBES = {"knn_top1": predict_knn, "linear_top1": predict_linear_probe}
 
-
-class _StoppedError(Exception):
-    """Some rank was asked to stop; raised on all of them."""
+ShouldStop = Callable[[], bool]  # whether this rank was asked to stop
 
 
-def is_due(run: Run) -> bool:
-    """Say whether anything is to be evaluated after the step that was just taken."""
-    return _validation_is_due(run) or _probe_is_due(run)
+@dataclass(frozen=True)
+class Features:
+    """Features of this rank's usable samples.
 
-
-def is_owed(run: Run, rows: Iterable[Mapping[str, float]]) -> bool:
-    """Say whether a run that begins at its end was ended in its last evaluation; `rows` are what it has logged."""
-    step = run.state.step
-    done = any(row["step"] == step and "validation/loss" in row for row in rows)
-    return _is_last(run) and run.data.validation is not None and not distributed.any_over_ranks(done)
-
-
-def evaluate(run: Run, tracker: Tracker, progress: ProgressLine, stopping: Callable[[], bool]) -> Outcome:
-    """Evaluate what is due, on all ranks together, unless one of them is asked to stop.
-
-    Args:
-        run: whose average of the weights, if it keeps one, is evaluated in their place.
-        tracker: is given the numbers.
-        progress: shows them.
-        stopping: says whether this rank was asked to stop.
+    Attributes:
+        values: CLS tokens of the encoder, float [N, D], on the device.
+        labels: Class of each sample, int [N], on the device.
+        positions: Row of each sample in its data set, int [N], on the CPU.
     """
-    row: dict[str, float] = {}
-    validation = run.data.validation
-    if validation is None:
-        return Outcome.DONE
-    outcome = Outcome.STOPPED
-    with _frozen(run):
-        if _validation_is_due(run):
-            row |= _validate(run, validation, stopping)
-        if _probe_is_due(run):
-            started = time.monotonic()
-            row |= _probe(run, validation, stopping)
-            _draw(run, validation)
-            row["probe/seconds"] = time.monotonic() - started
-        outcome = Outcome.DONE
-    if row and outcome is Outcome.DONE:
-        tracker.log(row, run.state.step)
-        progress.print_message(
-            f"step {run.state.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items())
+
+    values: Tensor
+    labels: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates the model at certain steps. Every rank must call the same methods in the same order.
+
+    Attributes:
+        config: Resolved run configuration.
+        training: Training data, on whose features the probes are fitted.
+        validation: Validation data, or None to evaluate nothing.
+        objective: Model in training.
+        engine: DeepSpeed engine around the objective.
+        ema: Moving average of the weights; if the run keeps one, it is evaluated in place of the weights.
+        quarantine: List of unusable samples.
+        watch: Heartbeat of this rank.
+    """
+
+    config: PretrainConfig
+    training: Dataset
+    validation: Dataset | None
+    objective: Objective
+    engine: TrainingEngine
+    ema: Ema
+    quarantine: Quarantine
+    watch: Watch
+
+    def is_due(self, step: int) -> bool:
+        """Return whether to evaluate after `step` steps."""
+        return self._validation_is_due(step) or self._probe_is_due(step)
+
+    def final_is_missing(self, rows: Iterable[Mapping[str, float]], step: int) -> bool:
+        """Return whether the run took its last step but was ended during the final evaluation (collective).
+
+        Args:
+            rows: Metrics that the run has logged; only the main rank needs them.
+            step: Number of steps of the run's checkpoint.
+        """
+        is_logged = any(row["step"] == step and "validation/loss" in row for row in rows)
+        return self._is_last(step) and self.validation is not None and not distributed.any_over_ranks(is_logged)
+
+    def evaluate(self, step: int, should_stop: ShouldStop) -> dict[str, float] | None:
+        """Evaluate what is due after `step` steps (collective).
+
+        Args:
+            step: Number of steps so far.
+            should_stop: Tells whether this rank was asked to stop; it is called before every batch.
+
+        Returns:
+            The metrics, or None if any rank was asked to stop before they were complete.
+        """
+        if self.validation is None:
+            return {}
+        row: dict[str, float] = {}
+        with self._evaluation_mode():
+            if self._validation_is_due(step):
+                losses = self._validate(self.validation, should_stop)
+                if losses is None:
+                    return None
+                row |= losses
+            if self._probe_is_due(step):
+                started = time.monotonic()
+                scores = self._probe(self.validation, should_stop)
+                if scores is None:
+                    return None
+                self._save_pictures(self.validation, step)
+                row |= scores | {"probe/seconds": time.monotonic() - started}
+        return row
+
+    def _validation_is_due(self, step: int) -> bool:
+        every = self.config.evaluation.every_steps
+        return self._is_last(step) or bool(every and step % every == 0)
+
+    def _probe_is_due(self, step: int) -> bool:
+        every = self.config.evaluation.probe_every_steps
+        return bool(every and (self._is_last(step) or step % every == 0))
+
+    def _is_last(self, step: int) -> bool:
+        return step == self.config.schedule.total_steps
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """Switch to evaluation mode and to the averaged weights inside the block (collective)."""
+        self.engine.eval()
+        with torch.no_grad(), self.ema.swapped_in():
+            yield
+        self.engine.train()
+
+    def _for_each_batch(
+        self,
+        dataset: Dataset,
+        output: Output,
+        consume: Callable[[LoadedBatch, dict[str, Tensor]], None],
+        should_stop: ShouldStop,
+        max_samples: int | None = None,
+    ) -> bool:
+        """Pass this rank's share of a data set through the model (collective).
+
+        Args:
+            dataset: Data to evaluate.
+            output: Output of the objective to compute.
+            consume: Function that is called with every batch and the objective's output.
+            should_stop: Tells whether this rank was asked to stop.
+            max_samples: Largest number of samples over all ranks; None for the whole data set.
+
+        Returns:
+            Whether all batches were consumed; False if any rank was asked to stop before.
+        """
+        batches = evaluation_batches(
+            dataset,
+            self.objective.evaluation_view(),
+            batch_size=self.config.engine.micro_batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=self.config.data.num_workers,
+            max_samples=max_samples,
         )
-    return outcome
+        bad_samples: list[BadSample] = []
+        for loaded in batches:
+            self.watch.enter("evaluate")  # once per batch, so that a long evaluation does not look like a hang
+            if distributed.any_over_ranks(should_stop()):
+                batches.close()
+                return False
+            bad_samples += loaded.bad_samples
+            consume(loaded, self.engine(to_device(loaded.tensors, self.engine.device), output=output))
+        self.quarantine.add(chain.from_iterable(distributed.gather(bad_samples)))
+        return True
 
+    def _validate(self, validation: Dataset, should_stop: ShouldStop) -> dict[str, float] | None:
+        """Return the mean of each loss and metric over the validation set; None if a rank was asked to stop."""
+        sums: dict[str, Tensor] = {}
 
-def _validation_is_due(run: Run) -> bool:
-    every = run.config.evaluation.every_steps
-    return _is_last(run) or bool(every and run.state.step % every == 0)
+        def add(loaded: LoadedBatch, outputs: dict[str, Tensor]) -> None:
+            count = loaded.tensors["weight"].sum().to(self.engine.device)
+            for name, value in (outputs | {"count": count}).items():
+                sums[name] = sums.get(name, 0.0) + value.double()
 
+        if not self._for_each_batch(validation, "losses", add, should_stop):
+            return None
+        totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
+        count = totals[-1]
+        if not count:
+            raise DataError(
+                f"{self.config.data.validation}: no sample of the validation set is usable; see {self.quarantine.path}"
+            )
+        means = {name: total / count for name, total in zip(sums, totals, strict=True)}
+        return {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
 
-def _probe_is_due(run: Run) -> bool:
-    every = run.config.evaluation.probe_every_steps
-    return bool(every and (_is_last(run) or run.state.step % every == 0))
+    def _probe(self, validation: Dataset, should_stop: ShouldStop) -> dict[str, float] | None:
+        """Return how well simple classifiers work on frozen features; None if a rank was asked to stop.
 
+        Every rank has the features of all training samples and predicts the classes of its own validation samples.
+        """
+        fitted_on = self._features(self.training, should_stop, self.config.evaluation.probe_samples)
+        tested_on = self._features(validation, should_stop) if fitted_on else None
+        if fitted_on is None or tested_on is None:
+            return None
+        # On the CPU, because `gather` would place a tensor of another rank on that rank's GPU.
+        own = fitted_on.values.cpu(), fitted_on.labels.cpu(), fitted_on.positions
+        gathered = zip(*distributed.gather(own), strict=True)
+        features, labels, positions = (torch.cat(parts).to(self.engine.device) for parts in gathered)
+        order = positions.argsort()  # the same on any number of ranks
+        features, labels = features[order], labels[order]
+        if not features.isfinite().all():
+            return {}
+        row = {"probe/feature_rank": effective_rank(features), "probe/feature_spread": feature_spread(features)}
+        names = self.training.class_names
+        if names and names == validation.class_names:
+            num_correct = [
+                (predict(features, labels, tested_on.values) == tested_on.labels).sum() for predict in PROBES.values()
+            ]
+            count = torch.tensor(len(tested_on.labels)).to(tested_on.labels)
+            totals = distributed.sum_over_ranks(torch.stack([*num_correct, count])).tolist()
+            row |= {f"probe/{name}": total / totals[-1] for name, total in zip(PROBES, totals, strict=False)}
+        return row
 
-def _is_last(run: Run) -> bool:
-    return run.state.step == run.config.schedule.total_steps
+    def _features(self, dataset: Dataset, should_stop: ShouldStop, max_samples: int | None = None) -> Features | None:
+        """Return the features of this rank's usable samples; None if a rank was asked to stop."""
+        values, labels, positions = [], [], []
 
+        def add(loaded: LoadedBatch, outputs: dict[str, Tensor]) -> None:
+            usable = loaded.tensors["weight"] > 0
+            values.append(outputs["features"][usable.to(self.engine.device)])
+            labels.append(loaded.tensors["label"][usable])
+            positions.append(loaded.tensors["position"][usable])
 
-@contextmanager
-def _frozen(run: Run) -> Iterator[None]:
-    """Hold the model still, with the average of its weights in their place, until all is done or a stop is asked."""
-    run.engine.eval()
-    with torch.no_grad(), run.ema.swapped_in(), suppress(_StoppedError):
-        yield
-    run.engine.train()
+        if not self._for_each_batch(dataset, "features", add, should_stop, max_samples):
+            return None
+        return Features(torch.cat(values), torch.cat(labels).to(self.engine.device), torch.cat(positions))
 
+    def _save_pictures(self, validation: Dataset, step: int) -> None:
+        """Save the objective's pictures of the same few images at every step.
 
-def _batches(
-    run: Run, samples: Dataset, stopping: Callable[[], bool], output: Output, max_samples: int | None = None
-) -> Iterator[tuple[LoadedBatch, dict[str, Tensor]]]:
-    """Yield this rank's batches and what the objective answers."""
-    batches = evaluation_batches(
-        samples,
-        run.objective.evaluation_view(),
-        batch_size=run.config.engine.micro_batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        num_workers=run.config.data.num_workers,
-        max_samples=max_samples,
-    )
-    faults: list[BadSample] = []
-    for loaded in batches:
-        run.watch.enter("evaluate")  # each a turn of its own, so that a long evaluation is no hang
-        if distributed.any_over_ranks(stopping()):
-            batches.close()
-            raise _StoppedError
-        faults += loaded.bad_samples
-        yield loaded, run.engine(to_device(loaded.tensors, run.engine.device), output=output)
-    run.quarantine.add(chain.from_iterable(distributed.gather(faults)))
-
-
-def _validate(run: Run, validation: Dataset, stopping: Callable[[], bool]) -> dict[str, float]:
-    """Go through the validation set, every sample once over all ranks."""
-    sums: dict[str, Tensor] = {}
-    for loaded, answers in _batches(run, validation, stopping, "losses"):
-        count = loaded.tensors["weight"].sum().to(run.engine.device)
-        for name, value in (answers | {"count": count}).items():
-            sums[name] = sums.get(name, 0.0) + value.double()
-    totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
-    if not totals[-1]:
-        raise DataError(f"{run.config.data.validation}: no sample can be used; {run.quarantine.path} says why")
-    means = {name: total / totals[-1] for name, total in zip(sums, totals, strict=True)}
-    return {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
-
-
-def _probe(run: Run, validation: Dataset, stopping: Callable[[], bool]) -> dict[str, float]:
-    """Ask what the features are good for; each rank answers for its own part of the validation set."""
-    own = _features(run, run.data.training, stopping, run.config.evaluation.probe_samples)
-    unknown, truth, _ = _features(run, validation, stopping)
-    everyone = distributed.gather([part.cpu() for part in own])  # a GPU's tensor would arrive on that very GPU
-    known, labels, positions = (torch.cat(part).to(run.engine.device) for part in zip(*everyone, strict=True))
-    order = positions.argsort()  # so that nothing depends on the number of ranks
-    known, labels = known[order], labels[order]
-    if not known.isfinite().all():
-        return {}
-    row = {"probe/feature_rank": effective_rank(known), "probe/feature_spread": feature_spread(known)}
-    names = run.data.training.class_names
-    if names and names == validation.class_names:
-        right = [(probe(known, labels, unknown) == truth).sum() for probe in PROBES.values()]
-        totals = distributed.sum_over_ranks(torch.stack([*right, torch.tensor(len(truth)).to(truth)])).tolist()
-        row |= {f"probe/{name}": total / totals[-1] for name, total in zip(PROBES, totals, strict=False)}
-    return row
-
-
-def _features(
-    run: Run, samples: Dataset, stopping: Callable[[], bool], max_samples: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features [N, D], labels [N] and positions [N] of this rank's usable samples."""
-    features, labels, positions = [], [], []
-    for loaded, answers in _batches(run, samples, stopping, "features", max_samples):
-        kept = loaded.tensors["weight"] > 0
-        features.append(answers["features"][kept.to(run.engine.device)])
-        labels.append(loaded.tensors["label"][kept])
-        positions.append(loaded.tensors["position"][kept])
-    return torch.cat(features), torch.cat(labels).to(run.engine.device), torch.cat(positions)
-
-
-def _draw(run: Run, validation: Dataset) -> None:
-    """Draw the same images each time; every rank computes them, since ZeRO 3 needs all of them."""
-    view, number = run.objective.evaluation_view(), NUM_PICTURES
-    batches = evaluation_batches(
-        validation, view, batch_size=number, rank=0, world_size=1, num_workers=0, max_samples=number
-    )
-    for loaded in batches:
-        pictures = run.engine(to_device(loaded.tensors, run.engine.device), output="pictures")["pictures"]
-        if distributed.is_main():
-            try:
-                _save_picture(lay_out(pictures.cpu()), run)
-            except OSError as error:  # of a full disk: no reason to end a run
-                print(f"no picture of step {run.state.step}: {error}", file=sys.stderr, flush=True)
-
-
-def lay_out(pictures: Tensor) -> Image.Image:
-    """Lay pictures [rows, columns, C, H, W] out on a page, with gaps between them; small ones are enlarged."""
-    times = max(1, LEAST_PICTURE // pictures.shape[-2])
-    enlarged = pictures.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)
-    framed = F.pad(enlarged, (0, GAP, 0, GAP), value=PAPER)  # [R, K, C, H, W]
-    page = framed.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [R H, K W, C]
-    return Image.fromarray(np.asarray(page[:-GAP, :-GAP].mul(255).round().to(torch.uint8)))
-
-
-def _save_picture(page: Image.Image, run: Run) -> None:
-    path = run.config.run_dir / PICTURES_FOLDER / picture_name(run.state.step)
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix(".partial")
-    page.save(aside, "PNG")
-    aside.rename(path)
+        Every rank computes all of them, because ZeRO stage 3 needs all ranks in a forward pass.
+        """
+        batches = evaluation_batches(
+            validation,
+            self.objective.evaluation_view(),
+            batch_size=NUM_PICTURES,
+            rank=0,
+            world_size=1,
+            num_workers=0,
+            max_samples=NUM_PICTURES,
+        )
+        for loaded in batches:
+            outputs = self.engine(to_device(loaded.tensors, self.engine.device), output="pictures")
+            if distributed.is_main():
+                try:
+                    save_picture(make_grid(outputs["pictures"].cpu()), self.config.run_dir, step)
+                except OSError as error:  # a full disk must not end the run
+                    print(f"step {step}: the picture could not be saved: {error}", file=sys.stderr, flush=True)

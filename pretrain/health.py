@@ -1,8 +1,10 @@
-"""Is a step fit to be taken? One small reduction a step asks all ranks, and a bad step moves no weight.
+"""Detect steps whose loss or gradient norm is not finite or spikes, and skip their updates.
 
-All is judged on the device, so that the host need not wait: it hears of a step while the next one is under way.
+The decision is made on the device from one small all-reduce per step, so the host does not wait for it: it learns the
+result of a step while the next one is running.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,173 +18,217 @@ from pretrain.config import HealthConfig
 from pretrain.journal import Journal
 
 SKIPPED_FILE = "skipped.jsonl"
-WINDOW = 128  # steps that say what is usual
-FEWEST_STEPS = 32  # nothing is called a spike before that
-LEAST_SPREAD = 0.05  # of the median: what hardly varies may still vary that much
+WINDOW_STEPS = 128  # applied steps that a new step is compared with
+MIN_STEPS = 32  # applied steps before anything is called a spike
+MIN_RELATIVE_SPREAD = 0.05  # of the median; a loss that hardly varies may still vary by this much
+MAD_TO_STD = 1.4826  # a normal distribution's standard deviation divided by its median absolute deviation
 
 
-class Verdict(NamedTuple):
-    """What all ranks together know of a step."""
+class StepResult(NamedTuple):
+    """Result of one optimizer step, the same on all ranks.
 
-    step: int  # counted from 0
-    first_sample: int
-    skipped: bool
+    Attributes:
+        step: Number of the step, counted from 0.
+        position: Position of the step's first sample in the run.
+        is_skipped: Whether the update was skipped.
+        loss: Mean loss over the global batch.
+        grad_norm: Norm of the gradient before clipping.
+        loss_limit: Loss from which on the step counts as a spike; infinite during the first steps.
+        grad_norm_limit: Gradient norm from which on the step counts as a spike.
+        stop_requested: Whether any rank was asked to stop.
+        save_failed: Whether the checkpoint being written has failed on any rank.
+    """
+
+    step: int
+    position: int
+    is_skipped: bool
     loss: float
     grad_norm: float
     loss_limit: float
     grad_norm_limit: float
-    stop: bool  # some rank was asked to
-    save_failed: bool  # on some rank
+    stop_requested: bool
+    save_failed: bool
 
     @property
     def reason(self) -> str:
-        """Say why the step was skipped."""
+        """Why the step was skipped, such as "the loss is nan"; empty if it was not."""
         for name, value, limit in (
             ("loss", self.loss, self.loss_limit),
-            ("gradient's norm", self.grad_norm, self.grad_norm_limit),
+            ("gradient norm", self.grad_norm, self.grad_norm_limit),
         ):
-            if not value < float("inf"):
+            if not math.isfinite(value):
                 return f"the {name} is {value}"
-            if value > limit:
-                return f"the {name} is {value:.4g}, usual is at most {limit:.4g}"
-        return "nothing"
+            if value >= limit:
+                return f"the {name} of {value:.4g} is above the limit of {limit:.4g}"
+        return ""
 
 
 @dataclass
-class _Record:
-    """A step's numbers on their way to the host."""
+class _PendingResult:
+    """Values of a step that are being copied from the device to the host."""
 
     step: int
-    first_sample: int
+    position: int
     values: Tensor
     copied: "torch.cuda.Event | None"
 
 
 class Health:
-    """Judges every step. All ranks call the same methods in the same order and come to the same verdict.
+    """Decide for each step whether its update may be applied.
+
+    The decision is made on the device and is identical on all ranks, so every rank must call the same methods in the
+    same order: `all_reduce` after the last backward pass, `should_skip` before the update, and `end_step` after it.
 
     Args:
-        config: from when on a value is a spike.
-        device: that trains.
-        usual: what `state` returned when the run was saved.
+        config: Threshold for spikes.
+        device: Training device.
+        spike_window: Recent losses and gradient norms from a checkpoint, or None for a new run.
     """
 
-    def __init__(self, config: HealthConfig, device: torch.device, usual: list[list[float]] | None = None) -> None:
+    def __init__(
+        self, config: HealthConfig, device: torch.device, spike_window: list[list[float]] | None = None
+    ) -> None:
         self.threshold = config.spike_threshold
         self.device = device
-        self._usual = torch.full((2, WINDOW), torch.nan, dtype=torch.float64, device=device)  # losses and norms
-        self._count = torch.zeros((), dtype=torch.int64, device=device)
-        if usual and usual[0]:
-            known = torch.tensor(usual, dtype=torch.float64, device=device)
-            self._usual[:, : known.shape[1]] = known
-            self._count += known.shape[1]
-        self._met = torch.zeros(4, dtype=torch.float64, device=device)  # what `meet` has summed up
-        self._bad: Tensor | None = None
-        self._values = torch.zeros(8, dtype=torch.float64, device=device)
-        self._waiting: _Record | None = None
+        self.reset(spike_window)
 
-    def meet(self, loss: Tensor, samples: int, *, stop: bool, save_failed: bool = False) -> None:
-        """Meet all ranks, after the last backward of a step and before anything moves.
+    def reset(self, spike_window: list[list[float]] | None = None) -> None:
+        """Forget all steps, and compare the next ones with the losses and gradient norms of `spike_window`."""
+        self._window = torch.full((2, WINDOW_STEPS), torch.nan, dtype=torch.float64, device=self.device)
+        self._num_applied = torch.zeros((), dtype=torch.int64, device=self.device)
+        if spike_window and spike_window[0]:
+            known = torch.tensor(spike_window, dtype=torch.float64, device=self.device)
+            self._window[:, : known.shape[1]] = known
+            self._num_applied += known.shape[1]
+        self._reduced = torch.zeros(4, dtype=torch.float64, device=self.device)  # means over ranks from `all_reduce`
+        self._skipped: Tensor | None = None
+        self._values = torch.zeros(8, dtype=torch.float64, device=self.device)
+        self._pending: _PendingResult | None = None
+
+    def all_reduce(self, loss: Tensor, position: int, *, stop_requested: bool, save_failed: bool = False) -> None:
+        """All-reduce the loss and the flags of a step, after the last backward pass and before the update (collective).
 
         Args:
-            loss: this rank's mean over the step, a scalar.
-            samples: where in the run the step began.
-            stop: whether this rank was asked to stop.
-            save_failed: whether this rank's part of the save under way has failed.
+            loss: This rank's mean loss over the step, a scalar on the device.
+            position: Position of the step's first sample in the run.
+            stop_requested: Whether this rank was asked to stop.
+            save_failed: Whether this rank's part of the checkpoint being written has failed.
         """
-        flags = [float(stop), float(save_failed), float(samples)]
+        flags = [float(stop_requested), float(save_failed), float(position)]
         own = torch.tensor(flags, dtype=torch.float64, device=self.device)
         total = distributed.sum_over_ranks(torch.cat([loss.detach().double()[None], own]))
-        self._met = total / distributed.world_size()
-        self._bad = None
+        self._reduced = total / distributed.world_size()
+        self._skipped = None
 
-    def judge(self, grad_norm: Tensor) -> Tensor:
-        """Return 1 where this step must move nothing, else 0: a scalar on the device."""
-        if self._bad is None:
-            seen = torch.stack([self._met[0], grad_norm.to(self.device).double()])
-            median = self._usual.nanmedian(dim=1).values
-            spread = 1.4826 * (self._usual - median[:, None]).abs().nanmedian(dim=1).values
-            limit = median + self.threshold * torch.maximum(spread, LEAST_SPREAD * median.abs())
-            limit = torch.where((self._count >= FEWEST_STEPS) & (self.threshold > 0), limit, torch.inf)
-            bad = ~(seen < limit).all()  # a comparison with NaN is false
-            place = self._count % WINDOW
-            self._usual[:, place] = torch.where(bad, self._usual[:, place], seen)
-            self._count += ~bad
-            self._bad = bad.float()
-            self._values = torch.cat([self._bad[None].double(), seen, limit, self._met[1:]])
-        return self._bad
+    def should_skip(self, grad_norm: Tensor) -> Tensor:
+        """Return 1 if this step's update must be skipped, else 0: a scalar on the device.
+
+        A value is a spike if it exceeds the median of the window by more than `spike_threshold` standard deviations,
+        which are estimated from the median absolute deviation.
+        """
+        if self._skipped is None:
+            seen = torch.stack([self._reduced[0], grad_norm.to(self.device).double()])
+            median = self._window.nanmedian(dim=1).values
+            spread = MAD_TO_STD * (self._window - median[:, None]).abs().nanmedian(dim=1).values
+            limit = median + self.threshold * torch.maximum(spread, MIN_RELATIVE_SPREAD * median.abs())
+            limit = torch.where((self._num_applied >= MIN_STEPS) & (self.threshold > 0), limit, torch.inf)
+            is_bad = ~(seen < limit).all()  # a comparison with NaN is false
+            column = self._num_applied % WINDOW_STEPS
+            self._window[:, column] = torch.where(is_bad, self._window[:, column], seen)
+            self._num_applied += ~is_bad
+            self._skipped = is_bad.float()
+            self._values = torch.cat([self._skipped[None].double(), seen, limit, self._reduced[1:]])
+        return self._skipped
 
     @property
-    def bad(self) -> Tensor:
-        """The verdict on the step that has just ended: 1 where it was skipped, a scalar on the device."""
-        assert self._bad is not None
-        return self._bad
+    def skipped(self) -> Tensor:
+        """1 if the update of the latest step was skipped, else 0: a scalar on the device."""
+        assert self._skipped is not None
+        return self._skipped
 
-    def close(self, grad_norm: Tensor, step: int, samples: int) -> Verdict | None:
-        """End a step; return the verdict on the one before it, if there was one."""
-        self.judge(grad_norm)
-        before = self.flush()
+    def end_step(self, grad_norm: Tensor, step: int, position: int) -> StepResult | None:
+        """Start copying this step's result to the host; return the result of the previous step, if there was one."""
+        self.should_skip(grad_norm)
+        previous = self.flush()
         copied = None
         values = self._values
         if self.device.type == "cuda":
             values = torch.empty(len(values), dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        self._waiting = _Record(step, samples, values, copied)
-        return before
+        self._pending = _PendingResult(step, position, values, copied)
+        return previous
 
-    def flush(self) -> Verdict | None:
-        """Return the verdict that is still on its way."""
-        record, self._waiting = self._waiting, None
-        if record is None:
+    def flush(self) -> StepResult | None:
+        """Return the result of the last step if it was not returned yet.
+
+        Raises:
+            RuntimeError: If the ranks are not at the same position.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
             return None
-        if record.copied is not None:
-            record.copied.synchronize()
-        bad, loss, norm, loss_limit, norm_limit, stop, save_failed, cursor = record.values.tolist()
-        if cursor != record.first_sample:
-            raise RuntimeError(f"step {record.step}: the ranks are not at the same samples of the run")
-        return Verdict(
-            record.step,
-            record.first_sample,
-            bool(bad),
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        skipped, loss, norm, loss_limit, norm_limit, stop, save_failed, mean_position = pending.values.tolist()
+        if mean_position != pending.position:
+            raise RuntimeError(f"step {pending.step}: the ranks are not at the same position of the run")
+        return StepResult(
+            pending.step,
+            pending.position,
+            bool(skipped),
             loss,
             norm,
             loss_limit,
             norm_limit,
-            stop=stop > 0,
+            stop_requested=stop > 0,
             save_failed=save_failed > 0,
         )
 
-    def state(self) -> list[list[float]]:
-        """Return what is usual by now: losses and norms, oldest first."""
-        count = int(self._count)
-        oldest_first = torch.roll(self._usual, -(count % WINDOW), dims=1) if count > WINDOW else self._usual
-        usual: list[list[float]] = oldest_first[:, :count].tolist()
-        return usual
+    def spike_window(self) -> list[list[float]]:
+        """Return the recent losses and gradient norms of applied steps, oldest first, to be saved in a checkpoint."""
+        count = int(self._num_applied)
+        shift = -(count % WINDOW_STEPS)
+        oldest_first = torch.roll(self._window, shift, dims=1) if count > WINDOW_STEPS else self._window
+        window: list[list[float]] = oldest_first[:, :count].tolist()
+        return window
 
 
-class Ledger:
-    """The steps that were skipped, for a person to look at.
+class SkippedSteps:
+    """The skipped steps of a run, and the file that lists them with their samples.
 
     Args:
-        path: of the ledger, one JSON object a line.
-        resume_step: steps from here on belong to a past that did not last; they are taken out.
-        writes: whether this rank writes the file.
+        path: File to write, one JSON object per line.
+        resume_step: Number of steps that the resumed checkpoint has; later rows are removed from the file.
+        writes: Whether this rank writes the file.
+
+    Attributes:
+        total: Number of skipped steps.
+        consecutive: Results of the latest steps if they were all skipped; empty after an applied step.
     """
 
     def __init__(self, path: Path, resume_step: int, *, writes: bool) -> None:
         self.path = path
         self.journal = Journal(path, lambda row: row["step"] < resume_step, writes=writes)
         self.total = len(self.journal.kept)
-        self.in_a_row: list[Verdict] = []
+        self.consecutive: list[StepResult] = []
 
-    def note(self, verdict: Verdict, keys: Iterable[tuple[str, str]]) -> None:
-        """Note a step; `keys` are the samples it was made of, by shard, and are asked for only if it was skipped."""
-        if not verdict.skipped:
-            self.in_a_row.clear()
+    def record(self, result: StepResult, samples: Iterable[tuple[str, str]]) -> None:
+        """Record the result of a step.
+
+        Args:
+            result: Result of the step.
+            samples: Shard and key of each sample of the step; consumed only if the step was skipped.
+        """
+        if not result.is_skipped:
+            self.consecutive.clear()
             return
-        self.in_a_row.append(verdict)
+        self.consecutive.append(result)
         self.total += 1
         if self.journal.writes:
-            row = {"step": verdict.step, "reason": verdict.reason, "first_sample": verdict.first_sample}
-            self.journal.add([row | {"loss": verdict.loss, "grad_norm": verdict.grad_norm, "samples": list(keys)}])
+            row = {"step": result.step, "reason": result.reason, "position": result.position}
+            self.journal.add([row | {"loss": result.loss, "grad_norm": result.grad_norm, "samples": list(samples)}])
+
+    def forget_consecutive(self) -> None:
+        """Start counting consecutive steps again, after a rollback."""
+        self.consecutive.clear()

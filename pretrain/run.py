@@ -1,4 +1,4 @@
-"""A run: what it holds, how it begins or goes on from a checkpoint, and how it goes back to one."""
+"""Open a run: its data, its model under DeepSpeed, and its state, new or from the newest checkpoint."""
 
 import json
 import sys
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pretrain import distributed
 from pretrain.checkpoint.manifest import Manifest
@@ -24,28 +23,28 @@ from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
 from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import CheckpointError, DataError, DivergedError
-from pretrain.health import SKIPPED_FILE, Health, Ledger
+from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
-from pretrain.run_folder import claim
+from pretrain.run_folder import claim_run_dir
 from pretrain.state import TrainState
 from pretrain.tracking.tracker import git_commit
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run starts from."""
+    """The data sets of a run."""
 
     training: Dataset
     validation: Dataset | None
 
     @property
     def digests(self) -> dict[str, str]:
-        """What each of them holds, in short."""
+        """Digest of the content of each set."""
         sets = {"training": self.training, "validation": self.validation}
-        return {name: samples.digest for name, samples in sets.items() if samples}
+        return {name: dataset.digest for name, dataset in sets.items() if dataset}
 
 
 @dataclass
@@ -53,22 +52,32 @@ class Run:
     """The parts of an open run, and the state that training advances.
 
     Attributes:
-        identity: Manifest without a state or tensors: what must not change when the run is resumed.
-        state: State of the run after the last step.
+        config: Resolved run configuration.
+        data: Training and validation data.
+        objective: Model that is trained.
+        engine: DeepSpeed engine around the objective.
+        ema: Moving average of the weights.
+        health: Decides which updates are applied.
+        skipped_steps: Steps whose update was not applied.
+        quarantine: Samples that could not be used.
+        watch: Heartbeat of this rank.
+        decoder: JPEG decoder of the GPU, or None if the data workers decode.
+        identity: Manifest without state and tensors: what a checkpoint says about the run as a whole.
+        state: State after the latest step.
     """
 
     config: PretrainConfig
-    watch: Watch
+    data: Data
     objective: Objective
     engine: TrainingEngine
-    data: Data
+    ema: Ema
+    health: Health
+    skipped_steps: SkippedSteps
+    quarantine: Quarantine
+    watch: Watch
+    decoder: Decoder | None
     identity: Manifest
     state: TrainState
-    health: Health
-    ema: Ema
-    quarantine: Quarantine
-    skipped: Ledger
-    decoder: Decoder | None
 
     def advance(self) -> None:
         """Count one optimizer step, whether its update was applied or skipped."""
@@ -78,48 +87,82 @@ class Run:
         """Count the images of steps whose update was applied."""
         self.state = self.state.count_images(num_images)
 
-    def judge(self, grad_norm: Tensor) -> Tensor:
-        """Return 1 where the step at hand must move nothing."""
-        return self.health.judge(grad_norm)
+    @property
+    def has_diverged(self) -> bool:
+        """Whether so many consecutive steps were skipped that the run must roll back."""
+        return len(self.skipped_steps.consecutive) >= self.config.health.max_skipped_in_a_row
 
     def manifest(self, mlflow_run_id: str | None) -> Manifest:
-        """Return the manifest of a checkpoint taken now, without its files."""
-        state = replace(self.state, spike_window=self.health.state())
+        """Return the manifest of a checkpoint of the current state, without its files."""
+        state = replace(self.state, spike_window=self.health.spike_window())
         return replace(self.identity, state=state, mlflow_run_id=mlflow_run_id)
+
+    def roll_back(self) -> None:
+        """Return to the newest checkpoint, and leave out the samples of the skipped steps from now on (collective).
+
+        Raises:
+            DivergedError: If the run has no checkpoint, or has rolled back `health.max_rollbacks` times before.
+        """
+        config, skipped = self.config, self.skipped_steps.consecutive
+        problem = f"step {skipped[-1].step}: {len(skipped)} steps in a row were skipped ({skipped[-1].reason})"
+        advice = f"check their samples in {self.skipped_steps.path}, or lower optimizer.learning_rate"
+        if len(self.state.skipped_ranges) >= config.health.max_rollbacks:
+            raise DivergedError(
+                f"{problem} after health.max_rollbacks={config.health.max_rollbacks} rollbacks; {advice}"
+            )
+        checkpoint, _ = newest_intact(config.run_dir)
+        if checkpoint is None:
+            raise DivergedError(f"{problem}, and there is no checkpoint to roll back to; {advice}")
+        saved = restore(self.engine, checkpoint, self.identity).state
+        start, stop = skipped[0].position, skipped[-1].position + config.engine.global_batch_size
+        self.state = replace(saved, skipped_ranges=self.state.skipped_ranges).skip_range(start, stop)
+        self.health.reset(saved.spike_window)
+        self.skipped_steps.forget_consecutive()
+        if distributed.is_main():
+            print(f"{problem}; rolled back to step {saved.step}, leaving out samples {start} to {stop - 1}", flush=True)
 
 
 @contextmanager
-def open_run(config: PretrainConfig, *, insist_on_resume: bool = False) -> Iterator[Run]:
-    """Begin a run, or go on with one, and watch over it.
+def open_run(config: PretrainConfig, *, must_resume: bool = False) -> Iterator[Run]:
+    """Start a run, or resume it from its newest checkpoint, and watch over its ranks until the block ends (collective).
 
-    Raises:
-        UserError: on every rank, whatever was wrong on any.
-        MachineError: the same, where the user is not to blame.
+    Args:
+        config: Resolved run configuration.
+        must_resume: Whether to refuse a run that has no checkpoint.
     """
-    claim(config.run_dir)
+    claim_run_dir(config.run_dir)
     rank, world_size, on_gpu = distributed.rank(), distributed.world_size(), torch.cuda.is_available()
     with Watch(config.run_dir, rank, world_size, hang_seconds=config.health.hang_seconds, on_gpu=on_gpu) as watch:
-        yield prepare(config, watch, insist_on_resume)
+        data = on_all_ranks(lambda: open_data(config))
+        checkpoint = find_resumable_checkpoint(config.run_dir, must_resume=must_resume)
+        objective = on_all_ranks(lambda: build_model(config, data, is_new=checkpoint is None))
+        yield build_run(config, watch, data, objective, checkpoint)
 
 
-def prepare(config: PretrainConfig, watch: Watch, insist_on_resume: bool) -> Run:
-    """Open the data, build the model under its engine, and continue from the newest checkpoint that is whole."""
-    data = on_all_ranks(lambda: open_data(config))
-    checkpoint, faults = newest_intact(config.run_dir)
+def find_resumable_checkpoint(run_dir: Path, *, must_resume: bool) -> Path | None:
+    """Return the newest intact checkpoint, or None for a new run; report damaged ones on the main rank (collective).
+
+    Args:
+        run_dir: Run folder.
+        must_resume: Whether to refuse a run that has no checkpoint.
+
+    Raises:
+        CheckpointError: If `must_resume` is set and the run has no checkpoint.
+    """
+    checkpoint, faults = newest_intact(run_dir)
     if distributed.is_main():
         for fault in faults:
-            print(f"{fault}; set aside, an older checkpoint is taken", file=sys.stderr, flush=True)
-    if insist_on_resume and not checkpoint:
-        raise CheckpointError(f"{config.run_dir}: nothing to resume, the run has no checkpoint")
-    objective = on_all_ranks(lambda: build_model(config, data, begins=checkpoint is None))
-    return build_run(config, watch, data, objective, checkpoint)
+            print(f"{fault}; the checkpoint was set aside and an older one is used", file=sys.stderr, flush=True)
+    if must_resume and not checkpoint:
+        raise CheckpointError(f"{run_dir}: cannot resume because the run has no checkpoint; start it without --resume")
+    return checkpoint
 
 
 def open_data(config: PretrainConfig) -> Data:
-    """Open the shard sets.
+    """Open the training and validation data.
 
     Raises:
-        DataError: a set cannot be used, or the two sets' classes differ.
+        DataError: If a data set lacks labels that the objective needs, or the classes of the two sets differ.
     """
     cache = open_cache(config.data)
     labeled = config.objective.needs_labels
@@ -127,33 +170,59 @@ def open_data(config: PretrainConfig) -> Data:
     training.check_cache_size(config.data.shuffle_window)
     validation = open_dataset(config.data.validation, cache=cache) if config.data.validation else None
     if labeled and validation and validation.class_names != training.class_names:
-        raise DataError(f"{config.data.validation}: its classes differ from those of the training data")
+        difference = describe_class_difference(training.class_names, validation.class_names)
+        raise DataError(f"{config.data.validation}: validation classes differ from training classes: {difference}")
     if labeled and not training.class_names:
-        raise DataError(f"{config.data.train}: has no labels, objective.name={config.objective.name} needs them")
+        raise DataError(
+            f"{config.data.train}: the data has no labels, but objective.name={config.objective.name} needs them; "
+            "choose labeled data or another objective"
+        )
     return Data(training, validation)
 
 
-def build_model(config: PretrainConfig, data: Data, *, begins: bool) -> Objective:
-    """Build the model; where the run begins, from the weights that it is to begin with.
+def describe_class_difference(training: list[str], validation: list[str]) -> str:
+    """Say which class names only one of two data sets has, or that the sets have the same names in another order."""
+    only_training, only_validation = (
+        ", ".join(name for name in names if name not in others)
+        for names, others in ((training, validation), (validation, training))
+    )
+    parts = [f"only in training: {only_training}"] * bool(only_training)
+    parts += [f"only in validation: {only_validation}"] * bool(only_validation)
+    return "; ".join(parts) or "the same names in another order"
 
-    Raises:
-        CheckpointError: these do not fit.
+
+def build_model(config: PretrainConfig, data: Data, *, is_new: bool) -> Objective:
+    """Build the model.
+
+    Args:
+        config: Resolved run configuration.
+        data: Data of the run, which determines the number of classes.
+        is_new: Whether the run starts now; only then are the weights of `init_from` loaded.
     """
     torch.manual_seed(config.seed)
     encoder = ViT(config.model, config.engine.activation_checkpointing)
     objective = build_objective(config.objective, encoder, data.training.class_shares, config.preprocessing)
-    if config.init_from and begins:
-        said = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
+    if config.init_from and is_new:
+        summary = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
         objective.after_warm_start()
         if distributed.is_main():
-            print(said, flush=True)
+            print(summary, flush=True)
     return objective
 
 
 def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objective, checkpoint: Path | None) -> Run:
-    """Put the model under its engine, and continue from the checkpoint if there is one."""
+    """Wrap the model in DeepSpeed and build the other parts of the run (collective).
+
+    Args:
+        config: Resolved run configuration.
+        watch: Heartbeat of this rank.
+        data: Training and validation data.
+        objective: Model to train.
+        checkpoint: Checkpoint to resume from, or None for a new run.
+    """
     if config.engine.compile:
         compile_blocks(objective)
+    engine = build_engine(objective, config.engine, config.optimizer)
     identity = Manifest(
         state=TrainState(),
         world_size=distributed.world_size(),
@@ -162,45 +231,21 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         config=json.loads(config.model_dump_json()),
         git_commit=git_commit(),
     )
-    engine = build_engine(objective, config.engine, config.optimizer)
     state = restore(engine, checkpoint, identity).state if checkpoint else TrainState()
-    main = distributed.is_main()
-    run = Run(
-        config,
-        watch,
-        objective,
-        engine,
-        data,
-        identity,
-        state,
-        health=Health(config.health, engine.device, state.spike_window),
+    writes = distributed.is_main()
+    health = Health(config.health, engine.device, state.spike_window)
+    guard_updates(engine, health.should_skip)
+    return Run(
+        config=config,
+        data=data,
+        objective=objective,
+        engine=engine,
         ema=Ema(engine, config.ema.decay),
-        quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, state.position, writes=main),
-        skipped=Ledger(config.run_dir / SKIPPED_FILE, state.step, writes=main),
+        health=health,
+        skipped_steps=SkippedSteps(config.run_dir / SKIPPED_FILE, state.step, writes=writes),
+        quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, state.position, writes=writes),
+        watch=watch,
         decoder=build_decoder(engine.device) if config.data.decode == "gpu" else None,
+        identity=identity,
+        state=state,
     )
-    guard_updates(engine, run.judge)
-    return run
-
-
-def go_back(run: Run) -> None:
-    """Return to the newest checkpoint; the samples of the steps that were skipped in a row will be passed over.
-
-    Raises:
-        DivergedError: there is none, or the run has gone back often enough.
-    """
-    config, bad = run.config, run.skipped.in_a_row
-    said = f"step {bad[-1].step}: {len(bad)} steps in a row could not be taken, {bad[-1].reason}"
-    advice = f"their samples are in {run.skipped.path}; look at them, or lower optimizer.learning_rate"
-    if len(run.state.skipped_ranges) >= config.health.max_rollbacks:
-        raise DivergedError(f"{said}, after health.max_rollbacks={config.health.max_rollbacks}; {advice}")
-    checkpoint, _ = newest_intact(config.run_dir)
-    if checkpoint is None:
-        raise DivergedError(f"{said}, and there is no checkpoint to go back to; {advice}")
-    saved = restore(run.engine, checkpoint, run.identity).state
-    first, last = bad[0].first_sample, bad[-1].first_sample + config.engine.global_batch_size
-    run.state = replace(saved, skipped_ranges=run.state.skipped_ranges).skip_range(first, last)
-    run.health = Health(config.health, run.engine.device, saved.spike_window)
-    run.skipped.in_a_row.clear()
-    if distributed.is_main():
-        print(f"{said}; back to step {saved.step}, past samples {first} to {last - 1}", flush=True)

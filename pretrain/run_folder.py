@@ -1,4 +1,4 @@
-"""The run folder: claim it for one run, and make sure that all ranks see the same one."""
+"""Claim a run folder for one run, and check that all ranks share it."""
 
 import os
 import shutil
@@ -11,43 +11,49 @@ from pretrain.distributed import on_all_ranks
 from pretrain.errors import UserError
 from pretrain.heartbeat.beats import CONTINUE, beats_folder, find_live_rank, write_order
 
-MAIN_RANK = "main"  # beside the beats: which process is the main rank
+MAIN_RANK_FILE = "main"  # in the folder of the heartbeats: host and process id of the main rank
 
 
-def claim(run_dir: Path) -> None:
-    """Make the run's folder on the main rank, and make sure that it is the same one for every rank."""
-    main = distributed.gather(f"{socket.gethostname()} {os.getpid()}")[0]
-    on_all_ranks(lambda: make_run_dir(run_dir, main))
-    on_all_ranks(lambda: find_main(run_dir, main))
+def claim_run_dir(run_dir: Path) -> None:
+    """Create the run folder, refuse one that another run is using, and check that all ranks share it (collective)."""
+    main_process = distributed.gather(f"{socket.gethostname()} {os.getpid()}")[0]
+    on_all_ranks(lambda: create_run_dir(run_dir, main_process) if distributed.is_main() else None)
+    on_all_ranks(lambda: check_shared(run_dir, main_process))
 
 
-def make_run_dir(run_dir: Path, main: str) -> None:
-    """Make the run's folder, on the main rank, and clear what saves that never ended and earlier ranks have left.
+def create_run_dir(run_dir: Path, main_process: str) -> None:
+    """Create the run folder, and remove unfinished checkpoints and the heartbeats of earlier ranks from it.
+
+    Args:
+        run_dir: Run folder.
+        main_process: Host and process id of the main rank, which other ranks look for.
 
     Raises:
-        UserError: another run is at work in it.
+        UserError: If another run is training into the folder.
     """
-    if not distributed.is_main():
-        return
     if other := find_live_rank(run_dir):
-        raise UserError(f"{run_dir}: {other} is training into it; end that run, or choose another run_dir")
+        raise UserError(f"{run_dir}: {other} is training into this folder; end that run or choose another run_dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     for remains in (*list_unfinished(run_dir), beats_folder(run_dir)):
         shutil.rmtree(remains, ignore_errors=True)
     beats_folder(run_dir).mkdir()
-    (beats_folder(run_dir) / MAIN_RANK).write_text(main, encoding="utf-8")
+    (beats_folder(run_dir) / MAIN_RANK_FILE).write_text(main_process, encoding="utf-8")
     write_order(run_dir, CONTINUE)
 
 
-def find_main(run_dir: Path, main: str) -> None:
-    """Make sure that this rank sees what the main rank has written.
+def check_shared(run_dir: Path, main_process: str) -> None:
+    """Check that this rank sees the files that the main rank has written.
+
+    Args:
+        run_dir: Run folder.
+        main_process: Host and process id of the main rank.
 
     Raises:
-        UserError: it does not.
+        UserError: If it does not.
     """
-    path = beats_folder(run_dir) / MAIN_RANK
-    if not path.exists() or path.read_text(encoding="utf-8") != main:
+    path = beats_folder(run_dir) / MAIN_RANK_FILE
+    if not path.exists() or path.read_text(encoding="utf-8") != main_process:
         raise UserError(
-            f"{run_dir}: what the main rank writes there is not seen by rank {distributed.rank()} on "
-            f"{socket.gethostname()}; put run_dir on a file system that all machines share"
+            f"{run_dir}: rank {distributed.rank()} on {socket.gethostname()} cannot see files written by rank 0; "
+            "run_dir must be on a file system shared by all nodes"
         )

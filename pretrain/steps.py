@@ -1,166 +1,220 @@
-"""The batches of each step, and what happened between two rows of metrics."""
+"""The micro-batches of each optimizer step, and the metrics of the steps between two rows of the log."""
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.config import PretrainConfig
+from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import BadSample, BatchPlan, LoadedBatch, training_batches
-from pretrain.data.loading.meters import Meter, loading_metrics
+from pretrain.data.loading.meters import Meter
 from pretrain.data.transforms.batch import Batch, to_device
-from pretrain.data.transforms.device_decode import decode_on_device
+from pretrain.data.transforms.device_decode import Decoder, decode_on_device
 from pretrain.errors import BadSampleError
-from pretrain.health import Verdict
-from pretrain.run import Run
+from pretrain.heartbeat.watch import Watch
+from pretrain.objectives.objective import Objective
 from pretrain.schedules import split_by_image_size
+from pretrain.state import TrainState
 
 
 class Batches:
-    """This rank's micro-batches, what was unusable among them, and how long they took."""
+    """This rank's micro-batches, from the run's current position to its last step.
 
-    def __init__(self, run: Run) -> None:
-        engine = run.config.engine
-        self.run = run
-        self.watch = run.watch
-        self.device = run.engine.device
-        self.decoder = run.decoder
-        self.image_size = run.config.model.image_size
-        self.meter = Meter()
-        self.faults: list[BadSample] = []
-        self.per_step = engine.accumulation_steps(distributed.world_size())
+    Args:
+        config: Resolved run configuration.
+        dataset: Training data.
+        objective: Objective, whose view transforms the images.
+        state: State of the run: the position to start at and the ranges to leave out.
+        decoder: JPEG decoder of the GPU, or None if the data workers decode.
+        watch: Heartbeat of this rank, which is told when it waits for data and when the forward pass begins.
+
+    Attributes:
+        accumulation_steps: Number of micro-batches per optimizer step.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        dataset: Dataset,
+        objective: Objective,
+        state: TrainState,
+        decoder: Decoder | None,
+        watch: Watch,
+    ) -> None:
+        self.config = config
+        self.dataset = dataset
+        self.objective = objective
+        self.decoder = decoder
+        self.watch = watch
+        self.device = distributed.device()
+        self.accumulation_steps = config.engine.accumulation_steps(distributed.world_size())
+        self.global_batch_size = config.engine.global_batch_size
         self.plan = BatchPlan(
-            seed=run.config.seed,
-            shuffle_window=run.config.data.shuffle_window,
-            global_batch_size=engine.global_batch_size,
-            accumulation_steps=self.per_step,
+            seed=config.seed,
+            shuffle_window=config.data.shuffle_window,
+            global_batch_size=self.global_batch_size,
+            accumulation_steps=self.accumulation_steps,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
-            num_workers=run.config.data.num_workers,
-            num_threads=run.config.data.num_threads,
-            group_size=run.objective.group_size,
-            views_per_image=run.config.data.repeats,
-            decodes_jpegs=self.decoder is None,
+            num_workers=config.data.num_workers,
+            num_threads=config.data.num_threads,
+            group_size=objective.group_size,
+            views_per_image=config.data.repeats,
+            decodes_jpegs=decoder is None,
         )
-        self.order = self.plan.order(run.data.training)
-        self.samples = run.data.training
-        self._stretch: Generator[LoadedBatch, None, None] | None = None
-        self.global_batch_size = engine.global_batch_size
-        left = (run.config.schedule.total_steps - run.state.step) * engine.global_batch_size
-        changes = run.config.schedule.size_changes(engine.global_batch_size)
-        self.loading = chain.from_iterable(
-            self._load(run, *stretch)
-            for start, stop in run.state.upcoming_ranges(left)
-            for stretch in split_by_image_size(start, stop, changes, self.image_size)
+        self.order = self.plan.order(dataset)
+        self._meter = Meter()
+        self._bad_samples: list[BadSample] = []
+        self._open: Generator[LoadedBatch, None, None] | None = None  # batches of the current range
+        num_samples = (config.schedule.total_steps - state.step) * self.global_batch_size
+        size_changes = config.schedule.size_changes(self.global_batch_size)
+        self._loaded = chain.from_iterable(
+            self._load(*piece)
+            for start, stop in state.upcoming_ranges(num_samples)
+            for piece in split_by_image_size(start, stop, size_changes, config.model.image_size)
         )
 
-    def _load(self, run: Run, start: int, stop: int, image_size: int) -> Generator[LoadedBatch, None, None]:
-        """Load the positions from `start` to before `stop`."""
-        self._stretch = training_batches(
-            run.data.training, run.objective.train_view(image_size), self.plan, start, stop
-        )
-        return self._stretch
+    def next_step(self, step: int) -> Iterator[tuple[Batch, float, bool]]:
+        """Load the micro-batches of one optimizer step.
 
-    def close(self) -> None:
-        """End the workers, and hear of the last step, unless what was skipped before it decides what comes next."""
-        if self._stretch is not None:
-            self._stretch.close()
-        if len(self.run.skipped.in_a_row) < self.run.config.health.max_consecutive_skips:
-            self.note(self.run.health.flush())
+        Args:
+            step: Number of the step, which the heartbeat shows.
 
-    def note(self, judged: Verdict | None) -> None:
-        """Write a step into the ledger if it was skipped."""
-        if judged is not None:
-            self.run.skipped.note(judged, self._names(judged.first_sample))
+        Yields:
+            The micro-batch on the device, its weight in the mean loss, and whether it is the last one of the step.
+        """
+        for number in range(self.accumulation_steps):
+            self.watch.enter("data", step)
+            asked_at = time.monotonic()
+            loaded = next(self._loaded)
+            self._meter.add(loaded, asked_at, time.monotonic())
+            self._bad_samples += loaded.bad_samples
+            batch = self._to_device(loaded.tensors)
+            self.watch.enter("forward")
+            yield batch, loaded.weight, number == self.accumulation_steps - 1
 
-    def _names(self, first: int) -> Iterator[tuple[str, str]]:
-        """Yield the shard and the key of each sample of a step."""
-        for position in range(first, first + self.global_batch_size):
-            _, shard, row = self.order.locate(position)
+    def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
+        """Yield the shard and the key of each sample of the step that starts at `position`."""
+        for each in range(position, position + self.global_batch_size):
+            _, shard, row = self.order.locate(each)
             with contextlib.suppress(BadSampleError):
-                encoded = self.samples.fetch(shard, row)
+                encoded = self.dataset.fetch(shard, row)
                 yield encoded.shard, encoded.key
 
-    def next_step(self) -> Iterator[tuple[Batch, float, bool]]:
-        """Yield the micro-batches of one optimizer step, each with its weight, and whether it is the last of them."""
-        for number in range(self.per_step):
-            self.watch.enter("data", self.run.state.step)
-            asked_at = time.monotonic()
-            loaded: LoadedBatch = next(self.loading)
-            self.meter.add(loaded, asked_at, time.monotonic())
-            self.faults += loaded.bad_samples
-            batch = self._on_device(loaded.tensors)
-            self.watch.enter("forward")
-            yield batch, loaded.weight, number == self.per_step - 1
-
-    def _on_device(self, batch: Batch) -> Batch:
-        if self.decoder is not None:
-            batch = decode_on_device(batch, self.image_size, self.device, self.decoder)
-        return to_device(batch, self.device)
-
     def epochs(self, position: int) -> dict[str, float]:
-        """Return how often each set has been gone through before a position of the run."""
+        """Return how many epochs of each data set come before a position, as metrics."""
         epochs = self.order.epochs(position)
         return {f"data/epoch_{i}" if len(epochs) > 1 else "data/epoch": epoch for i, epoch in enumerate(epochs)}
 
-    def take_faults(self) -> list[BadSample]:
-        """Return the faults met since the last call."""
-        faults, self.faults = self.faults, []
-        return faults
+    def take_counts(self) -> list[float]:
+        """Return the counts of the loading stages since the last call, to be summed over ranks."""
+        return self._meter.take()
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Number of unusable samples since the last call of `take_bad_samples`."""
+        return len(self._bad_samples)
+
+    def take_bad_samples(self) -> list[BadSample]:
+        """Return the unusable samples since the last call."""
+        bad_samples, self._bad_samples = self._bad_samples, []
+        return bad_samples
+
+    def close(self) -> None:
+        """Stop the data workers."""
+        if self._open is not None:
+            self._open.close()
+
+    def _load(self, start: int, stop: int, image_size: int) -> Generator[LoadedBatch, None, None]:
+        """Start loading the positions from `start` to before `stop` as images of one size."""
+        view = self.objective.train_view(image_size)
+        self._open = training_batches(self.dataset, view, self.plan, start, stop)
+        return self._open
+
+    def _to_device(self, batch: Batch) -> Batch:
+        if self.decoder is not None:
+            batch = decode_on_device(batch, self.config.model.image_size, self.device, self.decoder)
+        return to_device(batch, self.device)
 
 
-@dataclass
+@dataclass(frozen=True)
+class IntervalTotals:
+    """Result of an interval, the same on all ranks.
+
+    Attributes:
+        means: Mean over the applied steps of each loss and of "grad_norm"; empty if every step was skipped.
+        num_steps: Number of steps.
+        num_applied: Number of steps whose update was applied.
+        counts: Sum over ranks of the counts given to `Interval.reduce`.
+        seconds: Duration.
+    """
+
+    means: dict[str, float]
+    num_steps: int
+    num_applied: int
+    counts: list[float]
+    seconds: float
+
+
 class Interval:
-    """What happened between two rows of metrics, steps that were skipped left out; it stays on the device till then."""
+    """Losses and gradient norms of the steps since the last row of metrics. They stay on the device until `reduce`.
 
-    device: torch.device
-    per_step: int  # micro-batches
-    started: float = field(default_factory=time.perf_counter)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    _step: dict[str, Tensor] = field(default_factory=dict)
+    Args:
+        device: Training device.
+        accumulation_steps: Number of micro-batches per step.
+    """
+
+    def __init__(self, device: torch.device, accumulation_steps: int) -> None:
+        self.device = device
+        self.accumulation_steps = accumulation_steps
+        self._started = time.perf_counter()
+        self._num_steps = 0
+        self._sums: dict[str, Tensor] = {}  # over the applied steps
+        self._step: dict[str, Tensor] = {}  # means over the current step
 
     def add(self, losses: dict[str, Tensor], weight: float) -> None:
-        """Count one micro-batch."""
+        """Add the losses of one micro-batch to the current step."""
         for name, value in losses.items():
-            self._step[name] = self._step.get(name, 0.0) + value.detach().double() * weight / self.per_step
+            contribution = value.detach().double() * weight / self.accumulation_steps
+            self._step[name] = self._step.get(name, 0.0) + contribution
 
     def step_loss(self) -> Tensor:
-        """Return this rank's mean loss of the step so far."""
+        """Return this rank's mean loss over the micro-batches of the current step, a scalar on the device."""
         return self._step["loss"]
 
-    def end_step(self, bad: Tensor, grad_norm: Tensor) -> None:
-        """Take the step into account, unless it was bad."""
-        norm = grad_norm.to(self.device).double()
-        for name, value in {**self._step, "grad_norm": norm, "good": torch.ones_like(norm)}.items():
-            self.sums[name] = self.sums.get(name, 0.0) + torch.where(bad > 0, 0.0, value)
-        self._step = {}
-        self.steps += 1
+    def end_step(self, skipped: Tensor, grad_norm: Tensor) -> None:
+        """End the current step; a skipped step does not enter the means.
 
-    def close(self, run: Run, batches: Batches) -> dict[str, float]:
-        """Meet all ranks and return the row."""
-        config, world_size = run.config, distributed.world_size()
-        own = torch.tensor([float(len(batches.faults)), *batches.meter.take()], dtype=torch.float64, device=self.device)
-        totals = distributed.sum_over_ranks(torch.cat([torch.stack([*self.sums.values()]), own])).tolist()
-        sums, (faults, *work) = dict(zip(self.sums, totals, strict=False)), totals[len(self.sums) :]
-        if faults:
-            run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_faults())))
-        seconds = time.perf_counter() - self.started
-        good = sums.pop("good")
-        run.count_images(round(good / world_size) * config.engine.global_batch_size)
-        means = {name: total / good for name, total in sums.items()} if good else {}
-        row = {f"train/{name}": mean for name, mean in means.items() if name != "grad_norm"}
-        row |= {"optim/grad_norm": means["grad_norm"]} if good else {}
-        row |= {
-            "health/skipped_steps": run.skipped.total,
-            "speed/images_per_second": self.steps * config.engine.global_batch_size / seconds,
-            "data/samples": run.state.position,
-            "data/bad_samples": len(run.quarantine),
-            **batches.epochs(run.state.position),
-            **loading_metrics(work, seconds, world_size, max(config.data.num_workers, 1) * config.data.num_threads),
-        }
-        return row
+        Args:
+            skipped: 1 if the update was skipped, else 0; a scalar on the device.
+            grad_norm: Norm of the gradient before clipping.
+        """
+        norm = grad_norm.to(self.device).double()
+        for name, value in {**self._step, "grad_norm": norm, "applied": torch.ones_like(norm)}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(skipped > 0, 0.0, value)
+        self._step = {}
+        self._num_steps += 1
+
+    def reduce(self, counts: Sequence[float]) -> IntervalTotals:
+        """All-reduce the interval and copy it to the host, which waits for the device (collective).
+
+        Args:
+            counts: Further numbers to sum over the ranks.
+        """
+        own = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        totals = distributed.sum_over_ranks(torch.cat([torch.stack([*self._sums.values()]), own])).tolist()
+        sums = dict(zip(self._sums, totals, strict=False))
+        applied_on_all_ranks = sums.pop("applied")
+        return IntervalTotals(
+            means={name: total / applied_on_all_ranks for name, total in sums.items()} if applied_on_all_ranks else {},
+            num_steps=self._num_steps,
+            num_applied=round(applied_on_all_ranks / distributed.world_size()),
+            counts=totals[len(self._sums) :],
+            seconds=time.perf_counter() - self._started,
+        )

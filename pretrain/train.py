@@ -1,6 +1,11 @@
-"""The pretraining loop. Accumulation, every host synchronisation and every save are visible here; ZeRO is not."""
+"""The pretraining loop. Gradient accumulation, every wait for the device and every save are visible here; ZeRO is not.
+
+The host waits for the device only when a row of metrics is due. Whether a step was skipped, or a rank was asked to
+stop, it learns while the next step is running.
+"""
 
 import sys
+from itertools import chain
 
 import torch
 
@@ -9,13 +14,13 @@ from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, flatten
 from pretrain.data.dataset.order import random_bits
-from pretrain.data.loading.meters import describe_bottleneck
+from pretrain.data.loading.meters import describe_bottleneck, loading_metrics
 from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
 from pretrain.errors import DataError, DivergedError, MachineError, UserError
-from pretrain.evaluation import evaluate, is_due, is_owed
-from pretrain.objectives.objective import Objective
+from pretrain.evaluation import Evaluator
+from pretrain.health import StepResult
 from pretrain.outcome import Outcome, outcome_of
-from pretrain.run import Run, go_back, open_run
+from pretrain.run import Run, open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.steps import Batches, Interval
 from pretrain.stop_signal import StopSignal
@@ -23,22 +28,22 @@ from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import RunDescription, Tracker
 
 MLFLOW_STATUS = {Outcome.DONE: "FINISHED", Outcome.STOPPED: "KILLED", Outcome.DIVERGED: "RUNNING"}
-SECONDS_AFTER_STOP = 10.0  # for MLflow to catch up: a launcher waits for 30 in all
+MLFLOW_SECONDS_AFTER_STOP = 10.0  # a launcher ends its processes 30 s after a signal
 
 
 def main(command: CommandLine[PretrainConfig]) -> int:
-    """Pretrain as the command line asks; return the exit code."""
+    """Pretrain with the config of a command line; return the exit code."""
     stop = StopSignal()
     start_distributed()
     try:
-        with open_run(command.config, insist_on_resume=command.resume) as run:
-            while (outcome := tracked(run, command.text, stop)) is Outcome.DIVERGED:
-                go_back(run)
+        with open_run(command.config, must_resume=command.resume) as run:
+            while (outcome := train_with_tracking(run, command.text, stop)) is Outcome.DIVERGED:
+                run.roll_back()
             run.watch.finish(outcome)
-    except DataError as error:  # met by one rank or its workers: whoever meets it says so
+    except DataError as error:  # may occur on a single rank or in its data workers, so every rank prints it
         print(error.summary, file=sys.stderr, flush=True)
         return outcome_of(error).exit_code
-    except (UserError, MachineError, DivergedError) as error:
+    except (UserError, MachineError, DivergedError) as error:  # occurs on all ranks
         if distributed.is_main():
             print(error, file=sys.stderr, flush=True)
         return outcome_of(error).exit_code
@@ -46,80 +51,121 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     return outcome.exit_code
 
 
-def tracked(run: Run, config_text: str, stop: StopSignal) -> Outcome:
-    """Train, with MLflow told how it ended."""
+def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome:
+    """Train, or make up for a final evaluation that was interrupted, and record the outcome in MLflow.
+
+    Args:
+        run: Open run.
+        config_text: Resolved config as YAML, which is saved in the run folder.
+        stop: Signal handler that knows whether this rank was asked to stop.
+
+    Returns:
+        DONE, STOPPED, or DIVERGED if the run must roll back.
+    """
     progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
-    progress.print_message(f"{_millions(run.objective)} parameters, {_summary(run)}")
+    progress.print_message(describe_run(run))
+    evaluator = Evaluator(
+        run.config,
+        run.data.training,
+        run.data.validation,
+        run.objective,
+        run.engine,
+        run.ema,
+        run.quarantine,
+        run.watch,
+    )
     with open_tracker(run, config_text) as tracker:
-        if is_owed(run, tracker.kept_rows):
-            outcome = evaluate(run, tracker, progress, lambda: stop.is_requested)
+        if evaluator.final_is_missing(tracker.kept_rows, run.state.step):
+            outcome = evaluate(evaluator, run.state.step, tracker, progress, stop)
         else:
-            outcome = train(run, tracker, progress, stop)
-        tracker.finish(MLFLOW_STATUS[outcome], SECONDS_AFTER_STOP if outcome is Outcome.STOPPED else None)
+            outcome = train(run, evaluator, tracker, progress, stop)
+        tracker.finish(MLFLOW_STATUS[outcome], MLFLOW_SECONDS_AFTER_STOP if outcome is Outcome.STOPPED else None)
     if outcome is Outcome.STOPPED and distributed.is_main():
-        print("stopped as asked; the same command continues from here", flush=True)
+        print("stopped as requested; the same command continues the run", flush=True)
     return outcome
 
 
-def train(run: Run, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
-    """Train until the last step, or until someone asks to stop, or too many steps in a row were skipped."""
-    config, engine, watch, total_steps = run.config, run.engine, run.watch, run.config.schedule.total_steps
-    batches = Batches(run)
+def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
+    """Train until the last step, until a rank is asked to stop, or until too many steps in a row were skipped.
+
+    Args:
+        run: Open run.
+        evaluator: Evaluator of the run.
+        tracker: Tracker that logs the metrics.
+        progress: Progress line that shows them.
+        stop: Signal handler that knows whether this rank was asked to stop.
+
+    Returns:
+        DONE, STOPPED, or DIVERGED if the run must roll back.
+
+    Raises:
+        MachineError: If the last checkpoint could not be written.
+    """
+    config, engine, watch, health = run.config, run.engine, run.watch, run.health
+    total_steps = config.schedule.total_steps
+    batches = Batches(config, run.data.training, run.objective, run.state, run.decoder, watch)
     saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.print_warning)
-    interval = Interval(engine.device, batches.per_step)
-    outcome, owed = Outcome.DONE, False
+    interval = Interval(engine.device, batches.accumulation_steps)
+    outcome, save_is_due = Outcome.DONE, False
     engine.train()
     while run.state.step < total_steps and outcome is Outcome.DONE:
-        step, samples = run.state.step, run.state.position
-        learning_rate = prepare_step(run)
-        for batch, weight, is_last in batches.next_step():
+        step, position = run.state.step, run.state.position
+        learning_rate = prepare_step(run, step)
+        for batch, weight, is_last in batches.next_step(step):
             losses = engine(batch)
             watch.enter("backward")
             engine.backward(losses["loss"] * weight)
             interval.add(losses, weight)
             if is_last:
-                run.health.meet(interval.step_loss(), samples, stop=stop.is_requested, save_failed=saver.has_failed)
+                loss, save_failed = interval.step_loss(), saver.has_failed
+                health.all_reduce(loss, position, stop_requested=stop.is_requested, save_failed=save_failed)
             watch.enter("step")
-            engine.step()  # after the last micro-batch: the weights move, unless `health` objects
-        judged = run.health.close(gradient_norm(engine), step, samples)
-        run.objective.after_step(run.health.bad)
-        run.ema.update(step, run.health.bad)
-        interval.end_step(run.health.bad, gradient_norm(engine))
+            engine.step()  # after the last micro-batch it updates the weights, unless `health` skips the step
+        previous = health.end_step(gradient_norm(engine), step, position)
+        run.objective.after_step(health.skipped)
+        run.ema.update(step, health.skipped)
+        interval.end_step(health.skipped, gradient_norm(engine))
         run.advance()
         step = run.state.step
 
-        batches.note(judged)
-        if judged and judged.save_failed:
-            saver.abandon()
-        if judged and judged.stop and step < total_steps:
-            outcome = Outcome.STOPPED
-        if len(run.skipped.in_a_row) >= config.health.max_consecutive_skips:
-            outcome = Outcome.DIVERGED
+        if previous is not None:
+            outcome = handle_result(run, batches, saver, previous)
         ends = outcome is not Outcome.DONE or step == total_steps
-        owed = owed or step % config.checkpoint.every_steps == 0
-        due_save = ends or (owed and not run.skipped.in_a_row)  # nothing to go back to while steps fail
-        due_evaluation = is_due(run) and outcome is not Outcome.STOPPED
-        if due_save or due_evaluation or step % config.logging.every_steps == 0:
+        save_is_due = save_is_due or ends or step % config.checkpoint.every_steps == 0
+        # A run that skips steps needs its older checkpoint to roll back to, so it saves only at its end.
+        saves = save_is_due and outcome is not Outcome.DIVERGED and (ends or not run.skipped_steps.consecutive)
+        evaluates = outcome is Outcome.DONE and evaluator.is_due(step)
+        if ends or saves or evaluates or step % config.logging.every_steps == 0:
             watch.enter("report")
-            report(run, interval.close(run, batches) | {"optim/learning_rate": learning_rate}, tracker, progress)
-            if due_save and outcome is not Outcome.DIVERGED:
+            log_interval(run, interval, batches, learning_rate, tracker, progress)
+            if saves:
                 watch.enter("save")
                 saver.begin(engine, run.manifest(tracker.mlflow_run_id()))
-                owed = False
-            if due_evaluation:
-                finished = evaluate(run, tracker, progress, lambda: stop.is_requested)
-                outcome = finished if step == total_steps else outcome
-            interval = Interval(engine.device, batches.per_step)
+                save_is_due = False
+            if evaluates:
+                evaluated = evaluate(evaluator, step, tracker, progress, stop)
+                outcome = evaluated if step == total_steps else outcome  # otherwise the next step stops and saves
+            interval = Interval(engine.device, batches.accumulation_steps)
     batches.close()
+    if outcome is not Outcome.DIVERGED and (last := health.flush()) is not None:
+        record_result(run, batches, last)
     watch.enter("save")
     if not saver.finish() and outcome is not Outcome.DIVERGED:
-        raise MachineError(f"{config.run_dir}: the last checkpoint could not be written; see above")
+        raise MachineError(f"{config.run_dir}: the last checkpoint could not be written; see the messages above")
     return outcome
 
 
-def prepare_step(run: Run) -> float:
-    """Set and return the learning rate, and make the step's dropout a function of the step and the rank."""
-    config, step = run.config, run.state.step
+def prepare_step(run: Run, step: int) -> float:
+    """Set the learning rate and seed the step's dropout by the run's seed, the step and the rank.
+
+    Args:
+        run: Open run.
+        step: Number of the step, counted from 0.
+
+    Returns:
+        The learning rate.
+    """
+    config = run.config
     run.objective.before_step(step / config.schedule.total_steps)
     learning_rate = learning_rate_at(
         step,
@@ -135,16 +181,88 @@ def prepare_step(run: Run) -> float:
     return learning_rate
 
 
-def report(run: Run, row: dict[str, float], tracker: Tracker, progress: ProgressLine) -> None:
-    """Write a row of metrics, show it, and hold the data to its budget."""
+def handle_result(run: Run, batches: Batches, saver: Saver, result: StepResult) -> Outcome:
+    """React to the result of a step: record it if it was skipped, and clean up a checkpoint that failed.
+
+    Args:
+        run: Open run, whose state already counts later steps.
+        batches: Batches of the run, which know the names of the samples.
+        saver: Saver of the run.
+        result: Result of the step, the same on all ranks.
+
+    Returns:
+        DONE to continue, or the outcome with which training must end: STOPPED or DIVERGED.
+    """
+    record_result(run, batches, result)
+    if result.save_failed:
+        saver.abandon()
+    if run.has_diverged:
+        return Outcome.DIVERGED
+    is_last = run.state.step == run.config.schedule.total_steps
+    return Outcome.STOPPED if result.stop_requested and not is_last else Outcome.DONE
+
+
+def record_result(run: Run, batches: Batches, result: StepResult) -> None:
+    """Add a step to the list of skipped steps if it was skipped."""
+    run.skipped_steps.record(result, batches.sample_names(result.position))
+
+
+def evaluate(evaluator: Evaluator, step: int, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
+    """Evaluate and log the metrics (collective); return STOPPED if a rank was asked to stop before the end."""
+    row = evaluator.evaluate(step, lambda: stop.is_requested)
+    if row is None:
+        return Outcome.STOPPED
+    if row:
+        tracker.log(row, step)
+        progress.print_message(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in row.items()))
+    return Outcome.DONE
+
+
+def log_interval(
+    run: Run,
+    interval: Interval,
+    batches: Batches,
+    learning_rate: float,
+    tracker: Tracker,
+    progress: ProgressLine,
+) -> None:
+    """All-reduce the metrics of an interval, log and print them, and count its images (collective).
+
+    Args:
+        run: Open run.
+        interval: Losses and gradient norms since the last row of metrics.
+        batches: Batches of the run, with the timing of data loading and the unusable samples.
+        learning_rate: Learning rate of the latest step.
+        tracker: Tracker that logs the metrics.
+        progress: Progress line that shows them.
+    """
+    data, batch_size = run.config.data, run.config.engine.global_batch_size
+    totals = interval.reduce([float(batches.num_bad_samples), *batches.take_counts()])
+    num_bad_samples, *loading_counts = totals.counts
+    if num_bad_samples:
+        run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_bad_samples())))
+    run.count_images(totals.num_applied * batch_size)
+    grad_norm = {"optim/grad_norm": totals.means["grad_norm"]} if totals.means else {}
+    num_threads = max(data.num_workers, 1) * data.num_threads
+    row = {
+        **{f"train/{name}": mean for name, mean in totals.means.items() if name != "grad_norm"},
+        **grad_norm,
+        "optim/learning_rate": learning_rate,
+        "health/skipped_steps": run.skipped_steps.total,
+        "speed/images_per_second": totals.num_steps * batch_size / totals.seconds,
+        "data/samples": run.state.position,
+        "data/bad_samples": len(run.quarantine),
+        **batches.epochs(run.state.position),
+        **loading_metrics(loading_counts, totals.seconds, distributed.world_size(), num_threads),
+    }
     tracker.log(row, run.state.step)
     progress.print_metrics(row, run.state.step)
-    progress.print_bottleneck(describe_bottleneck(row, run.config.data.num_workers))
+    progress.print_bottleneck(describe_bottleneck(row, data.num_workers))
     run.quarantine.check(run.state.position)
 
 
 def open_tracker(run: Run, config_text: str) -> Tracker:
-    """Start tracking on the main rank."""
+    """Start tracking the run; only the main rank does."""
     return Tracker(
         run.config.run_dir,
         run.config.tracking,
@@ -154,15 +272,13 @@ def open_tracker(run: Run, config_text: str) -> Tracker:
     )
 
 
-def _millions(objective: Objective) -> str:
-    return f"{sum(p.numel() for p in objective.parameters()) / 1e6:.1f} M"
-
-
-def _summary(run: Run) -> str:
-    config, ranks = run.config.engine, distributed.world_size()
+def describe_run(run: Run) -> str:
+    """Describe a run in one line: model size, data, ranks, ZeRO stage, precision, batch, step and learning rate."""
+    config, num_ranks = run.config.engine, distributed.world_size()
+    num_parameters = sum(parameter.numel() for parameter in run.objective.parameters())
     return (
-        f"{sum(run.data.training.shard_sizes)} images in {len(run.data.training.class_names)} classes, "
-        f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
-        f"{config.precision}, batch {config.global_batch_size}, from step {run.state.step}, "
-        f"{run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
+        f"{num_parameters / 1e6:.1f} M parameters, {sum(run.data.training.shard_sizes)} images in "
+        f"{len(run.data.training.class_names)} classes, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on "
+        f"{run.engine.device.type}, ZeRO {config.zero_stage}, {config.precision}, batch {config.global_batch_size}, "
+        f"from step {run.state.step}, {run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
     )

@@ -60,16 +60,14 @@ MAY_IMPORT = {
     "pretrain.steps": LEAVES
     | {
         "pretrain.data",
-        "pretrain.health",
         "pretrain.heartbeat",
-        "pretrain.run",
+        "pretrain.objectives",
         "pretrain.schedules",
         "pretrain.distributed",
         "pretrain.state",
     },
     "pretrain.evaluation": LEAVES
     | {
-        "pretrain.run",
         "pretrain.steps",
         "pretrain.metrics",
         "pretrain.outcome",

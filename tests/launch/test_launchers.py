@@ -188,7 +188,7 @@ def test_run_that_is_stopped_hangs_and_is_killed_gives_identical_losses(
         end(process)
     assert process.returncode == 75, err[-3000:]
     assert time.monotonic() - asked < 30  # after 30 s the launcher would kill the ranks
-    assert "stopped as asked; the same command continues from here" in out, err[-3000:]
+    assert "stopped as requested; the same command continues the run" in out, err[-3000:]
     stopped_at = len(losses(run_dir))
     assert 3 <= stopped_at < 150
     assert mlflow_runs(tmp_path)["stopped"].info.status == "KILLED"
@@ -257,7 +257,7 @@ def test_exit_codes_with_plain_python(shell: Shell, tiny: Path, tool: Tool, tmp_
     assert len(column(tmp_path / "stopped", "validation/loss")) == 1
     nothing = shell([*run, f"run_dir={tmp_path}/never", "--resume"])
     assert nothing.code == 2
-    assert "nothing to resume, the run has no checkpoint" in nothing.err
+    assert "cannot resume because the run has no checkpoint; start it without --resume" in nothing.err
     refused = shell([*run, f"run_dir={tmp_path}/stopped", "seed=4", f"init_from={tmp_path}/nowhere"])
     assert refused.code == 2
     assert "seed was 3, is 4" in refused.err
@@ -270,7 +270,7 @@ def test_exit_codes_with_plain_python(shell: Shell, tiny: Path, tool: Tool, tmp_
     diverging = ["optimizer.learning_rate=1e30", "logging.every_steps=2"]
     diverged = shell([*supervise, *run, f"run_dir={tmp_path}/nan", *diverging])
     assert diverged.code == 1
-    assert "steps in a row could not be taken, the loss is nan, and there is no checkpoint to go back" in diverged.err
+    assert "steps in a row were skipped (the loss is nan), and there is no checkpoint to roll back to" in diverged.err
     assert "0 restarts" in diverged.err  # a restart would diverge again
     assert "Traceback" not in diverged.err
 

@@ -14,16 +14,16 @@ from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
-from pretrain.data.transforms.batch import Batch
+from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.errors import DivergedError
 from pretrain.journal import read_rows
 from pretrain.objectives.objective import Output
 from pretrain.objectives.supervised import SupervisedObjective
-from pretrain.run import go_back, open_run
-from pretrain.steps import to_device
+from pretrain.outcome import Outcome
+from pretrain.run import open_run
 from pretrain.stop_signal import StopSignal
-from pretrain.train import Outcome, tracked
+from pretrain.train import train_with_tracking
 
 STEPS, BATCH = 60, 16
 GRADIENT = 0.0  # the loss stays as it is, its gradient becomes NaN
@@ -78,8 +78,8 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
         while not outcomes or outcomes[-1] is Outcome.DIVERGED:
             try:
                 if outcomes:
-                    go_back(run)
-                outcomes.append(tracked(run, "", StopSignal()))
+                    run.roll_back()
+                outcomes.append(train_with_tracking(run, "", StopSignal()))
             except DivergedError as error:
                 message = str(error)
                 break

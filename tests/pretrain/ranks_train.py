@@ -24,7 +24,7 @@ from pretrain.configfile import load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
-from pretrain.data.transforms.batch import Batch
+from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.partitions import count_optimizer_steps
 from pretrain.journal import read_rows
@@ -33,9 +33,8 @@ from pretrain.objectives import build_objective
 from pretrain.optimizers import build_optimizer
 from pretrain.run import open_run
 from pretrain.schedules import learning_rate_at
-from pretrain.steps import to_device
 from pretrain.stop_signal import StopSignal
-from pretrain.train import tracked
+from pretrain.train import train_with_tracking
 
 PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=4", "evaluation.probe_samples=50"]
 STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}", *PROBED] for stage in range(4)}
@@ -165,7 +164,7 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
         first = run.state.step
         assert count_optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
-        run.watch.finish(tracked(run, "", StopSignal()))
+        run.watch.finish(train_with_tracking(run, "", StopSignal()))
     return first, positions, pixels
 
 
@@ -277,7 +276,7 @@ def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
 
     config = load_config(PretrainConfig, recipe, settings).config
     with open_run(config) as run, mock.patch("pretrain.evaluation.to_device", ask):
-        outcome = tracked(run, "", stop)
+        outcome = train_with_tracking(run, "", stop)
     return {"outcome": outcome.name, "evaluated": evaluated, "rows": rows_of(folder / "stopped")}
 
 
@@ -316,7 +315,7 @@ def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
         mock.patch("pretrain.checkpoint.save.RETRY_DELAYS", (0.01,)),
         mock.patch("pretrain.steps.to_device", note),
     ):
-        outcome = tracked(run, "", StopSignal())
+        outcome = train_with_tracking(run, "", StopSignal())
     checkpoints = [path.name for path in list_checkpoints(folder / "full")]
     whole = newest_intact(folder / "full")
     return {

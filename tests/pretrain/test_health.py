@@ -11,7 +11,7 @@ import torch
 
 from pretrain.config import HealthConfig
 from pretrain.data.storage.index import DatasetInfo
-from pretrain.health import FEWEST_STEPS, WINDOW, Health
+from pretrain.health import MIN_STEPS, WINDOW_STEPS, Health
 from tests.pretrain.ranks_health import AFTER_A_SAVE, BATCH, FAULTS, IN_A_ROW, SETTINGS, STEPS
 from tests.support.launching import ROOT, TINY, Shell, free_port
 
@@ -41,10 +41,10 @@ def test_poisoned_steps_are_skipped_and_named_at_every_stage(seen: dict[str, Any
     assert [row["step"] for row in result["skipped"]] == [position // BATCH for position in FAULTS]
     reasons = [row["reason"] for row in result["skipped"]]
     assert "is nan" in reasons[0]
-    assert "usual is at most" in reasons[1]
+    assert "is above the limit of" in reasons[1]
     assert "is inf" in reasons[2] or "is nan" in reasons[2]
-    assert "usual is at most" in reasons[3]
-    assert reasons[4] in ("the gradient's norm is nan", "the gradient's norm is inf")  # as DeepSpeed has it
+    assert "is above the limit of" in reasons[3]
+    assert reasons[4] in ("the gradient norm is nan", "the gradient norm is inf")  # as DeepSpeed has it
     for row, poisoned in zip(result["skipped"], result["poisoned"], strict=True):
         assert poisoned in row["samples"]
     shards = {entry.name for entry in DatasetInfo.load(digits / "train").shards}
@@ -77,16 +77,16 @@ def test_after_some_in_a_row_the_run_goes_back_and_passes_over_them(
 def test_a_run_that_going_back_does_not_help_ends_with_a_report(seen: dict[str, Any]) -> None:
     result = seen["hopeless"]
     assert result["outcomes"] == ["DIVERGED"] * 3
-    assert "3 steps in a row could not be taken, the loss is nan, after health.max_rollbacks=2" in result["message"]
+    assert "3 steps in a row were skipped (the loss is nan) after health.max_rollbacks=2 rollbacks" in result["message"]
     assert "skipped.jsonl" in result["message"]
     assert result["finite"]
 
 
 def judged(health: Health, loss: float, norm: float, step: int = 0) -> bool:
-    health.meet(torch.tensor(loss), samples=step, stop=False)
-    bad = bool(health.judge(torch.tensor(norm)))
-    health.close(torch.tensor(norm), step, step)
-    return bad
+    health.all_reduce(torch.tensor(loss), position=step, stop_requested=False)
+    is_skipped = bool(health.should_skip(torch.tensor(norm)))
+    health.end_step(torch.tensor(norm), step, step)
+    return is_skipped
 
 
 def test_spikes_are_told_from_what_is_usual() -> None:
@@ -103,14 +103,14 @@ def test_spikes_are_told_from_what_is_usual() -> None:
     assert not judged(Health(HealthConfig(spike_threshold=0), CPU), 1e9, 1e9)
 
 
-@pytest.mark.parametrize("count", [FEWEST_STEPS, WINDOW, 3 * WINDOW + 7])
+@pytest.mark.parametrize("count", [MIN_STEPS, WINDOW_STEPS, 3 * WINDOW_STEPS + 7])
 def test_what_is_usual_survives_a_restart(count: int) -> None:
     torch.manual_seed(0)
     health = Health(HealthConfig(), CPU)
     for _ in range(count):
         judged(health, 2 + float(torch.rand(())), 1 + float(torch.rand(())))
-    again = Health(HealthConfig(), CPU, json.loads(json.dumps(health.state())))
-    for step in range(2 * WINDOW):
+    again = Health(HealthConfig(), CPU, json.loads(json.dumps(health.spike_window())))
+    for step in range(2 * WINDOW_STEPS):
         pair = 2 + float(torch.rand(())), 1 + float(torch.rand(()))
         assert judged(health, *pair, step) == judged(again, *pair, step)
         first, second = health.flush(), again.flush()
@@ -121,7 +121,7 @@ def test_what_is_usual_survives_a_restart(count: int) -> None:
 
 def test_ranks_at_different_samples_are_found() -> None:
     health = Health(HealthConfig(), CPU)
-    health.meet(torch.tensor(1.0), samples=32, stop=False)
-    health.close(torch.tensor(1.0), 2, 16)
-    with pytest.raises(RuntimeError, match="step 2: the ranks are not at the same samples"):
+    health.all_reduce(torch.tensor(1.0), position=32, stop_requested=False)
+    health.end_step(torch.tensor(1.0), 2, 16)
+    with pytest.raises(RuntimeError, match="step 2: the ranks are not at the same position"):
         health.flush()

@@ -1,4 +1,4 @@
-"""A run's folder: one run at a time, and the same one for all ranks."""
+"""A run folder: used by one run at a time, shared by all its ranks, and opened with data that fits."""
 
 from pathlib import Path
 
@@ -8,32 +8,48 @@ from pretrain.errors import UserError
 from pretrain.heartbeat.beats import read_beats
 from pretrain.heartbeat.watch import Watch
 from pretrain.outcome import Outcome
-from pretrain.run_folder import claim, find_main
+from pretrain.run import describe_class_difference
+from pretrain.run_folder import check_shared, claim_run_dir
 
 
-def test_a_folder_into_which_another_run_trains_is_refused(tmp_path: Path) -> None:
-    claim(tmp_path / "run")
+def test_a_folder_that_another_run_is_using_is_refused(tmp_path: Path) -> None:
+    claim_run_dir(tmp_path / "run")
     with Watch(tmp_path / "run", 0, 1) as watch:
-        with pytest.raises(UserError, match=r"run: rank 0 \(process \d+ on .*\) is training into it; end that run"):
-            claim(tmp_path / "run")
+        with pytest.raises(
+            UserError, match=r"run: rank 0 \(process \d+ on .*\) is training into this folder; end that run"
+        ):
+            claim_run_dir(tmp_path / "run")
         watch.finish(Outcome.STOPPED)
     assert [beat.outcome for beat in read_beats(tmp_path / "run")] == ["stopped"]
-    claim(tmp_path / "run")
+    claim_run_dir(tmp_path / "run")
     assert not read_beats(tmp_path / "run")
 
 
-def test_what_a_crash_has_left_is_no_run(tmp_path: Path) -> None:
-    claim(tmp_path)
+def test_a_crashed_run_does_not_block_its_folder(tmp_path: Path) -> None:
+    claim_run_dir(tmp_path)
     with Watch(tmp_path, 0, 1):
         beat = (tmp_path / "ranks" / "rank-00000.json").read_text()
-    (tmp_path / "ranks" / "rank-00000.json").write_text(beat)  # as it was before its end
-    claim(tmp_path)
+    (tmp_path / "ranks" / "rank-00000.json").write_text(beat)  # as it was before the process ended
+    claim_run_dir(tmp_path)
     assert not read_beats(tmp_path)
 
 
-def test_a_folder_that_is_another_one_on_each_machine_is_refused(tmp_path: Path) -> None:
-    claim(tmp_path)
-    with pytest.raises(UserError, match=r"is not seen by rank 0 on .*; put run_dir on a file system that all machines"):
-        find_main(tmp_path, "node-1 4711")
-    with pytest.raises(UserError, match="is not seen by rank 0"):
-        find_main(tmp_path / "elsewhere", "node-1 4711")
+def test_a_folder_that_differs_between_machines_is_refused(tmp_path: Path) -> None:
+    claim_run_dir(tmp_path)
+    sentence = r"rank 0 on .* cannot see files written by rank 0; run_dir must be on a file system shared by all nodes"
+    with pytest.raises(UserError, match=sentence):
+        check_shared(tmp_path, "node-1 4711")
+    with pytest.raises(UserError, match="cannot see files written by rank 0"):
+        check_shared(tmp_path / "elsewhere", "node-1 4711")
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "expected"),
+    [
+        (["cat", "dog"], ["Cat", "dog"], "only in training: cat; only in validation: Cat"),
+        (["cat", "dog"], ["cat"], "only in training: dog"),
+        (["dog", "cat"], ["cat", "dog"], "the same names in another order"),
+    ],
+)
+def test_the_classes_that_differ_are_named(training: list[str], validation: list[str], expected: str) -> None:
+    assert describe_class_difference(training, validation) == expected

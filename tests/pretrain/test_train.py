@@ -15,7 +15,7 @@ from PIL import Image
 
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.data.storage.index import DatasetInfo
-from pretrain.evaluation import GAP
+from pretrain.tracking.pictures import GAP
 from pretrain.tracking.tracker import picture_name
 from tests.pretrain.ranks_train import COMPILED_ELSEWHERE, IN_MLFLOW, RESHARDED
 from tests.support.launching import ROOT, TINY, Shell, free_port
@@ -386,4 +386,7 @@ def test_several_shard_sets_of_other_classes_are_refused(
     run = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", tiny, f"data.validation={other}/train"]
     done = shell(run)
     assert done.code == 2
-    assert done.err.splitlines()[-1] == f"{other}/train: its classes differ from those of the training data"
+    assert done.err.splitlines()[-1] == (
+        f"{other}/train: validation classes differ from training classes: "
+        "only in training: 0, 1, 2; only in validation: 4, 5"
+    )
