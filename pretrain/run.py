@@ -90,7 +90,7 @@ class Run:
     @property
     def has_diverged(self) -> bool:
         """Whether so many consecutive steps were skipped that the run must roll back."""
-        return len(self.skipped_steps.consecutive) >= self.config.health.max_skipped_in_a_row
+        return len(self.skipped_steps.consecutive) >= self.config.health.max_consecutive_skips
 
     def manifest(self, mlflow_run_id: str | None) -> Manifest:
         """Return the manifest of a checkpoint of the current state, without its files."""
