@@ -9,13 +9,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from pretrain.config import PretrainConfig
 from pretrain.configfile import read_command_line
 
+DESCRIPTION = "Pretrain a Vision Transformer. If the run folder has a checkpoint, the run resumes from it."
+EXAMPLE = "deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml optimizer.learning_rate=3e-4"
+
 if __name__ == "__main__":
-    command = read_command_line(
-        PretrainConfig,
-        description="Pretrain a Vision Transformer. If the run folder has a checkpoint, the run resumes from it.",
-        example="deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml optimizer.learning_rate=3e-4",
-        resumable=True,
-    )
+    command = read_command_line(PretrainConfig, DESCRIPTION, EXAMPLE, resumable=True)
     from pretrain.train import main  # slow: imports torch and deepspeed, so config errors are reported first
 
     sys.exit(main(command))

@@ -126,19 +126,7 @@ def read_command_line(
         example: Command line to show in --help.
         resumable: Whether the script has the option --resume.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n  {example}\n\nkeys and defaults:\n{_reference(config_class)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the keys below")
-    parser.add_argument("--print-config", action="store_true", help="print every value with its origin and exit")
-    if resumable:
-        resume_help = "fail if the run has no checkpoint to resume from (without it, such a run starts from step 0)"
-        parser.add_argument("--resume", action="store_true", help=resume_help)
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
-    arguments = parser.parse_intermixed_args()
+    arguments = build_parser(config_class, description, example, resumable=resumable).parse_intermixed_args()
     try:
         loaded = load_config(config_class, arguments.config, arguments.overrides)
     except ConfigError as error:
@@ -148,6 +136,32 @@ def read_command_line(
             print(loaded.text, end="")
         sys.exit(0)
     return CommandLine(loaded.config, loaded.text, resumable and arguments.resume)
+
+
+def build_parser(
+    config_class: type[Section], description: str, example: str, *, resumable: bool
+) -> argparse.ArgumentParser:
+    """Build the command-line parser of a launch script.
+
+    Args:
+        config_class: Class of the config.
+        description: What the script does, for --help.
+        example: Command line to show in --help.
+        resumable: Whether the script has the option --resume.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"example:\n  {example}\n\nkeys and defaults:\n{_reference(config_class)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the config")
+    parser.add_argument("--print-config", action="store_true", help="print every value with its origin and exit")
+    if resumable:
+        resume_help = "fail if the run has no checkpoint to resume from (without it, such a run starts from step 0)"
+        parser.add_argument("--resume", action="store_true", help=resume_help)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
+    return parser
 
 
 def exit_with_mistake(message: str) -> NoReturn:

@@ -15,6 +15,16 @@ def test_generated_page_is_up_to_date(name: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == expected, f"docs/{name}: run `python docs/generate.py`"
 
 
+def test_commands_page_has_every_verb_and_the_names_of_its_options() -> None:
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    for verb in ("shards make", "shards check", "export", "predict", "checkpoints prune", "supervise"):
+        assert f"## `vitrail {verb}`" in page
+    for name in ("--json", "--as", "--top-k", "--print-config", "--version", "-- COMMAND..."):
+        assert f"| `{name}` |" in page
+    assert "| `--seed` | whole number | `0` |" in page
+    assert "| `--workers` | whole number ≥ 1 | number of CPU cores |" in page
+
+
 def test_config_page_has_every_key_of_both_stages() -> None:
     page = (DOCS / "config.md").read_text(encoding="utf-8")
     for key in ("`optimizer.learning_rate`", "`objective.mask_ratio`", "`objective.augment.mixup`", "`model`"):
