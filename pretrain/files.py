@@ -75,9 +75,10 @@ def atomic_folder(path: Path, *, overwrite: bool = False, durable: bool = True) 
         if durable:
             for item in partial.rglob("*"):
                 sync(item)
-        if path.exists():
-            remove_folder(path)
+        old = _unname(path) if path.exists() else None
         publish(partial, path, durable=durable)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -101,11 +102,16 @@ def publish(partial: Path, path: Path, *, durable: bool = True) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that no reader finds half of it: it loses its name first, then its files."""
+    """Remove a folder. It is renamed first, so that no reader finds it with a part of its files."""
+    shutil.rmtree(_unname(path), ignore_errors=True)
+
+
+def _unname(path: Path) -> Path:
+    """Give a folder that is about to be removed a temporary name, and return that."""
     doomed = partial_path(path.with_name(f"{path.name}.old"))
-    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(doomed, ignore_errors=True)  # left behind by a process that was killed
     path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return doomed
 
 
 def sync(path: Path) -> None:
