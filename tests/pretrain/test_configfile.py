@@ -1,4 +1,4 @@
-"""Every mistake is named with file, line, key and the likely word, all at once and before torch."""
+"""Every mistake in a config is explained with file, line, key and the likely fix, all at once and without torch."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ GOOD = "run_dir: runs/x\ndata: {train: shards}\nschedule: {total_steps: 100}\n"
 
 DISTIL = "objective: {{name: self_distillation, {}}}"
 
-# yaml, overrides, and the line that must be among the answers
+# YAML after GOOD, overrides, and a part of the only line of the message
 MISTAKES = [
     ("modle: {}", [], "x.yaml:4: modle: unknown key; did you mean model?"),
     ("engine:\n  zero_stag: 2", [], "x.yaml:5: engine.zero_stag: unknown key; did you mean zero_stage?"),
@@ -222,13 +222,13 @@ def answer(config_class: type[Section], path: Path, overrides: list[str]) -> str
 
 
 @pytest.mark.parametrize(("text", "overrides", "expected"), MISTAKES, ids=[case[2][:60] for case in MISTAKES])
-def test_a_mistake_is_named(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
+def test_mistake_is_explained(tmp_path: Path, text: str, overrides: list[str], expected: str) -> None:
     message = answer(PretrainConfig, write(tmp_path, GOOD + text), overrides)
     assert expected in message
     assert len(message.splitlines()) == 1
 
 
-def test_missing_keys_and_files(tmp_path: Path) -> None:
+def test_missing_keys_and_files_are_explained(tmp_path: Path) -> None:
     message = answer(PretrainConfig, write(tmp_path, "data: {}\n"), [])
     assert message.splitlines() == [
         f"{tmp_path}/x.yaml: run_dir: required but missing; set it in the file or on the command line",
@@ -241,7 +241,7 @@ def test_missing_keys_and_files(tmp_path: Path) -> None:
     assert message == f"{tmp_path}/x.yaml:1: must contain keys and values, got [1]; write key: value"
 
 
-def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
     text = GOOD + "seed: x\nsead: 1\nmodel: {patch_size: 15, position_embedding: sine, num_attention_heads: 7}\n"
     text += "logging: {every_steps: 1, every_steps: 2}\n"
     overrides = ["engine.compile=off", "engine.zero_stage=["]
@@ -258,18 +258,18 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_the_learning_rate_has_a_default_at_its_batch(tmp_path: Path) -> None:
+def test_learning_rate_has_a_default_for_the_default_batch(tmp_path: Path) -> None:
     config = load_config(PretrainConfig, write(tmp_path, GOOD)).config
     assert (config.optimizer.learning_rate, config.engine.global_batch_size) == (1e-4, 256)
     assert "global batch of 256" in str(type(config.optimizer).model_fields["learning_rate"].description)
 
 
-def test_a_combination_is_not_judged_by_a_value_that_is_wrong(tmp_path: Path) -> None:
+def test_wrong_value_is_not_used_to_check_combinations(tmp_path: Path) -> None:
     text = GOOD + "model: {hidden_size: ninety, num_attention_heads: 9}\n"
     assert len(answer(PretrainConfig, write(tmp_path, text), []).splitlines()) == 1
 
 
-def test_scalars_are_read_as_yaml_1_2(tmp_path: Path) -> None:
+def test_scalars_follow_yaml_1_2(tmp_path: Path) -> None:
     text = GOOD + "optimizer: {learning_rate: 1e-4, epsilon: .5}\ntracking: {experiment: no, uri: ~}\nseed: 012\n"
     config = load_config(PretrainConfig, write(tmp_path, text)).config
     assert config.optimizer.learning_rate == 1e-4
@@ -279,7 +279,7 @@ def test_scalars_are_read_as_yaml_1_2(tmp_path: Path) -> None:
     assert config.seed == 12
 
 
-def test_the_printed_config_says_where_values_came_from_and_reads_back(tmp_path: Path) -> None:
+def test_printed_config_shows_origins_and_can_be_loaded(tmp_path: Path) -> None:
     path = write(tmp_path, GOOD + "model: {image_size: 32}\n")
     loaded = load_config(PretrainConfig, path, ["data.train=[a b, '5']", "optimizer.learning_rate=1e-5"])
     lines = loaded.text.splitlines()
@@ -290,14 +290,14 @@ def test_the_printed_config_says_where_values_came_from_and_reads_back(tmp_path:
 
 
 @given(st.data())
-def test_nearly_every_typo_of_one_letter_finds_its_key(data: st.DataObject) -> None:
-    """Drop one letter of any key: the answer must suggest that key, unless what is left is a key itself."""
+def test_key_is_suggested_if_one_letter_is_missing(data: st.DataObject) -> None:
+    """Remove one letter of any key. The message must suggest the key, unless the rest is a key as well."""
     for config_class in (PretrainConfig, FinetuneConfig):
         keys = [key for key, _ in leaves(config_class) if len(str(key[-1])) > 3]
         key = data.draw(st.sampled_from(keys))
         name = str(key[-1])
         i = data.draw(st.integers(0, len(name) - 1))
-        assume(name[:i] + name[i + 1 :] not in {str(other[-1]) for other in keys})  # perhaps of another objective
+        assume(name[:i] + name[i + 1 :] not in {str(other[-1]) for other in keys})  # possibly in another objective
         typo = ".".join([*map(str, key[:-1]), name[:i] + name[i + 1 :]])
         message = answer(config_class, ROOT / "configs" / "quickstart" / _recipe(config_class), [f"{typo}=1"])
         assert f"command line: {typo}: unknown key; did you mean {name}" in message
@@ -318,8 +318,19 @@ def test_every_shipped_config_is_valid(path: Path) -> None:
     assert flatten(load_config(FinetuneConfig if is_finetune else PretrainConfig, path).config)
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_begins_with_its_command_hardware_and_result(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").split("\nrun_dir")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    name = path.relative_to(ROOT).as_posix()
+    script = "finetune" if "finetune" in name else "pretrain"
+    assert f" launch/{script}.py --config {name}" in header
+    assert "\n# Hardware: " in header
+    assert "\n# Result: " in header
+
+
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
-def test_mistakes_and_help_come_before_torch(tmp_path: Path, script: str) -> None:
+def test_mistakes_and_help_need_no_torch(tmp_path: Path, script: str) -> None:
     path = write(tmp_path, GOOD + "sed: 1\n")
     command = [sys.executable, "-X", "importtime", str(ROOT / "launch" / f"{script}.py")]
     recipe = ["--config", str(ROOT / "configs" / "quickstart" / f"{script}.yaml")]
