@@ -1,4 +1,4 @@
-"""What many tests need: no GPU, no network, shards of the digits, a tiny recipe, a shell."""
+"""Fixtures for all tests: no GPU, no network, shards of the digits, a tiny recipe, a shell."""
 
 import os
 import signal
@@ -19,39 +19,56 @@ from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from tests.support.launching import TINY, Shell
+from tests.support.shared import once
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # started with &, a shell has it ignored, here and in children
+pytest.register_assert_rewrite("tests.support.training")
 
-settings.register_profile("patient", deadline=None)  # a busy machine is no failure
+# A shell that starts something with & has it ignore Ctrl-C, and its children with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("patient", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("patient")
 
 
-LONGEST = ("test_launchers", "test_train")
+START_PROCESSES = {"shell", "tool", "trained"}  # fixtures
+LONGEST = ("test_launchers", "test_zero_stages", "test_other_topology", "test_objectives")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest, or one worker would be left alone with them."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    """Mark the tests that start processes; begin with the longest files, so that no worker is left alone with them."""
+    for item in items:
+        if START_PROCESSES & {*getattr(item, "fixturenames", ())}:
+            item.add_marker("processes")
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
-    """A shell in a foreign directory."""
+    """A shell in a folder that is not the project's."""
     return Shell(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what all workers of pytest share; see `once`."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(session_folder: Path) -> Path:
     """Shards of the digits 0 to 2: 8 or more small ones, and a validation split that no batch size divides."""
-    out = tmp_path_factory.mktemp("data") / "digits"
     source = keep_classes(list_digits(), ["0", "1", "2"])
-    make_shards(source, out, ShardOptions(validation_fraction=0.1, shard_bytes=50_000, seed=0))
-    return out
+    recipe = ShardOptions(validation_fraction=0.1, shard_bytes=50_000, seed=0)
+    return once(session_folder / "digits", lambda out: make_shards(source, out, recipe))
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, digits: Path) -> Path:
-    """A pretraining recipe of seconds, its run folder beside it."""
+    """A pretraining recipe that takes seconds, with its run folder next to it."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(run_dir=tmp_path / "runs" / "tiny", shards=digits))
     return path
@@ -59,5 +76,5 @@ def tiny(tmp_path: Path, digits: Path) -> Path:
 
 @pytest.fixture
 def tool() -> Callable[[str], str]:
-    """Find a command of this environment."""
+    """The path of a command of this environment, by its name."""
     return lambda name: str(Path(sys.executable).parent / name)

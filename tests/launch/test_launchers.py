@@ -7,8 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -23,11 +23,12 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.config import FaultBudget
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.quarantine import Quarantine
+from pretrain.data.storage.index import DatasetInfo
 from pretrain.heartbeat.beats import START, Beat, read_beat
 from pretrain.journal import read_rows
 from pretrain.tracking.tracker import git_commit
 from tests.finetune.test_backbone import families, folder_of
-from tests.support.launching import ROOT, Shell, end, free_port, wait_for
+from tests.support.launching import ROOT, Running, Shell, free_port
 
 PRETRAIN, FINETUNE = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "finetune.py"
 FINETUNE_YAML = """
@@ -178,17 +179,12 @@ def test_run_that_is_stopped_hangs_and_is_killed_gives_identical_losses(
     assert whole.code == 0, whole.err[-3000:]
 
     run_dir = tmp_path / "runs" / "stopped"
-    process = shell.start([*deepspeed, f"run_dir={run_dir}"])
-    try:
-        wait_for(lambda: len(losses(run_dir)) >= 3)
-        os.kill(process_of(run_dir, 1), signal.SIGUSR1)
-        asked = time.monotonic()
-        out, err = process.communicate(timeout=90)
-    finally:
-        end(process)
-    assert process.returncode == 75, err[-3000:]
-    assert time.monotonic() - asked < 30  # after 30 s the launcher would kill the ranks
-    assert "stopped as requested; the same command continues the run" in out, err[-3000:]
+    with shell.start([*deepspeed, f"run_dir={run_dir}"]) as process:
+        process.wait_until(lambda: len(losses(run_dir)) >= 3)
+        os.kill(process_of(process, run_dir, 1), signal.SIGUSR1)
+        done = process.finish()
+    assert done.code == 75, done.err[-3000:]
+    assert "stopped as requested; the same command continues the run" in done.out, done.err[-3000:]
     stopped_at = len(losses(run_dir))
     assert 3 <= stopped_at < 150
     assert mlflow_runs(tmp_path)["stopped"].info.status == "KILLED"
@@ -198,18 +194,16 @@ def test_run_that_is_stopped_hangs_and_is_killed_gives_identical_losses(
     assert manifest.git_commit == git_commit()
     assert manifest.data_digests.keys() == {"training", "validation"}
 
-    process = shell.start([tool("vitrail"), "supervise", "--", *deepspeed, f"run_dir={run_dir}", "--resume"])
-    try:
-        wait_for(lambda: len(losses(run_dir)) >= stopped_at + 15)
-        hanging = process_of(run_dir, 1)
+    with shell.start([tool("vitrail"), "supervise", "--", *deepspeed, f"run_dir={run_dir}", "--resume"]) as process:
+        process.wait_until(lambda: len(losses(run_dir)) >= stopped_at + 15)
+        hanging = process_of(process, run_dir, 1)
         os.kill(hanging, signal.SIGSTOP)
-        again, saved = process_of(run_dir, 1, other_than=hanging), list_checkpoints(run_dir)
-        wait_for(lambda: list_checkpoints(run_dir) != saved)  # without one, a second failure would remove a rank
+        again, saved = process_of(process, run_dir, 1, other_than=hanging), list_checkpoints(run_dir)
+        process.wait_until(lambda: list_checkpoints(run_dir) != saved)  # a second failure without one costs a rank
         os.kill(again, signal.SIGKILL)
-        out, err = process.communicate(timeout=120)
-    finally:
-        end(process)
-    assert process.returncode == 0, err[-3000:]
+        done = process.finish()
+    out, err = done.out, done.err
+    assert done.code == 0, err[-3000:]
     assert len(re.findall(r"batch 16, from step [1-9]", out)) == 3
     assert f"rank 1 (process {hanging} on " in err
     assert "no progress for more than health.hang_seconds=3; ending the run, which the same command resumes" in err
@@ -224,7 +218,7 @@ def test_run_that_is_stopped_hangs_and_is_killed_gives_identical_losses(
     assert run.info.run_id == Manifest.load(list_checkpoints(run_dir)[-1]).mlflow_run_id
 
 
-def process_of(run_dir: Path, rank: int, other_than: int = 0) -> int:
+def process_of(launcher: Running, run_dir: Path, rank: int, other_than: int = 0) -> int:
     """Return the process ID of a rank once it trains, in a process other than `other_than`."""
     beats: list[Beat] = []
 
@@ -232,7 +226,7 @@ def process_of(run_dir: Path, rank: int, other_than: int = 0) -> int:
         beats[:] = [beat for beat in [read_beat(run_dir, rank)] if beat and beat.phase != START]
         return bool(beats) and beats[0].pid != other_than
 
-    wait_for(is_training)
+    launcher.wait_until(is_training)
     return beats[0].pid
 
 
@@ -240,14 +234,11 @@ def test_exit_codes_with_plain_python(shell: Shell, tiny: Path, tool: Tool, tmp_
     """With and without a supervisor: Ctrl-C, which a terminal sends to both, and errors that no restart fixes."""
     run = [sys.executable, "-u", PRETRAIN, "--config", tiny, "tracking.uri=off", "schedule.total_steps=5000"]
     supervise = [tool("vitrail"), "supervise", "--"]
-    process = shell.start([*supervise, *run, f"run_dir={tmp_path}/stopped"])
-    try:
-        wait_for(lambda: len(losses(tmp_path / "stopped")) >= 2)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    finally:
-        end(process)
-    assert process.returncode == 75, err[-3000:]
+    with shell.start([*supervise, *run, f"run_dir={tmp_path}/stopped"]) as running:
+        running.wait_until(lambda: len(losses(tmp_path / "stopped")) >= 2)
+        running.process.send_signal(signal.SIGINT)
+        done = running.finish()
+    assert done.code == 75, done.err[-3000:]
 
     steps = len(losses(tmp_path / "stopped"))
     shorter = [*run[:-1], f"schedule.total_steps={steps}", "schedule.warmup_steps=0"]
@@ -273,6 +264,21 @@ def test_exit_codes_with_plain_python(shell: Shell, tiny: Path, tool: Tool, tmp_
     assert "steps in a row were skipped (the loss is nan), and there is no checkpoint to roll back to" in diverged.err
     assert "0 restarts" in diverged.err  # a restart would diverge again
     assert "Traceback" not in diverged.err
+
+
+def test_a_validation_set_of_other_classes_is_refused(
+    tiny: Path, digits: Path, shell: Shell, tool: Tool, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    made = shell([tool("vitrail"), "shards", "make", "digits", other, "--classes", "4,5"])
+    assert made.code == 0, made.err
+    assert DatasetInfo.load(other / "train").class_names == ["4", "5"]
+    done = shell([sys.executable, PRETRAIN, "--config", tiny, f"data.validation={other}/train"])
+    assert done.code == 2
+    assert done.err.splitlines()[-1] == (
+        f"{other}/train: validation classes differ from training classes: "
+        "only in training: 0, 1, 2; only in validation: 4, 5"
+    )
 
 
 @pytest.fixture
@@ -308,24 +314,16 @@ def test_two_nodes_give_the_losses_of_one(
 ) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    nodes = []
-    try:
+    with ExitStack() as stack:
+        nodes = []
         for i, namespace in enumerate(two_nodes):
             launcher = [tool("deepspeed"), "--hostfile", hostfile, "--no_ssh", "--node_rank", str(i)]
-            launcher += [
-                "--master_addr",
-                "10.77.0.1",
-                "--master_port",
-                "29631",
-            ]  # always free in a new namespace
+            launcher += ["--master_addr", "10.77.0.1", "--master_port", "29631"]  # free: the namespaces are new
             command = ["ip", "netns", "exec", namespace, *launcher, PRETRAIN, "--config", tiny, "tracking.uri=off"]
             card = f"ts{'ab'[i]}{os.getpid()}"
-            nodes.append(shell.start(command, GLOO_SOCKET_IFNAME=card))
-        outs = [node.communicate(timeout=180) for node in nodes]
-    finally:
-        for node in nodes:
-            end(node)
-    assert [node.returncode for node in nodes] == [0, 0], [err[-3000:] for _, err in outs]
+            nodes.append(stack.enter_context(shell.start(command, GLOO_SOCKET_IFNAME=card)))
+        done = [node.finish() for node in nodes]
+    assert [each.code for each in done] == [0, 0], [each.err[-3000:] for each in done]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     settings = ["--config", tiny, f"run_dir={tmp_path}/one", "tracking.uri=off", "checkpoint.keep_last=1"]
     one = shell([*torchrun, PRETRAIN, *settings])

@@ -1,17 +1,29 @@
-"""Run by every rank of `test_train.py`: many small runs in one launch; the main rank writes what it saw as JSON."""
+"""Train small models on one or two ranks; tests/pretrain/train compares what the main ranks have seen.
 
+    python tests/pretrain/ranks_train.py --list
+    python tests/pretrain/ranks_train.py --only zero2 mae-zero3 --world-size 2 --folder /tmp/runs
+
+The runs are listed in tests/support/training.py. Each writes `seen.json` and a log for each rank into its own folder.
+"""
+
+import argparse
 import errno
 import json
 import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
+import torch._dynamo
+import torch._inductor.compile_fx  # torch and DeepSpeed import both late; here every forked rank finds them imported
 from torch.optim.swa_utils import AveragedModel
 
 from pretrain import distributed
@@ -24,6 +36,10 @@ from pretrain.configfile import load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import ShardOptions
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.partitions import count_optimizer_steps
@@ -35,108 +51,30 @@ from pretrain.run import open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.stop_signal import StopSignal
 from pretrain.train import train_with_tracking
-
-PROBED = ["evaluation.every_steps=5", "evaluation.probe_every_steps=4", "evaluation.probe_samples=50"]
-STAGES = {f"stage{stage}": [f"engine.zero_stage={stage}", *PROBED] for stage in range(4)}
-NOISY = ["model.dropout=0.2", "model.attention_dropout=0.1", "model.drop_path=0.2"]
-MAE = (
-    "objective={name: mae, mask_ratio: 0.5, decoder_hidden_size: 16, decoder_num_hidden_layers: 1, "
-    "decoder_num_attention_heads: 2, decoder_intermediate_size: 32}"
+from tests.support.launching import TINY
+from tests.support.ranks import ENDED, run_ranks, serve
+from tests.support.training import (
+    CONTINUED,
+    EMA_DECAY,
+    FULL_DISK,
+    IN_MLFLOW,
+    KILLED_IN_SAVE,
+    LAST,
+    MIDDLE,
+    OWED,
+    RECIPE,
+    RECIPES,
+    REFERENCES,
+    SETTINGS,
+    STARTS,
+    STOPPED,
+    WORLD_SIZES,
+    Setting,
+    all_runs,
+    folder_of,
+    needs,
 )
-DISTIL = [
-    "objective={name: self_distillation, num_local_crops: 2, local_image_size: 16, num_prototypes: 32, "
-    "head_hidden_size: 32, head_bottleneck_size: 16, augment: {crop_scale: [0.5, 1.0], blur: 0.5, solarize: 0.2}}",
-    "ema.decay=0",
-    "engine.micro_batch_size=16",  # what is balanced together is a micro-step of all ranks
-    "evaluation.probe_every_steps=8",
-    "evaluation.probe_samples=50",
-]
-DECAYED = "optimizer.layer_decay=0.7"
-LAMB = ["optimizer.name=lamb", "optimizer.learning_rate=1e-2", DECAYED, "schedule.name=linear"]
-MUON = ["optimizer.name=muon", "optimizer.learning_rate=1e-2", DECAYED]
-MUON += ["schedule.name=wsd", "schedule.cooldown_steps=3"]
-OTHERS = {
-    **{f"distil{stage}": [*DISTIL, f"engine.zero_stage={stage}"] for stage in range(3)},
-    "distil-bf16": [*DISTIL, "engine.precision=bf16"],
-    "distil-one": [*DISTIL, "engine.global_batch_size=1"],  # the second rank has a copy
-    "mae-bf16": [MAE, "engine.precision=bf16"],
-    **{f"mae{stage}": [MAE, *PROBED, f"engine.zero_stage={stage}"] for stage in range(4)},
-    "recipe": [
-        "model.layer_scale=0.1",
-        "objective.loss=binary_cross_entropy",
-        "objective.patch_dropout=0.25",
-        "objective.augment.three_augment=true",
-        "engine.zero_stage=1",
-        "optimizer.scaling=linear",
-        "optimizer.learning_rate=0.016",
-        "schedule.name=wsd",
-        "schedule.cooldown_steps=3",
-        "schedule.image_sizes=[[0.25, 16], [0.75, 24]]",
-        "data.repeats=2",
-    ],
-    **{f"decayed{stage}": [DECAYED, f"engine.zero_stage={stage}"] for stage in range(4)},
-    **{f"lamb{stage}": [*LAMB, f"engine.zero_stage={stage}"] for stage in range(4)},
-    **{f"muon{stage}": [*MUON, f"engine.zero_stage={stage}"] for stage in range(4)},
-    "dropout": NOISY,
-    "dropout3": [*NOISY, "engine.zero_stage=3", "engine.activation_checkpointing=true"],
-    "bf16-stage0": ["engine.precision=bf16", "engine.zero_stage=0"],
-    "bf16-stage1": ["engine.precision=bf16", "engine.zero_stage=1"],
-    "bf16-stage3": ["engine.precision=bf16", "engine.zero_stage=3"],
-    "bf16-noisy": [*NOISY, "model.position_embedding=sincos", "engine.precision=bf16"],
-    "offload": ["engine.offload_optimizer=true", "evaluation.every_steps=5"],
-    "decayed-bf16": [DECAYED, "engine.precision=bf16", "engine.zero_stage=3"],
-    "lamb-bf16": [*LAMB, "engine.precision=bf16", "engine.zero_stage=2"],
-    "muon-bf16": [*MUON, "engine.precision=bf16", "engine.zero_stage=1"],
-    "muon-bf16-stage0": [*MUON, "engine.precision=bf16", "engine.zero_stage=0"],
-    "lamb-offload": [*LAMB, "engine.offload_optimizer=true", "engine.zero_stage=1"],
-    "muon-offload": [*MUON, "engine.offload_optimizer=true", "engine.zero_stage=2"],
-    "compiled": ["engine.compile=true", "engine.zero_stage=1"],
-    "compiled3": ["engine.compile=true", "engine.zero_stage=3"],
-    "ten": ["engine.global_batch_size=10", "engine.micro_batch_size=10", "engine.zero_stage=1"],
-    "uneven": ["engine.global_batch_size=10", "engine.micro_batch_size=2", "engine.zero_stage=1"],
-    "uneven3": ["engine.global_batch_size=10", "engine.micro_batch_size=2", "engine.zero_stage=3"],
-    "unclipped": ["engine.gradient_clipping=0", "engine.zero_stage=0"],
-}
-RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "pretrain").glob("*.yaml"))
-COMPILED_ELSEWHERE = {1: "compiled3", 2: "compiled"}  # compiling takes long
-NOT_RESUMED = {
-    "mae1",
-    "mae2",
-    "distil0",
-    "distil1",
-    "decayed0",
-    "decayed1",
-    "decayed2",
-    "decayed3",
-    "lamb0",
-    "lamb1",
-    "lamb2",
-    "muon0",
-    "muon1",
-    "muon2",
-    "distil-one",
-    "mae-bf16",
-    "lamb-bf16",
-    "lamb-offload",
-    "muon-offload",
-}  # the others show that
-RESHARDED = {  # what was saved -> how it is continued
-    "stage0": ("stage3", STAGES["stage3"]),
-    "stage1": ("stage0", STAGES["stage0"]),
-    "stage2": ("stage1", STAGES["stage1"]),
-    "stage3": ("stage2", STAGES["stage2"]),
-    "offload": ("stage3", STAGES["stage3"]),
-    "bf16-stage0": ("bf16-stage3", OTHERS["bf16-stage3"]),
-    "bf16-stage1": ("bf16-stage0", OTHERS["bf16-stage0"]),
-    "bf16-stage3": ("stage1", STAGES["stage1"]),
-    "uneven3": ("uneven", OTHERS["uneven"]),
-    "dropout": ("offload", [*NOISY, *OTHERS["offload"]]),
-    "unclipped": ("bf16-stage1", ["engine.gradient_clipping=0", *OTHERS["bf16-stage1"]]),
-    "lamb3": ("lamb1", OTHERS["lamb1"]),
-    "muon3": ("muon0", OTHERS["muon0"]),
-    "distil2": ("distil1", OTHERS["distil1"]),
-}
-IN_MLFLOW = "mae3"
+
 SPEEDS = {
     "time",
     "probe/seconds",
@@ -147,12 +85,42 @@ SPEEDS = {
     *(f"data/{stage}_busy" for stage in STAGES_OF_INPUT),
 }
 WEIGHT = "encoder.patch_embedding.weight"
-EMA_DECAY = 0.3  # more than the first steps' own, less than the last ones'
-MIDDLE, LAST = "step-00000004", "step-00000008"
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """Run one of the runs on this rank; return what the main rank has seen."""
+    root = folder.parents[1 + name.count("/")]
+    recipe = root / "tiny.yaml"
+    start_distributed()
+    if name in SETTINGS:
+        seen = train_and_resume(recipe, folder, SETTINGS[name], in_mlflow=name == IN_MLFLOW)
+    elif name in REFERENCES:
+        seen = train_without_deepspeed(recipe, REFERENCES[name])
+    elif name in STARTS:
+        seen = train_without_deepspeed(recipe, STARTS[name], steps=0)
+    elif name in (STOPPED, FULL_DISK, KILLED_IN_SAVE):
+        fault = {STOPPED: stop_in_evaluation, FULL_DISK: fail_in_save, KILLED_IN_SAVE: die_in_save}[name]
+        seen = fault(recipe, folder)
+    elif name.startswith(RECIPE):
+        seen = {"losses": try_recipe(RECIPES[name.removeprefix(RECIPE)], folder, recipe)}
+    else:
+        [(world_size, source)] = needs(distributed.world_size(), name)
+        whole = folder_of(root, world_size, source) / "whole"
+        if name.startswith(CONTINUED):
+            seen = continue_from(whole, recipe, folder, SETTINGS[source])
+        else:
+            assert name.startswith(OWED), f"{name}: unknown run; --list prints all of them"
+            seen = {"rows": evaluate_after_the_end(whole, recipe, folder, SETTINGS[source])}
+    distributed.leave()
+    return seen
 
 
 def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
-    """Train to the last step; return the step it began at, each position and each micro-batch's pixels on this rank."""
+    """Train to the last step.
+
+    Returns:
+        The step it began at, the position of each sample and the image size of each micro-batch on this rank.
+    """
     positions, pixels = [], []
 
     def note(batch: Batch, device: torch.device) -> Batch:
@@ -169,35 +137,40 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
 
 
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
-    """What must be the same whenever a run is repeated: everything but speed."""
+    """Return the metrics that are the same whenever a run is repeated: all but those of speed."""
     return [
         {name: value for name, value in row.items() if name not in SPEEDS}
         for row in read_rows(run_dir / "metrics.jsonl")
     ]
 
 
-def check(recipe: Path, folder: Path, name: str, overrides: list[str]) -> dict[str, Any]:
-    """Train to the end; then, but for some, again from the checkpoint in the middle."""
-    whole_dir, resumed_dir = folder / name / "whole", folder / name / "resumed"
-    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *overrides]
-    settings += [] if name == "ten" else ["data.num_workers=0"]
-    settings += [f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"] if name == IN_MLFLOW else []
-    _, positions, pixels = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={whole_dir}"]).config)
-    weights, averages = ({}, {}) if not distributed.is_main() else both_kinds(whole_dir)
+def load(recipe: Path, *overrides: str) -> PretrainConfig:
+    """Read the tiny recipe, with overrides that all runs share before those of one run."""
+    shared = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", "data.num_workers=0"]
+    return load_config(PretrainConfig, recipe, [*shared, *overrides]).config
+
+
+def train_and_resume(recipe: Path, folder: Path, setting: Setting, *, in_mlflow: bool) -> dict[str, Any]:
+    """Train to the end; then, if the setting asks for it, again from the checkpoint in the middle."""
+    whole_dir, resumed_dir = folder / "whole", folder / "resumed"
+    settings = [*setting.overrides, f"data.num_workers={setting.num_workers}"]
+    settings += [f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"] if in_mlflow else []
+    _, positions, image_sizes = run_to_end(load(recipe, *settings, f"run_dir={whole_dir}"))
+    weights, averages = both_kinds(whole_dir) if distributed.is_main() else ({}, {})
     seen = {
         "rows": rows_of(whole_dir),
-        "distinct_samples": len(set(positions)),
-        "image_sizes": pixels,
+        "num_distinct_samples": len(set(positions)),
+        "image_sizes": image_sizes,
         "weights": {name: digest(weight) for name, weight in weights.items()},
         "averages": {name: digest(average) for name, average in averages.items()},
     }
-    if name in NOT_RESUMED:
+    if not setting.is_resumed:
         return seen
     if distributed.is_main():
         shutil.copytree(whole_dir / "checkpoints" / MIDDLE, resumed_dir / "checkpoints" / MIDDLE)
         shutil.copy(whole_dir / "metrics.jsonl", resumed_dir / "metrics.jsonl")
     distributed.barrier()
-    first, repeated, _ = run_to_end(load_config(PretrainConfig, recipe, [*settings, f"run_dir={resumed_dir}"]).config)
+    first, repeated, _ = run_to_end(load(recipe, *settings, f"run_dir={resumed_dir}"))
     if not distributed.is_main():
         return {}
     pairs = zip((weights, averages), both_kinds(resumed_dir), strict=True)
@@ -217,37 +190,28 @@ def both_kinds(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.
     return load_weights(last), load_weights(last, averaged=True)
 
 
-def reshard(recipe: Path, folder: Path, source: Path) -> dict[str, dict[str, Any]]:
-    """Continue what another world size saved at one stage, at another stage and precision; return what came of it."""
-    seen = {}
-    for saved, (name, overrides) in RESHARDED.items():
-        run_dir = folder / f"{saved}-to-{name}"
-        if distributed.is_main():
-            shutil.copytree(source / saved / "whole" / "checkpoints" / MIDDLE, run_dir / "checkpoints" / MIDDLE)
-        distributed.barrier()
-        settings = [
-            "tracking.uri=off",
-            "data.num_workers=0",
-            f"ema.decay={EMA_DECAY}",
-            *overrides,
-            f"run_dir={run_dir}",
-        ]
-        held: dict[str, int] = {}
-        with mock.patch("pretrain.checkpoint.restore.Reader", counting(held)):
-            first, *_ = run_to_end(load_config(PretrainConfig, recipe, settings).config)
-        if distributed.is_main():
-            assert first == 4
-            weights, averages = both_kinds(run_dir)
-            seen[saved] = {
-                "rows": rows_of(run_dir),
-                "averages": {name: digest(average) for name, average in averages.items()},
-                "shares": {kind: n / sum(weight.numel() for weight in weights.values()) for kind, n in held.items()},
-            }
-    return seen
+def continue_from(whole: Path, recipe: Path, folder: Path, setting: Setting) -> dict[str, Any]:
+    """Continue what another world size saved, at another ZeRO stage or precision."""
+    run_dir = folder / "run"
+    if distributed.is_main():
+        shutil.copytree(whole / "checkpoints" / MIDDLE, run_dir / "checkpoints" / MIDDLE)
+    distributed.barrier()
+    held: dict[str, int] = {}
+    with mock.patch("pretrain.checkpoint.restore.Reader", counting(held)):
+        first, *_ = run_to_end(load(recipe, *(setting.continued_with or []), f"run_dir={run_dir}"))
+    assert first == 4
+    if not distributed.is_main():
+        return {}
+    weights, averages = both_kinds(run_dir)
+    return {
+        "rows": rows_of(run_dir),
+        "averages": {name: digest(average) for name, average in averages.items()},
+        "shares": {kind: n / sum(weight.numel() for weight in weights.values()) for kind, n in held.items()},
+    }
 
 
 def counting(held: dict[str, int]) -> type[Reader]:
-    """Return a reader that counts what this rank reads, by kind."""
+    """Return a reader that adds to `held` how many numbers of each kind this rank reads."""
 
     class CountingReader(Reader):
         def read_into(self, out: torch.Tensor, name: str, start: int, kind: str = "weight") -> None:
@@ -258,14 +222,13 @@ def counting(held: dict[str, int]) -> type[Reader]:
 
 
 def digest(weight: torch.Tensor) -> list[float]:
-    """Three numbers that a tensor of other values, or in another order, does not have."""
+    """Return three numbers that change when the values of a tensor, or their order, change."""
     flat = weight.double().flatten()
     return [float(flat.sum()), float(flat.norm()), float(flat @ torch.linspace(-1, 1, len(flat), dtype=torch.float64))]
 
 
-def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
-    """Let the last rank be asked to stop in the second batch of the evaluation after step 3."""
-    settings = [f"run_dir={folder / 'stopped'}", "tracking.uri=off", "evaluation.every_steps=3", "data.num_workers=0"]
+def stop_in_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Ask the last rank to stop, in the second batch of the evaluation after step 3."""
     stop, evaluated = StopSignal(), 0
 
     def ask(batch: Batch, device: torch.device) -> Batch:
@@ -274,26 +237,25 @@ def stop_in_an_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
         stop.is_requested = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
         return to_device(batch, device)
 
-    config = load_config(PretrainConfig, recipe, settings).config
+    config = load(recipe, "evaluation.every_steps=3", f"run_dir={folder / 'run'}")
     with open_run(config) as run, mock.patch("pretrain.evaluation.to_device", ask):
         outcome = train_with_tracking(run, "", stop)
-    return {"outcome": outcome.name, "evaluated": evaluated, "rows": rows_of(folder / "stopped")}
+    return {"outcome": outcome.name, "evaluated": evaluated, "rows": rows_of(config.run_dir)}
 
 
-def end_before_the_last_evaluation(recipe: Path, folder: Path, name: str) -> list[dict[str, Any]]:
-    """Continue a run that was killed after its last save; return the rows that come."""
-    run_dir = folder / "killed" / name
+def evaluate_after_the_end(whole: Path, recipe: Path, folder: Path, setting: Setting) -> list[dict[str, Any]]:
+    """Continue a run that was killed between its last save and its last evaluation; return the rows that come."""
+    run_dir = folder / "run"
     if distributed.is_main():
-        shutil.copytree(folder / name / "whole" / "checkpoints" / LAST, run_dir / "checkpoints" / LAST)
+        shutil.copytree(whole / "checkpoints" / LAST, run_dir / "checkpoints" / LAST)
     distributed.barrier()
-    settings = ["tracking.uri=off", f"ema.decay={EMA_DECAY}", *(STAGES | OTHERS)[name], f"run_dir={run_dir}"]
-    run_to_end(load_config(PretrainConfig, recipe, settings).config)
+    run_to_end(load(recipe, *setting.overrides, f"run_dir={run_dir}"))
     return rows_of(run_dir)
 
 
-def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
+def fail_in_save(recipe: Path, folder: Path) -> dict[str, Any]:
     """Let the last rank's disk refuse the save at step 4 until it gives up; return what is left at the end."""
-    settings = [f"run_dir={folder / 'full'}", "tracking.uri=off", "data.num_workers=0"]
+    config = load(recipe, f"run_dir={folder / 'run'}")
 
     def write_or_refuse(path: Path, *arguments: Any) -> SavedFile:
         if MIDDLE in str(path) and distributed.rank() == distributed.world_size() - 1:
@@ -303,12 +265,10 @@ def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
     seen_after: dict[int, list[str]] = {}
 
     def note(batch: Batch, device: torch.device) -> Batch:
-        names = sorted(path.name for path in (folder / "full" / "checkpoints").glob("*"))
-        seen_after[run.state.step] = names
+        seen_after[run.state.step] = sorted(path.name for path in (config.run_dir / "checkpoints").glob("*"))
         time.sleep(0.3 if run.state.step in (4, 5) else 0)  # the failure has time to be known
         return to_device(batch, device)
 
-    config = load_config(PretrainConfig, recipe, settings).config
     with (
         open_run(config) as run,
         mock.patch("pretrain.checkpoint.save.write_file", write_or_refuse),
@@ -316,23 +276,35 @@ def fail_in_a_save(recipe: Path, folder: Path) -> dict[str, Any]:
         mock.patch("pretrain.steps.to_device", note),
     ):
         outcome = train_with_tracking(run, "", StopSignal())
-    checkpoints = [path.name for path in list_checkpoints(folder / "full")]
-    whole = newest_intact(folder / "full")
+    newest, faults = newest_intact(config.run_dir)
     return {
         "outcome": outcome.name,
-        "steps": [row["step"] for row in rows_of(folder / "full") if "train/loss" in row],
+        "steps": [row["step"] for row in rows_of(config.run_dir) if "train/loss" in row],
         "seen": seen_after,
-        "checkpoints": checkpoints,
-        "newest": whole[0].name if whole[0] else None,
-        "faults": whole[1],
+        "checkpoints": [path.name for path in list_checkpoints(config.run_dir)],
+        "newest": newest.name if newest else None,
+        "faults": faults,
     }
+
+
+def die_in_save(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Let the last rank die in the second save, before its part is written; the others are ended."""
+
+    def write_or_die(path: Path, *arguments: Any) -> SavedFile:
+        if LAST in str(path) and distributed.rank() == distributed.world_size() - 1:
+            os._exit(9)
+        return write_file(path, *arguments)
+
+    with mock.patch("pretrain.checkpoint.save.write_file", write_or_die):
+        run_to_end(load(recipe, "data.num_workers=1", f"run_dir={folder / 'run'}"))
+    raise AssertionError("the last rank has survived")
 
 
 def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
     """Take three steps by a published recipe at a thousandth of its scale; return the losses."""
-    data = load_config(PretrainConfig, recipe).config.data
+    data = load(recipe).data
     settings = [
-        f"run_dir={folder / 'recipes' / path.stem}",
+        f"run_dir={folder / 'run'}",
         f"data.train={data.train}",
         f"data.validation={data.validation}",
         "data.num_workers=0",
@@ -358,20 +330,8 @@ def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
     return [row["train/loss"] for row in rows_of(config.run_dir) if "train/loss" in row]
 
 
-def die_in_a_save(recipe: Path, folder: Path) -> None:
-    """Let the last rank die in the second save, before its part is written; its launcher ends the others."""
-    config = load_config(PretrainConfig, recipe, [f"run_dir={folder / 'torn'}", "tracking.uri=off"]).config
-
-    def write_or_die(path: Path, *arguments: Any) -> SavedFile:
-        if LAST in str(path) and distributed.rank() == distributed.world_size() - 1:
-            os._exit(9)
-        return write_file(path, *arguments)
-
-    with mock.patch("pretrain.checkpoint.save.write_file", write_or_die):
-        run_to_end(config)
-
-
-def average_as_stated(average: torch.Tensor, weight: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
+def average_as_documented(average: torch.Tensor, weight: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
+    """Return the next average, as the documentation of `ema.decay` has it."""
     decay = min(EMA_DECAY, (1 + int(updates)) / (10 + int(updates)))
     return decay * average + (1 - decay) * weight
 
@@ -379,7 +339,7 @@ def average_as_stated(average: torch.Tensor, weight: torch.Tensor, updates: torc
 def split_by_layer(
     optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str], decay: float, depth: int
 ) -> None:
-    """Give each parameter a group, and a share of the learning rate by its layer."""
+    """Give each parameter a group of its own, with a share of the learning rate that depends on its layer."""
     groups = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -389,14 +349,18 @@ def split_by_layer(
     optimizer.param_groups[:] = groups
 
 
-def reference(recipe: Path, *overrides: str, steps: int | None = None) -> dict[str, Any]:
-    """The losses and weights of a plain torch loop over the same samples: no DeepSpeed, no micro-batches."""
-    config = load_config(PretrainConfig, recipe, ["run_dir=unused", *overrides]).config
+def train_without_deepspeed(recipe: Path, overrides: list[str], steps: int | None = None) -> dict[str, Any]:
+    """Train in a plain torch loop over the same samples, without DeepSpeed and micro-batches.
+
+    Returns:
+        Its losses, and digests of its last weights and averages.
+    """
+    config = load(recipe, *overrides)
     training = open_dataset(config.data.train)
     torch.manual_seed(config.seed)
     encoder = ViT(config.model)
     objective = build_objective(config.objective, encoder, training.class_shares, config.preprocessing).train()
-    averaged = AveragedModel(objective, avg_fn=average_as_stated)
+    averaged = AveragedModel(objective, avg_fn=average_as_documented)
     optimizer = build_optimizer(objective, config.optimizer)
     if config.optimizer.layer_decay < 1:
         names = {parameter: name for name, parameter in objective.named_parameters()}
@@ -433,34 +397,51 @@ def reference(recipe: Path, *overrides: str, steps: int | None = None) -> dict[s
     return {"losses": losses, **{kind: {name: digest(w) for name, w in each.items()} for kind, each in tensors.items()}}
 
 
-def main(recipe: Path, folder: Path, source: Path | None) -> None:
-    """Check every setting; then, if there is a source, what another world size left there."""
-    start_distributed()
-    seen: dict[str, Any] = {}
-    if folder.name != "resharded":
-        for name, overrides in (STAGES | OTHERS).items():
-            if name == COMPILED_ELSEWHERE.get(distributed.world_size()):
-                continue
-            seen[name] = check(recipe, folder, name, overrides)
-        if distributed.world_size() == 1:
-            seen["reference"] = reference(recipe)
-            seen["start"] = reference(recipe, steps=0)
-            seen["decayed-reference"] = reference(recipe, DECAYED)
-            seen["distil-start"] = reference(recipe, *DISTIL, steps=0)
-            seen["lamb-reference"] = reference(recipe, *OTHERS["lamb0"])
-            seen["muon-reference"] = reference(recipe, *OTHERS["muon0"])
-            seen["recipes"] = {path.stem: try_recipe(path, folder, recipe) for path in RECIPES}
-        seen["stopped"] = stop_in_an_evaluation(recipe, folder)
-        seen["killed"] = {name: end_before_the_last_evaluation(recipe, folder, name) for name in ("stage1", "distil2")}
-        seen["full"] = fail_in_a_save(recipe, folder)
-    if source:
-        seen["resharded"] = reshard(recipe, folder, source)
-    if distributed.is_main():
-        (folder / "seen.json").write_text(json.dumps(seen))
-    if folder.name != "resharded":
-        die_in_a_save(recipe, folder)
+def make_recipe(root: Path) -> None:
+    """Write shards of the digits 0 to 2 and the tiny recipe over them."""
+    source = keep_classes(list_digits(), ["0", "1", "2"])
+    make_shards(source, root / "digits", ShardOptions(validation_fraction=0.1, shard_bytes=50_000, seed=0))
+    (root / "tiny.yaml").write_text(TINY.format(run_dir="unused", shards=root / "digits"))
+
+
+def main() -> None:
+    """Run the selected runs, or, for tests, what standard input asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the world size and the name of every run")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the runs; all of them if left out")
+    parser.add_argument("--world-size", type=int, choices=WORLD_SIZES, help="number of ranks; each one if left out")
+    parser.add_argument("--folder", type=Path, help="folder for the runs; a temporary one if left out")
+    parser.add_argument("--serve", action="store_true", help="run what the lines of standard input ask for")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(run)
+        return
+    selected = [
+        (world_size, name)
+        for world_size, name in all_runs()
+        if arguments.world_size in (None, world_size) and (not arguments.only or name in arguments.only)
+    ]
+    if not selected:
+        parser.error("no such run; --list prints all of them")
+    if arguments.list:
+        print(*(f"{world_size} {name}" for world_size, name in selected), sep="\n")
+        return
+    root = arguments.folder or Path(tempfile.mkdtemp(prefix="vitrail-runs-"))
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "tiny.yaml").exists():
+        make_recipe(root)
+    wanted = [(size, name) for each in selected for size, name in [*needs(*each), each]]
+    for world_size, name in dict.fromkeys(wanted):
+        folder = folder_of(root, world_size, name)
+        if (folder / ENDED).exists():
+            continue
+        started, cpu = time.monotonic(), os.times()
+        codes = run_ranks(run, name, world_size, folder)
+        (folder / ENDED).write_text(json.dumps(codes))
+        seconds, cpu_seconds = time.monotonic() - started, sum(os.times()[2:4]) - sum(cpu[2:4])
+        print(f"{world_size} {name}: exit codes {codes}, {seconds:.1f} s, {cpu_seconds:.1f} s of CPU time", flush=True)
+    print(f"the runs are in {root}")
 
 
 if __name__ == "__main__":
-    recipe, folder, *others = (Path(argument) for argument in sys.argv[1:])
-    main(recipe, folder, others[0] if others else None)
+    main()

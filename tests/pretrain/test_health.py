@@ -26,7 +26,7 @@ def seen(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     recipe.write_text(TINY.format(run_dir="unused", shards=digits))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     script = ROOT / "tests" / "pretrain" / "ranks_health.py"
-    done = Shell(folder)([*launcher, script, recipe, folder], timeout=280, PYTHONPATH=str(ROOT))
+    done = Shell(folder)([*launcher, script, recipe, folder], PYTHONPATH=str(ROOT))
     assert done.code == 0, done.err[-3000:]
     seen: dict[str, Any] = json.loads((folder / "seen.json").read_text())
     return seen

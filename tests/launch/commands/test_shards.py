@@ -3,7 +3,6 @@
 import csv
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pretrain.data.storage.index import DatasetInfo
-from tests.support.launching import Shell, end
+from tests.support.launching import Shell
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -54,26 +53,21 @@ def test_interrupted_command_continues(
     whole = shell([*make, "whole", "--workers", "1"])
     assert whole.code == 0, whole.err
     chance, stopped = random.Random(0), 0
+    begun = tmp_path / "out.partial" / "out" / "train"
     for _ in range(times):
-        process = shell.start([*make, "out"])
-        begun, deadline = tmp_path / "out.partial" / "out" / "train", time.monotonic() + 30
         before = len(list(begun.glob("*.tar")))
-        while len(list(begun.glob("*.tar"))) == before and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(chance.uniform(0, 0.2))
-        process.send_signal(how)
-        try:
-            _, err = process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            end(process)
-            raise
+        with shell.start([*make, "out"]) as running:
+            process = running.process
+            running.wait_until(lambda n=before, p=process: len(list(begun.glob("*.tar"))) != n or p.poll() is not None)
+            time.sleep(chance.uniform(0, 0.2))
+            process.send_signal(how)
+            done = running.finish()
         if (tmp_path / "out").exists():  # it finished before the signal
             break
         stopped += 1
         if how == signal.SIGINT:
-            assert process.returncode == 75, err
-            assert "out: interrupted; the same command continues from here" in err
+            assert done.code == 75, done.err
+            assert "out: interrupted; the same command continues from here" in done.err
     assert stopped
     if not (tmp_path / "out").exists():
         assert shell([*make, "out"]).code == 0

@@ -1,0 +1,16 @@
+"""Compiled blocks give the losses of a plain torch loop, and resume exactly."""
+
+import pytest
+
+from tests.support.training import COMPILED, Trained, assert_resumed_exactly, column, resumed
+
+
+@pytest.mark.parametrize(("world_size", "name"), resumed(COMPILED))
+def test_losses_equal_a_plain_torch_loop(trained: Trained, world_size: int, name: str) -> None:
+    expected = trained(1, "reference")["losses"]
+    assert column(trained(world_size, name), "train/loss") == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("world_size", "name"), resumed(COMPILED))
+def test_resume_repeats_every_row_and_weight_exactly(trained: Trained, world_size: int, name: str) -> None:
+    assert_resumed_exactly(trained(world_size, name), 8 * 16 / world_size)

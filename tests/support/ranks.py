@@ -1,0 +1,170 @@
+"""Ranks for tests: forked from one process that has imported everything, instead of launched anew for every run.
+
+A script of ranks defines named runs and calls `serve`. A test asks a `RankServer` for one of them; it starts the script
+when it is first asked, so that a test selected alone costs one import and its own run.
+"""
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from tests.support.launching import POLL_SECONDS, ROOT, Limits, Progress, end, free_port
+from tests.support.shared import locked
+
+ENDED = "exit_codes.json"  # written last
+SEEN = "seen.json"
+GRACE_SECONDS = 5.0  # for the other ranks when one has failed
+
+Work = Callable[[str, Path], Any]  # name of the run and its folder -> what the main rank has seen
+Seen = dict[str, Any]
+
+
+def run_ranks(work: Work, name: str, world_size: int, folder: Path) -> list[int | None]:
+    """Run `work` on that many forked ranks, each with a log in the folder; return their exit codes.
+
+    When one rank fails, the others are ended, as a launcher does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    context, port = multiprocessing.get_context("fork"), free_port()
+    arguments = [(work, name, rank, world_size, port, folder) for rank in range(world_size)]
+    ranks = [context.Process(target=_be_rank, args=each) for each in arguments]
+    for rank in ranks:
+        rank.start()
+    while running := [rank.sentinel for rank in ranks if rank.is_alive()]:
+        wait(running)
+        if any(rank.exitcode for rank in ranks):
+            wait_all = time.monotonic() + GRACE_SECONDS
+            for rank in ranks:
+                rank.terminate()
+            for rank in ranks:
+                rank.join(max(0.0, wait_all - time.monotonic()))
+                rank.kill()
+    for rank in ranks:
+        rank.join()
+    return [rank.exitcode for rank in ranks]
+
+
+def _be_rank(work: Work, name: str, rank: int, world_size: int, port: str, folder: Path) -> None:
+    log = os.open(log_of(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    faulthandler.enable()
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ |= {key: str(value) for key, value in environment.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    try:
+        seen = work(name, folder)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+    if rank == 0:
+        (folder / SEEN).write_text(json.dumps(seen))
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    """Leave at once: what the parent process would do at its end is not the rank's to do."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    """Return the file with the output of a rank."""
+    return folder / f"rank-{rank}.log"
+
+
+def serve(work: Work) -> None:
+    """Run what the lines of standard input ask for, one run after another, until it ends."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        folder = Path(request["folder"])
+        codes = run_ranks(work, request["name"], request["world_size"], folder)
+        aside = folder / f"{ENDED}.partial"
+        aside.write_text(json.dumps(codes))
+        aside.rename(folder / ENDED)
+
+
+class RankServer:
+    """Run a script's named runs, each once for all workers of pytest.
+
+    Args:
+        script: Script that calls `serve` when it is given `--serve`.
+        root: Folder of all runs, which the workers of pytest share.
+        limits: When a run counts as hanging.
+    """
+
+    def __init__(self, script: Path, root: Path, limits: Limits | None = None) -> None:
+        self.script, self.root, self.limits = script, root, limits or Limits()
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self, name: str, world_size: int, folder: Path, *, fails: bool = False) -> Seen:
+        """Return what the main rank of a run has seen, which is run now unless another test has asked for it.
+
+        Args:
+            name: Name of the run in the script.
+            world_size: Number of ranks.
+            folder: Folder of the run.
+            fails: Whether the run is meant to fail; then nothing is seen.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock"):
+            if not (folder / ENDED).exists():
+                self._ask(name, world_size, folder)
+        codes = json.loads((folder / ENDED).read_text())
+        logs = [log_of(folder, rank) for rank in range(world_size)]
+        texts = [log.read_text(errors="replace") for log in logs if log.exists()]
+        assert any(codes) == fails, "\n".join([f"{name} on {world_size} ranks: exit codes {codes}", *texts])[-20_000:]
+        seen: Seen = {} if fails else json.loads((folder / SEEN).read_text())
+        return seen | {"folder": folder, "output": texts[0]}
+
+    def _ask(self, name: str, world_size: int, folder: Path) -> None:
+        if self.process is None or self.process.poll() is not None:
+            self.process = self._start()
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps({"name": name, "world_size": world_size, "folder": str(folder)}) + "\n")
+        self.process.stdin.flush()
+        logs = [log_of(folder, rank) for rank in range(world_size)]
+        progress = Progress(self.process, [self.root / f"server-{os.getpid()}.log", *logs], self.limits)
+        while not (folder / ENDED).exists():
+            try:
+                progress.check()
+                if self.process.poll() is not None:
+                    progress.fail(f"the server of ranks ended with exit code {self.process.returncode}")
+            except AssertionError as error:
+                (folder / ENDED).write_text(json.dumps([-1] * world_size))  # no other test need wait for it again
+                with log_of(folder, 0).open("a") as log:
+                    log.write(str(error))
+                raise
+            time.sleep(POLL_SECONDS)
+
+    def _start(self) -> "subprocess.Popen[str]":
+        with (self.root / f"server-{os.getpid()}.log").open("a") as log:
+            return subprocess.Popen(
+                [sys.executable, str(self.script), "--serve", "--folder", str(self.root)],
+                cwd=self.root,
+                env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """End the server."""
+        if self.process:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()  # type: ignore[union-attr]
+            end(self.process)
