@@ -111,7 +111,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         else:
             assert name.startswith(OWED), f"{name}: unknown run; --list prints all of them"
             seen = {"rows": evaluate_after_the_end(whole, recipe, folder, SETTINGS[source])}
-    distributed.leave()
+    distributed.leave_process_group()
     return seen
 
 
