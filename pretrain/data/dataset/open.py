@@ -9,6 +9,7 @@ from pretrain.data.dataset.folder import FolderDataset
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DATASET_FILE
+from pretrain.data.storage.index_folder import find_index
 from pretrain.data.storage.remote import FetchPolicy, expand_braces, is_remote
 from pretrain.errors import DataError
 
@@ -36,9 +37,12 @@ def open_dataset(
         raise DataError("no data: the list of paths is empty")
     if weights is not None and len(weights) != len(places):
         raise DataError(f"{len(weights)} weights for {len(places)} sets; expected one for each")
-    first = Path(places[0])
-    is_plain = len(places) == 1 and not is_remote(places[0]) and not (first / DATASET_FILE).exists()
-    samples = _open_folder(first) if is_plain else ShardDataset(places, weights, cache, labeled)
+    index_places = [_find_index(place, cache) for place in places]
+    if len(places) == 1 and index_places[0] is None:
+        samples: Dataset = _open_folder(Path(places[0]))
+    else:
+        found = [index or place for index, place in zip(index_places, places, strict=True)]
+        samples = ShardDataset(places, weights, cache, labeled, found)
     for part, place in zip(samples.parts, places, strict=False):
         if not sum(part.shard_sizes):
             raise DataError(f"{place}: holds no samples")
@@ -55,11 +59,19 @@ def open_cache(config: SourceConfig) -> Cache:
     return Cache(config.cache_dir, config.cache_bytes, policy)
 
 
+def _find_index(place: str, cache: Cache | None) -> str | None:
+    """Return the folder or URL of a set's index; None if a local folder has none."""
+    if is_remote(place):
+        return place
+    index = find_index(Path(place), cache.folder if cache else None)
+    return str(index) if index else None
+
+
 def _open_folder(folder: Path) -> FolderDataset:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE}, or with a subfolder a class")
     if list(folder.glob("*.tar")):
-        raise DataError(f"{folder}: tars without a {DATASET_FILE}; run `vitrail shards index {folder}` first")
+        raise DataError(f"{folder}: the tars have no index; run `vitrail shards index {folder}` first")
     if (folder / "train" / DATASET_FILE).exists():
         raise DataError(f"{folder}: holds several splits; name one, as in {folder / 'train'}")
     return FolderDataset(folder)

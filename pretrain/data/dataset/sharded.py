@@ -51,10 +51,12 @@ class ShardDataset(Dataset):
         weights: Sequence[float] | None = None,
         cache: Cache | None = None,
         labeled: bool = True,
+        index_places: Sequence[str] | None = None,
     ) -> None:
+        index_places = places if index_places is None else index_places
         self.cache = cache
         self.reads_ranges = False
-        infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in places]
+        infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in index_places]
         self.class_names = infos[0].class_names
         for place, info in zip(places, infos, strict=True):
             if info.class_names != infos[0].class_names:
@@ -64,6 +66,7 @@ class ShardDataset(Dataset):
         self.class_shares = _class_shares(infos, weights) if self.class_names else []
         self.entries = [shard for info in infos for shard in info.shards]
         self.places = [place for place, info in zip(places, infos, strict=True) for _ in info.shards]
+        self.index_places = [place for place, info in zip(index_places, infos, strict=True) for _ in info.shards]
         self.parts = [Part(info.digest, [shard.num_samples for shard in info.shards]) for info in infos]
         if weights is None:
             digest = "+".join(part.digest for part in self.parts)
@@ -142,7 +145,9 @@ class ShardDataset(Dataset):
 
     def _index_file(self, shard: int) -> RemoteObject:
         entry = self.entries[shard]
-        return RemoteObject(f"{self.places[shard]}/{index_name(entry.name)}", entry.index_sha256, entry.index_bytes)
+        return RemoteObject(
+            f"{self.index_places[shard]}/{index_name(entry.name)}", entry.index_sha256, entry.index_bytes
+        )
 
     def _remote(self, shard: int) -> list[RemoteObject]:
         """Return what a cache has to hold of a shard."""

@@ -55,7 +55,7 @@ class Row(NamedTuple):
     """One line of the comparison.
 
     Attributes:
-        what: What was measured.
+        what: Name of the measurement.
         value: The measured value.
         comparison: Comparison with our value, or a remark.
     """

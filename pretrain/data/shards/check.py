@@ -28,7 +28,7 @@ class Finding(NamedTuple):
     Attributes:
         file: Name of the file.
         key: Key of the sample, or None if the fault concerns the whole file.
-        reason: What is wrong.
+        reason: Description of the fault.
     """
 
     file: str

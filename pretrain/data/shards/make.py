@@ -39,7 +39,7 @@ class ShardTask:
         result_file: Path of the JSON file that marks the shard as written.
         images: Images of the shard, in order.
         class_names: Name of each class, in the order of the labels.
-        encoding: How images are stored.
+        encoding: Conversion of images before they are stored.
     """
 
     tar: Path
@@ -94,7 +94,7 @@ def make_shards(
     Args:
         source: Images.
         out: Output folder, which must not exist yet.
-        options: How the images are split, ordered, encoded and divided into shards.
+        options: Options for the split, the order, the encoding and the size of shards.
         skip_bad: Whether to leave out images that cannot be used, instead of raising an error.
         executor: Function that runs the tasks; if it uses several machines, all must see `out` and the source.
         progress: Function called with the number of images finished since the last call. Images that an earlier,

@@ -28,13 +28,13 @@ SAMPLE_ERRORS = (DataError, DecodeError, OSError, ValueError)  # raised when one
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """How a source becomes shards. The source and these options determine every byte.
+    """Options for turning a source into shards. The source and these options determine every byte.
 
     Args:
         validation_fraction: Fraction of each class that goes to the validation split.
         shard_bytes: Maximum expected size of a shard; the shards of a split are about equally large.
         seed: Random seed for the split and for the order within the shards.
-        encoding: How images are stored.
+        encoding: Conversion of images before they are stored.
     """
 
     validation_fraction: float = 0.1
@@ -48,7 +48,7 @@ def plan_shards(source: Source, options: ShardOptions, folder: Path) -> dict[str
 
     Args:
         source: Images.
-        options: How they become shards.
+        options: Options for the split, the order, the encoding and the size of shards.
         folder: Working folder. The plan is saved there, or compared with one that is saved there.
 
     Raises:

@@ -16,7 +16,7 @@ from pretrain.errors import DataError
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How to interpret a source.
+    """Interpretation of a source.
 
     Args:
         labeled: Whether the images have classes.
@@ -40,7 +40,7 @@ def list_source(
 
     Args:
         path: Folder of images or of tars; .csv, .tsv or .parquet file; paths or URLs of tars; or `digits`.
-        options: How to interpret the source.
+        options: Interpretation of labels and columns.
         progress: Function called with the number of images listed since the last call.
 
     Raises:

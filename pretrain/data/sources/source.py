@@ -36,7 +36,7 @@ class SourceImage:
     Attributes:
         key: Key of the sample in its shard.
         label: Label of the image, NO_LABEL if it has none.
-        origin: Where the image comes from, for messages and metadata.
+        origin: Description of the original file, for messages and metadata.
         read: Function that reads the content; it can be pickled, to run in another process.
     """
 
