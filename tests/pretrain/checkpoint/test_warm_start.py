@@ -1,4 +1,4 @@
-"""Beginning from weights that are there: transformers' own, or another run's."""
+"""A run starts from the weights of a Hugging Face folder or of another run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ def hf_config() -> transformers.ViTConfig:
 
 
 @pytest.mark.parametrize("kind", ["classifier", "backbone"])
-def test_transformers_own_folder_gives_the_same_features(tmp_path: Path, kind: str) -> None:
+def test_folder_of_transformers_gives_the_same_features(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     theirs = (transformers.ViTForImageClassification if kind == "classifier" else transformers.ViTModel)(hf_config())
     for parameter in theirs.parameters():
@@ -38,15 +38,15 @@ def test_transformers_own_folder_gives_the_same_features(tmp_path: Path, kind: s
     theirs.train(False)
     theirs.save_pretrained(tmp_path)
     ours = objective().eval()
-    said = warm_start(ours, tmp_path, NAMES, 1e-6)
-    assert said == f"started from {tmp_path}; random values for classifier.bias, classifier.weight"
+    sentence = warm_start(ours, tmp_path, NAMES, 1e-6)
+    assert sentence == f"started from {tmp_path}; random values for classifier.bias, classifier.weight"
     images = torch.randn(2, 3, 32, 32)
     encoder = theirs.vit if kind == "classifier" else theirs
     with torch.no_grad():
         assert torch.allclose(ours.encoder(images), encoder(images).last_hidden_state, atol=1e-5)
 
 
-def test_positions_are_interpolated_as_transformers_does(tmp_path: Path) -> None:
+def test_positions_are_interpolated_as_in_transformers(tmp_path: Path) -> None:
     theirs = transformers.ViTModel(hf_config(), add_pooling_layer=False).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -59,7 +59,7 @@ def test_positions_are_interpolated_as_transformers_does(tmp_path: Path) -> None
         torch.testing.assert_close(ours.encoder(images), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_layer_scale_starts_at_one_where_it_is_folded_into_the_weights(tmp_path: Path) -> None:
+def test_layer_scale_starts_at_one_if_it_was_folded_into_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     source = objective(layer_scale=0.1).eval()
     with torch.no_grad():
@@ -68,33 +68,33 @@ def test_layer_scale_starts_at_one_where_it_is_folded_into_the_weights(tmp_path:
     theirs = transformers.ViTModel(hf_config(), add_pooling_layer=False)
     theirs.load_state_dict(encoder_to_hub(fold_layer_scale(source.encoder.state_dict()), MODEL), strict=True)
     theirs.save_pretrained(tmp_path)
-    taker = objective(layer_scale=1e-5).eval()
-    said = warm_start(taker, tmp_path, NAMES, 1e-6)
-    assert said.startswith(f"started from {tmp_path}; LayerScale starts at 1, because the source has none; ")
+    target = objective(layer_scale=1e-5).eval()
+    sentence = warm_start(target, tmp_path, NAMES, 1e-6)
+    assert sentence.startswith(f"started from {tmp_path}; LayerScale starts at 1, because the source has none; ")
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(taker.encoder(images), source.encoder(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(target.encoder(images), source.encoder(images), rtol=1e-5, atol=1e-5)
 
     folder = tmp_path / "run" / "checkpoints" / "step-00000004"
     write_checkpoint(folder, replace(MANIFEST, class_names=NAMES), source.state_dict())
-    assert warm_start(taker, folder, NAMES, 1e-6) == f"started from {folder}"
-    assert all(torch.equal(weight, taker.state_dict()[name]) for name, weight in source.state_dict().items())
+    assert warm_start(target, folder, NAMES, 1e-6) == f"started from {folder}"
+    assert all(torch.equal(weight, target.state_dict()[name]) for name, weight in source.state_dict().items())
 
 
-def test_another_run_gives_its_head_where_the_classes_are_the_same(tmp_path: Path) -> None:
+def test_head_is_copied_from_a_run_with_the_same_classes(tmp_path: Path) -> None:
     source = objective()
     folder = tmp_path / "run" / "checkpoints" / "step-00000004"
     write_checkpoint(folder, replace(MANIFEST, class_names=NAMES), source.state_dict(), num_files=3)
-    taker = objective()
-    assert warm_start(taker, tmp_path / "run", NAMES, 1e-6) == f"started from {tmp_path / 'run'}"
-    assert all(torch.equal(weight, taker.state_dict()[name]) for name, weight in source.state_dict().items())
+    target = objective()
+    assert warm_start(target, tmp_path / "run", NAMES, 1e-6) == f"started from {tmp_path / 'run'}"
+    assert all(torch.equal(weight, target.state_dict()[name]) for name, weight in source.state_dict().items())
     other = objective(classes=5)
     assert "random values for classifier.bias, classifier.weight" in warm_start(
         other, folder, ["a", "b", "c", "d", "e"], 1e-6
     )
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_unusable_weights_are_explained(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000004"
     write_checkpoint(folder, MANIFEST, objective(image_size=64, patch_size=16).state_dict())
     with pytest.raises(
@@ -110,3 +110,9 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     transformers.ViTConfig().save_pretrained(tmp_path / "eps")
     with pytest.raises(CheckpointError, match=r"layer_norm_eps is 1e-12; set model.layer_norm_eps=1e-12"):
         warm_start(objective(), tmp_path / "eps", NAMES, 1e-6)
+    transformers.DeiTConfig(layer_norm_eps=1e-6).save_pretrained(tmp_path / "deit")
+    with pytest.raises(CheckpointError, match="has model type deit, but init_from reads vit and vit_mae; choose"):
+        warm_start(objective(), tmp_path / "deit", NAMES, 1e-6)
+    transformers.ViTConfig(layer_norm_eps=1e-6).save_pretrained(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"has no \*.safetensors; save it again with save_pretrained"):
+        warm_start(objective(), tmp_path / "empty", NAMES, 1e-6)

@@ -1,4 +1,4 @@
-"""The exported folder: loads offline and strictly, gives the native numbers, and refuses to be anything less."""
+"""An exported folder loads offline and strictly, computes what our model computes, and a wrong one is refused."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def native(run_dir: Path) -> Vit:
+def trained(run_dir: Path) -> Vit:
     checkpoint = run_dir / "checkpoints" / "step-00000009"
     config = PretrainConfig.model_validate_json(json.dumps(Manifest.load(checkpoint).config))
     return Vit(config, load_weights(checkpoint), NAMES)
@@ -70,7 +70,7 @@ def folder(run_dir: Path) -> Path:
     return out
 
 
-def test_transformers_loads_it_strictly_with_the_same_logits(run_dir: Path, folder: Path) -> None:
+def test_transformers_loads_the_folder_strictly_with_the_same_logits(run_dir: Path, folder: Path) -> None:
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"}
     model, report = transformers.AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
@@ -78,7 +78,7 @@ def test_transformers_loads_it_strictly_with_the_same_logits(run_dir: Path, fold
     assert [model.config.id2label[i] for i in range(3)] == NAMES
     assert model.config.label2id == {name: i for i, name in enumerate(NAMES)}
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
-    reference = native(run_dir)
+    reference = trained(run_dir)
     for image in [*proof_images(), Image.fromarray(load_sample_image("china.jpg"))]:
         pixels = processor(image, return_tensors="pt")["pixel_values"]
         assert torch.equal(pixels, evaluation_pixels(reference.config, image))
@@ -87,17 +87,17 @@ def test_transformers_loads_it_strictly_with_the_same_logits(run_dir: Path, fold
         assert difference <= 1e-5
 
 
-def test_automodel_is_the_encoder(run_dir: Path, folder: Path) -> None:
+def test_automodel_loads_the_encoder(run_dir: Path, folder: Path) -> None:
     encoder, report = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, add_pooling_layer=False)
     assert not report["missing_keys"]
     assert not report["mismatched_keys"]
     assert set(report["unexpected_keys"]) == {"classifier.weight", "classifier.bias"}
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.allclose(encoder(pixels).last_hidden_state, native(run_dir).features(pixels), atol=1e-5)
+        assert torch.allclose(encoder(pixels).last_hidden_state, trained(run_dir).features(pixels), atol=1e-5)
 
 
-def test_the_pipeline_and_the_cards_own_code_work(
+def test_pipeline_and_code_of_the_model_card_work(
     run_dir: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = Image.fromarray(load_sample_image("flower.jpg")[:200])
@@ -113,12 +113,12 @@ def test_the_pipeline_and_the_cards_own_code_work(
         exec(code, space)
     classify = transformers.pipeline("image-classification", model=str(folder))
     scores = {row["label"]: row["score"] for row in classify(image)}
-    expected = native(run_dir).logits(evaluation_pixels(native(run_dir).config, image)).softmax(dim=1)[0]
+    expected = trained(run_dir).logits(evaluation_pixels(trained(run_dir).config, image)).softmax(dim=1)[0]
     assert scores == {name: pytest.approx(float(p), abs=1e-5) for name, p in zip(NAMES, expected, strict=True)}
 
 
-def test_names_on_disk_are_those_that_every_version_reads(folder: Path) -> None:
-    """transformers 5 has other names in memory; 4.57 reads these and re-initializes what it does not find."""
+def test_tensor_names_are_those_that_transformers_4_and_5_load(folder: Path) -> None:
+    """transformers 5 has other names in memory; 4.57 loads only these and initializes the rest."""
     names = set(safetensors.torch.load_file(folder / "model.safetensors"))
     layer = "vit.encoder.layer.0."
     assert {
@@ -140,7 +140,7 @@ def test_names_on_disk_are_those_that_every_version_reads(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["weight", "missing", "extra", "labels", "resize"])
-def test_the_proof_finds_what_is_wrong(run_dir: Path, folder: Path, tmp_path: Path, damage: str) -> None:
+def test_proof_rejects_a_damaged_folder(run_dir: Path, folder: Path, tmp_path: Path, damage: str) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -159,16 +159,19 @@ def test_the_proof_finds_what_is_wrong(run_dir: Path, folder: Path, tmp_path: Pa
         (tmp_path / "preprocessor_config.json").write_text(text.replace('"resample": 3', '"resample": 2'))
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ProofError):
-        native(run_dir).prove(tmp_path)
+        trained(run_dir).prove(tmp_path)
 
 
-def test_an_export_never_overwrites_by_accident(run_dir: Path, folder: Path) -> None:
+def test_export_overwrites_only_on_request(run_dir: Path, folder: Path) -> None:
     with pytest.raises(CheckpointError, match="output folder already exists; choose another one or pass --overwrite"):
         export(run_dir, folder)
+    (run_dir / "photos").mkdir()
+    with pytest.raises(CheckpointError, match="photos: not a Hugging Face folder, so it is not overwritten; choose"):
+        export(run_dir, run_dir / "photos", overwrite=True)
     assert export(run_dir / "checkpoints" / "step-00000009", folder, overwrite=True).differences["logits"] <= 1e-5
 
 
-def test_a_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(run_dir / "checkpoints" / "step-00000009", tmp_path / "step-00000009"))
     data = bytearray((checkpoint / "rank-00001.safetensors").read_bytes())
     data[-9] ^= 1

@@ -1,4 +1,4 @@
-"""What leaves a self-distilled run is its teacher, everywhere."""
+"""Export and warm start use the teacher of a self-distilled run."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,11 @@ from tests.pretrain.objectives.test_self_distillation import MODEL, build
 from tests.support.checkpoints import write_checkpoint
 
 
-def test_the_teacher_leaves_the_run(tmp_path: Path) -> None:
+def test_teacher_is_exported_and_started_from(tmp_path: Path) -> None:
     objective = build()
     with torch.no_grad():
         for tensor in objective.state_dict().values():
-            tensor.add_(0.05 * torch.randn_like(tensor))  # student and teacher apart
+            tensor.add_(0.05 * torch.randn_like(tensor))  # so that student and teacher differ
     config = PretrainConfig(
         run_dir=tmp_path,
         data=DataConfig(train=str(tmp_path)),
@@ -41,15 +41,15 @@ def test_the_teacher_leaves_the_run(tmp_path: Path) -> None:
         torch.testing.assert_close(folder(images).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(objective.student.eval()(images), expected, atol=0.1)
         for source in (tmp_path, tmp_path / "export"):
-            taker = build_objective(SupervisedConfig(), ViT(MODEL), [0.5, 0.5], config.preprocessing).eval()
-            warm_start(taker, source, ["a", "b"], 1e-6)
-            torch.testing.assert_close(taker.encoder(images), expected, rtol=1e-5, atol=1e-5)
+            target = build_objective(SupervisedConfig(), ViT(MODEL), [0.5, 0.5], config.preprocessing).eval()
+            warm_start(target, source, ["a", "b"], 1e-6)
+            torch.testing.assert_close(target.encoder(images), expected, rtol=1e-5, atol=1e-5)
             other = build().eval()
             warm_start(other, source, ["c"], 1e-6)
             other.after_warm_start()
             torch.testing.assert_close(other.student(images), expected, rtol=1e-5, atol=1e-5)
         again = build().eval()
-        warm_start(again, tmp_path, ["a", "b"], 1e-6)  # the same classes: with its heads
+        warm_start(again, tmp_path, ["a", "b"], 1e-6)  # the classes are equal, so heads are copied too
         again.after_warm_start()
         for name, tensor in again.student_cls_head.state_dict().items():
             torch.testing.assert_close(tensor, objective.cls_head.state_dict()[name])

@@ -1,4 +1,4 @@
-"""A masked autoencoder leaves as `vit_mae` and as `vit`, each proved, under the names that every version reads."""
+"""A masked autoencoder is exported and proved as `vit_mae` and `vit`, with names that transformers 4 and 5 load."""
 
 import json
 from functools import partial
@@ -57,7 +57,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def test_the_autoencoder_rebuilds_what_the_run_rebuilds(run_dir: Path) -> None:
+def test_exported_autoencoder_reconstructs_the_same_patches(run_dir: Path) -> None:
     proof = export(run_dir, run_dir / "autoencoder", model_type="vit_mae")
     assert proof.differences.keys() == {"reconstructed patches", "pixels"}
     assert proof.differences["reconstructed patches"] <= 1e-5
@@ -67,8 +67,8 @@ def test_the_autoencoder_rebuilds_what_the_run_rebuilds(run_dir: Path) -> None:
     assert "in the reconstructed patches and 0.0e+00 in the pixels" in card
 
 
-def test_names_on_disk_are_those_of_the_folders_on_the_hub(run_dir: Path) -> None:
-    """4.57 finds these; transformers 5.23 would write `decoder.decoder_encoder.layer`, and has others in memory."""
+def test_tensor_names_are_those_of_folders_on_the_hub(run_dir: Path) -> None:
+    """transformers 4.57 loads these; 5.23 would write `decoder.decoder_encoder.layer` and has other names in memory."""
     layer = (
         "attention.attention.query",
         "attention.attention.key",
@@ -91,7 +91,7 @@ def test_names_on_disk_are_those_of_the_folders_on_the_hub(run_dir: Path) -> Non
     }
 
 
-def test_the_encoder_alone_is_an_ordinary_vit(run_dir: Path) -> None:
+def test_encoder_is_exported_as_an_ordinary_vit(run_dir: Path) -> None:
     proof = export(run_dir, run_dir / "encoder")
     assert proof.differences.keys() == {"features", "pixels"}
     _, report = transformers.AutoModel.from_pretrained(
@@ -103,7 +103,7 @@ def test_the_encoder_alone_is_an_ordinary_vit(run_dir: Path) -> None:
     assert torch.equal(model.state_dict()["vit.layers.1.mlp.fc2.weight"], trained["encoder.layers.1.mlp.fc2.weight"])
 
 
-def test_neither_is_taken_for_a_classifier(run_dir: Path) -> None:
+def test_neither_folder_loads_as_a_classifier(run_dir: Path) -> None:
     with pytest.raises(ModelError, match=r"holds no trained classifier \(classifier.bias, .*\); fine-tune it first"):
         load_classifier(run_dir / "encoder")
     for load in (load_classifier, partial(new_classifier, class_names=[], from_scratch=False, freeze_backbone=False)):
@@ -112,7 +112,7 @@ def test_neither_is_taken_for_a_classifier(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["autoencoder", "encoder"])
-def test_another_run_begins_from_either(run_dir: Path, folder: str) -> None:
+def test_another_run_starts_from_either_folder(run_dir: Path, folder: str) -> None:
     config = PretrainConfig.model_validate_json(
         json.dumps(Manifest.load(run_dir / "checkpoints" / "step-00000009").config)
     )
@@ -122,11 +122,13 @@ def test_another_run_begins_from_either(run_dir: Path, folder: str) -> None:
     )
     trained = fold_layer_scale(load_weights(run_dir / "checkpoints" / "step-00000009"))
     for name, weight in objective.encoder.state_dict().items():
-        assert torch.equal(weight, trained.get(f"encoder.{name}", torch.ones_like(weight))), name  # 1: LayerScale's
+        assert torch.equal(weight, trained.get(f"encoder.{name}", torch.ones_like(weight))), (
+            name
+        )  # LayerScale starts at 1
 
 
 @pytest.mark.parametrize("damage", ["weight", "missing", "mask", "targets"])
-def test_the_proof_finds_what_is_wrong(run_dir: Path, tmp_path: Path, damage: str) -> None:
+def test_proof_rejects_a_damaged_folder(run_dir: Path, tmp_path: Path, damage: str) -> None:
     for path in (run_dir / "autoencoder").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
@@ -147,7 +149,7 @@ def test_the_proof_finds_what_is_wrong(run_dir: Path, tmp_path: Path, damage: st
         VitMae(config, load_weights(checkpoint), []).prove(tmp_path)
 
 
-def test_a_run_without_a_decoder_is_no_autoencoder(tmp_path: Path) -> None:
+def test_run_without_a_decoder_is_not_exported_as_an_autoencoder(tmp_path: Path) -> None:
     config = PretrainConfig(
         run_dir=tmp_path, data=DataConfig(train="x"), model=MODEL, schedule=ScheduleConfig(total_steps=1)
     )

@@ -1,4 +1,4 @@
-"""The ViT against transformers' own, with the same weights."""
+"""Our ViT equals transformers' with the same weights."""
 
 import math
 
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
 
 def perturbed(config: ModelConfig) -> Classifier:
-    """Every weight away from its initial value, so that no norm or bias is one or zero by chance."""
+    """Return a model without initial values, so that no norm or bias is one or zero by chance."""
     torch.manual_seed(0)
     model = Classifier(config, 5).eval()
     with torch.no_grad():
@@ -40,7 +40,7 @@ def perturbed(config: ModelConfig) -> Classifier:
 
 
 def renamed(tensors: dict[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """A classifier's tensors by transformers' names."""
+    """Return a classifier's tensors by transformers' names."""
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
     head = {name: tensor for name, tensor in tensors.items() if name.startswith("classifier.")}
     return {f"vit.{name}": tensor for name, tensor in encoder_to_hub(encoder, config).items()} | head
@@ -94,7 +94,7 @@ def test_every_parameter_has_a_gradient() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_layer_scale_is_a_factor_that_export_folds_away() -> None:
+def test_layer_scale_is_folded_into_exported_weights() -> None:
     config = CONFIG.model_copy(update={"layer_scale": 1e-4})
     assert (ViT(config).layers[0].mlp_scale.weight == 1e-4).all()  # type: ignore[union-attr]
     ours = perturbed(config).encoder
@@ -105,7 +105,7 @@ def test_layer_scale_is_a_factor_that_export_folds_away() -> None:
         torch.testing.assert_close(ours(images), theirs(images).last_hidden_state, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_of_cls_is_transformers_own() -> None:
+def test_cls_attention_equals_transformers() -> None:
     ours = perturbed(CONFIG).encoder
     hf_config = transformers.ViTConfig(**hub_encoder_config(CONFIG), attn_implementation="eager")
     theirs = transformers.ViTModel(hf_config, add_pooling_layer=False).eval()
@@ -116,7 +116,7 @@ def test_attention_of_cls_is_transformers_own() -> None:
         torch.testing.assert_close(ours(images, return_attention=True), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_only_the_visible_patches_are_seen_each_at_its_position() -> None:
+def test_visible_patches_keep_their_positions() -> None:
     model, images = perturbed(CONFIG).encoder, torch.randn(3, 3, 32, 32)
     visible = torch.stack([torch.randperm(16)[:5] for _ in range(3)])
     whole, some = model.embed(images), model.embed(images, visible)
@@ -127,7 +127,7 @@ def test_only_the_visible_patches_are_seen_each_at_its_position() -> None:
     torch.testing.assert_close(model(images, everything), model(images))
 
 
-def test_checkpointing_and_compiling_change_nothing() -> None:
+def test_checkpointing_and_compiling_give_the_same_results() -> None:
     torch.manual_seed(0)
     plain = ViT(CONFIG.model_copy(update={"dropout": 0.1, "drop_path": 0.2}))
     checkpointed = ViT(plain.config, activation_checkpointing=True)
@@ -147,8 +147,8 @@ def test_checkpointing_and_compiling_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("drop_path", [0.1, 0.4])
-def test_deep_models_are_compiled_with_drop_path(drop_path: float) -> None:
-    """Not a graph for each block's own rate. The first block drops nothing."""
+def test_compiled_blocks_share_graphs_with_drop_path(drop_path: float) -> None:
+    """There is no separate graph for each block's rate. The first block drops nothing."""
     torch.compiler.reset()
     counter = CompileCounter()
     model = ViT(CONFIG.model_copy(update={"num_hidden_layers": 14, "drop_path": drop_path}))
@@ -159,14 +159,14 @@ def test_deep_models_are_compiled_with_drop_path(drop_path: float) -> None:
     assert drop_path > 0.1 or counter.frame_count == 2
 
 
-def test_blocks_stay_compiled_when_images_grow_and_are_evaluated() -> None:
+def test_blocks_stay_compiled_for_several_image_sizes_and_evaluation() -> None:
     torch.compiler.reset()
     counter = CompileCounter()
     model = ViT(CONFIG.model_copy(update={"num_hidden_layers": 14, "drop_path": 0.3, "layer_scale": 0.1}))
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         compile_blocks(model, backend=counter)
         for pixels in (24, 32, 48):
-            for images in (8, 7):  # ranks that don't divide the batch
+            for images in (8, 7):  # micro-batches of ranks that share a batch unevenly
                 model.train()(torch.randn(images, 3, pixels, pixels))
             with torch.no_grad():
                 model.eval()(torch.randn(8, 3, 32, 32))
@@ -174,7 +174,7 @@ def test_blocks_stay_compiled_when_images_grow_and_are_evaluated() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])
-def test_dropped_branches_cost_nothing_and_the_mean_stays(rate: float) -> None:
+def test_drop_path_computes_kept_samples_and_preserves_the_mean(rate: float) -> None:
     torch.manual_seed(0)
     drop_path, tokens = DropPath(rate).train(), torch.randn(20, 3, 4, requires_grad=True)
     sizes, total = [], torch.zeros(20, 3, 4)
@@ -197,7 +197,7 @@ def test_dropped_branches_cost_nothing_and_the_mean_stays(rate: float) -> None:
     torch.testing.assert_close(gradient.mean(dim=(1, 2)), 1 + 3 * factors)
 
 
-def test_checkpointed_blocks_run_again_on_the_way_back() -> None:
+def test_checkpointed_blocks_run_again_in_the_backward_pass() -> None:
     model = ViT(CONFIG, activation_checkpointing=True)
     runs = []
     for layer in model.layers:
@@ -209,7 +209,7 @@ def test_checkpointed_blocks_run_again_on_the_way_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "drop_path"])
-def test_each_kind_of_dropout_acts_in_training_alone(name: str) -> None:
+def test_each_kind_of_dropout_acts_only_in_training(name: str) -> None:
     model = perturbed(CONFIG.model_copy(update={name: 0.5}))
     images = torch.randn(2, 3, 32, 32)
     expected = perturbed(CONFIG).eval()(images)
@@ -217,19 +217,19 @@ def test_each_kind_of_dropout_acts_in_training_alone(name: str) -> None:
     assert not torch.allclose(model.train()(images), expected, atol=1e-3)
 
 
-def test_drop_path_grows_with_depth() -> None:
+def test_drop_path_rises_with_depth() -> None:
     model = ViT(CONFIG.model_copy(update={"num_hidden_layers": 5, "drop_path": 0.2}))
     rates = [1 - float(layer.drop_path.keep) for layer in model.layers]
     assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2], abs=1e-6)
 
 
-def test_patches_are_those_of_a_convolution() -> None:
+def test_patch_embedding_equals_a_convolution() -> None:
     images, weight = torch.randn(2, 3, 24, 32), torch.randn(7, 3, 8, 8)
     theirs = F.conv2d(images, weight, stride=8).flatten(2).transpose(1, 2)
     assert torch.allclose(patchify(images, 8) @ weight.flatten(1).T, theirs, atol=1e-4)
 
 
-def test_sincos_positions_are_different_and_know_their_place() -> None:
+def test_sincos_positions_have_the_published_layout() -> None:
     positions = sincos_positions(5, 64)[0]
     assert positions.shape == (26, 64)
     for row, column, k in [(0, 0, 3), (4, 2, 0), (1, 3, 9), (2, 4, 15)]:
@@ -239,6 +239,6 @@ def test_sincos_positions_are_different_and_know_their_place() -> None:
     assert torch.equal(positions[0], torch.zeros(64))
     similarity = positions[1:] @ positions[1:].T
     assert (similarity.argmax(dim=1) == torch.arange(25)).all()
-    grid = similarity[12].reshape(5, 5)  # the middle: the nearer, the more alike, the same in both directions
+    grid = similarity[12].reshape(5, 5)  # around the center: similarity falls with distance, equally in both directions
     assert torch.allclose(grid, grid.T, atol=1e-4)
     assert grid[2, 2] > grid[2, 3] > grid[2, 4]
