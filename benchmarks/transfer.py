@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results import Results
 from finetune.config import FinetuneConfig
-from finetune.train import build_run, open_tracker, train
+from finetune.run import build_run, open_tracker
+from finetune.train import train
 from pretrain.configfile import Loaded, load_config
 from pretrain.data.loading.loader import evaluation_batches
 from pretrain.data.shards.make import make_shards
@@ -100,7 +101,9 @@ def finetune(loaded: Loaded[FinetuneConfig]) -> float:
     """Fine-tune; return the top-1."""
     run = build_run(loaded.config, Accelerator(cpu=not torch.cuda.is_available()))
     with contextlib.redirect_stdout(sys.stderr):
-        return train(run, open_tracker(run, loaded.text, enabled=False)).top1
+        best = train(run, open_tracker(run, loaded.text, enabled=False)).best
+    assert best is not None
+    return best.top1
 
 
 @torch.no_grad()

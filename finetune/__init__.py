@@ -1,1 +1,1 @@
-"""Adapt any Hugging Face image-classification folder to a user's own classes."""
+"""Fine-tune any Hugging Face image-classification folder on a user's own classes, and use the result."""

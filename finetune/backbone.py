@@ -1,4 +1,4 @@
-"""Any Hugging Face image-classification folder becomes a classifier of the user's classes; and is saved as one."""
+"""Load the backbone of any Hugging Face image-classification folder under a new head, and save such folders."""
 
 import copy
 import json
@@ -15,82 +15,103 @@ from PIL import Image
 from torch import nn
 
 from pretrain.data.transforms.decode import ImageArray
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
+from pretrain.files import atomic_folder
 
-transformers.utils.logging.set_verbosity_error()  # what its load report would say is checked below
+transformers.utils.logging.set_verbosity_error()  # the functions below check its load report and raise errors
 transformers.utils.logging.disable_progress_bar()
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports deepspeed, which would look for one and warn
+    # Saving a model imports deepspeed, which otherwise looks for an accelerator and prints a warning.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 class ModelError(UserError):
-    """A folder that cannot be fine-tuned or used; the message says why."""
+    """A model folder that cannot be fine-tuned or used."""
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """The folder's own image processor. As a view it runs in the loader's workers."""
+    """The image processor of a Hugging Face folder, usable as a view: it runs in the data workers.
+
+    Attributes:
+        processor: Hugging Face image processor.
+    """
 
     processor: Any
 
     def __call__(self, image: ImageArray, random: np.random.Generator) -> dict[str, torch.Tensor]:
+        """Preprocess an image.
+
+        Args:
+            image: Decoded image, uint8 [H, W, 3].
+            random: Unused; training views need it.
+
+        Returns:
+            "image", float [3, H, W] with the size and the normalization of the folder.
+        """
         return {"image": self.processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]}
 
     @property
     def image_size(self) -> int:
-        """ImageArray of the square that the model sees."""
+        """Height and width of the model's input in pixels."""
         size = self.processor.crop_size if getattr(self.processor, "do_center_crop", False) else self.processor.size
         return int(size["height"] if size["height"] else size["shortest_edge"])
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """Mean of each channel, of pixels in [0, 1]."""
+        """Mean of each channel, for pixels in [0, 1]."""
         red, green, blue = self.processor.image_mean if self.processor.do_normalize else (0.0, 0.0, 0.0)
         return red, green, blue
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """Deviation of each channel, of pixels in [0, 1]."""
+        """Standard deviation of each channel, for pixels in [0, 1]."""
         red, green, blue = self.processor.image_std if self.processor.do_normalize else (1.0, 1.0, 1.0)
         return red, green, blue
 
 
 def load_preprocessor(folder: Path) -> Preprocessor:
-    """Load a folder's image processor, with Pillow as its backend: the same pixels on every machine."""
+    """Load a folder's image processor. It uses Pillow, which returns the same pixels on every machine.
+
+    Raises:
+        ModelError: If the folder has no usable preprocessor_config.json.
+    """
     _check_folder(folder)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no usable preprocessor_config.json: {_first_line(error)}") from None
+        raise ModelError(f"{folder}: no usable preprocessor_config.json: {first_line(error)}") from None
     return Preprocessor(processor)
 
 
 def load_classifier(folder: Path) -> nn.Module:
-    """Load a fine-tuned folder, head and all.
+    """Load a fine-tuned folder with its classification head.
 
     Raises:
-        ModelError: no such folder, or it has no trained head.
+        ModelError: If the folder is not a Hugging Face folder, or has no trained head.
     """
     _check_folder(folder)
     model, report = _load(folder)
-    if report["missing_keys"]:  # transformers would make up a head, and only warn
+    if report["missing_keys"]:  # transformers would fill them with random numbers and only print a warning
         missing = ", ".join(sorted(report["missing_keys"]))
-        raise ModelError(f"{folder}: holds no trained classifier ({missing} missing); fine-tune it first")
+        raise ModelError(
+            f"{folder}: this folder has no trained classification head (missing: {missing}); fine-tune it first"
+        )
     classifier: nn.Module = model
     return classifier
 
 
 def new_classifier(folder: Path, class_names: list[str], *, from_scratch: bool, freeze_backbone: bool) -> nn.Module:
-    """Load a folder's backbone under a new head.
+    """Load a folder's backbone under a new classification head.
 
     Args:
-        folder: a Hugging Face folder of any architecture that has an image-classification class.
-        class_names: of the new head.
-        from_scratch: take the architecture alone, with new weights everywhere.
-        freeze_backbone: leave nothing but the head to train.
+        folder: Hugging Face folder of any architecture that transformers offers an image-classification class for.
+        class_names: Class names of the new head.
+        from_scratch: Whether to use only the architecture, with new weights everywhere.
+        freeze_backbone: Whether to train only the head.
 
     Raises:
-        ModelError: no such folder, or its backbone would not be loaded whole.
+        ModelError: If the folder is not a Hugging Face folder, or a tensor of its backbone is missing or does not fit.
     """
     _check_folder(folder)
     labels = {
@@ -103,18 +124,19 @@ def new_classifier(folder: Path, class_names: list[str], *, from_scratch: bool, 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **labels)
         fresh = transformers.AutoModelForImageClassification.from_config(config)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {_first_line(error)}") from None
-    head = _head(config)
+        raise ModelError(f"{folder}: {first_line(error)}") from None
+    head = _head_prefixes(config)
     model: nn.Module = fresh
     if not from_scratch:
         model, report = _load(folder, **labels, ignore_mismatched_sizes=True)
-        # transformers would fill what it misses or what does not fit with random numbers, and only warn.
+        # transformers would fill missing and mismatched tensors with random numbers and only print a warning.
         mismatched = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
         lost = sorted(name for name in set(report["missing_keys"]) | mismatched if not name.startswith(head))
         if lost:
+            others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise ModelError(
-                f"{folder}: {len(lost)} of the backbone's tensors are missing or of another shape, "
-                f"the first is {lost[0]}; the folder's config.json and its weights don't belong together"
+                f"{folder}: the weights do not match config.json; missing or of another shape: {lost[0]}{others}; "
+                "export or download the folder again"
             )
         with torch.no_grad():
             new_head = {name: value for name, value in fresh.state_dict().items() if name.startswith(head)}
@@ -125,10 +147,28 @@ def new_classifier(folder: Path, class_names: list[str], *, from_scratch: bool, 
     return model
 
 
-def _head(config: Any) -> tuple[str, ...]:
-    """Return what the names of the head's tensors begin with: the layers whose shape the number of classes decides.
+def save_folder(model: Any, preprocessor: Preprocessor, card: str, out: Path) -> None:
+    """Write a Hugging Face folder; an existing one is replaced only after the new one is complete.
 
-    The names of a backbone follow no rule: transformers' own `base_model_prefix` stands before none of SigLIP's.
+    Args:
+        model: Hugging Face classifier.
+        preprocessor: Preprocessing of the images.
+        card: Text of the model card, README.md.
+        out: Folder to write.
+    """
+    with atomic_folder(out, overwrite=True) as folder:
+        model.save_pretrained(folder)
+        # safetensors creates files that only their owner can read.
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        preprocessor.processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _head_prefixes(config: Any) -> tuple[str, ...]:
+    """Return the prefixes of the names of the head's tensors: those of the layers whose shape depends on the classes.
+
+    The names of a backbone's tensors follow no rule: none of SigLIP's, for example, starts with transformers' own
+    `base_model_prefix`.
     """
     other = copy.deepcopy(config)
     other.num_labels = config.num_labels + 1
@@ -143,19 +183,8 @@ def _head(config: Any) -> tuple[str, ...]:
     return tuple({f"{name.rpartition('.')[0]}." for name in shapes[0] if shapes[0][name] != shapes[1][name]})
 
 
-def save_folder(model: Any, preprocessor: Preprocessor, card: str, out: Path) -> None:
-    """Write a Hugging Face folder aside, then put it in place of what was there."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    shutil.copymode(partial / "config.json", partial / "model.safetensors")  # safetensors writes for the owner alone
-    preprocessor.processor.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-
-
 def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model in float32, and transformers' report about missing and mismatched tensors."""
     try:
         loaded: tuple[Any, dict[str, Any]] = transformers.AutoModelForImageClassification.from_pretrained(
             folder,
@@ -166,20 +195,27 @@ def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
             **options,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {_first_line(error)}") from None
+        raise ModelError(f"{folder}: {first_line(error)}") from None
     return loaded
 
 
 def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").exists():
-        raise ModelError(f"{folder}: no Hugging Face folder here (config.json is missing); `vitrail export` writes one")
+    """Check that this is a Hugging Face folder that a classifier can be built from.
+
+    Raises:
+        ModelError: If it is not.
+    """
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise ModelError(
+            f"{folder}: not a Hugging Face folder (config.json is missing); create one with `vitrail export`"
+        )
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: config.json cannot be read: {_first_line(error)}") from None
+        raise ModelError(f"{config_file}: cannot be read: {first_line(error)}") from None
     if model_type == "vit_mae":
-        raise ModelError(f"{folder}: a masked autoencoder, no classifier; export the run again, without --as")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{folder}: a masked autoencoder cannot be fine-tuned as a classifier; "
+            "export the run again without --as to get its encoder"
+        )

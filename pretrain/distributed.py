@@ -5,6 +5,7 @@ call the functions marked as collective, in the same order; otherwise the others
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.errors import MachineError, UserError
+from pretrain.errors import DataError, MachineError, UserError
 
 Result = TypeVar("Result")
 
@@ -131,6 +132,18 @@ def on_all_ranks(work: Callable[[], Result]) -> Result:
         kind = UserError if all(is_mistake for _, is_mistake in failures) else MachineError
         raise kind("\n".join(message for message, _ in failures))
     return result
+
+
+def print_error(error: Exception) -> None:
+    """Print the message of an error that ended the run.
+
+    Every rank on which a DataError occurred prints it, because it may come from a data worker of a single rank. All
+    other errors are raised on all ranks, and only the main rank prints them.
+    """
+    if isinstance(error, DataError):
+        print(error.summary, file=sys.stderr, flush=True)
+    elif is_main():
+        print(error, file=sys.stderr, flush=True)
 
 
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:

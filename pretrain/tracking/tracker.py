@@ -26,6 +26,7 @@ PICTURES_FOLDER = "pictures"  # contains step-*.png
 SINK_STATE_FILE = "mlflow.json"  # written by the sink: where the run is tracked and what has been sent
 SINK_MODULE = "pretrain.tracking.mlflow_sink"
 SINK_TIMEOUT_SECONDS = 60.0
+STOP_TIMEOUT_SECONDS = 10.0  # a launcher waits 30 s for a process that it has asked to stop
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -52,7 +53,9 @@ class RunDescription:
 
 
 class Tracker:
-    """Log the metrics of a run. A run that leaves the `with` block without `finish` is recorded as failed.
+    """Log the metrics of a run.
+
+    A run that leaves the `with` block without `finish` is recorded as failed, or as killed after a KeyboardInterrupt.
 
     Args:
         run_dir: Run folder.
@@ -98,9 +101,9 @@ class Tracker:
         if self.enabled:
             self._journal.add([{"step": step, "time": round(time.time(), 3), **row}])
 
-    def tag(self, **tags: str) -> None:
+    def tag(self, tags: Mapping[str, str]) -> None:
         """Set MLflow tags of the run."""
-        self._send(tags=tags)
+        self._send(tags=dict(tags))
 
     def mlflow_run_id(self) -> str | None:
         """Return the run's MLflow id, or None as long as MLflow has not assigned one."""
@@ -129,8 +132,11 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.finish("FAILED")
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is KeyboardInterrupt:
+            self.finish("KILLED", STOP_TIMEOUT_SECONDS)
+        else:
+            self.finish("FAILED")
 
     def _send(self, **message: str | dict[str, str]) -> None:
         if self.sink is not None:

@@ -1,4 +1,4 @@
-"""Any Hugging Face backbone under a new head; nothing is re-initialized in silence."""
+"""Any Hugging Face backbone gets a new head, and no tensor is silently left at random values."""
 
 import json
 from pathlib import Path
@@ -12,43 +12,15 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from finetune.backbone import ModelError, load_classifier, load_preprocessor, new_classifier, save_folder
+from tests.support.classifiers import save_classifier, tiny_configs
 
 NAMES = ["cat", "dog", "owl"]
-SMALL = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
 HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 
 
-def families() -> dict[str, transformers.PretrainedConfig]:
-    return {
-        "vit": transformers.ViTConfig(**SMALL, intermediate_size=64),
-        "deit": transformers.DeiTConfig(**SMALL, intermediate_size=64),
-        "dinov2": transformers.Dinov2Config(**SMALL, mlp_ratio=2),
-        "resnet": transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
-        "convnext": transformers.ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32),
-        "swin": transformers.SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
-        "clip": transformers.CLIPConfig(vision_config={**SMALL, "intermediate_size": 64}, text_config=TEXT),
-        "siglip": transformers.SiglipConfig(vision_config={**SMALL, "intermediate_size": 64}, text_config=TEXT),
-    }
-
-
-def folder_of(config: transformers.PretrainedConfig, path: Path) -> Path:
-    torch.manual_seed(0)
-    config.num_labels = 3
-    config.architectures = [config.__class__.__name__.replace("Config", "ForImageClassification")]
-    model = transformers.AutoModelForImageClassification.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(path)
-    size = {"height": 32, "width": 32}
-    transformers.ViTImageProcessorPil(size=size, do_convert_rgb=True).save_pretrained(path)
-    return path
-
-
-@pytest.mark.parametrize("family", families())
-def test_the_backbone_is_kept_and_the_head_is_new(tmp_path: Path, family: str) -> None:
-    folder = folder_of(families()[family], tmp_path / "model")
+@pytest.mark.parametrize("architecture", tiny_configs())
+def test_backbone_is_loaded_and_head_is_new(tmp_path: Path, architecture: str) -> None:
+    folder = save_classifier(tiny_configs()[architecture], tmp_path / "model")
     source = transformers.AutoModelForImageClassification.from_pretrained(folder)
     torch.manual_seed(7)
     model = new_classifier(folder, NAMES, from_scratch=False, freeze_backbone=True)
@@ -58,15 +30,15 @@ def test_the_backbone_is_kept_and_the_head_is_new(tmp_path: Path, family: str) -
     for name, value in model.state_dict().items():
         if name.startswith(HEADS):
             heads += 1
-            assert not torch.equal(value, original[name]), name  # though the number of classes is the same
+            assert not torch.equal(value, original[name]), name  # new, although the number of classes is the same
         else:
             assert torch.equal(value, original[name]), name
     assert heads
     assert all(p.requires_grad == name.startswith(HEADS) for name, p in model.named_parameters())
 
 
-def test_from_scratch_keeps_the_architecture_alone(tmp_path: Path) -> None:
-    folder = folder_of(families()["vit"], tmp_path / "model")
+def test_from_scratch_loads_no_weights(tmp_path: Path) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
     original = transformers.AutoModelForImageClassification.from_pretrained(folder).state_dict()
     model = new_classifier(folder, NAMES, from_scratch=True, freeze_backbone=False)
     weights = {name: value for name, value in model.state_dict().items() if name.endswith("weight")}
@@ -74,13 +46,16 @@ def test_from_scratch_keeps_the_architecture_alone(tmp_path: Path) -> None:
     assert not any(torch.equal(value, original[name]) for name, value in weights.items())
 
 
-def test_a_backbone_that_would_not_load_whole_is_refused(tmp_path: Path) -> None:
-    folder = folder_of(families()["vit"], tmp_path / "model")
+def test_missing_or_mismatched_backbone_tensors_are_an_error(tmp_path: Path) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     config = (folder / "config.json").read_text()
 
     (folder / "config.json").write_text(config.replace('"image_size": 32', '"image_size": 64'))
-    with pytest.raises(ModelError, match=r"1 of the backbone's tensors .* vit\.embeddings\.position"):
+    with pytest.raises(
+        ModelError,
+        match=r"missing or of another shape: vit\.embeddings\.position_embeddings; export",
+    ):
         new_classifier(folder, NAMES, from_scratch=False, freeze_backbone=False)
 
     (folder / "config.json").write_text(config)
@@ -88,21 +63,24 @@ def test_a_backbone_that_would_not_load_whole_is_refused(tmp_path: Path) -> None
     for name in lost:
         del weights[name]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=f"{len(lost)} of the backbone's tensors are missing"):
+    with pytest.raises(
+        ModelError,
+        match=f"missing or of another shape: .* and {len(lost) - 1} more; export or download the folder again",
+    ):
         new_classifier(folder, NAMES, from_scratch=False, freeze_backbone=False)
 
 
-def test_an_encoder_without_a_head_will_do(tmp_path: Path) -> None:
+def test_an_encoder_without_a_head_can_be_fine_tuned(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    encoder = transformers.ViTModel(families()["vit"], add_pooling_layer=False)
+    encoder = transformers.ViTModel(tiny_configs()["vit"], add_pooling_layer=False)
     encoder.save_pretrained(tmp_path)
     model = new_classifier(tmp_path, NAMES, from_scratch=False, freeze_backbone=False)
     for name, value in encoder.state_dict().items():
         assert torch.equal(model.state_dict()[f"vit.{name}"], value)
 
 
-def test_folders_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no Hugging Face folder here \(config.json is missing\)"):
+def test_folders_that_are_not_classifiers_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"not a Hugging Face folder \(config.json is missing\); create one with"):
         new_classifier(tmp_path, NAMES, from_scratch=False, freeze_backbone=False)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     with pytest.raises(ModelError, match=r"model\.safetensors"):
@@ -114,8 +92,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         new_classifier(tmp_path, NAMES, from_scratch=False, freeze_backbone=False)
 
 
-def test_pickles_are_refused(tmp_path: Path) -> None:
-    folder = folder_of(families()["vit"], tmp_path / "model")
+def test_pickled_weights_are_an_error(tmp_path: Path) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -123,8 +101,8 @@ def test_pickles_are_refused(tmp_path: Path) -> None:
         load_classifier(folder)
 
 
-def test_the_preprocessor_is_the_folders_own(tmp_path: Path) -> None:
-    folder = folder_of(families()["vit"], tmp_path / "model")
+def test_preprocessor_matches_transformers_and_survives_saving(tmp_path: Path) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
     preprocessor = load_preprocessor(folder)
     assert (preprocessor.image_size, preprocessor.mean, preprocessor.std) == (32, (0.5,) * 3, (0.5,) * 3)
     photo = load_sample_image("china.jpg")
@@ -135,6 +113,6 @@ def test_the_preprocessor_is_the_folders_own(tmp_path: Path) -> None:
 
     model = load_classifier(folder)
     save_folder(model, preprocessor, "card", tmp_path / "out")
-    save_folder(model, preprocessor, "card", tmp_path / "out")  # replaces what was there
+    save_folder(model, preprocessor, "card", tmp_path / "out")  # replaces the existing folder
     assert torch.equal(load_preprocessor(tmp_path / "out")(photo, None)["image"], theirs)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("*.partial"))

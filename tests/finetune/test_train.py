@@ -1,5 +1,9 @@
-"""The fine-tuning loop by itself: what is trained, what is kept, what is refused."""
+"""The fine-tuning loop: which parameters are trained, which model is kept, and how a run ends."""
 
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,17 @@ from PIL import Image
 
 from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
+from finetune.evaluate import Evaluation
 from finetune.predict import predict
-from finetune.train import Run, build_run, open_tracker, train
+from finetune.run import FinetuneRun, build_run, open_tracker
+from finetune.train import Result, train
 from pretrain.configfile import load_config
 from pretrain.data.dataset.open import open_dataset
-from pretrain.errors import UserError
-from tests.finetune.test_backbone import families, folder_of
+from pretrain.errors import DivergedError, UserError
+from pretrain.journal import read_rows
+from pretrain.outcome import EXIT_INTERRUPTED
+from tests.support.classifiers import save_classifier, tiny_configs
+from tests.support.launching import ROOT, Shell, end, wait_for
 
 RECIPE = """
 run_dir: {folder}/run
@@ -33,25 +42,51 @@ tracking: {{uri: off}}
 
 @pytest.fixture
 def recipe(tmp_path: Path, digits: Path) -> Path:
-    folder_of(families()["vit"], tmp_path / "model")
+    save_classifier(tiny_configs()["vit"], tmp_path / "model")
     path = tmp_path / "finetune.yaml"
     path.write_text(RECIPE.format(folder=tmp_path, digits=digits))
     return path
 
 
-def run_of(recipe: Path, *overrides: str) -> Run:
+def build(recipe: Path, *overrides: str) -> FinetuneRun:
     return build_run(load_config(FinetuneConfig, recipe, overrides).config, Accelerator(cpu=True))
 
 
-def fit(run: Run) -> Any:
+def fit(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: False) -> Result:
     with open_tracker(run, "") as tracker:
-        return train(run, tracker)
+        return train(run, tracker, should_stop)
 
 
-def test_the_best_model_is_kept_and_predicts(recipe: Path, digits: Path, tmp_path: Path) -> None:
-    run = run_of(recipe)
-    best = fit(run)
-    assert run.steps_after(6) == 12
+def fit_to_the_end(run: FinetuneRun) -> tuple[float, int]:
+    """Train all epochs; return the top-1 accuracy and the epoch of the saved model."""
+    result = fit(run)
+    assert result.stopped_after is None
+    assert result.best is not None
+    return result.best.top1, result.best.epoch
+
+
+def fake_evaluations(monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[float]) -> list[torch.Tensor]:
+    """Let the evaluations return these accuracies; return the weights of the head at each of them."""
+    remaining = iter(accuracies)
+    weights: list[torch.Tensor] = []
+
+    def evaluate(model: Any, *_: Any, **__: Any) -> Evaluation:
+        weights.append(model.classifier.weight.detach().clone())
+        return Evaluation(loss=1.0, top1=next(remaining), num_samples=3)
+
+    monkeypatch.setattr("finetune.train.evaluate", evaluate)
+    return weights
+
+
+def saved_head(run_dir: Path) -> torch.Tensor:
+    weight: torch.Tensor = load_classifier(run_dir / "model").classifier.weight  # type: ignore[assignment, union-attr]
+    return weight
+
+
+def test_the_saved_model_has_the_accuracy_of_its_card(recipe: Path, digits: Path, tmp_path: Path) -> None:
+    run = build(recipe)
+    top1, epoch = fit_to_the_end(run)
+    assert run.total_steps == 12
     folder = tmp_path / "run" / "model"
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
@@ -59,68 +94,72 @@ def test_the_best_model_is_kept_and_predicts(recipe: Path, digits: Path, tmp_pat
         "preprocessor_config.json",
         "README.md",
     }
-    samples, right = open_dataset(digits / "validation"), 0
+    dataset, correct = open_dataset(digits / "validation"), 0
     paths = []
-    for shard, row in [(shard, row) for shard, size in enumerate(samples.shard_sizes) for row in range(size)]:
-        record = samples.read(shard, row)
-        paths.append(tmp_path / f"{record.label}-{shard}-{row}.png")
-        Image.fromarray(record.image).save(paths[-1])
+    for shard, row in [(shard, row) for shard, size in enumerate(dataset.shard_sizes) for row in range(size)]:
+        sample = dataset.read(shard, row)
+        paths.append(tmp_path / f"{sample.label}-{shard}-{row}.png")
+        Image.fromarray(sample.image).save(paths[-1])
     for path, prediction in zip(paths, predict(folder, paths, top_k=2), strict=True):
         assert prediction.path == path
-        right += prediction.classes[0][0] == path.name[0]
-    assert right / len(paths) == pytest.approx(best.top1)  # the card's number is the folder's number
-    assert f"{best.top1:.4f}" in (folder / "README.md").read_text()
+        correct += prediction.classes[0][0] == path.name[0]
+    assert correct / len(paths) == pytest.approx(top1)
+    card = (folder / "README.md").read_text()
+    assert f"backbone of `{tmp_path}/model`" in card
+    assert "on 24 images of 3 classes" in card
+    assert f"| top-1 accuracy on {len(paths)} validation images | {top1:.4f} |" in card
+    assert f"| epoch | {epoch} of 6, the one with the best accuracy |" in card
 
 
-def test_a_frozen_backbone_does_not_move(recipe: Path) -> None:
-    run = run_of(recipe, "freeze_backbone=true")
+def test_a_frozen_backbone_does_not_change(recipe: Path) -> None:
+    run = build(recipe, "freeze_backbone=true")
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     fit(run)
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("vit."), name
 
 
-def test_all_of_a_model_is_trained_otherwise(recipe: Path) -> None:
-    run = run_of(recipe)
+def test_all_parameters_are_trained_by_default(recipe: Path) -> None:
+    run = build(recipe)
     before = {name: value.clone() for name, value in run.classifier.named_parameters()}
     fit(run)
     assert not any(torch.equal(value, before[name]) for name, value in run.classifier.named_parameters())
 
 
-def test_the_best_is_not_the_last(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the accuracy fall from evaluation to evaluation: the first model is kept."""
-    falling = iter([0.9, 0.5])
-    weights: list[torch.Tensor] = []
-
-    def evaluate(model: Any, *_: Any, **__: Any) -> dict[str, float]:
-        weights.append(model.classifier.weight.detach().clone())
-        return {"loss": 1.0, "top1": next(falling), "count": 3.0}
-
-    monkeypatch.setattr("finetune.train.evaluate", evaluate)
-    assert fit(run_of(recipe)).epoch == 3
-    kept = load_classifier(tmp_path / "run" / "model").classifier.weight  # type: ignore[union-attr]
-    assert torch.equal(kept, weights[0])  # type: ignore[arg-type]
+def test_the_best_model_is_kept_if_later_ones_are_worse(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = fake_evaluations(monkeypatch, [0.9, 0.5])
+    assert fit_to_the_end(build(recipe)) == (0.9, 3)
+    assert torch.equal(saved_head(tmp_path / "run"), weights[0])
     assert not torch.equal(weights[0], weights[1])
 
 
-def test_folders_of_images_train_as_their_shards_do(recipe: Path, tmp_path: Path) -> None:
-    """The same images as files: the same classes and count, and a model that learns from them."""
+def test_a_later_model_that_is_better_replaces_the_saved_one(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = fake_evaluations(monkeypatch, [0.5, 0.9])
+    assert fit_to_the_end(build(recipe)) == (0.9, 6)
+    assert torch.equal(saved_head(tmp_path / "run"), weights[1])
+
+
+def test_a_folder_of_images_can_be_fine_tuned_on(recipe: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(12):
             level = 40 + 10 * i if name == "one" else 255
             Image.new("RGB", (32, 32), (level, 0, 255 - level)).save(tmp_path / "images" / name / f"{i}.png")
     folder = f"data={{train: {tmp_path}/images, validation: {tmp_path}/images, num_workers: 0}}"
-    run = run_of(recipe, folder, "schedule.epochs=8", "evaluation.every_epochs=8")
+    run = build(recipe, folder, "schedule.epochs=8", "evaluation.every_epochs=8")
     assert run.training.class_names == ["one", "two"]
     assert run.num_samples == 24
-    assert fit(run).top1 > 0.8
+    assert fit_to_the_end(run)[0] > 0.8
 
 
-def test_accumulation_changes_nothing(recipe: Path, tmp_path: Path) -> None:
+def test_accumulation_does_not_change_the_weights(recipe: Path, tmp_path: Path) -> None:
     weights = []
     for i, size in enumerate((12, 4)):
-        run = run_of(
+        run = build(
             recipe,
             f"engine.micro_batch_size={size}",
             f"run_dir={tmp_path}/{i}",
@@ -138,27 +177,123 @@ def test_bf16_trains(recipe: Path) -> None:
     config = load_config(FinetuneConfig, recipe, ["engine.precision=bf16"]).config
     run = build_run(config, Accelerator(cpu=True, mixed_precision="bf16"))
     assert run.model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.dtype == torch.float32  # accelerate casts back
-    assert fit(run).top1 > 0.2
+    assert fit_to_the_end(run)[0] > 0.2
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_neighbors_that_are_mixed_are_not_parted(recipe: Path) -> None:
-    with pytest.raises(UserError, match="so 9 must be even"):
+def test_metrics_cover_training_loading_and_validation(recipe: Path, tmp_path: Path) -> None:
+    fit(build(recipe, "logging.every_steps=4"))
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 6, 8, 12, 12]
+    training = {
+        "train/loss",
+        "optim/grad_norm",
+        "optim/learning_rate",
+        "speed/images_per_second",
+        "data/samples",
+        "data/bad_samples",
+        "data/wait_fraction",
+        "data/decode_busy",
+    }
+    for row in rows:
+        is_validation = "validation/top1" in row
+        assert is_validation == (row["step"] in (6, 12) and "train/loss" not in row)
+        assert {"validation/loss", "train/epoch"} <= row.keys() if is_validation else training <= row.keys()
+    assert [row["data/samples"] for row in rows if "data/samples" in row] == [48, 96, 144]
+
+
+def test_mixed_neighbors_need_an_even_batch_size(recipe: Path) -> None:
+    with pytest.raises(UserError, match="must be even for mixup and cutmix, got 9; change it by one"):
         load_config(FinetuneConfig, recipe, ["engine.global_batch_size=9", "augment.cutmix=1"])
 
 
-def test_runs_that_are_refused(recipe: Path, digits: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="class 0 has 160 samples, 500 labels a class were asked for"):
-        run_of(recipe, "data.labels_per_class=500")
+def test_too_few_labels_per_class_are_an_error(recipe: Path) -> None:
+    with pytest.raises(UserError, match="class 0 has 160 samples"):
+        build(recipe, "data.labels_per_class=500")
+
+
+def test_a_run_folder_with_other_results_is_an_error(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds a fine-tuned model already; choose another run_dir or set overwrite"):
-        run_of(recipe)
+    with pytest.raises(UserError, match="a fine-tuned model already exists here; choose another run_dir or set overw"):
+        build(recipe)
+    assert build(recipe, "overwrite=true").num_samples == 24
     (tmp_path / "pre" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds a pretraining run; choose another run_dir"):
-        run_of(recipe, f"run_dir={tmp_path}/pre")
+    with pytest.raises(UserError, match="this folder contains a pretraining run; choose another run_dir"):
+        build(recipe, f"run_dir={tmp_path}/pre")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("Cat dog owl", "only in training: cat; only in validation: Cat"),
+        ("cat dog", "only in training: owl"),
+        ("bee cat dog owl", "only in validation: bee"),
+    ],
+)
+def test_validation_data_with_other_classes_is_an_error(recipe: Path, tmp_path: Path, names: str, message: str) -> None:
+    for split, classes in (("train", "cat dog owl"), ("validation", names)):
+        for name in classes.split():
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / name / "0.png")
+    folders = f"data={{train: {tmp_path}/train, validation: {tmp_path}/validation}}"
+    with pytest.raises(UserError) as error:
+        build(recipe, folders)
+    assert str(error.value) == (f"{tmp_path}/validation: validation classes differ from training classes: {message}")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path) -> None:
-    run = run_of(recipe, "optimizer.learning_rate=1e30", "logging.every_steps=1")
-    with pytest.raises(FloatingPointError, match="is not finite"):
+    run = build(recipe, "optimizer.learning_rate=1e30", "logging.every_steps=1")
+    with pytest.raises(DivergedError, match=r"NaN or infinite; lower optimizer.learning_rate$"):
         fit(run)
+
+
+def test_a_run_that_diverges_names_the_model_it_saved(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_evaluations(monkeypatch, [0.5] * 6)
+    run = build(recipe, "optimizer.learning_rate=1e30", "logging.every_steps=12", "evaluation.every_epochs=1")
+    with pytest.raises(DivergedError, match=rf"The best model so far, from epoch 1, is in {tmp_path}/run/model$"):
+        fit(run)
+
+
+def test_a_stop_before_the_first_evaluation_saves_no_model(recipe: Path, tmp_path: Path) -> None:
+    calls: list[bool] = []
+    result = fit(build(recipe), lambda: bool(calls.append(True)) or len(calls) == 3)
+    assert result == Result(best=None, stopped_after=4)  # requested during step 3, agreed on one step later
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_stop_keeps_the_model_of_the_last_evaluation(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = fake_evaluations(monkeypatch, [0.5])
+    result = fit(build(recipe), lambda: bool(weights))
+    assert (result.stopped_after, result.best and result.best.epoch) == (8, 3)
+    assert torch.equal(saved_head(tmp_path / "run"), weights[0])
+
+
+def test_ctrl_c_loses_no_saved_model(recipe: Path, tmp_path: Path, shell: Shell) -> None:
+    """Interrupt a long run after its first evaluation: it stops cleanly, with the documented exit code."""
+    command = [sys.executable, ROOT / "launch" / "finetune.py", "--config", recipe]
+    process = shell.start([*command, "schedule.epochs=100000", "evaluation.every_epochs=2", "logging.every_steps=1"])
+    try:
+        wait_for(lambda: (tmp_path / "run" / "model").exists() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+    finally:
+        end(process)
+    assert process.returncode == EXIT_INTERRUPTED, err[-3000:]
+    assert "Traceback" not in err
+    last = out.splitlines()[-1]
+    assert last.startswith("stopped after step ")
+    assert last.endswith(f": {tmp_path}/run/model")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    best = max(row["validation/top1"] for row in rows if "validation/top1" in row)
+    assert f"best top-1 {best:.4f}" in last
+    assert load_classifier(tmp_path / "run" / "model").training is False
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["id2label"] == {
+        "0": "0",
+        "1": "1",
+        "2": "2",
+    }
+    assert not list((tmp_path / "run").glob("*.partial"))

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from finetune.backbone import load_classifier, load_preprocessor
-from finetune.metrics import evaluate
+from finetune.evaluate import evaluate
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.config import FaultBudget
@@ -27,7 +27,7 @@ from pretrain.data.storage.index import DatasetInfo
 from pretrain.heartbeat.beats import START, Beat, read_beat
 from pretrain.journal import read_rows
 from pretrain.tracking.tracker import git_commit
-from tests.finetune.test_backbone import families, folder_of
+from tests.support.classifiers import save_classifier, tiny_configs
 from tests.support.launching import ROOT, Running, Shell, free_port
 
 PRETRAIN, FINETUNE = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "finetune.py"
@@ -86,7 +86,7 @@ def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: T
         assert one == pytest.approx(both, abs=1e-4), name
     again = shell([sys.executable, FINETUNE, "--config", recipe])
     assert again.code == 2
-    assert "holds a fine-tuned model already; choose another run_dir or set overwrite=true" in again.err
+    assert "a fine-tuned model already exists here; choose another run_dir or set overwrite=true" in again.err
 
     image = next((digits / "validation").glob("*.tar"))
     shutil.unpack_archive(image, tmp_path / "images", "tar", filter="data")
@@ -102,7 +102,7 @@ def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: T
     assert re.fullmatch(rf"{re.escape(str(images[0]))}: [012] \d+\.\d%, [012] \d+\.\d%\n", done.out)
     done = shell([tool("vitrail"), "predict", tmp_path / "runs" / "finetune" / "model", images[0], tiny])
     assert done.code == 2
-    assert f"{tiny}: is no usable image: not an image of a known format" in done.err
+    assert f"{tiny}: cannot be used as an image: not an image of a known format" in done.err
 
     check_mlflow(tmp_path)
 
@@ -119,12 +119,15 @@ def test_finetuning_of_other_architectures_on_two_ranks(shell: Shell, digits: Pa
         "dinov2": [tool("deepspeed"), "--num_gpus", "2"],
         "resnet": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"],
     }
-    for family, launcher in launchers.items():
-        folder, run_dir = folder_of(families()[family], tmp_path / family), tmp_path / "runs" / family
+    for architecture, launcher in launchers.items():
+        folder, run_dir = (
+            save_classifier(tiny_configs()[architecture], tmp_path / architecture),
+            tmp_path / "runs" / architecture,
+        )
         two = [*launcher, "--master_port", free_port()]
         done = shell([*two, FINETUNE, *settings, f"model={folder}", f"run_dir={run_dir}"])
         assert done.code == 0, done.err[-3000:]
-        measured = evaluate(
+        evaluation = evaluate(
             load_classifier(run_dir / "model"),
             open_dataset(digits / "validation"),
             load_preprocessor(run_dir / "model"),
@@ -133,7 +136,8 @@ def test_finetuning_of_other_architectures_on_two_ranks(shell: Shell, digits: Pa
             device=torch.device("cpu"),
             quarantine=Quarantine(tmp_path / "quarantine.jsonl", FaultBudget(), 0, writes=True),
         )
-        assert column(run_dir, "validation/loss") == pytest.approx([measured["loss"]], abs=1e-5)
+        assert evaluation is not None
+        assert column(run_dir, "validation/loss") == pytest.approx([evaluation.loss], abs=1e-5)
     one = [tool("accelerate"), "launch", "--cpu", "--num_processes", "1", FINETUNE, *settings]
     alone = shell([*one, f"model={tmp_path}/dinov2", f"run_dir={tmp_path}/runs/alone"])
     assert alone.code == 0, alone.err[-3000:]

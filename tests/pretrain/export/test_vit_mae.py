@@ -104,10 +104,15 @@ def test_encoder_is_exported_as_an_ordinary_vit(run_dir: Path) -> None:
 
 
 def test_neither_folder_loads_as_a_classifier(run_dir: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no trained classifier \(classifier.bias, .*\); fine-tune it first"):
+    with pytest.raises(
+        ModelError, match=r"no trained classification head \(missing: classifier.bias, .*\); fine-tune it first"
+    ):
         load_classifier(run_dir / "encoder")
     for load in (load_classifier, partial(new_classifier, class_names=[], from_scratch=False, freeze_backbone=False)):
-        with pytest.raises(ModelError, match="a masked autoencoder, no classifier; export the run again, without --as"):
+        with pytest.raises(
+            ModelError,
+            match="a masked autoencoder cannot be fine-tuned as a classifier; export the run again without --as",
+        ):
             load(run_dir / "autoencoder")
 
 

@@ -129,11 +129,11 @@ def test_an_incomplete_last_line_is_not_a_row(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "none") == []
 
 
-def test_an_exception_marks_the_run_as_failed(tmp_path: Path) -> None:
-    tracker = start_tracker(tmp_path / "r" / "a")
-    with pytest.raises(ZeroDivisionError), tracker:
-        raise ZeroDivisionError
-    assert only_run(default_uri(tmp_path / "r" / "a")).info.status == "FAILED"
+@pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_an_exception_decides_the_status(tmp_path: Path, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), start_tracker(tmp_path / "r" / "a"):
+        raise error
+    assert only_run(default_uri(tmp_path / "r" / "a")).info.status == status
 
 
 @pytest.mark.parametrize("status", ["KILLED", "RUNNING"])
@@ -248,7 +248,7 @@ def test_mlflow_can_be_turned_off(tmp_path: Path) -> None:
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with start_tracker(tmp_path / "b", enabled=False) as tracker:
         tracker.log({"train/loss": 1.0}, 1)
-        tracker.tag(a="b")
+        tracker.tag({"a": "b"})
         assert tracker.mlflow_run_id() is None
         tracker.finish("FINISHED")
     assert not (tmp_path / "b").exists()

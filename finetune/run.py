@@ -1,0 +1,155 @@
+"""A fine-tuning run: its data, its model under Accelerate, and its run folder."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from finetune.backbone import Preprocessor, load_preprocessor, new_classifier
+from finetune.config import FinetuneConfig
+from pretrain import distributed
+from pretrain.configfile import flatten
+from pretrain.data.dataset.classes import check_classes
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.open import open_cache, open_dataset
+from pretrain.data.dataset.subset import LabelSubset
+from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
+from pretrain.distributed import on_all_ranks
+from pretrain.errors import UserError
+from pretrain.optimizers import build_optimizer
+from pretrain.optimizers.layer_decay import apply_layer_decay
+from pretrain.optimizers.placement import Placement
+from pretrain.tracking.tracker import RunDescription, Tracker
+
+MODEL_FOLDER = "model"
+PRETRAINING_FOLDER = "checkpoints"  # only a pretraining run has this folder
+
+
+@dataclass(frozen=True)
+class FinetuneRun:
+    """Everything that a fine-tuning run works with.
+
+    Attributes:
+        config: Resolved run configuration.
+        accelerator: Accelerate's view of the ranks, the device and the precision.
+        classifier: Hugging Face model.
+        model: The same model, wrapped for training on all ranks.
+        optimizer: Optimizer of the trainable parameters, wrapped by Accelerate.
+        preprocessor: Preprocessing of the model's folder.
+        training: Training data.
+        validation: Validation data.
+        quarantine: Ledger of unusable samples.
+    """
+
+    config: FinetuneConfig
+    accelerator: Accelerator
+    classifier: Any
+    model: Any
+    optimizer: Any
+    preprocessor: Preprocessor
+    training: Dataset
+    validation: Dataset
+    quarantine: Quarantine
+
+    @property
+    def model_folder(self) -> Path:
+        """Hugging Face folder of the best model."""
+        return self.config.run_dir / MODEL_FOLDER
+
+    @property
+    def num_samples(self) -> int:
+        """Number of training samples per epoch."""
+        return sum(self.training.shard_sizes)
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps of the run."""
+        return self.steps_after(self.config.schedule.epochs)
+
+    def steps_after(self, epochs: float) -> int:
+        """Return the number of optimizer steps after which every sample has been used `epochs` times."""
+        return math.ceil(epochs * self.num_samples / self.config.engine.global_batch_size)
+
+    def evaluation_epochs(self) -> dict[int, int]:
+        """Return the epoch that ends with each step after which the model is evaluated, by step."""
+        epochs = self.config.schedule.epochs
+        return {
+            self.steps_after(epoch): epoch
+            for epoch in range(1, epochs + 1)
+            if epoch % self.config.evaluation.every_epochs == 0 or epoch == epochs
+        }
+
+
+def build_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Start Accelerate on this rank: on its GPU if there is one, otherwise on the CPU."""
+    # Some architectures have parameters that classification never uses, such as DINOv2's mask token.
+    unused_parameters = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if config.engine.precision == "bf16" else "no",
+        kwargs_handlers=[unused_parameters],
+    )
+
+
+def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
+    """Open the data, load the backbone under a new head, and prepare both for training on all ranks (collective)."""
+    on_all_ranks(lambda: check_run_dir(config))
+    training, validation = on_all_ranks(lambda: open_data(config))
+    torch.manual_seed(config.seed)
+    classifier = on_all_ranks(lambda: build_classifier(config, training.class_names))
+    preprocessor = on_all_ranks(lambda: load_preprocessor(config.model))
+    optimizer = build_optimizer(classifier, config.optimizer)
+    if config.optimizer.layer_decay < 1:
+        placement = Placement.unpartitioned(classifier.named_parameters())
+        apply_layer_decay(optimizer, placement, config.optimizer.layer_decay)
+    model, optimizer = accelerator.prepare(classifier, optimizer)
+    quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
+    return FinetuneRun(
+        config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine
+    )
+
+
+def check_run_dir(config: FinetuneConfig) -> None:
+    """Check that no result of another run would be lost.
+
+    Raises:
+        UserError: If the run folder contains a fine-tuned model that must not be replaced, or a pretraining run.
+    """
+    model_folder = config.run_dir / MODEL_FOLDER
+    if model_folder.exists() and not config.overwrite:
+        raise UserError(
+            f"{model_folder}: a fine-tuned model already exists here; choose another run_dir or set overwrite=true"
+        )
+    if (config.run_dir / PRETRAINING_FOLDER).exists():
+        raise UserError(f"{config.run_dir}: this folder contains a pretraining run; choose another run_dir")
+
+
+def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
+    """Open the training and the validation data."""
+    cache = open_cache(config.data)
+    training = open_dataset(config.data.train, cache=cache)
+    validation = open_dataset(config.data.validation, cache=cache)
+    check_classes(training, validation, config.data, needed_by="fine-tuning")
+    if config.data.labels_per_class:
+        training = LabelSubset(training, config.data.labels_per_class, config.seed)
+    return training, validation
+
+
+def build_classifier(config: FinetuneConfig, class_names: list[str]) -> Any:
+    """Load the folder's backbone under a new head."""
+    return new_classifier(
+        config.model, class_names, from_scratch=config.from_scratch, freeze_backbone=config.freeze_backbone
+    )
+
+
+def open_tracker(run: FinetuneRun, config_text: str, *, enabled: bool = True) -> Tracker:
+    """Start tracking on the main rank, unless tracking is not `enabled`."""
+    return Tracker(
+        run.config.run_dir,
+        run.config.tracking,
+        RunDescription("finetune", run.training.digest, config_text, flatten(run.config)),
+        enabled=enabled and distributed.is_main(),
+    )

@@ -1,0 +1,36 @@
+"""Check that training and validation data have labels of the same classes."""
+
+from collections.abc import Sequence
+
+from pretrain.config import SourceConfig
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.errors import DataError
+
+
+def check_classes(training: Dataset, validation: Dataset | None, config: SourceConfig, *, needed_by: str) -> None:
+    """Check that the training data has labels and that the validation data has the same classes.
+
+    Args:
+        training: Training data.
+        validation: Validation data, or None if there is none.
+        config: Paths of both, for the error message.
+        needed_by: What needs the labels, for the error message.
+
+    Raises:
+        DataError: If there are no labels, or the classes differ.
+    """
+    if not training.class_names and not (validation and validation.class_names):
+        raise DataError(f"{config.train}: the data has no labels, but {needed_by} needs them; choose labeled data")
+    if validation and validation.class_names != training.class_names:
+        difference = describe_class_difference(training.class_names, validation.class_names)
+        path = getattr(config, "validation", None)
+        raise DataError(f"{path}: validation classes differ from training classes: {difference}")
+
+
+def describe_class_difference(training: Sequence[str], validation: Sequence[str]) -> str:
+    """Return which class names occur in only one of two data sets, or that only their order differs."""
+    only_training = ", ".join(name for name in training if name not in set(validation))
+    only_validation = ", ".join(name for name in validation if name not in set(training))
+    parts = [f"only in training: {only_training}"] * bool(only_training)
+    parts += [f"only in validation: {only_validation}"] * bool(only_validation)
+    return "; ".join(parts) or "the names are the same, but in another order"
