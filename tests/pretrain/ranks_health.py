@@ -1,4 +1,7 @@
-"""Run by every rank of `test_health.py`: runs in which some samples poison their step; the main rank writes JSON."""
+"""Train on two ranks while some samples poison the loss of their step; test_health.py compares what the main rank sees.
+
+The runs are listed in tests/support/poisoning.py. To run one alone: pytest tests/pretrain/test_health.py -k bf16-zero3
+"""
 
 import json
 import sys
@@ -6,10 +9,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 from torch import Tensor
 
-from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import PretrainConfig
@@ -24,56 +28,43 @@ from pretrain.outcome import Outcome
 from pretrain.run import open_run
 from pretrain.stop_signal import StopSignal
 from pretrain.train import train_with_tracking
-
-STEPS, BATCH = 60, 16
-GRADIENT = 0.0  # the loss stays as it is, its gradient becomes NaN
-FAULTS = {
-    35 * BATCH + 3: float("nan"),
-    41 * BATCH + 12: 1e3,
-    47 * BATCH + 9: float("inf"),
-    52 * BATCH: 300.0,
-    55 * BATCH + 7: GRADIENT,
-}
-IN_A_ROW = {step * BATCH + 5: float("nan") for step in range(22, 27)}
-AFTER_A_SAVE = {step * BATCH + 5: float("nan") for step in range(20, 25)}
-SETTINGS = {
-    "stage0": ["engine.zero_stage=0"],
-    "stage1": ["engine.zero_stage=1"],
-    "stage2": ["engine.zero_stage=2"],
-    "stage3": ["engine.zero_stage=3"],
-    "bf16-stage0": ["engine.zero_stage=0", "engine.precision=bf16"],
-    "bf16-stage1": ["engine.zero_stage=1", "engine.precision=bf16"],
-    "bf16-stage2": ["engine.zero_stage=2", "engine.precision=bf16"],
-    "bf16-stage3": ["engine.zero_stage=3", "engine.precision=bf16"],
-    "offload": ["engine.zero_stage=2", "engine.offload_optimizer=true"],
-}
+from tests.support.poisoning import BATCH_SIZE, NAN_GRADIENT, RUNS, STEPS
+from tests.support.ranks import serve
 
 
-def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, Any]:
-    """Train to the end, the loss of whatever batch holds a poisoned sample multiplied by its poison."""
-    factor, last = 1.0, 0
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """Run one of the runs on this rank; return what the main rank has seen."""
+    start_distributed()
+    fixed = ["tracking.uri=off", "data.num_workers=0", f"schedule.total_steps={STEPS}", f"run_dir={folder / 'run'}"]
+    config = load_config(PretrainConfig, folder.parent / "tiny.yaml", [*fixed, *RUNS[name].overrides]).config
+    return train_poisoned(config, RUNS[name].poison)
 
-    def look(batch: Batch, device: torch.device) -> Batch:
-        nonlocal factor, last
+
+def train_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, Any]:
+    """Train to the end, multiplying the loss of a batch by the poison of its samples."""
+    factor, last_position = 1.0, 0
+
+    def find_poison(batch: Batch, device: torch.device) -> Batch:
+        nonlocal factor, last_position
         positions = batch["position"].tolist() if run.objective.training else []
-        last = max([last, *positions])
+        last_position = max([last_position, *positions])
         factor = next((poison[position] for position in positions if position in poison), 1.0)
         return to_device(batch, device)
 
     forward = SupervisedObjective.forward
 
-    def poisoned(objective: SupervisedObjective, batch: Batch, output: Output = "losses") -> dict[str, Tensor]:
+    def poisoned_forward(objective: SupervisedObjective, batch: Batch, output: Output = "losses") -> dict[str, Tensor]:
         losses = forward(objective, batch, output)
         loss = losses["loss"]
-        if factor == GRADIENT:
+        if factor == NAN_GRADIENT:
             return {**losses, "loss": loss + (loss - loss.detach()).abs().sqrt()}
         return {**losses, "loss": loss * factor}
 
     outcomes, message = [], ""
     with (
         open_run(config) as run,
-        mock.patch("pretrain.steps.to_device", look),
-        mock.patch.object(SupervisedObjective, "forward", poisoned),
+        mock.patch("pretrain.steps.to_device", find_poison),
+        mock.patch.object(SupervisedObjective, "forward", poisoned_forward),
     ):
         while not outcomes or outcomes[-1] is Outcome.DIVERGED:
             try:
@@ -84,44 +75,24 @@ def run_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, 
                 message = str(error)
                 break
     order = run.data.training.order(config.seed, config.data.shuffle_window)
-    fetched = (run.data.training.fetch(*order.locate(position)[1:]) for position in poison if position < STEPS * BATCH)
+    places = [order.locate(position)[1:] for position in poison if position < STEPS * BATCH_SIZE]
+    samples = [run.data.training.fetch(*place) for place in places]
     rows = read_rows(config.run_dir / "metrics.jsonl")
-    ledger = config.run_dir / "skipped.jsonl"
+    skipped = config.run_dir / "skipped.jsonl"
     checkpoints = list_checkpoints(config.run_dir)
     return {
         "outcomes": [outcome.name for outcome in outcomes],
         "message": message,
-        "loss": [row["validation/loss"] for row in rows if "validation/loss" in row],
-        "skipped": [json.loads(line) for line in ledger.read_text().splitlines()] if ledger.exists() else [],
+        "validation_losses": [row["validation/loss"] for row in rows if "validation/loss" in row],
+        "skipped": [json.loads(line) for line in skipped.read_text().splitlines()] if skipped.exists() else [],
         "finite": all(bool(w.isfinite().all()) for path in checkpoints for w in load_weights(path).values()),
         "steps": [row["step"] for row in rows if "optim/learning_rate" in row],
-        "samples": run.state.position,
+        "position": run.state.position,
         "images_seen": run.state.images_seen,
-        "last_position": last,
-        "poisoned": [[encoded.shard, encoded.key] for encoded in fetched],
-        "checkpoints": len(checkpoints),
+        "last_position": last_position,
+        "poisoned": [[sample.shard, sample.key] for sample in samples],
     }
 
 
-def main(recipe: Path, folder: Path) -> None:
-    start_distributed()
-    seen: dict[str, Any] = {}
-
-    def look(name: str, poison: dict[int, float], *overrides: str) -> None:
-        settings = ["tracking.uri=off", "data.num_workers=0", f"schedule.total_steps={STEPS}", *overrides]
-        config = load_config(PretrainConfig, recipe, [*settings, f"run_dir={folder / name}"]).config
-        seen[name] = run_poisoned(config, poison)
-
-    look("clean", {}, *SETTINGS["stage1"])
-    for name, overrides in SETTINGS.items():
-        look(name, FAULTS, "checkpoint.every_steps=36", *overrides)
-    look("rolled back", IN_A_ROW, "checkpoint.every_steps=10")
-    look("rolled back to their beginning", AFTER_A_SAVE, "checkpoint.every_steps=10", *SETTINGS["stage3"])
-    always = {position: float("nan") for position in range(20 * BATCH, 200 * BATCH)}
-    look("hopeless", always, "checkpoint.every_steps=10", "health.max_rollbacks=2", "health.max_consecutive_skips=3")
-    if distributed.is_main():
-        (folder / "seen.json").write_text(json.dumps(seen))
-
-
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:]))
+    serve(run)

@@ -1,8 +1,8 @@
-"""Steps that are not fit to be taken: no weight moves, their samples are named, and the run gets on."""
+"""Steps whose loss or gradient is NaN, infinite or a spike are skipped, listed with their samples, and left behind."""
 
 import json
 import math
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,114 +12,121 @@ import torch
 from pretrain.config import HealthConfig
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.health import MIN_STEPS, WINDOW_STEPS, Health
-from tests.pretrain.ranks_health import AFTER_A_SAVE, BATCH, FAULTS, IN_A_ROW, SETTINGS, STEPS
-from tests.support.launching import ROOT, TINY, Shell, free_port
+from tests.support.launching import ROOT, TINY
+from tests.support.poisoning import BATCH_SIZE, ROLLING_BACK, SINGLE_STEPS, SKIPPING, STEPS
+from tests.support.ranks import RankServer
+from tests.support.shared import once
 
 CPU = torch.device("cpu")
+Seen = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def seen(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two ranks saw."""
-    folder = tmp_path_factory.mktemp("health")
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(TINY.format(run_dir="unused", shards=digits))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    script = ROOT / "tests" / "pretrain" / "ranks_health.py"
-    done = Shell(folder)([*launcher, script, recipe, folder], PYTHONPATH=str(ROOT))
-    assert done.code == 0, done.err[-3000:]
-    seen: dict[str, Any] = json.loads((folder / "seen.json").read_text())
-    return seen
+def run_poisoned(digits: Path, session_folder: Path) -> Iterator[Callable[[str], Seen]]:
+    """Run one of the poisoned runs on two ranks, each when a test first asks for it; return what the main rank saw."""
+    root = session_folder / "ranks_health"
+    root.mkdir(exist_ok=True)
+    recipe = TINY.format(run_dir="unused", shards=digits)
+    once(root / "tiny.yaml", lambda path: path.write_text(recipe))
+    server = RankServer(ROOT / "tests" / "pretrain" / "ranks_health.py", root)
+    yield lambda name: server.run(name, 2, root / name)
+    server.close()
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_poisoned_steps_are_skipped_and_named_at_every_stage(seen: dict[str, Any], digits: Path, setting: str) -> None:
-    result = seen[setting]
-    assert result["outcomes"] == ["DONE"]
-    assert result["finite"]
-    assert result["steps"] == list(range(1, STEPS + 1))
-    assert [row["step"] for row in result["skipped"]] == [position // BATCH for position in FAULTS]
-    reasons = [row["reason"] for row in result["skipped"]]
+@pytest.mark.processes
+@pytest.mark.parametrize("name", SKIPPING)
+def test_poisoned_steps_are_skipped_and_listed(run_poisoned: Callable[[str], Seen], digits: Path, name: str) -> None:
+    seen, clean = run_poisoned(name), run_poisoned("clean")
+    assert seen["outcomes"] == ["DONE"]
+    assert seen["finite"]
+    assert seen["steps"] == list(range(1, STEPS + 1))
+    assert seen["images_seen"] == (STEPS - len(SINGLE_STEPS)) * BATCH_SIZE
+    assert [row["step"] for row in seen["skipped"]] == [position // BATCH_SIZE for position in SINGLE_STEPS]
+    reasons = [row["reason"] for row in seen["skipped"]]
     assert "is nan" in reasons[0]
     assert "is above the limit of" in reasons[1]
     assert "is inf" in reasons[2] or "is nan" in reasons[2]
     assert "is above the limit of" in reasons[3]
-    assert reasons[4] in ("the gradient norm is nan", "the gradient norm is inf")  # as DeepSpeed has it
-    for row, poisoned in zip(result["skipped"], result["poisoned"], strict=True):
+    assert reasons[4] in ("the gradient norm is nan", "the gradient norm is inf")  # it depends on the ZeRO stage
+    for row, poisoned in zip(seen["skipped"], seen["poisoned"], strict=True):
         assert poisoned in row["samples"]
     shards = {entry.name for entry in DatasetInfo.load(digits / "train").shards}
-    for row in result["skipped"]:
-        assert len({tuple(sample) for sample in row["samples"]}) == BATCH
+    for row in seen["skipped"]:
+        assert len({tuple(sample) for sample in row["samples"]}) == BATCH_SIZE
         assert {Path(shard).name for shard, _ in row["samples"]} <= shards
-    assert result["loss"][-1] == pytest.approx(seen["clean"]["loss"][-1], rel=0.01)
+    assert seen["validation_losses"][-1] == pytest.approx(clean["validation_losses"][-1], rel=0.01)
 
 
-def test_a_clean_run_skips_nothing(seen: dict[str, Any]) -> None:
-    assert not seen["clean"]["skipped"]
-    assert seen["clean"]["outcomes"] == ["DONE"]
+@pytest.mark.processes
+def test_a_clean_run_skips_nothing(run_poisoned: Callable[[str], Seen]) -> None:
+    seen = run_poisoned("clean")
+    assert seen["outcomes"] == ["DONE"]
+    assert not seen["skipped"]
+    assert seen["images_seen"] == STEPS * BATCH_SIZE
 
 
-@pytest.mark.parametrize(
-    ("setting", "poison"), [("rolled back", IN_A_ROW), ("rolled back to their beginning", AFTER_A_SAVE)]
-)
-def test_after_some_in_a_row_the_run_goes_back_and_passes_over_them(
-    seen: dict[str, Any], setting: str, poison: dict[int, float]
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ROLLING_BACK)
+def test_consecutive_skips_roll_the_run_back_and_leave_their_samples_out(
+    run_poisoned: Callable[[str], Seen], name: str
 ) -> None:
-    result = seen[setting]
-    assert result["outcomes"] == ["DIVERGED", "DONE"]
-    assert [row["step"] for row in result["skipped"]] == [position // BATCH for position in poison]
-    assert result["steps"] == list(range(1, STEPS + 1))
-    assert result["samples"] == (STEPS + len(poison)) * BATCH
-    assert result["last_position"] // BATCH == STEPS + len(poison) - 1  # what the manifest says was trained on
-    assert result["finite"]
+    seen, poison = run_poisoned(name), ROLLING_BACK[name].poison
+    assert seen["outcomes"] == ["DIVERGED", "DONE"]
+    assert [row["step"] for row in seen["skipped"]] == [position // BATCH_SIZE for position in poison]
+    assert seen["steps"] == list(range(1, STEPS + 1))
+    assert seen["position"] == (STEPS + len(poison)) * BATCH_SIZE
+    assert seen["images_seen"] == STEPS * BATCH_SIZE
+    assert seen["last_position"] // BATCH_SIZE == STEPS + len(poison) - 1
+    assert seen["finite"]
 
 
-def test_a_run_that_going_back_does_not_help_ends_with_a_report(seen: dict[str, Any]) -> None:
-    result = seen["hopeless"]
-    assert result["outcomes"] == ["DIVERGED"] * 3
-    assert "3 steps in a row were skipped (the loss is nan) after health.max_rollbacks=2 rollbacks" in result["message"]
-    assert "skipped.jsonl" in result["message"]
-    assert result["finite"]
+@pytest.mark.processes
+def test_a_run_that_rollbacks_do_not_help_ends_with_an_error(run_poisoned: Callable[[str], Seen]) -> None:
+    seen = run_poisoned("diverging")
+    assert seen["outcomes"] == ["DIVERGED"] * 3
+    assert "3 steps in a row were skipped (the loss is nan) after health.max_rollbacks=2 rollbacks" in seen["message"]
+    assert "skipped.jsonl" in seen["message"]
+    assert seen["finite"]
 
 
-def judged(health: Health, loss: float, norm: float, step: int = 0) -> bool:
+def is_skipped(health: Health, loss: float, norm: float, step: int = 0) -> bool:
     health.all_reduce(torch.tensor(loss), position=step, stop_requested=False)
-    is_skipped = bool(health.should_skip(torch.tensor(norm)))
+    skipped = bool(health.should_skip(torch.tensor(norm)))
     health.end_step(torch.tensor(norm), step, step)
-    return is_skipped
+    return skipped
 
 
-def test_spikes_are_told_from_what_is_usual() -> None:
+def test_spikes_are_skipped_and_noise_is_not() -> None:
     torch.manual_seed(0)
     health = Health(HealthConfig(), CPU)
     noise = torch.randn(600, 2).tolist()
     values = [(3.0 - step / 500 + 0.1 * first, math.exp(second / 4)) for step, (first, second) in enumerate(noise)]
-    assert not any(judged(health, *pair) for pair in values)
-    assert judged(health, 2.0, 50.0)
-    assert judged(health, 30.0, 1.0)
-    assert judged(health, math.nan, 1.0)
-    assert judged(health, 2.0, math.inf)
-    assert not judged(health, *values[-1])  # and a bad step does not become what is usual
-    assert not judged(Health(HealthConfig(spike_threshold=0), CPU), 1e9, 1e9)
+    assert not any(is_skipped(health, *pair) for pair in values)
+    assert is_skipped(health, 2.0, 50.0)
+    assert is_skipped(health, 30.0, 1.0)
+    assert is_skipped(health, math.nan, 1.0)
+    assert is_skipped(health, 2.0, math.inf)
+    assert not is_skipped(health, *values[-1])  # a skipped step is not added to the window
+    assert not is_skipped(Health(HealthConfig(spike_threshold=0), CPU), 1e9, 1e9)
 
 
 @pytest.mark.parametrize("count", [MIN_STEPS, WINDOW_STEPS, 3 * WINDOW_STEPS + 7])
-def test_what_is_usual_survives_a_restart(count: int) -> None:
+def test_the_spike_window_survives_a_restart(count: int) -> None:
     torch.manual_seed(0)
     health = Health(HealthConfig(), CPU)
     for _ in range(count):
-        judged(health, 2 + float(torch.rand(())), 1 + float(torch.rand(())))
-    again = Health(HealthConfig(), CPU, json.loads(json.dumps(health.spike_window())))
+        is_skipped(health, 2 + float(torch.rand(())), 1 + float(torch.rand(())))
+    restored = Health(HealthConfig(), CPU, json.loads(json.dumps(health.spike_window())))
     for step in range(2 * WINDOW_STEPS):
         pair = 2 + float(torch.rand(())), 1 + float(torch.rand(()))
-        assert judged(health, *pair, step) == judged(again, *pair, step)
-        first, second = health.flush(), again.flush()
+        assert is_skipped(health, *pair, step) == is_skipped(restored, *pair, step)
+        first, second = health.flush(), restored.flush()
         assert first == second
         assert first is not None
         assert math.isfinite(first.loss_limit)
 
 
-def test_ranks_at_different_samples_are_found() -> None:
+def test_ranks_at_different_positions_are_an_error() -> None:
     health = Health(HealthConfig(), CPU)
     health.all_reduce(torch.tensor(1.0), position=32, stop_requested=False)
     health.end_step(torch.tensor(1.0), 2, 16)
