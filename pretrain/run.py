@@ -14,6 +14,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import PretrainConfig
+from pretrain.data.dataset.classes import check_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
@@ -22,7 +23,7 @@ from pretrain.distributed import on_all_ranks
 from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
 from pretrain.engine.protocol import TrainingEngine
-from pretrain.errors import CheckpointError, DataError, DivergedError
+from pretrain.errors import CheckpointError, DivergedError
 from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
 from pretrain.model.vit import ViT, compile_blocks
@@ -159,36 +160,15 @@ def find_resumable_checkpoint(run_dir: Path, *, must_resume: bool) -> Path | Non
 
 
 def open_data(config: PretrainConfig) -> Data:
-    """Open the training and validation data.
-
-    Raises:
-        DataError: If a data set lacks labels that the objective needs, or the classes of the two sets differ.
-    """
+    """Open the training and validation data, and check their labels if the objective needs them."""
     cache = open_cache(config.data)
     labeled = config.objective.needs_labels
     training = open_dataset(config.data.train, config.data.weights, cache, labeled)
     training.check_cache_size(config.data.shuffle_window)
     validation = open_dataset(config.data.validation, cache=cache) if config.data.validation else None
-    if labeled and validation and validation.class_names != training.class_names:
-        difference = describe_class_difference(training.class_names, validation.class_names)
-        raise DataError(f"{config.data.validation}: validation classes differ from training classes: {difference}")
-    if labeled and not training.class_names:
-        raise DataError(
-            f"{config.data.train}: the data has no labels, but objective.name={config.objective.name} needs them; "
-            "choose labeled data or another objective"
-        )
+    if labeled:
+        check_classes(training, validation, config.data, needed_by=f"objective.name={config.objective.name}")
     return Data(training, validation)
-
-
-def describe_class_difference(training: list[str], validation: list[str]) -> str:
-    """Say which class names only one of two data sets has, or that the sets have the same names in another order."""
-    only_training, only_validation = (
-        ", ".join(name for name in names if name not in others)
-        for names, others in ((training, validation), (validation, training))
-    )
-    parts = [f"only in training: {only_training}"] * bool(only_training)
-    parts += [f"only in validation: {only_validation}"] * bool(only_validation)
-    return "; ".join(parts) or "the same names in another order"
 
 
 def build_model(config: PretrainConfig, data: Data, *, is_new: bool) -> Objective:

@@ -1,4 +1,4 @@
-"""A run folder: used by one run at a time, shared by all its ranks, and opened with data that fits."""
+"""A run folder: used by one run at a time, and shared by all its ranks."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from pretrain.errors import UserError
 from pretrain.heartbeat.beats import read_beats
 from pretrain.heartbeat.watch import Watch
 from pretrain.outcome import Outcome
-from pretrain.run import describe_class_difference
 from pretrain.run_folder import check_shared, claim_run_dir
 
 
@@ -41,15 +40,3 @@ def test_a_folder_that_differs_between_machines_is_refused(tmp_path: Path) -> No
         check_shared(tmp_path, "node-1 4711")
     with pytest.raises(UserError, match="cannot see files written by rank 0"):
         check_shared(tmp_path / "elsewhere", "node-1 4711")
-
-
-@pytest.mark.parametrize(
-    ("training", "validation", "expected"),
-    [
-        (["cat", "dog"], ["Cat", "dog"], "only in training: cat; only in validation: Cat"),
-        (["cat", "dog"], ["cat"], "only in training: dog"),
-        (["dog", "cat"], ["cat", "dog"], "the same names in another order"),
-    ],
-)
-def test_the_classes_that_differ_are_named(training: list[str], validation: list[str], expected: str) -> None:
-    assert describe_class_difference(training, validation) == expected
