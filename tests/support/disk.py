@@ -1,8 +1,9 @@
-"""A disk that is full."""
+"""Folders and their sizes, and a disk that is full."""
 
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -14,3 +15,14 @@ def full_disk(limit_bytes: int = 100) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of a folder's files, some of which may vanish meanwhile."""
+    total = 0
+    for path in folder.iterdir() if folder.exists() else []:
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:
+            continue
+    return total

@@ -13,12 +13,12 @@ from pretrain.export.folder import export
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.state import TrainState
-from tests.pretrain.objectives.test_self_distillation import MODEL, build
 from tests.support.checkpoints import write_checkpoint
+from tests.support.self_distillation import MODEL, build_self_distillation
 
 
 def test_teacher_is_exported_and_started_from(tmp_path: Path) -> None:
-    objective = build()
+    objective = build_self_distillation()
     with torch.no_grad():
         for tensor in objective.state_dict().values():
             tensor.add_(0.05 * torch.randn_like(tensor))  # so that student and teacher differ
@@ -44,11 +44,11 @@ def test_teacher_is_exported_and_started_from(tmp_path: Path) -> None:
             target = build_objective(SupervisedConfig(), ViT(MODEL), [0.5, 0.5], config.preprocessing).eval()
             warm_start(target, source, ["a", "b"], 1e-6)
             torch.testing.assert_close(target.encoder(images), expected, rtol=1e-5, atol=1e-5)
-            other = build().eval()
+            other = build_self_distillation().eval()
             warm_start(other, source, ["c"], 1e-6)
             other.after_warm_start()
             torch.testing.assert_close(other.student(images), expected, rtol=1e-5, atol=1e-5)
-        again = build().eval()
+        again = build_self_distillation().eval()
         warm_start(again, tmp_path, ["a", "b"], 1e-6)  # the classes are equal, so heads are copied too
         again.after_warm_start()
         for name, tensor in again.student_cls_head.state_dict().items():

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 from torch._dynamo.testing import CompileCounter
 from torch.utils.data import default_collate
 
-from pretrain.config import ModelConfig, PreprocessingConfig, SelfDistillationConfig
+from pretrain.config import PreprocessingConfig, SelfDistillationConfig
 from pretrain.data.transforms.batch import Batch, augment
 from pretrain.data.transforms.multi_crop import sample_block_mask
 from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
@@ -25,26 +25,7 @@ from pretrain.objectives.self_distillation import (
     sinkhorn_knopp,
 )
 from tests.support.overfitting import overfit
-
-MODEL = ModelConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=32
-)
-SMALL = {
-    "num_local_crops": 3,
-    "local_image_size": 16,
-    "num_prototypes": 48,
-    "head_hidden_size": 32,
-    "head_bottleneck_size": 16,
-    "mask_probability": 1.0,
-}
-
-
-def build(**changes: object) -> SelfDistillationObjective:
-    torch.manual_seed(0)
-    config = SelfDistillationConfig.model_validate({**SMALL, **changes})
-    objective = build_objective(config, ViT(MODEL), [], PreprocessingConfig())
-    assert isinstance(objective, SelfDistillationObjective)
-    return objective.train()
+from tests.support.self_distillation import MODEL, SMALL, build_self_distillation
 
 
 def batch(objective: SelfDistillationObjective, size: int) -> Batch:
@@ -55,7 +36,7 @@ def batch(objective: SelfDistillationObjective, size: int) -> Batch:
 
 
 def test_the_first_losses_are_those_of_a_student_that_says_nothing() -> None:
-    objective = build(num_prototypes=4096, head_bottleneck_size=256)
+    objective = build_self_distillation(num_prototypes=4096, head_bottleneck_size=256)
     losses = objective(batch(objective, 8))
     for name in ("dino", "ibot"):
         assert float(losses[name]) == pytest.approx(math.log(4096), rel=0.05)
@@ -119,7 +100,7 @@ def test_koleo_takes_no_copy_for_a_neighbor() -> None:
 
 
 def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
-    objective = build(koleo_weight=0.0)
+    objective = build_self_distillation(koleo_weight=0.0)
     data = batch(objective, 6)
     first = float(objective(data)["loss"])
     last = overfit(objective, data, steps=150)
@@ -132,7 +113,7 @@ def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
 
 def test_student_and_teacher_see_what_the_papers_say() -> None:
     """Written out crop by crop and patch by patch, with student and teacher apart and some crops whole."""
-    objective = build(mask_probability=0.5)
+    objective = build_self_distillation(mask_probability=0.5)
     data = batch(objective, 6)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -179,7 +160,7 @@ def test_student_and_teacher_see_what_the_papers_say() -> None:
 
 
 def test_the_teacher_follows_as_stated_and_no_gradient_reaches_it() -> None:
-    objective = build(teacher_momentum=0.9)
+    objective = build_self_distillation(teacher_momentum=0.9)
     assert not any(
         name.startswith(("encoder.", "cls_head.", "patch_head.")) for name, _ in objective.named_parameters()
     )
@@ -204,7 +185,7 @@ def test_the_teacher_follows_as_stated_and_no_gradient_reaches_it() -> None:
 
 
 def test_the_teachers_temperature_grows() -> None:
-    objective = build()
+    objective = build_self_distillation()
     found = []
     for progress in (0.0, 0.15, 0.3, 1.0):
         objective.before_step(progress)
@@ -213,7 +194,7 @@ def test_the_teachers_temperature_grows() -> None:
 
 
 def test_crops_are_keyed_by_the_sample() -> None:
-    objective = build(mask_probability=0.5)
+    objective = build_self_distillation(mask_probability=0.5)
     view, image = objective.train_view(32), np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(first["mask"], again["mask"])
@@ -252,7 +233,7 @@ def test_student_and_teacher_stay_compiled() -> None:
 
 
 def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
-    objective = build().eval()
+    objective = build_self_distillation().eval()
     data = {"image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
     sums = objective({**data, "weight": torch.tensor([1.0] * 5 + [0.0] * 3)})
     first = objective({"image": data["image"][:5], "weight": torch.ones(5)})

@@ -16,41 +16,20 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import AugmentConfig, DataConfig
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.dataset.open import open_cache, open_dataset
-from pretrain.data.loading.loader import BatchPlan, evaluation_batches, training_batches
+from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.loader import evaluation_batches
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.data.storage.remote import StalledFetchError
-from pretrain.data.transforms.views import EvalView, TrainView
+from pretrain.data.transforms.views import EvalView
 from pretrain.errors import DataError
-from tests.pretrain.data.storage.test_cache import folder_size
+from tests.support.disk import folder_size
+from tests.support.reading import opened, pixels_of_two_epochs
 from tests.support.servers import Hostile, serve, serve_gs, serve_hub, serve_s3
-
-
-def opened(place: str, cache_dir: Path, **settings: object) -> Dataset:
-    config = DataConfig(train=place, cache_dir=cache_dir, **settings)  # type: ignore[arg-type]
-    return open_dataset(config.train, cache=open_cache(config))
-
-
-def epochs(samples: Dataset, num_workers: int = 2) -> dict[int, bytes]:
-    """Two epochs' pixels by position; no fault may occur."""
-    seen = {}
-    for loaded in training_batches(
-        samples,
-        TrainView(AugmentConfig(), 8),
-        BatchPlan(seed=0, shuffle_window=3, global_batch_size=16, num_workers=num_workers),
-        start=0,
-        stop=2 * sum(samples.shard_sizes) // 16 * 16,
-    ):
-        assert not loaded.bad_samples
-        for i, position in enumerate(loaded.tensors["position"].tolist()):
-            seen[position] = loaded.tensors["image"][i].numpy().tobytes()
-    return seen
 
 
 @contextmanager
@@ -129,11 +108,11 @@ def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count:
 
 
 def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
-    expected = epochs(open_dataset(digits / "train"), 0)
+    expected = pixels_of_two_epochs(open_dataset(digits / "train"), 0)
     total = sum(path.stat().st_size for path in (digits / "train").iterdir())
     with serve(Hostile(digits / "train", unavailable=0.05, reset=0.02, slow=0.1)) as server:
         samples = opened(server.url, tmp_path / "cache")
-        assert epochs(samples) == expected
+        assert pixels_of_two_epochs(samples) == expected
         assert server.sent <= 1.05 * total
         batches = evaluation_batches(samples, EvalView(8), batch_size=16, rank=0, world_size=1, num_workers=1)
         assert sum(int(loaded.tensors["weight"].sum()) for loaded in batches) == sum(samples.shard_sizes)
@@ -160,7 +139,7 @@ def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, t
         assert [*asked.values()] == [1] * 12  # of 36 shards
         if ranges:
             assert server.sent < indexes + 12 * 1000
-        epochs(samples)
+        pixels_of_two_epochs(samples)
         sent = server.sent
         assert few(samples) == expected
         assert server.sent == sent
@@ -172,7 +151,7 @@ def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path
     with serve(Hostile(digits / "train")) as server:
         samples = opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard)
         samples.check_cache_size(window=3)
-        assert epochs(samples) == epochs(open_dataset(digits / "train"), 0)
+        assert pixels_of_two_epochs(samples) == pixels_of_two_epochs(open_dataset(digits / "train"), 0)
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 6 * per_shard
         with pytest.raises(
             DataError, match=r"data.cache_bytes: \d+ bytes cannot hold two windows of 4 shards, \d+ byt"
@@ -184,7 +163,7 @@ def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path)
     with serve(Hostile(digits / "train", stalled={"shard-000001.tar"})) as server:
         samples = opened(server.url, tmp_path / "cache", stall_seconds=1.0)
         with pytest.raises(DataError, match=r"shard-000001.tar: no data from 127.0.0.1:\d+ for \d+ seconds"):
-            epochs(samples)
+            pixels_of_two_epochs(samples)
         with pytest.raises(StalledFetchError):
             samples.fetch(1, 0)
 
@@ -200,7 +179,7 @@ def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
             monkeypatch.setenv(name, value)
         samples = opened("s3://bucket", tmp_path / "cache", cache_bytes=total + per_shard)
         with watched(tmp_path / "cache", total + per_shard):
-            assert epochs(samples) == epochs(open_dataset(digits / "train"), 0)
+            assert pixels_of_two_epochs(samples) == pixels_of_two_epochs(open_dataset(digits / "train"), 0)
         assert server.sent <= 1.05 * total
 
 
@@ -208,7 +187,9 @@ def test_google_storage_sends_the_same_samples(digits: Path, tmp_path: Path, mon
     with serve_gs(digits / "train", "bucket") as access:
         for name, value in access.items():
             monkeypatch.setenv(name, value)
-        assert epochs(opened("gs://bucket", tmp_path / "cache")) == epochs(open_dataset(digits / "train"), 0)
+        assert pixels_of_two_epochs(opened("gs://bucket", tmp_path / "cache")) == pixels_of_two_epochs(
+            open_dataset(digits / "train"), 0
+        )
 
 
 def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
@@ -216,10 +197,10 @@ def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
         environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}  # read when the package is imported
         program = (
             "import sys; from pathlib import Path\n"
-            "from tests.pretrain.data.dataset.test_remote_dataset import epochs, opened\n"
+            "from tests.support.reading import opened, pixels_of_two_epochs\n"
             "from pretrain.data.dataset.open import open_dataset\n"
-            "seen = epochs(opened('hf://datasets/user/set', Path(sys.argv[2])))\n"
-            "assert seen == epochs(open_dataset(Path(sys.argv[1])), 0)"
+            "seen = pixels_of_two_epochs(opened('hf://datasets/user/set', Path(sys.argv[2])))\n"
+            "assert seen == pixels_of_two_epochs(open_dataset(Path(sys.argv[1])), 0)"
         )
         command = [sys.executable, "-c", program, str(digits / "train"), str(tmp_path / "cache")]
         subprocess.run(command, env=environment, cwd=Path(__file__).parents[4], check=True, timeout=60)

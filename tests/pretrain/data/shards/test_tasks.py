@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from pretrain.data.shards.tasks import run_tasks, run_tasks_on_ray
+from tests.support.launching import wait_for
+from tests.support.tasks import note_and_sleep
 
 
 def late_square(number: int) -> int:
@@ -27,12 +29,6 @@ def fail_at_3(number: int) -> int:
 
 def die(number: int) -> int:
     os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def note_and_sleep(folder: Path, number: int) -> int:
-    (folder / str(os.getpid())).touch()
-    time.sleep(60)
     return number
 
 
@@ -67,7 +63,7 @@ if __name__ == "__main__":
     from functools import partial
     from pathlib import Path
     from pretrain.data.shards.tasks import run_tasks
-    from tests.pretrain.data.shards.test_tasks import note_and_sleep
+    from tests.support.tasks import note_and_sleep
     list(run_tasks(partial(note_and_sleep, Path({str(tmp_path)!r})), range(9), 2))
 """
     script = tmp_path.parent / f"{tmp_path.name}.py"
@@ -75,20 +71,13 @@ if __name__ == "__main__":
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[4])}
     parent = subprocess.Popen([sys.executable, str(script)], env=environment, stderr=subprocess.DEVNULL)
     try:
-        _wait(lambda: len(list(tmp_path.iterdir())) == 2, 30)
+        wait_for(lambda: len(list(tmp_path.iterdir())) == 2)
         workers = [int(path.name) for path in tmp_path.iterdir()]
         parent.send_signal(how)
-        parent.wait(10)
-        _wait(lambda: not any(psutil.pid_exists(worker) for worker in workers), 10)
+        parent.wait(300)
+        wait_for(lambda: not any(psutil.pid_exists(worker) for worker in workers), 50)  # their own sleep is longer
     finally:
         parent.kill()
-
-
-def _wait(is_true: object, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_missing_ray_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

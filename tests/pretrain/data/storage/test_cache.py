@@ -15,6 +15,7 @@ import pytest
 from pretrain.data.storage.cache import Cache, RemoteObject
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.errors import DataError
+from tests.support.disk import folder_size
 from tests.support.servers import Hostile, serve
 
 POLICY = FetchPolicy(request_seconds=5, stall_seconds=20, piece_bytes=50_000)
@@ -36,16 +37,6 @@ def objects(server: Hostile) -> list[RemoteObject]:
         RemoteObject(f"{server.url}/{p.name}", hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_size)
         for p in paths
     ]
-
-
-def folder_size(folder: Path) -> int:
-    total = 0
-    for path in folder.iterdir() if folder.exists() else []:
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def check_names(folder: Path) -> None:
