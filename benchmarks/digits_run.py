@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,6 @@ from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.heartbeat.beats import END, START, Beat, read_beats
-from tests.support.launching import free_port
 
 PRETRAIN = Path(__file__).resolve().parents[1] / "launch" / "pretrain.py"
 CONFIG = """
@@ -39,6 +39,13 @@ def prepare(work: Path, steps: int, save_every: int, script: Path = PRETRAIN) ->
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = [launcher, "--num_gpus", "2", "--master_port", free_port(), str(script)]
     return [*command, "--config", str(work / "config.yaml")]
+
+
+def free_port() -> str:
+    """Return a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def start(command: list[str], log: Path, **variables: str) -> "subprocess.Popen[bytes]":

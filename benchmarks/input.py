@@ -28,6 +28,8 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from benchmarks.damage import epoch, make_small_set, trials, webdataset_images
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
@@ -43,8 +45,6 @@ from pretrain.data.storage.index import DatasetInfo
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.transforms.views import TrainView
 from pretrain.errors import BadSampleError
-from tests.support.faults import epoch, make_small_set, trials, webdataset_images
-from tests.support.servers import Hostile, serve
 
 SECONDS_TIMED = 5.0
 FAULTS = 1000
@@ -178,7 +178,7 @@ def damaging(work: Path, count: int) -> list[Row]:
 def misbehaving(work: Path) -> list[Row]:
     """One epoch from a server of 5 % 503, 2 % resets and 10 % slow replies, against the bytes that the set has."""
     whole = work / "shards" / "train"
-    server = Hostile(whole, unavailable=0.05, reset=0.02, slow=0.10)
+    server = UnreliableServer(whole, unavailable=0.05, reset=0.02, slow=0.10)
     with serve(server):
         cache = Cache(work / "cache", 10**10, FetchPolicy(piece_bytes=1 << 20))
         samples = open_dataset(server.url, cache=cache)
@@ -187,7 +187,7 @@ def misbehaving(work: Path) -> list[Row]:
             1 for shard, size in enumerate(samples.shard_sizes) for row in range(size) if samples.read(shard, row)
         )
         ours = f"{read} of {sum(samples.shard_sizes)} samples, {server.sent / num_bytes:.3f} of the bytes"
-        server.sent, server.chance = 0, random.Random(0)
+        server.sent, server.generator = 0, random.Random(0)
         urls = [f"{server.url}/{path.name}" for path in sorted(whole.glob("*.tar"))]
         seen, error = 0, "no error"
         try:

@@ -30,7 +30,7 @@ settings.register_profile("patient", deadline=None)  # a busy machine must not f
 settings.load_profile("patient")
 
 
-START_PROCESSES = {"shell", "tool", "trained"}  # fixtures
+START_PROCESSES = {"shell", "tool", "trained", "run_poisoned"}  # fixtures
 LONGEST = ("test_launchers", "test_zero_stages", "test_other_topology", "test_objectives")
 
 

@@ -1,6 +1,7 @@
 """The architecture, held: who may import whom, and what stays light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,14 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_no_test_imports_another_test_and_no_benchmark_imports_tests(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for module in re.findall(r"\b(?:from|import) (tests\b[\w.]*)", path.read_text()):
+            assert folder == "tests", f"{path} imports {module}"
+            assert module.startswith("tests.support"), f"{path} imports {module}; move what it needs to tests/support"
 
 
 def test_the_tree_has_no_room_without_a_name() -> None:

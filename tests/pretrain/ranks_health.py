@@ -1,6 +1,9 @@
 """Train on two ranks while some samples poison the loss of their step; test_health.py compares what the main rank sees.
 
-The runs are listed in tests/support/poisoning.py. To run one alone: pytest tests/pretrain/test_health.py -k bf16-zero3
+The runs are listed in tests/support/poisoning.py. Any of them can be run alone:
+
+    pytest tests/pretrain/test_health.py -k bf16-zero3
+    python tests/pretrain/ranks_health.py --only bf16-zero3 --folder /tmp/runs
 """
 
 import json
@@ -12,8 +15,11 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torch._dynamo
+import torch._inductor.compile_fx  # torch and DeepSpeed import both late; here every forked rank finds them imported
 from torch import Tensor
 
+from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import PretrainConfig
@@ -29,15 +35,17 @@ from pretrain.run import open_run
 from pretrain.stop_signal import StopSignal
 from pretrain.train import train_with_tracking
 from tests.support.poisoning import BATCH_SIZE, NAN_GRADIENT, RUNS, STEPS
-from tests.support.ranks import serve
+from tests.support.ranks import main
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """Run one of the runs on this rank; return what the main rank has seen."""
     start_distributed()
     fixed = ["tracking.uri=off", "data.num_workers=0", f"schedule.total_steps={STEPS}", f"run_dir={folder / 'run'}"]
-    config = load_config(PretrainConfig, folder.parent / "tiny.yaml", [*fixed, *RUNS[name].overrides]).config
-    return train_poisoned(config, RUNS[name].poison)
+    config = load_config(PretrainConfig, folder.parents[1] / "tiny.yaml", [*fixed, *RUNS[name].overrides]).config
+    seen = train_poisoned(config, RUNS[name].poison)
+    distributed.leave_process_group()
+    return seen
 
 
 def train_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str, Any]:
@@ -95,4 +103,4 @@ def train_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str
 
 
 if __name__ == "__main__":
-    serve(run)
+    main(run, __doc__, [(2, name) for name in RUNS])

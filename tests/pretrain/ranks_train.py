@@ -6,14 +6,11 @@
 The runs are listed in tests/support/training.py. Each writes `seen.json` and a log for each rank into its own folder.
 """
 
-import argparse
 import errno
-import json
 import math
 import os
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,10 +33,6 @@ from pretrain.configfile import load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
-from pretrain.data.shards.make import make_shards
-from pretrain.data.shards.plan import ShardOptions
-from pretrain.data.sources.digits import list_digits
-from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.partitions import count_optimizer_steps
@@ -51,8 +44,7 @@ from pretrain.run import open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.stop_signal import StopSignal
 from pretrain.train import train_with_tracking
-from tests.support.launching import TINY
-from tests.support.ranks import ENDED, run_ranks, serve
+from tests.support.ranks import folder_of, main
 from tests.support.training import (
     CONTINUED,
     EMA_DECAY,
@@ -68,10 +60,8 @@ from tests.support.training import (
     SETTINGS,
     STARTS,
     STOPPED,
-    WORLD_SIZES,
     Setting,
     all_runs,
-    folder_of,
     needs,
 )
 
@@ -397,51 +387,5 @@ def train_without_deepspeed(recipe: Path, overrides: list[str], steps: int | Non
     return {"losses": losses, **{kind: {name: digest(w) for name, w in each.items()} for kind, each in tensors.items()}}
 
 
-def make_recipe(root: Path) -> None:
-    """Write shards of the digits 0 to 2 and the tiny recipe over them."""
-    source = keep_classes(list_digits(), ["0", "1", "2"])
-    make_shards(source, root / "digits", ShardOptions(validation_fraction=0.1, shard_bytes=50_000, seed=0))
-    (root / "tiny.yaml").write_text(TINY.format(run_dir="unused", shards=root / "digits"))
-
-
-def main() -> None:
-    """Run the selected runs, or, for tests, what standard input asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the world size and the name of every run")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the runs; all of them if left out")
-    parser.add_argument("--world-size", type=int, choices=WORLD_SIZES, help="number of ranks; each one if left out")
-    parser.add_argument("--folder", type=Path, help="folder for the runs; a temporary one if left out")
-    parser.add_argument("--serve", action="store_true", help="run what the lines of standard input ask for")
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(run)
-        return
-    selected = [
-        (world_size, name)
-        for world_size, name in all_runs()
-        if arguments.world_size in (None, world_size) and (not arguments.only or name in arguments.only)
-    ]
-    if not selected:
-        parser.error("no such run; --list prints all of them")
-    if arguments.list:
-        print(*(f"{world_size} {name}" for world_size, name in selected), sep="\n")
-        return
-    root = arguments.folder or Path(tempfile.mkdtemp(prefix="vitrail-runs-"))
-    root.mkdir(parents=True, exist_ok=True)
-    if not (root / "tiny.yaml").exists():
-        make_recipe(root)
-    wanted = [(size, name) for each in selected for size, name in [*needs(*each), each]]
-    for world_size, name in dict.fromkeys(wanted):
-        folder = folder_of(root, world_size, name)
-        if (folder / ENDED).exists():
-            continue
-        started, cpu = time.monotonic(), os.times()
-        codes = run_ranks(run, name, world_size, folder)
-        (folder / ENDED).write_text(json.dumps(codes))
-        seconds, cpu_seconds = time.monotonic() - started, sum(os.times()[2:4]) - sum(cpu[2:4])
-        print(f"{world_size} {name}: exit codes {codes}, {seconds:.1f} s, {cpu_seconds:.1f} s of CPU time", flush=True)
-    print(f"the runs are in {root}")
-
-
 if __name__ == "__main__":
-    main()
+    main(run, __doc__, all_runs(), needs)

@@ -29,11 +29,10 @@ def run_poisoned(digits: Path, session_folder: Path) -> Iterator[Callable[[str],
     recipe = TINY.format(run_dir="unused", shards=digits)
     once(root / "tiny.yaml", lambda path: path.write_text(recipe))
     server = RankServer(ROOT / "tests" / "pretrain" / "ranks_health.py", root)
-    yield lambda name: server.run(name, 2, root / name)
+    yield lambda name: server.run(name, 2)
     server.close()
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("name", SKIPPING)
 def test_poisoned_steps_are_skipped_and_listed(run_poisoned: Callable[[str], Seen], digits: Path, name: str) -> None:
     seen, clean = run_poisoned(name), run_poisoned("clean")
@@ -57,7 +56,6 @@ def test_poisoned_steps_are_skipped_and_listed(run_poisoned: Callable[[str], See
     assert seen["validation_losses"][-1] == pytest.approx(clean["validation_losses"][-1], rel=0.01)
 
 
-@pytest.mark.processes
 def test_a_clean_run_skips_nothing(run_poisoned: Callable[[str], Seen]) -> None:
     seen = run_poisoned("clean")
     assert seen["outcomes"] == ["DONE"]
@@ -65,7 +63,6 @@ def test_a_clean_run_skips_nothing(run_poisoned: Callable[[str], Seen]) -> None:
     assert seen["images_seen"] == STEPS * BATCH_SIZE
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("name", ROLLING_BACK)
 def test_consecutive_skips_roll_the_run_back_and_leave_their_samples_out(
     run_poisoned: Callable[[str], Seen], name: str
@@ -80,7 +77,6 @@ def test_consecutive_skips_roll_the_run_back_and_leave_their_samples_out(
     assert seen["finite"]
 
 
-@pytest.mark.processes
 def test_a_run_that_rollbacks_do_not_help_ends_with_an_error(run_poisoned: Callable[[str], Seen]) -> None:
     seen = run_poisoned("diverging")
     assert seen["outcomes"] == ["DIVERGED"] * 3

@@ -1,9 +1,10 @@
 """Ranks for tests: forked from one process that has imported everything, instead of launched anew for every run.
 
-A script of ranks defines named runs and calls `serve`. A test asks a `RankServer` for one of them; it starts the script
+A script of ranks defines named runs and calls `main`. A test asks a `RankServer` for one of them; it starts the script
 when it is first asked, so that a test selected alone costs one import and its own run.
 """
 
+import argparse
 import contextlib
 import faulthandler
 import json
@@ -11,6 +12,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,7 +20,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from tests.support.launching import POLL_SECONDS, ROOT, Limits, Progress, end, free_port
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import ShardOptions
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
+from tests.support.launching import POLL_SECONDS, ROOT, TINY, Limits, Progress, end, free_port
 from tests.support.shared import locked
 
 ENDED = "exit_codes.json"  # written last
@@ -96,11 +102,73 @@ def serve(work: Work) -> None:
         aside.rename(folder / ENDED)
 
 
+def write_recipe(root: Path) -> None:
+    """Write the tiny recipe, and shards of the digits 0 to 2 for it."""
+    source = keep_classes(list_digits(), ["0", "1", "2"])
+    make_shards(source, root / "digits", ShardOptions(validation_fraction=0.1, shard_bytes=50_000, seed=0))
+    (root / "tiny.yaml").write_text(TINY.format(run_dir="unused", shards=root / "digits"))
+
+
+def main(
+    work: Work,
+    description: str | None,
+    runs: list[tuple[int, str]],
+    needs: Callable[[int, str], list[tuple[int, str]]] = lambda world_size, name: [],
+) -> None:
+    """Run the selected runs of a script, or, for tests, what standard input asks for.
+
+    Args:
+        work: Function that runs one of them on this rank.
+        description: Description of the script.
+        runs: World size and name of each run.
+        needs: Function that returns the runs whose checkpoints a run starts from.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the world size and the name of every run")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names of the runs; all of them if left out")
+    parser.add_argument("--world-size", type=int, choices=(1, 2), help="number of ranks; each one if left out")
+    parser.add_argument("--folder", type=Path, help="folder for the runs; a temporary one if left out")
+    parser.add_argument("--serve", action="store_true", help="run what the lines of standard input ask for")
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(work)
+        return
+    selected = [
+        (world_size, name)
+        for world_size, name in runs
+        if arguments.world_size in (None, world_size) and (not arguments.only or name in arguments.only)
+    ]
+    if not selected:
+        parser.error("no such run; --list prints all of them")
+    if arguments.list:
+        print(*(f"{world_size} {name}" for world_size, name in selected), sep="\n")
+        return
+    root = arguments.folder or Path(tempfile.mkdtemp(prefix="vitrail-runs-"))
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / "tiny.yaml").exists():
+        write_recipe(root)
+    for world_size, name in dict.fromkeys(run for each in selected for run in [*needs(*each), each]):
+        folder = folder_of(root, world_size, name)
+        if (folder / ENDED).exists():
+            continue
+        started, cpu = time.monotonic(), sum(os.times()[2:4])
+        codes = run_ranks(work, name, world_size, folder)
+        (folder / ENDED).write_text(json.dumps(codes))
+        seconds, cpu = time.monotonic() - started, sum(os.times()[2:4]) - cpu
+        print(f"{world_size} {name}: exit codes {codes}, {seconds:.1f} s, {cpu:.1f} s of CPU time", flush=True)
+    print(f"the runs are in {root}")
+
+
+def folder_of(root: Path, world_size: int, name: str) -> Path:
+    """Return the folder of a run below the folder of all runs."""
+    return root / f"{world_size}-ranks" / name
+
+
 class RankServer:
     """Run a script's named runs, each once for all workers of pytest.
 
     Args:
-        script: Script that calls `serve` when it is given `--serve`.
+        script: Script that calls `main`.
         root: Folder of all runs, which the workers of pytest share.
         limits: When a run counts as hanging.
     """
@@ -109,15 +177,15 @@ class RankServer:
         self.script, self.root, self.limits = script, root, limits or Limits()
         self.process: subprocess.Popen[str] | None = None
 
-    def run(self, name: str, world_size: int, folder: Path, *, fails: bool = False) -> Seen:
+    def run(self, name: str, world_size: int, *, fails: bool = False) -> Seen:
         """Return what the main rank of a run has seen, which is run now unless another test has asked for it.
 
         Args:
             name: Name of the run in the script.
             world_size: Number of ranks.
-            folder: Folder of the run.
             fails: Whether the run is meant to fail; then nothing is seen.
         """
+        folder = folder_of(self.root, world_size, name)
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / "lock"):
             if not (folder / ENDED).exists():
@@ -152,7 +220,7 @@ class RankServer:
     def _start(self) -> "subprocess.Popen[str]":
         with (self.root / f"server-{os.getpid()}.log").open("a") as log:
             return subprocess.Popen(
-                [sys.executable, str(self.script), "--serve", "--folder", str(self.root)],
+                [sys.executable, str(self.script), "--serve"],
                 cwd=self.root,
                 env={**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)},
                 stdin=subprocess.PIPE,

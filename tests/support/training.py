@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -169,11 +168,6 @@ def needs(world_size: int, name: str) -> list[tuple[int, str]]:
     if name.startswith(CONTINUED):
         return [(3 - world_size, name.removeprefix(CONTINUED))]
     return [(world_size, name.removeprefix(OWED))] if name.startswith(OWED) else []
-
-
-def folder_of(root: Path, world_size: int, name: str) -> Path:
-    """Return the folder of a run below the folder of all runs."""
-    return root / f"{world_size}-ranks" / name
 
 
 def column(seen: dict[str, Any], metric: str) -> list[float]:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.launching import ROOT, TINY
-from tests.support.ranks import RankServer
+from tests.support.ranks import RankServer, Seen
 from tests.support.shared import once
-from tests.support.training import KILLED_IN_SAVE, Trained, folder_of, needs
+from tests.support.training import KILLED_IN_SAVE, Trained, needs
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +20,10 @@ def trained(digits: Path, session_folder: Path) -> Iterator[Trained]:
     once(root / "tiny.yaml", lambda path: path.write_text(recipe))
     server = RankServer(ROOT / "tests" / "pretrain" / "ranks_train.py", root)
 
-    def train(world_size: int, name: str) -> dict[str, object]:
+    def train(world_size: int, name: str) -> Seen:
         for size, source in needs(world_size, name):
             train(size, source)
-        return server.run(name, world_size, folder_of(root, world_size, name), fails=name == KILLED_IN_SAVE)
+        return server.run(name, world_size, fails=name == KILLED_IN_SAVE)
 
     yield train
     server.close()

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import evaluation_batches
@@ -29,7 +30,7 @@ from pretrain.data.transforms.views import EvalView
 from pretrain.errors import DataError
 from tests.support.disk import folder_size
 from tests.support.reading import opened, pixels_of_two_epochs
-from tests.support.servers import Hostile, serve, serve_gs, serve_hub, serve_s3
+from tests.support.servers import serve_gs, serve_hub, serve_s3
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_pa
         for info in totals.values()
     )
     everything = sum(shard.num_bytes + shard.index_bytes for info in totals.values() for shard in info.shards)
-    with serve(Hostile(served)) as server, watched(tmp_path / "cache", limit):
+    with serve(UnreliableServer(served)) as server, watched(tmp_path / "cache", limit):
         context = multiprocessing.get_context("fork")
         runs = [
             context.Process(
@@ -110,7 +111,7 @@ def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count:
 def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
     expected = pixels_of_two_epochs(open_dataset(digits / "train"), 0)
     total = sum(path.stat().st_size for path in (digits / "train").iterdir())
-    with serve(Hostile(digits / "train", unavailable=0.05, reset=0.02, slow=0.1)) as server:
+    with serve(UnreliableServer(digits / "train", unavailable=0.05, reset=0.02, slow=0.1)) as server:
         samples = opened(server.url, tmp_path / "cache")
         assert pixels_of_two_epochs(samples) == expected
         assert server.sent <= 1.05 * total
@@ -132,7 +133,7 @@ def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, t
     info = DatasetInfo.load(digits / "train")
     indexes = sum(shard.index_bytes for shard in info.shards) + (digits / "train" / "dataset.json").stat().st_size
     expected = few(open_dataset(digits / "train"))
-    with serve(Hostile(digits / "train", ranges=ranges, unavailable=0.1)) as server:
+    with serve(UnreliableServer(digits / "train", ranges=ranges, unavailable=0.1)) as server:
         samples = opened(server.url, tmp_path / "cache")
         assert few(samples) == expected
         asked = {name: count for name, count in server.requests.items() if name.endswith(".tar")}
@@ -148,7 +149,7 @@ def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, t
 def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path, tmp_path: Path) -> None:
     info = DatasetInfo.load(digits / "train")
     per_shard = max(shard.num_bytes + shard.index_bytes for shard in info.shards)
-    with serve(Hostile(digits / "train")) as server:
+    with serve(UnreliableServer(digits / "train")) as server:
         samples = opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard)
         samples.check_cache_size(window=3)
         assert pixels_of_two_epochs(samples) == pixels_of_two_epochs(open_dataset(digits / "train"), 0)
@@ -160,7 +161,7 @@ def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path
 
 
 def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path) -> None:
-    with serve(Hostile(digits / "train", stalled={"shard-000001.tar"})) as server:
+    with serve(UnreliableServer(digits / "train", stalled={"shard-000001.tar"})) as server:
         samples = opened(server.url, tmp_path / "cache", stall_seconds=1.0)
         with pytest.raises(DataError, match=r"shard-000001.tar: no data from 127.0.0.1:\d+ for \d+ seconds"):
             pixels_of_two_epochs(samples)
@@ -173,7 +174,7 @@ def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
 ) -> None:
     total = sum(path.stat().st_size for path in (digits / "train").iterdir())
     per_shard = max(shard.num_bytes + shard.index_bytes for shard in DatasetInfo.load(digits / "train").shards)
-    server = Hostile(tmp_path, unavailable=0.05, reset=0.02, slow=0.1)
+    server = UnreliableServer(tmp_path, unavailable=0.05, reset=0.02, slow=0.1)
     with serve_s3(digits / "train", "bucket", server) as access:
         for name, value in access.items():
             monkeypatch.setenv(name, value)
@@ -218,7 +219,7 @@ def vitrail(tool: Callable[[str], str]) -> Callable[..., "subprocess.CompletedPr
 def test_remote_tars_are_indexed_where_they_stand(
     digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
-    with serve(Hostile(digits / "train", unavailable=0.05, reset=0.02)) as server:
+    with serve(UnreliableServer(digits / "train", unavailable=0.05, reset=0.02)) as server:
         last = len(list((digits / "train").glob("*.tar"))) - 1
         url = f"{server.url}/shard-{{000000..{last:06d}}}.tar"
         assert "name one with --out" in vitrail("shards", "index", url).stderr
@@ -237,7 +238,7 @@ def test_a_set_that_is_all_remote_is_examined_where_it_stands(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # where the cache goes
     shutil.copytree(digits / "validation", tmp_path / "served")
-    with serve(Hostile(tmp_path / "served", unavailable=0.05)) as server:
+    with serve(UnreliableServer(tmp_path / "served", unavailable=0.05)) as server:
         sound = vitrail("shards", "check", server.url)
         assert sound.returncode == 0, sound.stderr
         assert "no faults" in sound.stdout

@@ -6,7 +6,7 @@
 import tarfile
 from pathlib import Path
 
-from tests.support.faults import epoch, make_small_set, trials, webdataset_images
+from benchmarks.damage import epoch, make_small_set, trials, webdataset_images
 
 FAULTS = 300
 

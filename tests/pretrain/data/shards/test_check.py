@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.damage import DAMAGES, webdataset_images
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.shards.check import Finding, check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
@@ -19,8 +21,6 @@ from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.storage.index import DatasetInfo, ShardIndex
 from pretrain.errors import DataError
-from tests.support.faults import DAMAGES, webdataset_images
-from tests.support.servers import Hostile, serve
 
 FAULTS = 300
 
@@ -156,7 +156,7 @@ def test_damaged_dataset_json_does_not_hide_a_missing_shard(digits: Path, tmp_pa
 
 
 def test_remote_tars_are_checked(digits: Path, tmp_path: Path) -> None:
-    with serve(Hostile(digits / "validation")) as server:
+    with serve(UnreliableServer(digits / "validation")) as server:
         info = DatasetInfo.load(digits / "validation")
         index = ShardIndex.parse(
             (digits / "validation" / "shard-000000.index.json").read_bytes(), "", info.shards[0].index_sha256

@@ -12,12 +12,12 @@ import pytest
 import webdataset
 from PIL import Image
 
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.scan import IndexedShards
 from pretrain.data.shards.scan import index_shards as index_tars
 from pretrain.data.shards.tasks import run_tasks
 from pretrain.errors import DataError
-from tests.support.servers import Hostile, serve
 
 
 def index_shards(
@@ -167,7 +167,7 @@ def test_remote_tar_is_read_once_and_sequentially(tmp_path: Path) -> None:
     members = [m for i in range(9) for m in sample(f"{'long' * 40}{i}", i)]
     data = write_tar(tmp_path / "a.tar", members).read_bytes()
     (tmp_path / "out").mkdir()
-    with serve(Hostile(tmp_path, ranges=False)) as server:
+    with serve(UnreliableServer(tmp_path, ranges=False)) as server:
         indexed = index_tars([f"{server.url}/a.tar"], tmp_path / "out")
         assert server.requests == {"a.tar": 1}
     [entry] = indexed.info.shards

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 from pyarrow import csv, parquet
 
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.sources.source import Source
 from pretrain.data.sources.table import Columns, list_table
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.errors import DataError
-from tests.support.servers import Hostile, serve
 
 
 def listed(path: Path, image: str | None = None, label: str | None = None, **options: object) -> Source:
@@ -80,7 +80,7 @@ def test_rows_without_image_or_label_are_problems(images: Path) -> None:
 
 
 def test_urls_are_fetched(images: Path) -> None:
-    with serve(Hostile(images / "in", unavailable=0.3)) as server:
+    with serve(UnreliableServer(images / "in", unavailable=0.3)) as server:
         table = write(images / "t.csv", {"link": [f"{server.url}/{i}.png" for i in range(6)], "label": [0] * 6})
         source = listed(table, image="link")
         assert source.sizes.tolist() == [0] * 6

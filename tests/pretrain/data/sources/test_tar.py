@@ -8,6 +8,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.open import SourceOptions, list_source
@@ -15,7 +16,6 @@ from pretrain.data.sources.source import MAX_NAMES_SHOWN
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.errors import DataError
-from tests.support.servers import Hostile, serve
 
 PATIENT = FetchPolicy(request_seconds=10, stall_seconds=20)
 
@@ -75,7 +75,7 @@ def test_our_own_shards_can_be_divided_again(tmp_path: Path, digits: Path) -> No
 
 
 def test_remote_tars_are_listed_and_read_in_any_order(tmp_path: Path, foreign: Path) -> None:
-    with serve(Hostile(foreign, unavailable=0.1, reset=0.1)) as server:
+    with serve(UnreliableServer(foreign, unavailable=0.1, reset=0.1)) as server:
         source = list_source(f"{server.url}/part-{{0..1}}.tar", SourceOptions(policy=PATIENT))
         made = make_shards(source, tmp_path / "out", ShardOptions(validation_fraction=0.0, seed=1))
     assert made.splits["train"].num_samples == 10

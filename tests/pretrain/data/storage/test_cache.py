@@ -12,26 +12,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.storage.cache import Cache, RemoteObject
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.errors import DataError
 from tests.support.disk import folder_size
-from tests.support.servers import Hostile, serve
 
 POLICY = FetchPolicy(request_seconds=5, stall_seconds=20, piece_bytes=50_000)
 SIZE = 200_000
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Hostile]:
+def server(tmp_path: Path) -> Iterator[UnreliableServer]:
     (tmp_path / "served").mkdir()
     for i in range(30):
         (tmp_path / "served" / f"{i:02d}.bin").write_bytes(np.random.default_rng(i).bytes(SIZE))
-    with serve(Hostile(tmp_path / "served")) as running:
+    with serve(UnreliableServer(tmp_path / "served")) as running:
         yield running
 
 
-def objects(server: Hostile) -> list[RemoteObject]:
+def objects(server: UnreliableServer) -> list[RemoteObject]:
     paths = sorted(server.folder.iterdir())
     return [
         RemoteObject(f"{server.url}/{p.name}", hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_size)
@@ -60,7 +60,7 @@ def read_all(cache: Cache, wanted: list[RemoteObject], contents: Path, seed: int
             assert cache.read_range(one, offset, 1000) == whole[offset : offset + 1000]
 
 
-def run_processes(cache: Cache, server: Hostile, passes: int) -> None:
+def run_processes(cache: Cache, server: UnreliableServer, passes: int) -> None:
     """Read in four processes while checking the folder."""
     context = multiprocessing.get_context("fork")
     wanted = objects(server)
@@ -82,19 +82,19 @@ def run_processes(cache: Cache, server: Hostile, passes: int) -> None:
     assert [process.exitcode for process in processes] == [0] * 4
 
 
-def test_all_processes_share_one_download_per_object(server: Hostile, tmp_path: Path) -> None:
+def test_all_processes_share_one_download_per_object(server: UnreliableServer, tmp_path: Path) -> None:
     server.unavailable, server.reset, server.slow = 0.05, 0.02, 0.1
     run_processes(Cache(tmp_path / "cache", 10**9, POLICY), server, passes=2)
     assert server.sent <= 1.05 * 30 * SIZE
     assert len([path for path in (tmp_path / "cache").iterdir() if path.name != "lock"]) == 30
 
 
-def test_size_limit_holds_under_concurrency_and_failures(server: Hostile, tmp_path: Path) -> None:
+def test_size_limit_holds_under_concurrency_and_failures(server: UnreliableServer, tmp_path: Path) -> None:
     server.unavailable, server.reset = 0.05, 0.02
     run_processes(Cache(tmp_path / "cache", 6 * SIZE, POLICY), server, passes=1)
 
 
-def test_object_needed_last_is_evicted_first(server: Hostile, tmp_path: Path) -> None:
+def test_object_needed_last_is_evicted_first(server: UnreliableServer, tmp_path: Path) -> None:
     wanted = objects(server)
     cache = Cache(tmp_path / "cache", 4 * SIZE, POLICY)
     order = {one.sha256: i for i, one in enumerate(wanted)}
@@ -111,7 +111,7 @@ def test_object_needed_last_is_evicted_first(server: Hostile, tmp_path: Path) ->
     assert cache.take_counts()["downloads"] == 0
 
 
-def test_open_objects_are_not_evicted(server: Hostile, tmp_path: Path) -> None:
+def test_open_objects_are_not_evicted(server: UnreliableServer, tmp_path: Path) -> None:
     wanted = objects(server)
     impatient = FetchPolicy(stall_seconds=0.5)
     reader, other = (Cache(tmp_path / "cache", 2 * SIZE, impatient) for _ in range(2))
@@ -126,7 +126,7 @@ def test_open_objects_are_not_evicted(server: Hostile, tmp_path: Path) -> None:
         Cache(tmp_path / "tiny", SIZE - 1, POLICY).read_range(wanted[0], 0, 1)
 
 
-def test_another_process_takes_over_when_a_downloader_is_killed(server: Hostile, tmp_path: Path) -> None:
+def test_another_process_takes_over_when_a_downloader_is_killed(server: UnreliableServer, tmp_path: Path) -> None:
     server.slow = 1.0  # 0.2 seconds per piece: enough time to be killed
     [wanted, *_] = objects(server)
     cache = Cache(tmp_path / "cache", 10**9, POLICY)
@@ -141,7 +141,7 @@ def test_another_process_takes_over_when_a_downloader_is_killed(server: Hostile,
     assert not partial.exists()
 
 
-def test_download_with_wrong_checksum_is_refused(server: Hostile, tmp_path: Path) -> None:
+def test_download_with_wrong_checksum_is_refused(server: UnreliableServer, tmp_path: Path) -> None:
     [wanted, *_] = objects(server)
     cache = Cache(tmp_path / "cache", 10**9, POLICY)
     with pytest.raises(DataError, match=rf"00.bin: SHA-256 is {wanted.sha256}, but the index says 0000"):
@@ -149,7 +149,7 @@ def test_download_with_wrong_checksum_is_refused(server: Hostile, tmp_path: Path
     assert sorted(path.name for path in cache.folder.iterdir()) == ["lock"]
 
 
-def test_upcoming_objects_are_prefetched(server: Hostile, tmp_path: Path) -> None:
+def test_upcoming_objects_are_prefetched(server: UnreliableServer, tmp_path: Path) -> None:
     wanted = objects(server)
     cache = Cache(tmp_path / "cache", 10**9, POLICY)
     cache.set_schedule(lambda sha256: 0.0, lambda: wanted[:5])
@@ -161,7 +161,7 @@ def test_upcoming_objects_are_prefetched(server: Hostile, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_full_disk_is_reported(server: Hostile, tmp_path: Path) -> None:
+def test_full_disk_is_reported(server: UnreliableServer, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if os.system(f"mount -t tmpfs -o size=100k tmpfs {small}"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.storage.remote import (
     FetchPolicy,
     MissingObjectError,
@@ -22,21 +23,20 @@ from pretrain.data.storage.remote import (
     read_pieces,
 )
 from pretrain.errors import DataError
-from tests.support.servers import Hostile, serve
 
 PATIENT = FetchPolicy(request_seconds=5, stall_seconds=20, piece_bytes=50_000)
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Hostile]:
+def server(tmp_path: Path) -> Iterator[UnreliableServer]:
     for i in range(8):
         (tmp_path / f"{i}.bin").write_bytes(np.random.default_rng(i).bytes(400_000 + i))
     (tmp_path / "empty.bin").write_bytes(b"")
-    with serve(Hostile(tmp_path)) as running:
+    with serve(UnreliableServer(tmp_path)) as running:
         yield running
 
 
-def test_retries_return_every_byte_and_fetch_few_twice(server: Hostile) -> None:
+def test_retries_return_every_byte_and_fetch_few_twice(server: UnreliableServer) -> None:
     server.unavailable, server.reset, server.slow = 0.05, 0.02, 0.1
     retries = []
     for path in sorted(server.folder.glob("*.bin")):
@@ -47,7 +47,7 @@ def test_retries_return_every_byte_and_fetch_few_twice(server: Hostile) -> None:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_servers_without_ranges_and_unknown_sizes_work(server: Hostile, ranges: bool) -> None:
+def test_servers_without_ranges_and_unknown_sizes_work(server: UnreliableServer, ranges: bool) -> None:
     server.ranges = ranges
     for name in ("0.bin", "empty.bin"):
         assert fetch_bytes(f"{server.url}/{name}", PATIENT) == (server.folder / name).read_bytes()
@@ -58,7 +58,7 @@ def fetch_and_collect(url: str) -> None:
     gc.collect()
 
 
-def test_forked_process_does_not_disturb_connections_of_its_parent(server: Hostile) -> None:
+def test_forked_process_does_not_disturb_connections_of_its_parent(server: UnreliableServer) -> None:
     hasty = FetchPolicy(request_seconds=3, stall_seconds=20)
     for i in range(3):
         retries: list[int] = []
@@ -71,7 +71,7 @@ def test_forked_process_does_not_disturb_connections_of_its_parent(server: Hosti
         assert child.exitcode == 0
 
 
-def test_stream_reads_like_a_file(server: Hostile) -> None:
+def test_stream_reads_like_a_file(server: UnreliableServer) -> None:
     with open_stream(f"{server.url}/1.bin", PATIENT) as stream:
         copy = io.BytesIO()
         while piece := stream.read(777):
@@ -79,7 +79,7 @@ def test_stream_reads_like_a_file(server: Hostile) -> None:
     assert copy.getvalue() == (server.folder / "1.bin").read_bytes()
 
 
-def test_stalled_host_is_reported_in_time(server: Hostile) -> None:
+def test_stalled_host_is_reported_in_time(server: UnreliableServer) -> None:
     server.stalled.add("2.bin")
     started = time.monotonic()
     host = server.url.removeprefix("http://")
@@ -90,12 +90,12 @@ def test_stalled_host_is_reported_in_time(server: Hostile) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_unreachable_host_is_reported(server: Hostile) -> None:
+def test_unreachable_host_is_reported(server: UnreliableServer) -> None:
     with pytest.raises(StalledFetchError, match=r"no data from 127.0.0.1:9 for"):
         fetch_bytes("http://127.0.0.1:9/x", FetchPolicy(stall_seconds=0.5))
 
 
-def test_missing_object_is_not_retried(server: Hostile) -> None:
+def test_missing_object_is_not_retried(server: UnreliableServer) -> None:
     retries: list[int] = []
     with pytest.raises(MissingObjectError, match=r"nowhere.bin: does not exist"):
         list(read_pieces(f"{server.url}/nowhere.bin", PATIENT, 10, lambda: retries.append(1)))
@@ -112,7 +112,7 @@ def test_missing_package_is_reported_with_its_install_command(monkeypatch: pytes
         fetch_bytes("nonsense://x", PATIENT)
 
 
-def test_pipe_command_runs_only_if_allowed(server: Hostile) -> None:
+def test_pipe_command_runs_only_if_allowed(server: UnreliableServer) -> None:
     url = f"pipe:cat {server.folder}/3.bin"
     with pytest.raises(DataError, match=r"allow it with data.allow_pipe=true"):
         fetch_bytes(url, PATIENT)
@@ -125,7 +125,7 @@ def _fetch_in_child(url: str, sizes: "multiprocessing.Queue[int]") -> None:
     sizes.put(len(fetch_bytes(url, PATIENT)))
 
 
-def test_fetch_works_in_a_fork_of_a_process_that_has_fetched(server: Hostile) -> None:
+def test_fetch_works_in_a_fork_of_a_process_that_has_fetched(server: UnreliableServer) -> None:
     url = f"{server.url}/4.bin"
     size = len(fetch_bytes(url, PATIENT))
     context = multiprocessing.get_context("fork")

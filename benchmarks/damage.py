@@ -1,4 +1,7 @@
-"""Faults in tars and indexes, one after another: what the loader makes of each, and webdataset beside it."""
+"""Damage to tars and indexes: what our loader and webdataset read from each damaged set.
+
+The input benchmark and tests/pretrain/data/loading share it.
+"""
 
 import random
 from collections.abc import Callable, Iterator
@@ -31,17 +34,25 @@ DAMAGES: dict[str, Damage] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One damaged file in a set that is otherwise whole, and an epoch over it."""
+    """One damaged file in a set that is otherwise intact, and an epoch over the set.
+
+    Attributes:
+        kind: Name of the damage in `DAMAGES`.
+        victim: Path of the damaged file.
+        changed: Whether the damage changed any byte.
+        seen: Label and pixels by position.
+        faults: Samples that the loader reported as bad.
+    """
 
     kind: str
     victim: Path
     changed: bool
-    seen: dict[int, bytes]  # each position's label and pixels
+    seen: dict[int, bytes]
     faults: list[BadSample]
 
 
 def make_small_set(folder: Path) -> Path:
-    """Write forty digits in five or more shards; returns the folder of the shards."""
+    """Write forty digits in five or more shards and return their folder."""
     source = keep_classes(list_digits(), ["0", "1"])
     source = source.take(range(0, len(source), 9))
     make_shards(source, folder, ShardOptions(validation_fraction=0.0, shard_bytes=3_000, seed=0))
@@ -49,7 +60,7 @@ def make_small_set(folder: Path) -> Path:
 
 
 def trials(whole: Path, work: Path, count: int) -> Iterator[Trial]:
-    """Damage one file after another, each in a set of its own, and read an epoch."""
+    """Damage one randomly chosen file in each of `count` copies of a set, and read an epoch from each copy."""
     files = sorted(path for path in whole.iterdir() if path.name != "dataset.json")
     chance = random.Random(0)
     for number in range(count):
@@ -68,7 +79,7 @@ def trials(whole: Path, work: Path, count: int) -> Iterator[Trial]:
 
 
 def epoch(folder: Path) -> tuple[dict[int, bytes], list[BadSample]]:
-    """Every sample's label and pixels by position, and the faults."""
+    """Return label and pixels of every sample by position, and the samples that the loader reported as bad."""
     samples = open_dataset(folder)
     total = sum(samples.shard_sizes) // BATCH * BATCH
     seen, faults = {}, []
@@ -87,7 +98,7 @@ def epoch(folder: Path) -> tuple[dict[int, bytes], list[BadSample]]:
 
 
 def webdataset_images(folder: Path) -> list[bytes] | None:
-    """Return the images of a folder's tars as webdataset reads them; None where it raises."""
+    """Return the images that webdataset reads from a folder's tars, or None if it raises."""
     tars = [str(path) for path in sorted(folder.glob("*.tar"))]
     try:
         return [sample["png"] for sample in webdataset.WebDataset(tars, shardshuffle=False) if "png" in sample]
