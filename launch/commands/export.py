@@ -35,11 +35,12 @@ def export(
     Example: vitrail export runs/mae/checkpoints/step-00100000 mae-step-100000 --as vit_mae
     """
     from pretrain.checkpoint.history import find_checkpoint
-    from pretrain.tracking.tracker import tag_run
 
     with report_errors():
         checkpoint = find_checkpoint(run)
-        from pretrain.export.folder import export as export_checkpoint  # slow, so a wrong path is reported before it
+        # Slow imports, so a wrong path is reported before them.
+        from pretrain.export.folder import export as export_checkpoint
+        from pretrain.tracking.tracker import tag_run
 
         proof = export_checkpoint(checkpoint, out, overwrite, model_type)
     tag_run(checkpoint.parents[1], {"exported_folder": str(out.resolve())})
