@@ -1,4 +1,4 @@
-"""Run one function over many tasks: in this process, in several processes, or on a Ray cluster.
+"""Run one function over many tasks: in this process, in threads, in several processes, or on a Ray cluster.
 
 Results are returned in the order of the tasks. Tasks must be independent, and it must be harmless to repeat a task that
 was interrupted.
@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
@@ -57,6 +57,30 @@ def run_tasks(
             ) from None
         except BaseException:
             stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_tasks_in_threads(
+    work: Callable[[Task], Result], tasks: Iterable[Task], num_threads: int
+) -> Generator[Result, None, None]:
+    """Yield `work(task)` for each task, run in threads.
+
+    Inside a training process, threads are safer than processes, which would import the entry script again. They help if
+    the work is decoding and hashing, which release Python's global lock. When the caller closes the generator or is
+    interrupted, tasks that have started are finished first.
+
+    Args:
+        work: Function to run.
+        tasks: Tasks.
+        num_threads: Number of threads.
+    """
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            yield from _in_order(
+                lambda task: pool.submit(work, task), lambda future: future.result(), tasks, num_threads
+            )
+        except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 

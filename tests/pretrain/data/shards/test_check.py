@@ -185,7 +185,7 @@ def test_command_lists_faults_and_exits_with_1(folder: Path, tool: Callable[[str
     broken = run("--json")
     assert broken.returncode == 1
     assert json.loads(broken.stdout.splitlines()[0])["file"] == "shard-000000.tar"
-    assert "notes.txt: belongs to no shard" in broken.stderr
+    assert "notes.txt: does not belong to any shard" in broken.stderr
     assert f"{folder}: {len(broken.stdout.splitlines())} faults" in broken.stderr
     (folder / "dataset.json").write_text("{")
     torn = run()

@@ -62,4 +62,4 @@ def test_command_reports_the_actual_order(digits: Path, tool: Callable[[str], st
     assert answer["classes_in_a_batch"] == pytest.approx(3)
     assert answer["later_epoch_bytes_per_node"] == 0
     assert answer["images_per_second_per_worker"] > 0
-    assert "each 6 or 7 a rank" in run("--ranks", "8")
+    assert "each with 6 or 7 samples per rank" in run("--ranks", "8")
