@@ -19,6 +19,7 @@ from pretrain.data.dataset.subset import LabelSubset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import UserError
+from pretrain.indexing import index_new_tars
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import apply_layer_decay
 from pretrain.optimizers.placement import Placement
@@ -97,6 +98,7 @@ def build_accelerator(config: FinetuneConfig) -> Accelerator:
 def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     """Open the data, load the backbone under a new head, and prepare both for training on all ranks (collective)."""
     on_all_ranks(lambda: check_run_dir(config))
+    index_new_tars(config.data, config.data.train, config.data.validation, labels_required=True)
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)
     classifier = on_all_ranks(lambda: build_classifier(config, training.class_names))

@@ -146,6 +146,35 @@ def print_error(error: Exception) -> None:
         print(error, file=sys.stderr, flush=True)
 
 
+def while_others_wait(
+    work: Callable[[Callable[[], None]], None] | None, on_progress: Callable[[], None] = lambda: None
+) -> None:
+    """Run long work on some ranks while the others wait, and raise its errors on all ranks (collective).
+
+    A rank that waits in a collective fails after the timeout of the process group, usually 30 minutes. Working ranks
+    therefore report their progress, and every report is a short collective.
+
+    Args:
+        work: Function to run on this rank, or None if this rank only waits. It is given a function that it must call
+            every few minutes, and it must not use collectives.
+        on_progress: Function called on every rank after each report of progress.
+    """
+
+    def report_progress() -> None:
+        any_over_ranks(True)
+        on_progress()
+
+    def work_then_wait() -> None:
+        try:
+            if work is not None:
+                work(report_progress)
+        finally:
+            while any_over_ranks(False):
+                on_progress()
+
+    on_all_ranks(work_then_wait)
+
+
 def broadcast_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors on every rank with those of rank 0 (collective).
 

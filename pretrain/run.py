@@ -26,6 +26,7 @@ from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import CheckpointError, DivergedError
 from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
+from pretrain.indexing import index_new_tars
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -134,6 +135,13 @@ def open_run(config: PretrainConfig, *, must_resume: bool = False) -> Iterator[R
     claim_run_dir(config.run_dir)
     rank, world_size, on_gpu = distributed.rank(), distributed.world_size(), torch.cuda.is_available()
     with Watch(config.run_dir, rank, world_size, hang_seconds=config.health.hang_seconds, on_gpu=on_gpu) as watch:
+        index_new_tars(
+            config.data,
+            config.data.train,
+            config.data.validation,
+            labels_required=config.objective.needs_labels,
+            on_progress=lambda: watch.enter("index"),
+        )
         data = on_all_ranks(lambda: open_data(config))
         checkpoint = find_resumable_checkpoint(config.run_dir, must_resume=must_resume)
         objective = on_all_ranks(lambda: build_model(config, data, is_new=checkpoint is None))

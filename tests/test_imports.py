@@ -42,6 +42,7 @@ MAY_IMPORT = {
     "pretrain.engine": {"pretrain.config", "pretrain.errors", "pretrain.distributed", "pretrain.optimizers"},
     "pretrain.checkpoint": LEAVES | {"pretrain.engine", "pretrain.distributed", "pretrain.model", "pretrain.state"},
     "pretrain.export": LEAVES | {"pretrain.checkpoint", "pretrain.model", "pretrain.data.transforms"},
+    "pretrain.indexing": LEAVES | {"pretrain.data", "pretrain.distributed", "pretrain.tracking"},
     "pretrain.run_folder": LEAVES | {"pretrain.checkpoint", "pretrain.distributed", "pretrain.heartbeat"},
     "pretrain.run": LEAVES
     | {
@@ -55,6 +56,7 @@ MAY_IMPORT = {
         "pretrain.data",
         "pretrain.tracking",
         "pretrain.distributed",
+        "pretrain.indexing",
         "pretrain.run_folder",
         "pretrain.state",
     },
@@ -107,6 +109,7 @@ MAY_IMPORT = {
         "pretrain.tracking",
         "pretrain.data",
         "pretrain.distributed",
+        "pretrain.indexing",
         "pretrain.metrics",
         "pretrain.optimizers",
         "pretrain.schedules",

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from launch.commands.terminal import progress_bar, report_errors
+from launch.commands.terminal import report_errors
 from pretrain.outcome import EXIT_FAILED
+from pretrain.tracking.progress import progress_bar
 
 app = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
 Run = Annotated[Path, typer.Argument(help="Run folder.")]

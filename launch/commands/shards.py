@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from launch.commands.terminal import parse_size, progress_bar, report_errors
+from launch.commands.terminal import parse_size, report_errors
 from pretrain.errors import UserError
 from pretrain.outcome import EXIT_FAILED, EXIT_RESUMABLE
+from pretrain.tracking.progress import progress_bar
 
 if TYPE_CHECKING:
     from pretrain.data.dataset.dataset import Dataset
@@ -383,11 +384,17 @@ def bench(
 
 
 def open_split(split: str) -> "Dataset":
-    """Open a local or remote split with the cache that a run uses by default."""
+    """Open a local or remote split with the cache that a run uses by default; index local tars that have no index."""
     from pretrain.config import SourceConfig
     from pretrain.data.dataset.open import open_cache, open_dataset
+    from pretrain.data.shards.first_use import folders_without_index, index_folder
 
-    return open_dataset(split, cache=open_cache(SourceConfig(train=split)))
+    cache = open_cache(SourceConfig(train=split))
+    for folder in folders_without_index([split], cache.folder):
+        with progress_bar(f"indexing {folder}", None, "tars") as advance:
+            notes = index_folder(folder, cache.folder, labels_required=False, progress=advance)
+        print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+    return open_dataset(split, cache=cache)
 
 
 def find_tars(source: str, out: Path | None) -> tuple[Path, list[str]]:

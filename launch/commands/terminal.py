@@ -1,9 +1,8 @@
-"""What every verb shares at the terminal: errors as one sentence, progress bars, sizes typed by a person."""
+"""What every verb shares at the terminal: errors as one sentence, sizes typed by a person."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import typer
 
@@ -11,12 +10,6 @@ from pretrain.errors import MachineError, UserError
 from pretrain.outcome import EXIT_FAILED, EXIT_INTERRUPTED, outcome_of
 
 UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-class Advance(Protocol):
-    """Moves a progress bar on by an amount of work; `total` replaces the bar's total once it is known."""
-
-    def __call__(self, amount: int, total: int | None = None) -> None: ...
 
 
 @contextmanager
@@ -37,39 +30,6 @@ def report_errors() -> Iterator[None]:
     except OSError as error:
         print(f"{error.filename or ''}: {error.strerror or error}".lstrip(": "), file=sys.stderr)
         sys.exit(EXIT_FAILED)
-
-
-@contextmanager
-def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
-    """Show the progress and the estimated time left on stderr; a log file gets only the final state.
-
-    Args:
-        label: Name of the work, shown in front of the bar.
-        total: Amount of work in `unit`, or None if it is not known yet.
-        unit: What is counted; "bytes" are shown as a transfer speed.
-
-    Yields:
-        The function that moves the bar on.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    amount_column = TransferSpeedColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), amount_column, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
-
-        def advance(amount: int, total: int | None = None) -> None:
-            bar.update(task, advance=amount, total=total)
-
-        yield advance
 
 
 def parse_size(text: str, option: str) -> int:

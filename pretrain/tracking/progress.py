@@ -1,9 +1,17 @@
-"""Print the progress of a run: step, loss, images per second, share of time spent waiting for data, time left."""
+"""Show progress: that of a run as a line of metrics, that of other long work as a bar."""
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
+
+
+class Advance(Protocol):
+    """Moves a progress bar on by an amount of work; `total` replaces the bar's total once it is known."""
+
+    def __call__(self, amount: int, total: int | None = None) -> None: ...
 
 
 class ProgressLine:
@@ -67,3 +75,36 @@ class ProgressLine:
 def duration(seconds: float) -> str:
     """Return seconds as h:mm:ss, with the number of days in front from one day on."""
     return str(timedelta(seconds=round(seconds)))
+
+
+@contextmanager
+def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
+    """Show the progress and the estimated time left on stderr; a log file gets only the final state.
+
+    Args:
+        label: Name of the work, shown in front of the bar.
+        total: Amount of work in `unit`, or None if it is not known yet.
+        unit: What is counted; "bytes" are shown as a transfer speed.
+
+    Yields:
+        The function that moves the bar on.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    amount_column = TransferSpeedColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount_column, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+
+        def advance(amount: int, total: int | None = None) -> None:
+            bar.update(task, advance=amount, total=total)
+
+        yield advance

@@ -84,8 +84,29 @@ def run_rank(rank: int, folder: str) -> None:
             distributed.on_all_ranks(raising(errors[rank]))
         assert str(caught.value) == message
     assert distributed.on_all_ranks(raising(None)) == "result"
+    check_waiting(rank)
     Path(folder, f"rank{rank}").touch()
     distributed.leave_process_group()
+
+
+def check_waiting(rank: int) -> None:
+    """Each rank works for a while, by turns and together; all ranks see every report of progress and every error."""
+    for reports in ([3, None], [None, 2], [1, 4], [None, None]):
+        seen: list[int] = []
+
+        def work(report: Callable[[], None], count: int | None = reports[rank]) -> None:
+            for _ in range(count or 0):
+                report()
+
+        distributed.while_others_wait(work if reports[rank] else None, lambda seen=seen: seen.append(1))
+        assert len(seen) == max(count or 0 for count in reports)
+
+    def fail(report: Callable[[], None]) -> None:
+        report()
+        raise DataError("a.tar: damaged")
+
+    with pytest.raises(UserError, match=r"^a\.tar: damaged$"):
+        distributed.while_others_wait(fail if rank == 1 else None)
 
 
 def check_gathered_rows(rank: int) -> None:

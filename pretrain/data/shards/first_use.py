@@ -18,6 +18,7 @@ from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.index_folder import cached_index_folder, find_index, list_tars
 from pretrain.data.storage.remote import FetchPolicy, expand_braces, is_remote
 from pretrain.data.storage.webdataset import metadata_of, samples_of
+from pretrain.errors import DataError
 from pretrain.files import partial_path
 
 LABEL_KEY = "label"
@@ -25,8 +26,8 @@ LOCK_FILE = f"{DATASET_FILE}.lock"
 LOCK_SECONDS = 1.0  # pause before the next attempt to lock
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-# Called with the folder, the number of tars indexed so far and the number of all tars; also while waiting for a lock.
-IndexProgress = Callable[[Path, int, int], None]
+# Called with the number of tars indexed since the last call and the number of all tars.
+IndexProgress = Callable[[int, int], None]
 
 
 def folders_without_index(paths: Iterable[str | Path], cache_dir: Path) -> list[Path]:
@@ -54,13 +55,24 @@ def index_folder(
         cache_dir: Cache folder of this machine (`data.cache_dir`).
         labels_required: Whether every sample must have a label. Otherwise labels are read only if the first sample has
             one.
-        progress: Function called when indexing starts, after each tar, and while another process holds the lock.
+        progress: Function called with the number of tars indexed since the last call and the number of all tars: when
+            indexing starts, after each tar, and every second while another process indexes the folder.
+
+    Raises:
+        DataError: If the folder is read-only and the cache folder as well.
     """
     tars = list_tars(folder)
     is_cached = not _is_writable(folder)
     out = cached_index_folder(folder, cache_dir) if is_cached else folder
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out / LOCK_FILE, waiting=lambda: progress(folder, 0, len(tars))):
+    if is_cached:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: is read-only, and its index cannot be written to {out} ({error.strerror}); "
+                "set data.cache_dir to a folder that you can write to"
+            ) from None
+    with _locked(out / LOCK_FILE, waiting=lambda: progress(0, len(tars))):
         if (out / DATASET_FILE).exists():
             return []
         indexed = _index(folder, out, tars, labels_required, progress)
@@ -71,24 +83,15 @@ def index_folder(
     return [summary, *(f"{folder}: {note}" for note in indexed.notes)]
 
 
-def _index(
-    folder: Path, out: Path, tars: list[Path], labels_required: bool, progress: IndexProgress
-) -> IndexedShards:
-    num_done = 0
-
-    def advance(amount: int) -> None:
-        nonlocal num_done
-        num_done += amount
-        progress(folder, num_done, len(tars))
-
-    advance(0)
-    num_threads = len(os.sched_getaffinity(0))
+def _index(folder: Path, out: Path, tars: list[Path], labels_required: bool, progress: IndexProgress) -> IndexedShards:
+    progress(0, len(tars))
+    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return index_shards(
         [tar.name for tar in tars],
         out,
         label_key=LABEL_KEY if labels_required or _has_labels(tars) else None,
         executor=partial(run_tasks_in_threads, num_threads=num_threads),
-        progress=advance,
+        progress=lambda amount: progress(amount, len(tars)),
         tar_folder=folder,
     )
 
@@ -97,8 +100,8 @@ def _has_labels(tars: list[Path]) -> bool:
     """Return whether the first sample has a label."""
     for tar in tars:
         with open_tar(str(tar), FetchPolicy()) as stream:
-            for key, members in samples_of(TarReader(tar.name, stream), Counter()):
-                return "cls" in members or LABEL_KEY in metadata_of(tar.name, key, members.get("json"))
+            for key, members in samples_of(TarReader(str(tar), stream), Counter()):
+                return "cls" in members or LABEL_KEY in metadata_of(str(tar), key, members.get("json"))
     return False
 
 

@@ -122,13 +122,14 @@ def _refuse_repeated(out: Path, entries: Sequence[ShardEntry], keys: Sequence[Di
 def _index_tar(tar_folder: Path, out: Path, label_key: str | None, policy: FetchPolicy, name: str) -> IndexedTar:
     """Read a tar from start to end and write its index."""
     index, ignored, names_found = ShardIndex(name), Counter[str](), dict[int, str]()
-    with open_tar(name if is_remote(name) else str(tar_folder / name), policy) as stream:
-        tar = TarReader(name, stream)
+    path = name if is_remote(name) else str(tar_folder / name)
+    with open_tar(path, policy) as stream:
+        tar = TarReader(path, stream)
         for key, members in samples_of(tar, ignored):
-            extension, image = image_of(name, key, members)
-            height, width = _size(name, key, image.data)
-            metadata = metadata_of(name, key, members.get("json"))
-            label = label_of(name, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
+            extension, image = image_of(path, key, members)
+            height, width = _size(path, key, image.data)
+            metadata = metadata_of(path, key, members.get("json"))
+            label = label_of(path, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
             if isinstance(metadata.get("class"), str):
                 names_found[label] = metadata["class"]
             index.append(key, extension, image.offset, image.size, crc32(image.data), label, width, height)
