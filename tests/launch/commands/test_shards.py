@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from launch.commands.shards import find_tars, read_class_names
 from pretrain.data.storage.index import DatasetInfo
+from pretrain.errors import UserError
 from tests.support.launching import Shell
 
 
@@ -85,3 +87,24 @@ def test_full_disk_is_reported_and_leaves_no_partial_shard(
     assert "Traceback" not in full.err
     assert not list((tmp_path / "out.partial").rglob("*.tar"))
     assert shell(make).code == 0
+
+
+def test_find_tars_lists_local_names_or_urls(tmp_path: Path) -> None:
+    for name in ("b.tar", "a.tar", "notes.txt"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    assert find_tars(str(tmp_path / "in"), None) == (tmp_path / "in", ["a.tar", "b.tar"])
+    urls = ["http://host/0.tar", "http://host/1.tar"]
+    assert find_tars("http://host/{0..1}.tar", tmp_path / "out") == (tmp_path / "out", urls)
+    assert (tmp_path / "out").is_dir()
+    with pytest.raises(UserError, match=r"indexes cannot be written to a URL; choose a local folder with --out"):
+        find_tars("http://host/{0..1}.tar", None)
+    with pytest.raises(UserError, match=r"out: the indexes of a local folder are written next to its tars; remove"):
+        find_tars(str(tmp_path / "in"), tmp_path / "out")
+
+
+def test_class_names_are_the_lines_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("cat\n\n great dane \n")
+    assert read_class_names(tmp_path / "names.txt") == ["cat", "great dane"]
+    with pytest.raises(UserError, match=r"nowhere: cannot read the class names: No such file or directory; check"):
+        read_class_names(tmp_path / "nowhere")

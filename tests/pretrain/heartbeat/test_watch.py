@@ -133,3 +133,24 @@ def test_fewer_steps_are_timed_if_they_are_long() -> None:
     assert recent([0.1] * 8) == [0.1] * 8
     assert recent([1.0] * 6 + [3.0] * 2) == [3.0, 3.0, 1.0]
     assert recent([0.5] * 8) == [0.5] * 4
+
+
+def test_errors_of_the_watch_thread_are_reported_and_do_not_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[str] = []
+    with Watch(tmp_path, 0, 1, report=reported.append):
+        monkeypatch.setattr("pretrain.heartbeat.watch.read_order", lambda _: 1 / 0)
+        wait_for(lambda: len(reported) >= 2)
+        monkeypatch.undo()
+        monkeypatch.setattr("pretrain.heartbeat.watch.write_beat", fail_to_write)
+        wait_for(lambda: "cannot write its heartbeat" in reported[-1])
+        monkeypatch.undo()
+    expected = "rank 0: error in the watch thread, which continues: ZeroDivisionError('division by zero')"
+    assert reported[:2] == [expected] * 2
+    assert reported[-1].endswith("rank 0: cannot write its heartbeat: [Errno 28] No space left on device")
+    assert read_beat(tmp_path, 0).has_ended
+
+
+def fail_to_write(run_dir: Path, beat: object) -> None:
+    raise OSError(28, "No space left on device")
