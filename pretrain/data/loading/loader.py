@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, tee
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from pretrain.data.dataset.dataset import Dataset, EncodedSample, Sample, decode_sample
-from pretrain.data.dataset.order import Order, RepeatedAugmentation, micro_batches, random_bits
+from pretrain.data.dataset.order import MicroBatch, Order, RepeatedAugmentation, micro_batches, random_bits
 from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.decode import EncodedJpeg, ImageArray, decode, decode_unless_jpeg
 from pretrain.data.transforms.device_decode import collate
@@ -69,6 +69,8 @@ class LoadedBatch(NamedTuple):
         bad_samples: Samples that could not be used while the batch was loaded.
         stats: Work that loading the batch took.
         done_at: Time at which the batch was complete (`time.monotonic`).
+        names: Shard and key of each sample; empty for an indexed dataset, where the position tells them.
+        next_shard: Number of the first tar that this rank has not opened yet; 0 for an indexed dataset.
     """
 
     tensors: Batch
@@ -76,6 +78,8 @@ class LoadedBatch(NamedTuple):
     bad_samples: list[BadSample]
     stats: LoadingStats
     done_at: float
+    names: Sequence[tuple[str, str]] = ()
+    next_shard: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,41 @@ class BatchPlan:
     views_per_image: int = 1
     decodes_jpegs: bool = True
 
+    def micro_batches(self, start: int, stop: int) -> Iterator[MicroBatch]:
+        """Yield this rank's micro-batches of the positions from `start` to before `stop`, see `order.micro_batches`."""
+        return micro_batches(
+            start,
+            stop,
+            global_batch_size=self.global_batch_size,
+            accumulation_steps=self.accumulation_steps,
+            rank=self.rank,
+            world_size=self.world_size,
+            group_size=self.group_size,
+        )
+
     def order(self, dataset: Dataset) -> Order:
         """Return the order in which the run visits the samples of a dataset."""
         repeats = RepeatedAugmentation(self.views_per_image, self.global_batch_size)
         return dataset.order(self.seed, self.shuffle_window, repeats)
 
 
-class _Item(NamedTuple):
-    """One sample before it becomes part of a batch."""
+class LoadedSample(NamedTuple):
+    """One sample before it becomes part of a batch.
+
+    Attributes:
+        fields: Fields that the view returned, with the label and the position.
+        bad_samples: Samples that could not be used in its place.
+        stats: Work that loading the sample took.
+        name: Shard and key, if the batch must carry them.
+    """
 
     fields: dict[str, Any]
     bad_samples: list[BadSample]
     stats: LoadingStats
+    name: tuple[str, str] | None = None
 
 
-class _TrainingSamples(TorchDataset[_Item]):
+class _TrainingSamples(TorchDataset[LoadedSample]):
     """The sample at each position of a run, transformed by the view."""
 
     def __init__(self, dataset: Dataset, view: View, plan: BatchPlan) -> None:
@@ -134,7 +158,7 @@ class _TrainingSamples(TorchDataset[_Item]):
         self.order: Order | None = None
         self.position = 0  # first position that is still needed
 
-    def __getitems__(self, positions: Sequence[int]) -> list[_Item]:
+    def __getitems__(self, positions: Sequence[int]) -> list[LoadedSample]:
         """Return the samples of a batch; torch's DataLoader prefers this method to `__getitem__`."""
         order = self._ensure_order()
         if self.plan.num_threads == 1:
@@ -144,7 +168,7 @@ class _TrainingSamples(TorchDataset[_Item]):
             self.threads = ThreadPoolExecutor(self.plan.num_threads)
         return list(self.threads.map(partial(self._item, order), positions))
 
-    def _next_item(self, order: Order, position: int) -> _Item:
+    def _next_item(self, order: Order, position: int) -> LoadedSample:
         self.position = position
         return self._item(order, position)
 
@@ -157,14 +181,14 @@ class _TrainingSamples(TorchDataset[_Item]):
             )
         return self.order
 
-    def _item(self, order: Order, position: int) -> _Item:
+    def _item(self, order: Order, position: int) -> LoadedSample:
         sample, bad_samples, stats = self._read(order, position)
         started = time.perf_counter()
         view = order.repeats.view_at(position)
         key = (*order.locate(position), *([view] if view else []))  # view 0 equals the view of a run without repeats
         random = np.random.Generator(random_bits(self.dataset.digest, self.plan.seed, *key))
         fields = {**self.view(sample.image, random), "label": sample.label, "position": position}
-        return _Item(fields, bad_samples, stats._replace(augment=time.perf_counter() - started))
+        return LoadedSample(fields, bad_samples, stats._replace(augment=time.perf_counter() - started))
 
     def _read(self, order: Order, position: int) -> tuple[Sample, list[BadSample], LoadingStats]:
         """Read the sample at a position, or the first usable substitute."""
@@ -181,7 +205,7 @@ class _TrainingSamples(TorchDataset[_Item]):
         raise DataError(f"{first.shard}: nothing near sample {first.key} can be used: {first.reason}")
 
 
-class _EvaluationSamples(TorchDataset[_Item]):
+class _EvaluationSamples(TorchDataset[LoadedSample]):
     """Every sample once, in the order of the shards; an unusable sample has weight 0."""
 
     def __init__(self, dataset: Dataset, view: View) -> None:
@@ -190,7 +214,7 @@ class _EvaluationSamples(TorchDataset[_Item]):
         self.sizes = dataset.shard_sizes
         self.ends = np.cumsum(self.sizes)
 
-    def __getitem__(self, i: int) -> _Item:
+    def __getitem__(self, i: int) -> LoadedSample:
         bad_samples: list[BadSample] = []
         try:
             sample, stats = self._read(i)
@@ -199,7 +223,7 @@ class _EvaluationSamples(TorchDataset[_Item]):
             sample, stats = Sample(error.key, np.zeros((8, 8, 3), np.uint8), 0), LoadingStats()
         fields = self.view(sample.image, np.random.Generator(np.random.Philox(i)))  # the same in every evaluation
         weight = np.asarray(not bad_samples, dtype=np.float32)
-        return _Item({**fields, "label": sample.label, "position": i, "weight": weight}, bad_samples, stats)
+        return LoadedSample({**fields, "label": sample.label, "position": i, "weight": weight}, bad_samples, stats)
 
     def _read(self, i: int) -> tuple[Sample, LoadingStats]:
         shard = int(np.searchsorted(self.ends, i, side="right"))
@@ -233,20 +257,9 @@ def training_batches(
         start: First position, a multiple of the global batch size.
         stop: Position after the last one, a multiple of the global batch size.
     """
-    ahead, behind = tee(
-        micro_batches(
-            start,
-            stop,
-            global_batch_size=plan.global_batch_size,
-            accumulation_steps=plan.accumulation_steps,
-            rank=plan.rank,
-            world_size=plan.world_size,
-            group_size=plan.group_size,
-        )
-    )
-    positions = (batch.positions for batch in ahead)
-    with closing(_load(_TrainingSamples(dataset, view, plan), positions, plan.num_workers)) as loading:
-        for batch, loaded in zip(behind, loading, strict=True):
+    positions = (batch.positions for batch in plan.micro_batches(start, stop))
+    with closing(load_batches(_TrainingSamples(dataset, view, plan), positions, plan.num_workers)) as loading:
+        for batch, loaded in zip(plan.micro_batches(start, stop), loading, strict=True):
             yield loaded._replace(weight=batch.weight)
 
 
@@ -284,23 +297,31 @@ def evaluation_batches(
     batches = (
         [min(i, num_samples - 1) * total // num_samples for i in range(first, first + batch_size)] for first in firsts
     )
-    with closing(_load(_EvaluationSamples(dataset, view), batches, num_workers)) as loading:
+    with closing(load_batches(_EvaluationSamples(dataset, view), batches, num_workers)) as loading:
         for first, loaded in zip(firsts, loading, strict=True):
             loaded.tensors["weight"] *= torch.arange(first, first + batch_size) < num_samples
             yield loaded
 
 
-def _load(dataset: TorchDataset[_Item], batches: Iterator[Any], num_workers: int) -> Generator[LoadedBatch, None, None]:
-    """Yield the dataset's batches; the workers end with the last batch, with an error, or when the generator closes."""
+def load_batches(
+    dataset: TorchDataset[Any], batches: Iterator[Sequence[int]] | None, num_workers: int
+) -> Generator[LoadedBatch, None, None]:
+    """Yield the dataset's batches; the workers end with the last batch, with an error, or when the generator closes.
+
+    Args:
+        dataset: Map-style dataset of `LoadedSample`, or iterable dataset of `LoadedBatch`.
+        batches: Indices of the samples of each batch; None for an iterable dataset, which makes its own batches.
+        num_workers: Number of worker processes; 0 loads in this process.
+    """
+    by_index: dict[str, Any] = {"batch_sampler": batches, "collate_fn": collate_samples}  # an iterator is enough
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=batches,  # an iterator is enough, because the loader is iterated once
         num_workers=num_workers,
-        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # the global one drives the model's dropout, and starting workers would advance it
+        **(by_index if batches is not None else {"batch_size": None, "collate_fn": _as_it_is}),
     )
     iterator = iter(loader)
     try:
@@ -310,11 +331,16 @@ def _load(dataset: TorchDataset[_Item], batches: Iterator[Any], num_workers: int
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _collate(items: list[_Item]) -> LoadedBatch:
+def collate_samples(items: list[LoadedSample]) -> LoadedBatch:
     """Make a batch of samples."""
     bad_samples = [bad for item in items for bad in item.bad_samples]
     stats = sum((item.stats for item in items), LoadingStats())
-    return LoadedBatch(collate([item.fields for item in items]), 1.0, bad_samples, stats, time.monotonic())
+    names = [item.name for item in items if item.name is not None]
+    return LoadedBatch(collate([item.fields for item in items]), 1.0, bad_samples, stats, time.monotonic(), names)
+
+
+def _as_it_is(batch: LoadedBatch) -> LoadedBatch:
+    return batch
 
 
 def _start_worker(_: int) -> None:

@@ -1,7 +1,7 @@
 """Training batches from tars that nobody has indexed, read from front to back through `webdataset`.
 
-Compared with an indexed dataset, a stream has no exact order: samples are shuffled within a buffer, an epoch may repeat or
-miss samples, and a resumed run starts at the next shards. In return, training starts without reading the data first.
+Compared with an indexed dataset, a stream has no exact order: samples are shuffled within a buffer, an epoch may repeat
+or miss samples, and a resumed run starts at the next shards. In return, training starts without reading the data first.
 What stays: all ranks take equally many steps, damaged tars and samples are reported, and nothing is unpickled.
 """
 
@@ -10,10 +10,10 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
-from itertools import count, islice, tee
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +21,19 @@ import numpy as np
 import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pretrain.data.dataset.dataset import EncodedSample, Sample, decode_sample
+from pretrain.data.dataset.dataset import EncodedSample, decode_sample
 from pretrain.data.dataset.order import permutation, random_bits
-from pretrain.data.loading.loader import SUBSTITUTES_TRIED, BadSample, BatchPlan, Item, LoadedBatch, collate_items, load
-from pretrain.data.loading.loader import LoadingStats as Stats
-from pretrain.data.storage.archive import Archive, open_tar
+from pretrain.data.loading.loader import (
+    SUBSTITUTES_TRIED,
+    BadSample,
+    BatchPlan,
+    LoadedBatch,
+    LoadedSample,
+    LoadingStats,
+    collate_samples,
+    load_batches,
+)
+from pretrain.data.storage.archive import Member, TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.remote import FetchPolicy, StalledFetchError, expand_braces, is_remote
 from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS, image_of, label_of, metadata_of, samples_of
@@ -34,12 +42,13 @@ from pretrain.data.transforms.views import View
 from pretrain.errors import BadSampleError, DataError
 
 LABEL_KEY = "label"  # key of the label in a sample's JSON, as for `vitrail shards index`
-USED_EXTENSIONS = {*IMAGE_EXTENSIONS, "cls", "json"}
+READ_EXTENSIONS = {*IMAGE_EXTENSIONS, "cls", "json"}
+WHOLE_TAR = "(the rest of the tar)"  # in place of a sample's key, where a tar cannot be read on
 
 
 @dataclass(frozen=True)
 class TarStream:
-    """Tars of one training set that are read as a stream.
+    """The tars of a training set that is read as a stream.
 
     Attributes:
         tars: Paths and URLs of the tars.
@@ -60,20 +69,25 @@ class TarStream:
 
     @property
     def class_shares(self) -> list[float]:
-        """Assumed fraction of each class: equal, because nobody has counted."""
+        """Assumed fraction of each class: equal fractions, because nobody has counted the samples."""
         return [1 / len(self.class_names)] * len(self.class_names)
 
-    def shards(self, seed: int, first: int) -> Iterator["Shard"]:
-        """Yield the tars endlessly, in a new random order each epoch, from number `first` on."""
+    def shards(self, seed: int, first: int) -> Iterator["NumberedTar"]:
+        """Yield the tars endlessly, in a new random order each epoch.
+
+        Args:
+            seed: Seed of the run.
+            first: Number of the first tar to yield; epoch *e* has the numbers from *e* times the number of tars on.
+        """
         epoch, order = -1, np.empty(0, dtype=np.int64)
         for number in count(first):
             if number // len(self.tars) != epoch:
                 epoch = number // len(self.tars)
                 order = permutation(len(self.tars), self.digest, seed, epoch, "stream")
-            yield Shard(number, self.tars[int(order[number % len(self.tars)])])
+            yield NumberedTar(number, self.tars[int(order[number % len(self.tars)])])
 
 
-class Shard(NamedTuple):
+class NumberedTar(NamedTuple):
     """A tar and its number in the endless sequence of tars."""
 
     number: int
@@ -81,7 +95,7 @@ class Shard(NamedTuple):
 
 
 class _StoredSample(NamedTuple):
-    """A sample as it is stored, with its shard's number and its row in the shard."""
+    """An encoded sample with the number of its tar and its row in the tar."""
 
     encoded: EncodedSample
     number: int
@@ -91,7 +105,7 @@ class _StoredSample(NamedTuple):
 def open_tar_stream(
     names: str | Sequence[str], class_names: Sequence[str], shuffle_buffer: int, policy: FetchPolicy
 ) -> TarStream:
-    """Find the tars of a stream.
+    """Find the tars of a stream; nothing of them is read yet.
 
     Args:
         names: Tars, folders of tars, or URLs; braces such as `{0000..0127}` are expanded.
@@ -100,23 +114,25 @@ def open_tar_stream(
         policy: Patience with remote hosts, and whether `pipe:` commands are allowed.
 
     Raises:
-        DataError: If a path does not exist or a folder has no tars.
+        DataError: If nothing is named.
     """
+    given = [names] if isinstance(names, str) else names
     tars: list[str] = []
-    for name in [names] if isinstance(names, str) else names:
-        for place in expand_braces(name):
-            tars += [place] if is_remote(place) else _local_tars(Path(place))
+    for place in (place for name in given for place in expand_braces(name)):
+        tars += [place] if is_remote(place) else _local_tars(Path(place))
+    if not tars:
+        raise DataError("data.train: the list is empty; name tars, folders of tars, or URLs of tars")
     return TarStream(tuple(tars), tuple(class_names), shuffle_buffer, policy)
 
 
 def _local_tars(path: Path) -> list[str]:
-    """Return a tar itself, or the tars of a folder."""
+    """Return the absolute path of a tar, or of all tars of a folder."""
     if path.is_file():
-        return [str(path)]
-    found = sorted(str(tar) for tar in path.glob("*.tar"))
+        return [str(path.resolve())]
+    found = sorted(str(tar) for tar in path.resolve().glob("*.tar"))
     if not found:
         reason = "has no *.tar files" if path.is_dir() else "does not exist"
-        raise DataError(f"{path}: {reason}; data.stream=true reads tars, folders of tars, or URLs of tars")
+        raise DataError(f"{path}: {reason}; with data.stream=true, name tars, folders of tars, or URLs of tars")
     return found
 
 
@@ -125,9 +141,9 @@ def stream_batches(
 ) -> Generator[LoadedBatch, None, None]:
     """Yield this rank's micro-batches of the positions from `start` to before `stop`.
 
-    The sizes and weights of the micro-batches equal those of `training_batches`, so all ranks take equally many steps.
-    Worker *w* of *W* on rank *r* of *R* reads every (*R* *W*)-th shard of the endless sequence, so any number of shards
-    serves any number of workers.
+    Sizes and weights of the micro-batches are those of `training_batches`, so all ranks take equally many steps. Each
+    worker of each rank reads its share of the endless sequence of tars, so any number of tars serves any number of
+    workers. A batch's `next_shard` is the number of the first tar after all that this rank had opened for it.
 
     Args:
         stream: Tars to read.
@@ -135,54 +151,114 @@ def stream_batches(
         plan: Division into micro-batches, and settings of the workers.
         start: First position, a multiple of the global batch size.
         stop: Position after the last one, a multiple of the global batch size.
-        first_shard: Number of the first shard to read; larger than 0 for a resumed run.
+        first_shard: Number of the first tar to read; above 0 for a resumed run.
     """
-    with closing(load(_StreamedBatches(stream, view, plan, start, stop, first_shard), plan.num_workers)) as loading:
+    batches = _StreamedBatches(stream, view, plan, start, stop, first_shard)
+    with closing(load_batches(batches, None, plan.num_workers)) as loading:
         for micro_batch, loaded in zip(plan.micro_batches(start, stop), loading, strict=True):
             yield loaded._replace(weight=micro_batch.weight)
 
 
-@dataclass
 class _StreamedBatches(IterableDataset[LoadedBatch]):
-    """The micro-batches of one rank; each worker makes every `num_workers`-th of them."""
+    """The micro-batches of one rank; of *W* workers, worker *w* makes the micro-batches *w*, *w + W*, ..."""
 
-    stream: TarStream
-    view: View
-    plan: BatchPlan
-    start: int
-    stop: int
-    first_shard: int
-    bad_samples: list[BadSample] = field(default_factory=list)
+    def __init__(self, stream: TarStream, view: View, plan: BatchPlan, start: int, stop: int, first_shard: int) -> None:
+        self.stream = stream
+        self.view = view
+        self.plan = plan
+        self.start = start
+        self.stop = stop
+        self.first_shard = first_shard
+        self.decoder = decode if plan.decodes_jpegs else decode_unless_jpeg
+        self.bad: list[tuple[str, str, str]] = []  # tar, key and reason since the last batch
+        self.next_shard = first_shard
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         info = get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        samples = self._decoded(iter(self._pipeline(worker)))
+        stored = self._stored_samples(worker)
         for micro_batch in islice(self.plan.micro_batches(self.start, self.stop), worker, None, num_workers):
-            yield self._batch(micro_batch.positions, samples)
+            items = [self._next_item(stored, position) for position in micro_batch.positions]
+            bad_samples = [BadSample(micro_batch.positions[0], *bad) for bad in self.bad]
+            self.bad = []
+            yield collate_samples(items)._replace(bad_samples=bad_samples, next_shard=self.next_shard)
 
-    def _pipeline(self, worker: int) -> webdataset.DataPipeline:
-        """Return the stored samples of this worker's shards, shuffled within the buffer."""
-        key = (self.stream.digest, self.plan.seed, self.first_shard, self.plan.rank, worker, "stream buffer")
-        return webdataset.DataPipeline(
-            lambda: islice(self.stream.shards(self.plan.seed, self.first_shard), self.plan.rank, None, self.plan.world_size),
+    def _stored_samples(self, worker: int) -> Iterator[_StoredSample]:
+        """Yield the encoded samples of this worker's tars, shuffled within the buffer."""
+        plan, key = self.plan, (self.stream.digest, self.plan.seed, self.first_shard, self.plan.rank, worker)
+        pipeline = webdataset.DataPipeline(
+            lambda: islice(self.stream.shards(plan.seed, self.first_shard), plan.rank, None, plan.world_size),
             webdataset.split_by_worker,
             self._read,
-            webdataset.shuffle(self.stream.shuffle_buffer, rng=random.Random(int(random_bits(*key).random_raw()))),
+            webdataset.shuffle(
+                self.stream.shuffle_buffer,
+                initial=self.stream.shuffle_buffer,
+                rng=random.Random(int(random_bits(*key, "stream buffer").random_raw())),
+            ),
         )
+        return iter(pipeline)
 
-    def _read(self, shards: Iterable[Shard]) -> Iterator[_StoredSample]:
-        """Yield the stored samples of each tar up to its end, or to where it is damaged."""
-        empty_shards = 0
-        for shard in shards:
-            empty_shards += 1
+    def _read(self, shards: Iterable[NumberedTar]) -> Iterator[_StoredSample]:
+        """Yield the encoded samples of each tar, up to its end or to where it is damaged."""
+        without_sample = 0
+        for number, tar in shards:
+            without_sample += 1
+            self.next_shard = number + 1
             try:
-                with open_tar(shard.tar, self.stream.policy) as file:
-                    archive = Archive(shard.tar, file, wanted=lambda name: name.rpartition(".")[2].lower() in USED_EXTENSIONS)
-                    for row, (key, members) in enumerate(samples_of(archive, Counter())):
-                        empty_shards = 0
-                        ...
+                with open_tar(tar, self.stream.policy) as file:
+                    reader = TarReader(tar, file, _is_read)
+                    for row, (key, members) in enumerate(samples_of(reader, Counter())):
+                        if (encoded := self._encoded(tar, key, members)) is not None:
+                            without_sample = 0
+                            yield _StoredSample(encoded, number, row)
             except StalledFetchError:
                 raise
             except DataError as error:
-                self._report(shard.tar, "", str(error))
+                self.bad.append((tar, WHOLE_TAR, str(error).removeprefix(f"{tar}: ")))
+            if without_sample > len(self.stream.tars):
+                reason = f"; the last problem: {self.bad[-1][2]}" if self.bad else ""
+                raise DataError(f"{tar}: neither this tar nor the {without_sample - 1} before it has a sample{reason}")
+
+    def _encoded(self, tar: str, key: str, members: Mapping[str, Member]) -> EncodedSample | None:
+        """Return the image and the label of a sample, or record why there is none."""
+        try:
+            _, image = image_of(tar, key, dict(members))
+            label = NO_LABEL
+            if self.stream.class_names:
+                metadata = metadata_of(tar, key, members.get("json"))
+                label = label_of(tar, key, members.get("cls"), metadata, LABEL_KEY)
+                if label >= len(self.stream.class_names):
+                    raise DataError(f"label {label} is out of range: there are {len(self.stream.class_names)} classes")
+        except DataError as error:
+            self.bad.append((tar, key, str(error).removeprefix(f"{tar}: ")))
+            return None
+        return EncodedSample(tar, key, image.data, label)
+
+    def _next_item(self, stored: Iterator[_StoredSample], position: int) -> LoadedSample:
+        """Return the next sample that can be decoded, transformed by the view."""
+        for _ in range(SUBSTITUTES_TRIED):
+            started = time.perf_counter()
+            encoded, number, row = next(stored)
+            fetched = time.perf_counter()
+            try:
+                sample = decode_sample(encoded, self.decoder)
+            except BadSampleError as error:
+                self.bad.append((error.shard, error.key, error.reason))
+                continue
+            decoded = time.perf_counter()
+            random_numbers = np.random.Generator(random_bits(self.stream.digest, self.plan.seed, number, row))
+            fields = {**self.view(sample.image, random_numbers), "label": sample.label, "position": position}
+            stats = LoadingStats(
+                fetch=fetched - started,
+                decode=decoded - fetched,
+                augment=time.perf_counter() - decoded,
+                bytes=len(encoded.data),
+            )
+            return LoadedSample(fields, [], stats, (encoded.shard, encoded.key))
+        tar, key, reason = self.bad[-1]
+        raise DataError(f"{tar}: the last {SUBSTITUTES_TRIED} samples cannot be used; sample {key}: {reason}")
+
+
+def _is_read(member: str) -> bool:
+    """Return whether the content of a tar's member is needed."""
+    return member.rpartition("/")[2].partition(".")[2].lower() in READ_EXTENSIONS

@@ -1,0 +1,201 @@
+"""Streams over tars that webdataset itself wrote: uneven, damaged, with members that are none of ours."""
+
+import io
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from pretrain.config import AugmentConfig
+from pretrain.data.loading.loader import BatchPlan, LoadedBatch
+from pretrain.data.loading.stream import WHOLE_TAR, TarStream, open_tar_stream, stream_batches
+from pretrain.data.storage.remote import FetchPolicy
+from pretrain.data.transforms.views import EvalView, TrainView
+from pretrain.errors import DataError
+
+SIZES = [1, 7, 3, 12, 5]  # samples per tar
+CLASSES = ["cat", "dog"]
+
+
+class _Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.mark,)
+
+
+def png(number: int) -> bytes:
+    """Return an image whose color is its number."""
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Uneven tars with captions, metadata and pickles next to the images."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    number = 0
+    for shard, size in enumerate(SIZES):
+        with webdataset.TarWriter(str(folder / f"{shard:03d}.tar"), encoder=False) as writer:
+            for _ in range(size):
+                label = str(number % 2).encode()
+                extra = {"txt": b"a caption", "pyd": pickle.dumps(_Bomb(tmp_path / "unpickled"))}
+                writer.write({"__key__": f"{number:04d}", "png": png(number), "cls": label, **extra})
+                number += 1
+    return folder
+
+
+def stream_of(*names: Path | str, class_names: list[str] | None = None, shuffle_buffer: int = 4) -> TarStream:
+    return open_tar_stream([str(name) for name in names], class_names or [], shuffle_buffer, FetchPolicy())
+
+
+def batches_of(stream: TarStream, plan: BatchPlan, steps: int, first_shard: int = 0) -> list[LoadedBatch]:
+    stop = steps * plan.global_batch_size
+    return list(stream_batches(stream, EvalView(8), plan, 0, stop, first_shard))
+
+
+def numbers_of(batches: list[LoadedBatch]) -> list[int]:
+    return [int(image[0, 0, 0]) for batch in batches for image in batch.tensors["image"]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_all_ranks_take_equally_many_steps_over_uneven_tars(tars: Path, num_workers: int) -> None:
+    seen: Counter[int] = Counter()
+    for rank in range(3):
+        plan = BatchPlan(
+            0, 1, global_batch_size=7, accumulation_steps=2, rank=rank, world_size=3, num_workers=num_workers
+        )
+        batches = batches_of(stream_of(tars), plan, steps=20)
+        assert len(batches) == 40
+        assert [len(batch.tensors["image"]) for batch in batches[:2]] in ([1, 1], [1, 2])
+        assert not any(batch.bad_samples for batch in batches)
+        seen.update(numbers_of(batches))
+    assert set(seen) == set(range(sum(SIZES)))
+
+
+def test_weights_of_micro_batches_are_those_of_an_indexed_dataset(tars: Path) -> None:
+    plan = BatchPlan(0, 1, global_batch_size=3, accumulation_steps=2, rank=1, world_size=2)
+    weights = [batch.weight for batch in batches_of(stream_of(tars), plan, steps=3)]
+    assert weights == [micro_batch.weight for micro_batch in plan.micro_batches(0, 9)]
+
+
+def test_every_tar_is_read_once_per_epoch_in_a_new_order_by_any_number_of_workers(tars: Path) -> None:
+    stream = stream_of(tars)
+    epochs = [[number_and_tar.tar for number_and_tar in islice(stream.shards(0, 5 * i), 5)] for i in range(4)]
+    assert all(sorted(epoch) == sorted(stream.tars) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    for num_readers in (1, 3, 8):
+        shares = [
+            [shard.number for shard in islice(stream.shards(0, 0), i, 40, num_readers)] for i in range(num_readers)
+        ]
+        assert sorted(sum(shares, [])) == list(range(40))
+
+
+def test_a_stream_is_shuffled_and_repeatable(tars: Path) -> None:
+    plan = BatchPlan(0, 1, global_batch_size=4)
+    first, second = (numbers_of(batches_of(stream_of(tars), plan, steps=7)) for _ in range(2))
+    assert first == second
+    assert first != sorted(first)
+    assert first != numbers_of(batches_of(stream_of(tars), BatchPlan(1, 1, global_batch_size=4), steps=7))
+
+
+def test_nothing_is_unpickled_and_captions_are_left_alone(tars: Path, tmp_path: Path) -> None:
+    batches = batches_of(stream_of(tars), BatchPlan(0, 1, global_batch_size=4), steps=10)
+    assert set(batches[0].tensors) == {"image", "label", "position"}
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_labels_and_names_come_with_their_images(tars: Path) -> None:
+    for batch in batches_of(stream_of(tars, class_names=CLASSES), BatchPlan(0, 1, global_batch_size=4), steps=7):
+        numbers = numbers_of([batch])
+        assert batch.tensors["label"].tolist() == [number % 2 for number in numbers]
+        assert [key for _, key in batch.names] == [f"{number:04d}" for number in numbers]
+
+
+def test_a_resumed_stream_starts_at_the_next_tars(tars: Path) -> None:
+    stream, plan = stream_of(tars, shuffle_buffer=1), BatchPlan(0, 1, global_batch_size=2)
+    batch = batches_of(stream, plan, steps=4)[-1]
+    opened = [shard.tar for shard in islice(stream.shards(0, 0), batch.next_shard)]
+    resumed = batches_of(stream, plan, steps=2, first_shard=batch.next_shard)
+    expected = next(stream.shards(0, batch.next_shard)).tar
+    assert resumed[0].names[0][0] == expected
+    assert expected not in opened[-1:]
+
+
+def test_a_damaged_header_is_reported_and_the_samples_before_it_are_used(tars: Path) -> None:
+    path = tars / "003.tar"
+    content = bytearray(path.read_bytes())
+    content[content.index(b"0017.png") + 150] ^= 0xFF  # within the header of the seventh of twelve samples
+    path.write_bytes(content)
+    batches = batches_of(stream_of(tars), BatchPlan(0, 1, global_batch_size=4), steps=30)
+    bad = {(Path(bad.shard).name, bad.key) for batch in batches for bad in batch.bad_samples}
+    assert bad == {("003.tar", WHOLE_TAR)}
+    seen = set(numbers_of(batches))
+    assert set(range(11, 17)) <= seen
+    assert not set(range(17, 23)) & seen
+
+
+def test_a_damaged_image_and_a_bad_label_are_reported_and_passed_over(tars: Path) -> None:
+    with webdataset.TarWriter(str(tars / "005.tar"), encoder=False) as writer:
+        writer.write({"__key__": "broken", "png": b"not an image", "cls": b"0"})
+        writer.write({"__key__": "unlabeled", "png": png(200)})
+        writer.write({"__key__": "outside", "png": png(201), "cls": b"7"})
+    batches = batches_of(stream_of(tars, class_names=CLASSES), BatchPlan(0, 1, global_batch_size=4), steps=20)
+    reasons = {bad.key: bad.reason for batch in batches for bad in batch.bad_samples}
+    assert reasons.keys() == {"broken", "unlabeled", "outside"}
+    assert "label 7 is out of range: there are 2 classes" in reasons["outside"]
+    assert not {200, 201} & set(numbers_of(batches))
+
+
+def test_tars_without_any_usable_sample_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+    for shard, image in (("captions", None), ("broken", b"not an image")):
+        folder = tmp_path / shard
+        folder.mkdir()
+        with webdataset.TarWriter(str(folder / "0.tar"), encoder=False) as writer:
+            for number in range(200):
+                writer.write({"__key__": str(number), **({"png": image} if image else {"txt": b"words"})})
+    plan = BatchPlan(0, 1, global_batch_size=4)
+    with pytest.raises(DataError, match="has a sample; the last problem: sample 199 has no images"):
+        batches_of(stream_of(tmp_path / "captions"), plan, steps=1)
+    with pytest.raises(DataError, match="the last 100 samples cannot be used; sample"):
+        batches_of(stream_of(tmp_path / "broken"), plan, steps=1)
+
+
+def test_names_are_expanded_and_wrong_ones_are_explained(tars: Path, tmp_path: Path) -> None:
+    braces = stream_of(f"{tars}/{{000..002}}.tar", "https://host/{0..1}.tar")
+    assert [tar.rpartition("/")[2] for tar in braces.tars] == ["000.tar", "001.tar", "002.tar", "0.tar", "1.tar"]
+    with pytest.raises(DataError, match=r"missing: does not exist; with data\.stream=true, name tars"):
+        stream_of(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: has no \*\.tar files"):
+        stream_of(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"data\.train: the list is empty"):
+        stream_of()
+
+
+def test_a_pipe_runs_only_where_it_is_allowed(tars: Path) -> None:
+    plan = BatchPlan(0, 1, global_batch_size=2)
+    names = [f"pipe:cat {tars / '001.tar'}"]
+    with pytest.raises(DataError, match="allow_pipe"):
+        batches_of(open_tar_stream(names, [], 4, FetchPolicy()), plan, steps=2)
+    allowed = open_tar_stream(names, [], 4, FetchPolicy(allow_pipe=True))
+    assert set(numbers_of(batches_of(allowed, plan, steps=6))) == set(range(1, 8))
+
+
+def test_augmentation_differs_between_epochs(tars: Path) -> None:
+    stream = stream_of(tars / "000.tar", shuffle_buffer=1)
+    view = TrainView(AugmentConfig(brightness=0.5, flip=0.0), 8)
+    batches = list(stream_batches(stream, view, BatchPlan(0, 1, global_batch_size=1), 0, 6, 0))
+    assert len({float(batch.tensors["brightness"][0]) for batch in batches}) == 6
