@@ -97,10 +97,8 @@ def test_every_tar_is_read_once_per_epoch_in_a_new_order_by_any_number_of_worker
     assert all(sorted(epoch) == sorted(stream.tars) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     for num_readers in (1, 3, 8):
-        shares = [
-            [shard.number for shard in islice(stream.shards(0, 0), i, 40, num_readers)] for i in range(num_readers)
-        ]
-        assert sorted(sum(shares, [])) == list(range(40))
+        shares = [islice(stream.shards(0, 0), reader, 40, num_readers) for reader in range(num_readers)]
+        assert sorted(shard.number for share in shares for shard in share) == list(range(40))
 
 
 def test_a_stream_is_shuffled_and_repeatable(tars: Path) -> None:
