@@ -53,7 +53,7 @@ class Evaluator:
 
     Attributes:
         config: Resolved run configuration.
-        training: Training data, on whose features the probes are fitted.
+        training: Training data, on whose features the probes are fitted; None for a stream, which has no probes.
         validation: Validation data, or None to evaluate nothing.
         objective: Model in training.
         engine: DeepSpeed engine around the objective.
@@ -63,7 +63,7 @@ class Evaluator:
     """
 
     config: PretrainConfig
-    training: Dataset
+    training: Dataset | None
     validation: Dataset | None
     objective: Objective
     engine: TrainingEngine
@@ -197,6 +197,7 @@ class Evaluator:
 
         Every rank has the features of all training samples and predicts the classes of its own validation samples.
         """
+        assert self.training is not None  # the config refuses probes of a stream
         fitted_on = self._features(self.training, should_stop, self.config.evaluation.probe_samples)
         tested_on = self._features(validation, should_stop) if fitted_on else None
         if fitted_on is None or tested_on is None:

@@ -18,6 +18,9 @@ from pretrain.data.dataset.classes import check_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
+from pretrain.data.loading.stream import TarStream, open_tar_stream
+from pretrain.data.storage.remote import FetchPolicy
+from pretrain.data.storage.webdataset import read_class_names
 from pretrain.data.transforms.device_decode import Decoder, build_decoder
 from pretrain.distributed import on_all_ranks
 from pretrain.engine.deepspeed import build_engine, guard_updates
@@ -39,7 +42,7 @@ from pretrain.tracking.tracker import git_commit
 class Data:
     """The data sets of a run."""
 
-    training: Dataset
+    training: Dataset | TarStream
     validation: Dataset | None
 
     @property
@@ -85,6 +88,10 @@ class Run:
         """Count one optimizer step, whether its update was applied or skipped."""
         self.state = self.state.advance(self.config.engine.global_batch_size)
 
+    def resume_stream_at(self, next_tar: int) -> None:
+        """Set the first tar that a resumed stream reads; 0 for indexed data."""
+        self.state = replace(self.state, next_tar=next_tar)
+
     def count_images(self, num_images: int) -> None:
         """Count the images of steps whose update was applied."""
         self.state = self.state.count_images(num_images)
@@ -117,7 +124,8 @@ class Run:
             raise DivergedError(f"{problem}, and there is no checkpoint to roll back to; {advice}")
         saved = restore(self.engine, checkpoint, self.identity).state
         start, stop = skipped[0].position, skipped[-1].position + config.engine.global_batch_size
-        self.state = replace(saved, skipped_ranges=self.state.skipped_ranges).skip_range(start, stop)
+        saved = replace(saved, skipped_ranges=self.state.skipped_ranges, next_tar=self.state.next_tar)
+        self.state = saved.skip_range(start, stop)
         self.health.reset(saved.spike_window)
         self.skipped_steps.forget_consecutive()
         if distributed.is_main():
@@ -171,12 +179,26 @@ def open_data(config: PretrainConfig) -> Data:
     """Open the training and validation data, and check their labels if the objective needs them."""
     cache = open_cache(config.data)
     labeled = config.objective.needs_labels
-    training = open_dataset(config.data.train, config.data.weights, cache, labeled)
-    training.check_cache_size(config.data.shuffle_window)
     validation = open_dataset(config.data.validation, cache=cache) if config.data.validation else None
+    training: Dataset | TarStream
+    if config.data.stream:
+        training = open_stream(config, cache.policy, validation)
+    else:
+        training = open_dataset(config.data.train, config.data.weights, cache, labeled)
+        training.check_cache_size(config.data.shuffle_window)
     if labeled:
         check_classes(training, validation, config.data, needed_by=f"objective.name={config.objective.name}")
     return Data(training, validation)
+
+
+def open_stream(config: PretrainConfig, policy: FetchPolicy, validation: Dataset | None) -> TarStream:
+    """Find the tars of a stream, with the class names of `data.class_names` or else of the validation data."""
+    class_names: list[str] = []
+    if config.objective.needs_labels and config.data.class_names:
+        class_names = read_class_names(config.data.class_names)
+    elif config.objective.needs_labels and validation:
+        class_names = validation.class_names
+    return open_tar_stream(config.data.train, class_names, config.data.shuffle_buffer, policy)
 
 
 def build_model(config: PretrainConfig, data: Data, *, is_new: bool) -> Objective:

@@ -15,6 +15,7 @@ class TrainState:
         images_seen: Number of training images in the steps whose update was applied. It is smaller than `position` once
             steps were skipped or data was left out after a rollback.
         skipped_ranges: Ranges [start, stop) of positions that the run leaves out since it rolled back.
+        next_tar: Number of the first tar that a resumed stream reads (`data.stream`); 0 for indexed data.
         spike_window: Two lists of equal length, the recent losses and gradient norms, oldest first. Spikes are
             detected by comparison with them.
     """
@@ -23,6 +24,7 @@ class TrainState:
     position: int = 0
     images_seen: int = 0
     skipped_ranges: tuple[tuple[int, int], ...] = ()
+    next_tar: int = 0
     spike_window: list[list[float]] = field(default_factory=list)
 
     @classmethod

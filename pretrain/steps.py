@@ -1,8 +1,7 @@
 """The micro-batches of each optimizer step, and the metrics of the steps between two rows of the log."""
 
-import contextlib
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -12,11 +11,11 @@ from torch import Tensor
 from pretrain import distributed
 from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.loading.loader import BadSample, BatchPlan, LoadedBatch, training_batches
+from pretrain.data.loading.loader import BadSample, BatchPlan, IndexedBatches, LoadedBatch
 from pretrain.data.loading.meters import Meter
+from pretrain.data.loading.stream import TarStream, TarStreamBatches
 from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.data.transforms.device_decode import Decoder, decode_on_device
-from pretrain.errors import BadSampleError
 from pretrain.heartbeat.watch import Watch
 from pretrain.objectives.objective import Objective
 from pretrain.schedules import split_by_image_size
@@ -28,7 +27,7 @@ class Batches:
 
     Args:
         config: Resolved run configuration.
-        dataset: Training data.
+        dataset: Training data, indexed or a stream.
         objective: Objective, whose view transforms the images.
         state: State of the run: the position to start at and the ranges to leave out.
         decoder: JPEG decoder of the GPU, or None if the data workers decode.
@@ -41,21 +40,20 @@ class Batches:
     def __init__(
         self,
         config: PretrainConfig,
-        dataset: Dataset,
+        dataset: Dataset | TarStream,
         objective: Objective,
         state: TrainState,
         decoder: Decoder | None,
         watch: Watch,
     ) -> None:
         self.config = config
-        self.dataset = dataset
         self.objective = objective
         self.decoder = decoder
         self.watch = watch
         self.device = distributed.device()
         self.accumulation_steps = config.engine.accumulation_steps(distributed.world_size())
         self.global_batch_size = config.engine.global_batch_size
-        self.plan = BatchPlan(
+        plan = BatchPlan(
             seed=config.seed,
             shuffle_window=config.data.shuffle_window,
             global_batch_size=self.global_batch_size,
@@ -68,7 +66,11 @@ class Batches:
             views_per_image=config.data.repeats,
             decodes_jpegs=decoder is None,
         )
-        self.order = self.plan.order(dataset)
+        self._source: IndexedBatches | TarStreamBatches = (
+            TarStreamBatches(dataset, plan, state.next_tar)
+            if isinstance(dataset, TarStream)
+            else IndexedBatches(dataset, plan)
+        )
         self._meter = Meter()
         self._bad_samples: list[BadSample] = []
         self._open: Generator[LoadedBatch, None, None] | None = None  # batches of the current range
@@ -99,17 +101,22 @@ class Batches:
             self.watch.enter("forward")
             yield batch, loaded.weight, number == self.accumulation_steps - 1
 
-    def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
-        """Yield the shard and the key of each sample of the step that starts at `position`."""
-        for each in range(position, position + self.global_batch_size):
-            _, shard, row = self.order.locate(each)
-            with contextlib.suppress(BadSampleError):
-                encoded = self.dataset.fetch(shard, row)
-                yield encoded.shard, encoded.key
+    def sample_names(self, position: int) -> Iterable[tuple[str, str]]:
+        """Return the shard and the key of each sample of the step that starts at `position` (collective)."""
+        names = self._source.sample_names(position)
+        if isinstance(self._source, TarStreamBatches):  # each rank knows its own samples only
+            return chain.from_iterable(distributed.gather(list(names)))
+        return names
+
+    def next_tar(self) -> int:
+        """Return the number of the first tar that no rank has opened; 0 for indexed data (collective)."""
+        if isinstance(self._source, TarStreamBatches):
+            return max(distributed.gather(self._source.next_tar))
+        return 0
 
     def epochs(self, position: int) -> dict[str, float]:
         """Return how many epochs of each data set come before a position, as metrics."""
-        epochs = self.order.epochs(position)
+        epochs = self._source.epochs(position)
         return {f"data/epoch_{i}" if len(epochs) > 1 else "data/epoch": epoch for i, epoch in enumerate(epochs)}
 
     def take_counts(self) -> list[float]:
@@ -134,7 +141,7 @@ class Batches:
     def _load(self, start: int, stop: int, image_size: int) -> Generator[LoadedBatch, None, None]:
         """Start loading the positions from `start` to before `stop` as images of one size."""
         view = self.objective.train_view(image_size)
-        self._open = training_batches(self.dataset, view, self.plan, start, stop)
+        self._open = self._source.load(view, start, stop)
         return self._open
 
     def _to_device(self, batch: Batch) -> Batch:

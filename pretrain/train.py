@@ -13,6 +13,7 @@ from pretrain import distributed
 from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, flatten
+from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.order import random_bits
 from pretrain.data.loading.meters import describe_bottleneck, loading_metrics
 from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
@@ -66,7 +67,7 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
     progress.print_message(describe_run(run))
     evaluator = Evaluator(
         run.config,
-        run.data.training,
+        run.data.training if isinstance(run.data.training, Dataset) else None,
         run.data.validation,
         run.objective,
         run.engine,
@@ -204,7 +205,7 @@ def handle_result(run: Run, batches: Batches, saver: Saver, result: StepResult) 
 
 def record_result(run: Run, batches: Batches, result: StepResult) -> None:
     """Add a step to the list of skipped steps if it was skipped."""
-    run.skipped_steps.record(result, batches.sample_names(result.position))
+    run.skipped_steps.record(result, batches.sample_names(result.position) if result.is_skipped else ())
 
 
 def evaluate(evaluator: Evaluator, step: int, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
@@ -242,6 +243,7 @@ def log_interval(
     if num_bad_samples:
         run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_bad_samples())))
     run.count_images(totals.num_applied * batch_size)
+    run.resume_stream_at(batches.next_tar())
     grad_norm = {"optim/grad_norm": totals.means["grad_norm"]} if totals.means else {}
     num_threads = max(data.num_workers, 1) * data.num_threads
     row = {
@@ -277,8 +279,7 @@ def describe_run(run: Run) -> str:
     config, num_ranks = run.config.engine, distributed.world_size()
     num_parameters = sum(parameter.numel() for parameter in run.objective.parameters())
     return (
-        f"{num_parameters / 1e6:.1f} M parameters, {sum(run.data.training.shard_sizes)} images in "
-        f"{len(run.data.training.class_names)} classes, {num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on "
-        f"{run.engine.device.type}, ZeRO {config.zero_stage}, {config.precision}, batch {config.global_batch_size}, "
+        f"{num_parameters / 1e6:.1f} M parameters, {run.data.training.describe()}, "
+        f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, {config.precision}, batch {config.global_batch_size}, "
         f"from step {run.state.step}, {run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
     )

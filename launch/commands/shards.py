@@ -138,6 +138,7 @@ def make(
     from pretrain.data.sources.open import SourceOptions, list_source
     from pretrain.data.sources.source import keep_classes
     from pretrain.data.sources.table import Columns
+    from pretrain.data.storage.webdataset import read_class_names
 
     options = ShardOptions(validation, shard_bytes, seed, Encoding(resize, image_format, quality))
     with report_errors():
@@ -203,6 +204,7 @@ def index(
     from pretrain.data.shards.scan import index_shards
     from pretrain.data.shards.tasks import run_tasks
     from pretrain.data.storage.remote import FetchPolicy
+    from pretrain.data.storage.webdataset import read_class_names
 
     with report_errors():
         folder, tars = find_tars(source, out)
@@ -428,18 +430,6 @@ def find_tars(source: str, out: Path | None) -> tuple[Path, list[str]]:
     if out is not None and out.resolve() != folder.resolve():
         raise UserError(f"{out}: the indexes of a local folder are written next to its tars; remove --out")
     return folder, tars
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty.
-
-    Raises:
-        UserError: If the file cannot be read.
-    """
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the class names: {error.strerror}; check --class-names") from None
 
 
 def describe(info: "DatasetInfo") -> str:

@@ -53,6 +53,17 @@ class DataConfig(SourceConfig):
     validation: Location | None = Field(
         None, description="Validation data: a path or URL; null trains without validation."
     )
+    stream: bool = Field(
+        False,
+        description="Whether to read tars front to back without an index; the order and resuming are then not exact.",
+    )
+    shuffle_buffer: Count = Field(
+        1000, description="Samples per data worker among which a stream picks the next one; more shuffles better."
+    )
+    class_names: UserPath | None = Field(
+        None,
+        description="Text file with one class name per line, in label order, for a stream; null takes validation's.",
+    )
     decode: Literal["cpu", "gpu"] = Field(
         "cpu",
         description="Device that decodes training JPEGs; gpu relieves busy workers and needs the extra [gpu-decode].",
@@ -71,3 +82,9 @@ class DataConfig(SourceConfig):
                 ("weights", "train"),
                 f"has {len(self.weights)} values but data.train has {num_sets}; give one weight per training set",
             )
+        if self.stream and self.weights is not None:
+            yield Problem(("weights", "stream"), "a stream cannot mix by weight; remove weights, or index the tars")
+        if self.stream and self.repeats > 1:
+            yield Problem(("repeats", "stream"), "a stream cannot repeat images; set repeats=1, or index the tars")
+        if self.class_names is not None and not self.stream:
+            yield Problem(("class_names", "stream"), "an index has its own class names; remove it or set stream=true")

@@ -24,6 +24,11 @@ class ObjectiveSection(Section):
     supports_gpu_decode: ClassVar[bool] = True
     supports_ema: ClassVar[bool] = True
 
+    @property
+    def needs_class_counts(self) -> bool:
+        """Whether the number of training samples of each class must be known."""
+        return False
+
     def model_problems(self, model: ModelConfig) -> Iterator[Problem]:
         """Yield what makes the objective impossible with `model`; keys are relative to the whole config."""
         yield from ()

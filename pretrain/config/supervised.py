@@ -16,6 +16,10 @@ class SupervisedConfig(ObjectiveSection):
     needs_labels: ClassVar[bool] = True
     supports_image_sizes: ClassVar[bool] = True
 
+    @property
+    def needs_class_counts(self) -> bool:
+        return self.class_weights == "balanced"
+
     name: Literal["supervised"] = Field(
         "supervised", description="Objective: supervised, mae or self_distillation; each has its own keys."
     )

@@ -1,13 +1,19 @@
 """Check that training and validation data have labels of the same classes."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from pretrain.config import SourceConfig
-from pretrain.data.dataset.dataset import Dataset
 from pretrain.errors import DataError
 
 
-def check_classes(training: Dataset, validation: Dataset | None, config: SourceConfig, *, needed_by: str) -> None:
+class Labeled(Protocol):
+    """Data with named classes: an indexed dataset or a stream."""
+
+    class_names: list[str]
+
+
+def check_classes(training: Labeled, validation: Labeled | None, config: SourceConfig, *, needed_by: str) -> None:
     """Check that the training data has labels and that the validation data has the same classes.
 
     Args:

@@ -89,6 +89,10 @@ class Dataset(ABC):
         """Return this process's use of the shard cache since the last call; empty for local data."""
         return {}
 
+    def describe(self) -> str:
+        """Return the number of images and classes in words."""
+        return f"{sum(self.shard_sizes)} images in {len(self.class_names)} classes"
+
     def order(self, seed: int, window: int, repeats: RepeatedAugmentation = NO_REPEATS) -> Order:
         """Return the order in which a run visits the samples.
 

@@ -5,6 +5,7 @@ used is replaced by another one of its shuffle window, so the number of steps an
 batch carries its unusable samples and the time that each loading stage took.
 """
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -70,7 +71,7 @@ class LoadedBatch(NamedTuple):
         stats: Work that loading the batch took.
         done_at: Time at which the batch was complete (`time.monotonic`).
         names: Shard and key of each sample; empty for an indexed dataset, where the position tells them.
-        next_shard: Number of the first tar that this rank has not opened yet; 0 for an indexed dataset.
+        next_tar: Number of the first tar that this rank has not opened yet; 0 for an indexed dataset.
     """
 
     tensors: Batch
@@ -79,7 +80,7 @@ class LoadedBatch(NamedTuple):
     stats: LoadingStats
     done_at: float
     names: Sequence[tuple[str, str]] = ()
-    next_shard: int = 0
+    next_tar: int = 0
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,38 @@ def _timed_read(
     sample = decode_sample(encoded, decoder)
     seconds = {"fetch": fetched - started, "decode": time.perf_counter() - fetched}
     return sample, LoadingStats(**seconds, bytes=len(encoded.data), **dataset.take_cache_counts())
+
+
+class IndexedBatches:
+    """The micro-batches of one rank from an indexed dataset.
+
+    Args:
+        dataset: Training set.
+        plan: Division into micro-batches, and settings of the workers.
+    """
+
+    next_tar = 0  # an indexed dataset is resumed by position
+
+    def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:
+        self.dataset = dataset
+        self.plan = plan
+        self.order = plan.order(dataset)
+
+    def load(self, view: View, start: int, stop: int) -> Generator[LoadedBatch, None, None]:
+        """Yield the micro-batches of the positions from `start` to before `stop`, see `training_batches`."""
+        return training_batches(self.dataset, view, self.plan, start, stop)
+
+    def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
+        """Yield the shard and the key of each sample of the step that starts at `position`, over all ranks."""
+        for each in range(position, position + self.plan.global_batch_size):
+            _, shard, row = self.order.locate(each)
+            with contextlib.suppress(BadSampleError):
+                encoded = self.dataset.fetch(shard, row)
+                yield encoded.shard, encoded.key
+
+    def epochs(self, position: int) -> list[float]:
+        """Return how many epochs of each data set come before a position."""
+        return self.order.epochs(position)
 
 
 def training_batches(

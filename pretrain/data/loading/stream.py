@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -43,6 +43,7 @@ from pretrain.errors import BadSampleError, DataError
 
 LABEL_KEY = "label"  # key of the label in a sample's JSON, as for `vitrail shards index`
 READ_EXTENSIONS = {*IMAGE_EXTENSIONS, "cls", "json"}
+STEPS_WITH_NAMES = 3  # a step's result is known while the next step runs
 WHOLE_TAR = "(the rest of the tar)"  # in place of a sample's key, where a tar cannot be read on
 
 
@@ -58,7 +59,7 @@ class TarStream:
     """
 
     tars: Sequence[str]
-    class_names: Sequence[str]
+    class_names: list[str]
     shuffle_buffer: int
     policy: FetchPolicy
 
@@ -72,7 +73,14 @@ class TarStream:
         """Assumed fraction of each class: equal fractions, because nobody has counted the samples."""
         return [1 / len(self.class_names)] * len(self.class_names)
 
-    def shards(self, seed: int, first: int) -> Iterator["NumberedTar"]:
+    def describe(self) -> str:
+        """Return the number of tars, and what a stream does not guarantee."""
+        return (
+            f"{len(self.tars)} tars read as a stream (samples are shuffled within a buffer of {self.shuffle_buffer} and "
+            "a resumed run starts at the next tars; index them for an exact order and an exact resume)"
+        )
+
+    def numbered_tars(self, seed: int, first: int) -> Iterator["NumberedTar"]:
         """Yield the tars endlessly, in a new random order each epoch.
 
         Args:
@@ -122,7 +130,7 @@ def open_tar_stream(
         tars += [place] if is_remote(place) else _local_tars(Path(place))
     if not tars:
         raise DataError("data.train: the list is empty; name tars, folders of tars, or URLs of tars")
-    return TarStream(tuple(tars), tuple(class_names), shuffle_buffer, policy)
+    return TarStream(tuple(tars), list(class_names), shuffle_buffer, policy)
 
 
 def _local_tars(path: Path) -> list[str]:
@@ -136,42 +144,69 @@ def _local_tars(path: Path) -> list[str]:
     return found
 
 
-def stream_batches(
-    stream: TarStream, view: View, plan: BatchPlan, start: int, stop: int, first_shard: int
-) -> Generator[LoadedBatch, None, None]:
-    """Yield this rank's micro-batches of the positions from `start` to before `stop`.
+class TarStreamBatches:
+    """The micro-batches of one rank from a stream of tars.
 
-    Sizes and weights of the micro-batches are those of `training_batches`, so all ranks take equally many steps. Each
+    Sizes and weights of the micro-batches are those of an indexed dataset, so all ranks take equally many steps. Each
     worker of each rank reads its share of the endless sequence of tars, so any number of tars serves any number of
-    workers. A batch's `next_shard` is the number of the first tar after all that this rank had opened for it.
+    workers.
 
     Args:
         stream: Tars to read.
-        view: Transforms a decoded image and a random generator into the fields of a sample.
         plan: Division into micro-batches, and settings of the workers.
-        start: First position, a multiple of the global batch size.
-        stop: Position after the last one, a multiple of the global batch size.
-        first_shard: Number of the first tar to read; above 0 for a resumed run.
+        first_tar: Number of the first tar to read; above 0 for a resumed run.
+
+    Attributes:
+        next_tar: Number of the first tar after all that this rank has opened.
     """
-    batches = _StreamedBatches(stream, view, plan, start, stop, first_shard)
-    with closing(load_batches(batches, None, plan.num_workers)) as loading:
-        for micro_batch, loaded in zip(plan.micro_batches(start, stop), loading, strict=True):
-            yield loaded._replace(weight=micro_batch.weight)
+
+    def __init__(self, stream: TarStream, plan: BatchPlan, first_tar: int) -> None:
+        self.stream = stream
+        self.plan = plan
+        self.next_tar = first_tar
+        self._names: deque[tuple[int, Sequence[tuple[str, str]]]] = deque(
+            maxlen=STEPS_WITH_NAMES * plan.accumulation_steps
+        )
+
+    def load(self, view: View, start: int, stop: int) -> Generator[LoadedBatch, None, None]:
+        """Yield the micro-batches of the positions from `start` to before `stop`.
+
+        Args:
+            view: Transforms a decoded image and a random generator into the fields of a sample.
+            start: First position, a multiple of the global batch size.
+            stop: Position after the last one, a multiple of the global batch size.
+        """
+        batches = _StreamedBatches(self.stream, view, self.plan, start, stop, self.next_tar)
+        with closing(load_batches(batches, None, self.plan.num_workers)) as loading:
+            for micro_batch, loaded in zip(self.plan.micro_batches(start, stop), loading, strict=True):
+                self.next_tar = max(self.next_tar, loaded.next_tar)
+                self._names.append((micro_batch.positions[0] // self.plan.global_batch_size, loaded.names))
+                yield loaded._replace(weight=micro_batch.weight)
+
+    def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
+        """Yield the shard and the key of this rank's samples of the step that starts at `position`."""
+        for step, names in self._names:
+            if step == position // self.plan.global_batch_size:
+                yield from names
+
+    def epochs(self, position: int) -> list[float]:
+        """Return the number of epochs of tars that this rank has opened; the position does not tell."""
+        return [self.next_tar / len(self.stream.tars)]
 
 
 class _StreamedBatches(IterableDataset[LoadedBatch]):
     """The micro-batches of one rank; of *W* workers, worker *w* makes the micro-batches *w*, *w + W*, ..."""
 
-    def __init__(self, stream: TarStream, view: View, plan: BatchPlan, start: int, stop: int, first_shard: int) -> None:
+    def __init__(self, stream: TarStream, view: View, plan: BatchPlan, start: int, stop: int, first_tar: int) -> None:
         self.stream = stream
         self.view = view
         self.plan = plan
         self.start = start
         self.stop = stop
-        self.first_shard = first_shard
+        self.first_tar = first_tar
         self.decoder = decode if plan.decodes_jpegs else decode_unless_jpeg
         self.bad: list[tuple[str, str, str]] = []  # tar, key and reason since the last batch
-        self.next_shard = first_shard
+        self.next_tar = first_tar
 
     def __iter__(self) -> Iterator[LoadedBatch]:
         info = get_worker_info()
@@ -181,13 +216,13 @@ class _StreamedBatches(IterableDataset[LoadedBatch]):
             items = [self._next_item(stored, position) for position in micro_batch.positions]
             bad_samples = [BadSample(micro_batch.positions[0], *bad) for bad in self.bad]
             self.bad = []
-            yield collate_samples(items)._replace(bad_samples=bad_samples, next_shard=self.next_shard)
+            yield collate_samples(items)._replace(bad_samples=bad_samples, next_tar=self.next_tar)
 
     def _stored_samples(self, worker: int) -> Iterator[_StoredSample]:
         """Yield the encoded samples of this worker's tars, shuffled within the buffer."""
-        plan, key = self.plan, (self.stream.digest, self.plan.seed, self.first_shard, self.plan.rank, worker)
+        plan, key = self.plan, (self.stream.digest, self.plan.seed, self.first_tar, self.plan.rank, worker)
         pipeline = webdataset.DataPipeline(
-            lambda: islice(self.stream.shards(plan.seed, self.first_shard), plan.rank, None, plan.world_size),
+            lambda: islice(self.stream.numbered_tars(plan.seed, self.first_tar), plan.rank, None, plan.world_size),
             webdataset.split_by_worker,
             self._read,
             webdataset.shuffle(
@@ -198,12 +233,12 @@ class _StreamedBatches(IterableDataset[LoadedBatch]):
         )
         return iter(pipeline)
 
-    def _read(self, shards: Iterable[NumberedTar]) -> Iterator[_StoredSample]:
+    def _read(self, tars: Iterable[NumberedTar]) -> Iterator[_StoredSample]:
         """Yield the encoded samples of each tar, up to its end or to where it is damaged."""
         without_sample = 0
-        for number, tar in shards:
+        for number, tar in tars:
             without_sample += 1
-            self.next_shard = number + 1
+            self.next_tar = number + 1
             try:
                 with open_tar(tar, self.stream.policy) as file:
                     reader = TarReader(tar, file, _is_read)

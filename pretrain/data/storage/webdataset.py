@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from pretrain.data.storage.archive import Member, TarReader
@@ -125,3 +126,18 @@ def name_classes(max_label: int, class_names: Sequence[str] | None, names_found:
             f"label {max_label} is out of range because there are {len(class_names)} class names; name every class"
         )
     return list(class_names)
+
+
+def read_class_names(path: Path) -> list[str]:
+    """Read a text file with one class name per line, in the order of the labels; empty lines are ignored.
+
+    Raises:
+        DataError: If the file cannot be read or has no names.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the class names: {error.strerror}; name a text file") from None
+    if not names:
+        raise DataError(f"{path}: has no class names; write one per line, in the order of the labels")
+    return names
