@@ -280,6 +280,7 @@ def describe_run(run: Run) -> str:
     num_parameters = sum(parameter.numel() for parameter in run.objective.parameters())
     return (
         f"{num_parameters / 1e6:.1f} M parameters, {run.data.training.describe()}, "
-        f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, {config.precision}, batch {config.global_batch_size}, "
-        f"from step {run.state.step}, {run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
+        f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
+        f"{config.precision}, batch {config.global_batch_size}, from step {run.state.step}, "
+        f"{run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
     )

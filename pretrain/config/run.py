@@ -78,14 +78,10 @@ class PretrainConfig(Section):
             sentence = "probes need indexed training data, but data.stream=true; set it to 0, or index the tars"
             yield Problem(("evaluation.probe_every_steps", "data.stream"), sentence)
         if self.data.stream and self.objective.needs_class_counts:
-            sentence = (
             sentence = "balanced needs the size of each class, but data.stream=true; use a list, or index the tars"
-            )
             yield Problem(("objective.class_weights", "data.stream"), sentence)
         if self.data.stream and self.objective.needs_labels and not (self.data.validation or self.data.class_names):
-            sentence = (
             sentence = f"required by data.stream=true with objective.name={self.objective.name} but missing; set it"
-            )
             yield Problem(("data.class_names", "data.stream"), sentence)
 
     def _image_size_problems(self) -> Iterator[Problem]:

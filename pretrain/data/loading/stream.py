@@ -76,8 +76,8 @@ class TarStream:
     def describe(self) -> str:
         """Return the number of tars, and what a stream does not guarantee."""
         return (
-            f"{len(self.tars)} tars read as a stream (samples are shuffled within a buffer of {self.shuffle_buffer} and "
-            "a resumed run starts at the next tars; index them for an exact order and an exact resume)"
+            f"{len(self.tars)} tars read as a stream (samples are shuffled within a buffer of {self.shuffle_buffer}, "
+            "and a resumed run starts at the next tars; index them for an exact order and an exact resume)"
         )
 
     def numbered_tars(self, seed: int, first: int) -> Iterator["NumberedTar"]:
