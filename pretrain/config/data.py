@@ -6,7 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from pretrain.config.section import Count, CountOrZero, Fraction, Location, Positive, Problem, Section, UserPath
+from pretrain.config.section import (
+    COMMAND_LINE_ONLY,
+    Count,
+    CountOrZero,
+    Fraction,
+    Location,
+    Positive,
+    Problem,
+    Section,
+    UserPath,
+)
 
 
 class FaultBudget(Section):
@@ -40,7 +50,11 @@ class SourceConfig(FaultBudget):
     stall_seconds: Positive = Field(
         60.0, description="Seconds without data from a remote host before the run ends; increase for a slow host."
     )
-    allow_pipe: bool = Field(False, description="Whether a shard may be a shell command, written as pipe:COMMAND.")
+    allow_pipe: bool = Field(
+        False,
+        description="Whether a shard may be a shell command, written as pipe:COMMAND; set it on the command line only.",
+        json_schema_extra={COMMAND_LINE_ONLY: True},
+    )
 
 
 class DataConfig(SourceConfig):

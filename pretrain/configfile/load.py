@@ -8,9 +8,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from pretrain.config.schema import Key, plain, scalar
-from pretrain.config.section import Section
-from pretrain.configfile.document import ConfigError, Document
+from pretrain.config.schema import Key, dotted, leaves, plain, scalar
+from pretrain.config.section import COMMAND_LINE_ONLY, Section
+from pretrain.configfile.document import COMMAND_LINE, ConfigError, Document, Mistake
 from pretrain.configfile.explain import explain
 
 Config = TypeVar("Config", bound=Section)
@@ -48,9 +48,22 @@ def load_config(config_class: type[Config], path: Path, overrides: Sequence[str]
         config = config_class.model_validate_json(json.dumps(document.values))
     except ValidationError as error:
         mistakes = explain(document, config_class, error)
+    else:
+        mistakes += _command_line_only_mistakes(document, config)
     if mistakes:
         raise ConfigError("\n".join(str(mistake) for mistake in mistakes))
     return Loaded(config, "".join(f"{line}\n" for line in _text(config, document.places)))
+
+
+def _command_line_only_mistakes(document: Document, config: Section) -> Iterator[Mistake]:
+    """Yield the values of a file that only the command line may change from their defaults."""
+    values = flatten(config)
+    for key, field in leaves(type(config)):
+        extra, place = field.json_schema_extra, document.places.get(key, COMMAND_LINE)
+        is_marked = isinstance(extra, dict) and COMMAND_LINE_ONLY in extra
+        if is_marked and place != COMMAND_LINE and values[dotted(key)] != field.default:
+            sentence = f"a config file must not set this; remove it here and add {dotted(key)}=... to the command"
+            yield Mistake(place, key, sentence)
 
 
 def flatten(config: Section, above: str = "") -> dict[str, Any]:

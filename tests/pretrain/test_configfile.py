@@ -153,6 +153,28 @@ MISTAKES = [
         ["schedule.image_sizes=[[0.5, 192]]"],
         "objective.name=mae supports only one image size; ",
     ),
+    (
+        "",
+        ["data.stream=true", "data.validation=v", "data.weights=[1]"],
+        "data.weights: a stream cannot mix by weight; remove weights",
+    ),
+    (
+        "",
+        ["data.stream=true", "data.validation=v", "data.repeats=2"],
+        "data.repeats: a stream cannot repeat images; set repeats=1",
+    ),
+    ("", ["data.class_names=a.txt"], "data.class_names: an index has its own class names; remove it or"),
+    ("", ["data.stream=true"], "data.class_names: required by data.stream=true with objective.name=supervised but"),
+    (
+        "",
+        ["data.stream=true", "data.validation=v", "evaluation.probe_every_steps=5"],
+        "evaluation.probe_every_steps: probes need indexed training data, but data.stream=true; set it to 0",
+    ),
+    (
+        "objective: {class_weights: balanced}",
+        ["data.stream=true", "data.validation=v"],
+        "objective.class_weights: balanced needs the size of each class, but data.stream=true; use a list",
+    ),
     ("", ["data.repeats=3"], "data.repeats: 3 does not divide engine.global_batch_size=256; change"),
     (
         "",
@@ -256,6 +278,16 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         "model.patch_size",
         "model.num_attention_heads",
     ]
+
+
+def test_only_the_command_line_may_allow_shell_commands(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD.replace("data: {", "data: {allow_pipe: true, "))
+    with pytest.raises(ConfigError, match=r"x\.yaml:\d: data\.allow_pipe: a config file must not set this; remove it"):
+        load_config(PretrainConfig, path)
+    path.write_text(GOOD.replace("data: {", "data: {allow_pipe: false, "))
+    assert not load_config(PretrainConfig, path).config.data.allow_pipe
+    assert load_config(PretrainConfig, path, ["data.allow_pipe=true"]).config.data.allow_pipe
 
 
 def test_learning_rate_has_a_default_for_the_default_batch(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from pretrain.errors import DataError
 class Labeled(Protocol):
     """Data with named classes: an indexed dataset or a stream."""
 
-    class_names: list[str]
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes in the order of the labels; empty without labels."""
 
 
 def check_classes(training: Labeled, validation: Labeled | None, config: SourceConfig, *, needed_by: str) -> None:
