@@ -48,7 +48,7 @@ BLOCK = {
     "mlp.fc1": HubName("mlp.fc1", "intermediate.dense"),
     "mlp.fc2": HubName("mlp.fc2", "output.dense"),
 }
-# What stands before the number of a block.
+# The prefix before the number of a block.
 LAYERS = "layers."
 ENCODER_LAYERS = HubName("layers.", "encoder.layer.")
 DECODER_LAYERS = HubName("decoder_layers.", "decoder_layers.")
@@ -59,7 +59,7 @@ WITHOUT_COUNTERPART = ("classifier.", "pooler.", "decoder.")  # tensors of a fol
 
 
 def encoder_to_hub(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Rename an encoder's weights to those of transformers' ViTModel in memory, as fp32.
+    """Rename an encoder's weights to those of transformers' ViTModel in memory and convert them to fp32.
 
     Args:
         weights: State of a `ViT` without LayerScale (see `fold_layer_scale`).
@@ -77,7 +77,7 @@ def encoder_to_hub(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[st
 
 
 def decoder_to_hub(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Rename a masked autoencoder's decoder to that of transformers' ViTMAEForPreTraining in memory, as fp32.
+    """Rename the weights of an MAE decoder to those of transformers' ViTMAEForPreTraining in memory, as fp32.
 
     Args:
         weights: State of an `MAEDecoder`.
@@ -95,7 +95,7 @@ def decoder_to_hub(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[st
 
 
 def encoder_from_hub(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of a folder of model type `vit` or `vit_mae` to those of our `ViT`, as fp32.
+    """Rename the tensors of a folder of model type `vit` or `vit_mae` to those of our `ViT` and convert them to fp32.
 
     Args:
         weights: Tensors of the folder's safetensors files.
