@@ -1,4 +1,4 @@
-"""One batch, learned by heart."""
+"""Overfit an objective to one batch."""
 
 import torch
 
@@ -6,7 +6,10 @@ from pretrain.objectives.objective import Objective
 
 
 def overfit(objective: Objective, batch: dict[str, torch.Tensor], steps: int) -> float:
-    """Train on a batch again and again; return the last loss. Every parameter must have had a gradient, and moved."""
+    """Train on the same batch for some steps; return the last loss.
+
+    Asserts that every parameter had a gradient and was changed.
+    """
     before = {name: parameter.detach().clone() for name, parameter in objective.named_parameters()}
     optimizer = torch.optim.AdamW(objective.parameters(), lr=2e-3, weight_decay=0.0)
     for _ in range(steps):

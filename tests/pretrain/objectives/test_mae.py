@@ -1,4 +1,4 @@
-"""The masked autoencoder against transformers' own, and by learning something."""
+"""The masked autoencoder equals the one of transformers, and it learns."""
 
 import numpy as np
 import pytest
@@ -78,8 +78,8 @@ def test_loss_and_gradients_equal_transformers() -> None:
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_weights_begin_as_the_papers() -> None:
-    """Its code has one layer for queries, keys and values, and torch's Xavier for every layer."""
+def test_initial_weights_have_the_distribution_of_the_paper() -> None:
+    """The paper's code uses one layer for queries, keys and values, and torch's Xavier initialization everywhere."""
     objective = build()
     for name, module in objective.named_modules():
         if isinstance(module, nn.Linear):
@@ -91,14 +91,14 @@ def test_weights_begin_as_the_papers() -> None:
             assert not module.bias.any()
 
 
-def test_the_first_loss_is_that_of_a_guess() -> None:
-    """Targets have mean 0 and deviation 1; the guess has that of the last layer's weights, its input that of a norm."""
+def test_the_initial_loss_is_that_of_a_random_prediction() -> None:
+    """Targets have variance 1; predictions have that of a linear layer with Xavier weights on normalized input."""
     width, pixels = DECODER["decoder_hidden_size"], 3 * 8 * 8
     expected = 1 + width * 2 / (width + pixels)
     assert float(build().train()(batch(64))["loss"]) == pytest.approx(expected, rel=0.05)
 
 
-def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
+def test_one_batch_can_be_overfitted_and_every_parameter_is_trained() -> None:
     objective = build().train()
     rows = torch.linspace(0, 255, 32)
     smooth = torch.stack([torch.outer(rows.roll(i), rows.flip(0)) / 255 for i in range(8)])[:, None].expand(
@@ -108,7 +108,7 @@ def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
     assert overfit(objective, data, steps=250) < 0.1
 
 
-def test_masks_are_keyed_by_the_sample_and_pixels_stay_what_they_were() -> None:
+def test_masks_depend_on_the_random_generator_only_and_leave_the_pixels_unchanged() -> None:
     view = build().train_view(32)
     image = np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -119,7 +119,7 @@ def test_masks_are_keyed_by_the_sample_and_pixels_stay_what_they_were() -> None:
     assert all(np.array_equal(first[name], plain[name]) for name in plain)
 
 
-def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
+def test_evaluation_sums_ignore_samples_with_weight_zero() -> None:
     objective, data = build().eval(), batch(8)
     sums = objective({**data, "weight": torch.tensor([1.0] * 5 + [0.0] * 3)})
     first = objective({name: tensor[:5] for name, tensor in data.items()} | {"weight": torch.ones(5)})

@@ -1,4 +1,4 @@
-"""Self-distillation: its losses as written in the papers, its teacher, its crops, and by learning something."""
+"""Self-distillation: its losses equal their definitions, the teacher follows the student, and the student learns."""
 
 import math
 
@@ -35,7 +35,7 @@ def batch(objective: SelfDistillationObjective, size: int) -> Batch:
     return {**default_collate(samples), "position": torch.arange(size)}
 
 
-def test_the_first_losses_are_those_of_a_student_that_says_nothing() -> None:
+def test_the_initial_losses_are_those_of_a_uniform_prediction() -> None:
     objective = build_self_distillation(num_prototypes=4096, head_bottleneck_size=256)
     losses = objective(batch(objective, 8))
     for name in ("dino", "ibot"):
@@ -43,15 +43,15 @@ def test_the_first_losses_are_those_of_a_student_that_says_nothing() -> None:
     assert float(losses["loss"]) == pytest.approx(float(losses["dino"] + losses["ibot"] + 0.1 * losses["koleo"]))
 
 
-def test_dino_loss_is_the_mean_over_pairs_of_different_crops() -> None:
+def test_the_dino_loss_is_the_mean_over_pairs_of_different_crops() -> None:
     torch.manual_seed(0)
-    said = torch.randn(5, 6, 7).log_softmax(-1)  # two large crops and four small ones
+    said = torch.randn(5, 6, 7).log_softmax(-1)  # two global crops and four local ones
     targets = torch.rand(5, 2, 7).softmax(-1)
     pairs = [-(targets[:, t] * said[:, s]).sum(-1).mean() for t in range(2) for s in range(6) if s != t]
     torch.testing.assert_close(dino_loss(said[:, :2], said[:, 2:], targets), torch.stack(pairs).mean())
 
 
-def test_sinkhorn_knopp_balances_as_in_log_space() -> None:
+def test_sinkhorn_knopp_equals_its_form_in_log_space() -> None:
     logits = torch.randn(12, 5, dtype=torch.float64) / 0.3
     expected = logits.numpy().copy()
     for _ in range(3):
@@ -61,13 +61,13 @@ def test_sinkhorn_knopp_balances_as_in_log_space() -> None:
     np.testing.assert_allclose(shares.numpy(), np.exp(expected), rtol=1e-10)
     assert (shares.sum(0) - 12 / 5).abs().max() < (logits.softmax(1).sum(0) - 12 / 5).abs().max() / 2
     assert sinkhorn_knopp(torch.empty(0, 5), torch.empty(0)).shape == (0, 5)
-    copied = torch.cat([logits, logits[:1]])  # as on a rank that has no image of its own
+    copied = torch.cat([logits, logits[:1]])  # as on a rank that repeats the image of another
     counts = sample_weights(torch.tensor([*range(12), 0])).double()
     assert counts.tolist() == [0.5] + 11 * [1.0] + [0.5]
     torch.testing.assert_close(sinkhorn_knopp(copied, counts)[:12], shares)
 
 
-def test_koleo_looks_at_the_nearest_other() -> None:
+def test_koleo_is_the_log_distance_to_the_nearest_neighbor() -> None:
     torch.manual_seed(0)
     features = torch.randn(9, 2, 4, requires_grad=True)
     expected = torch.zeros(())
@@ -81,7 +81,7 @@ def test_koleo_looks_at_the_nearest_other() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_koleo_takes_no_copy_for_a_neighbor() -> None:
+def test_koleo_ignores_copies_of_the_same_image() -> None:
     torch.manual_seed(0)
     once = torch.randn(4, 2, 8)
     twice = torch.cat([once[:1], once]).requires_grad_()
@@ -99,7 +99,7 @@ def test_koleo_takes_no_copy_for_a_neighbor() -> None:
     assert not gradient.any()
 
 
-def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
+def test_one_batch_can_be_overfitted_and_every_parameter_is_trained() -> None:
     objective = build_self_distillation(koleo_weight=0.0)
     data = batch(objective, 6)
     first = float(objective(data)["loss"])
@@ -107,12 +107,12 @@ def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
     cls, patches = objective._teacher_targets(
         objective._augment(data["global_crops"]), data["mask"].flatten(0, 1), torch.ones(12)
     )
-    least = sum(float(-(t * t.clamp_min(1e-30).log()).sum(-1).mean()) for t in (cls, patches))  # the targets' entropy
+    least = sum(float(-(t * t.clamp_min(1e-30).log()).sum(-1).mean()) for t in (cls, patches))  # entropy of the targets
     assert last - least < 0.35 * (first - least)
 
 
-def test_student_and_teacher_see_what_the_papers_say() -> None:
-    """Written out crop by crop and patch by patch, with student and teacher apart and some crops whole."""
+def test_losses_equal_a_loop_over_crops_and_patches() -> None:
+    """Some crops have no masked patches, and the weights of student and teacher differ."""
     objective = build_self_distillation(mask_probability=0.5)
     data = batch(objective, 6)
     torch.manual_seed(1)
@@ -123,11 +123,11 @@ def test_student_and_teacher_see_what_the_papers_say() -> None:
     mean, std = objective.preprocessing.image_mean, objective.preprocessing.image_std
 
     def crops(fields: Batch) -> list[torch.Tensor]:
-        of_each = ({name: field[:, i] for name, field in fields.items()} for i in range(fields["image"].shape[1]))
-        return [augment(each, mean, std) for each in of_each]
+        each_crop = ({name: field[:, i] for name, field in fields.items()} for i in range(fields["image"].shape[1]))
+        return [augment(each, mean, std) for each in each_crop]
 
     def balanced(cosines: torch.Tensor) -> torch.Tensor:
-        """As arXiv 2006.09882 has it: prototypes in rows, everything one in all."""
+        """Sinkhorn-Knopp as in arXiv 2006.09882: prototypes in rows, all entries sum to 1."""
         shares = (cosines / objective.teacher_temperature).exp().T
         shares = shares / shares.sum()
         for _ in range(3):
@@ -138,28 +138,34 @@ def test_student_and_teacher_see_what_the_papers_say() -> None:
     def cross(targets: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
         return -(targets * F.log_softmax(cosines / 0.1, dim=-1)).sum(-1)
 
-    large, small, hidden = crops(data["global_crops"]), crops(data["local_crops"]), data["mask"].unbind(1)
+    global_crops, local_crops = crops(data["global_crops"]), crops(data["local_crops"])
+    masks = data["mask"].unbind(1)
     assert {int(count) for count in data["mask"].sum(2).flatten()} >= {0, 2}
     with torch.no_grad():
-        seen = [objective.encoder(crop) for crop in large]
-        cls = balanced(torch.cat([objective.cls_head(tokens[:, 0]) for tokens in seen])).chunk(2)
-        places = [(i, b, n) for i in range(2) for b in range(6) for n in range(16) if hidden[i][b, n]]
-        patches = balanced(torch.stack([objective.patch_head(seen[i][b, 1 + n]) for i, b, n in places]))
-    of_large = [
-        objective.student(crop, mask=(mask, objective.mask_token)) for crop, mask in zip(large, hidden, strict=True)
+        teacher_tokens = [objective.encoder(crop) for crop in global_crops]
+        cls = balanced(torch.cat([objective.cls_head(tokens[:, 0]) for tokens in teacher_tokens])).chunk(2)
+        masked_patches = [(i, b, n) for i in range(2) for b in range(6) for n in range(16) if masks[i][b, n]]
+        patches = balanced(
+            torch.stack([objective.patch_head(teacher_tokens[i][b, 1 + n]) for i, b, n in masked_patches])
+        )
+    global_tokens = [
+        objective.student(crop, mask=(mask, objective.mask_token))
+        for crop, mask in zip(global_crops, masks, strict=True)
     ]
-    said = [objective.student_cls_head(tokens[:, 0]) for tokens in [*of_large, *map(objective.student, small)]]
-    pairs = [cross(cls[t], said[s]).mean() for t in range(2) for s in range(len(said)) if s != t]
-    of_each = [
-        cross(target, objective.student_patch_head(of_large[i][b, 1 + n])) / hidden[i][b].sum()
-        for (i, b, n), target in zip(places, patches, strict=True)
+    logits = [
+        objective.student_cls_head(tokens[:, 0]) for tokens in [*global_tokens, *map(objective.student, local_crops)]
+    ]
+    pairs = [cross(cls[t], logits[s]).mean() for t in range(2) for s in range(len(logits)) if s != t]
+    patch_losses = [
+        cross(target, objective.student_patch_head(global_tokens[i][b, 1 + n])) / masks[i][b].sum()
+        for (i, b, n), target in zip(masked_patches, patches, strict=True)
     ]
     losses = objective(data)
     torch.testing.assert_close(losses["dino"], torch.stack(pairs).mean())
-    torch.testing.assert_close(losses["ibot"], torch.stack(of_each).sum() / 12)
+    torch.testing.assert_close(losses["ibot"], torch.stack(patch_losses).sum() / 12)
 
 
-def test_the_teacher_follows_as_stated_and_no_gradient_reaches_it() -> None:
+def test_the_teacher_is_a_moving_average_without_gradients() -> None:
     objective = build_self_distillation(teacher_momentum=0.9)
     assert not any(
         name.startswith(("encoder.", "cls_head.", "patch_head.")) for name, _ in objective.named_parameters()
@@ -184,7 +190,7 @@ def test_the_teacher_follows_as_stated_and_no_gradient_reaches_it() -> None:
     )
 
 
-def test_the_teachers_temperature_grows() -> None:
+def test_the_temperature_of_the_teacher_rises_to_its_final_value() -> None:
     objective = build_self_distillation()
     found = []
     for progress in (0.0, 0.15, 0.3, 1.0):
@@ -193,7 +199,7 @@ def test_the_teachers_temperature_grows() -> None:
     assert found == pytest.approx([0.04, 0.055, 0.07, 0.07])
 
 
-def test_crops_are_keyed_by_the_sample() -> None:
+def test_crops_depend_on_the_random_generator_only() -> None:
     objective = build_self_distillation(mask_probability=0.5)
     view, image = objective.train_view(32), np.random.default_rng(3).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     first, again, other = (view(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
@@ -209,7 +215,7 @@ def test_crops_are_keyed_by_the_sample() -> None:
 
 
 @given(st.integers(1, 14), st.floats(0, 1), st.integers(0, 2**32))
-def test_exactly_so_many_patches_are_hidden(side: int, share: float, seed: int) -> None:
+def test_exactly_the_requested_number_of_patches_is_masked(side: int, share: float, seed: int) -> None:
     count = round(share * side * side)
     hidden = sample_block_mask(side, count, np.random.default_rng(seed))
     assert hidden.shape == (side, side)
@@ -225,14 +231,14 @@ def test_student_and_teacher_stay_compiled() -> None:
     counter = CompileCounter()
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         compile_blocks(objective, backend=counter)
-        for size in (8, 7):  # ranks that don't divide the batch
+        for size in (8, 7):  # ranks whose number does not divide the batch have different sizes
             objective.train()(batch(objective, size))["loss"].backward()
         with torch.no_grad():
             objective.eval()({"image": torch.zeros(8, 3, 32, 32, dtype=torch.uint8), "weight": torch.ones(8)})
     assert 8 < counter.frame_count <= MOST_GRAPHS // 2
 
 
-def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
+def test_evaluation_sums_ignore_samples_with_weight_zero() -> None:
     objective = build_self_distillation().eval()
     data = {"image": torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)}
     sums = objective({**data, "weight": torch.tensor([1.0] * 5 + [0.0] * 3)})

@@ -1,4 +1,4 @@
-"""The supervised objective against torch, and by learning something."""
+"""The supervised objective equals torch's losses, and it learns."""
 
 import math
 from pathlib import Path
@@ -40,13 +40,13 @@ def batch(size: int, classes: int = 10, own_share: float = 1.0) -> dict[str, tor
     }
 
 
-def test_the_first_loss_is_the_log_of_the_number_of_classes() -> None:
+def test_the_initial_loss_is_the_log_of_the_number_of_classes() -> None:
     for classes in (2, 10, 1000):
         loss = build(classes).train()(batch(32, classes))["loss"]
         assert abs(loss - math.log(classes)) < 0.02 * math.log(classes)
 
 
-def test_label_smoothing_equals_torch() -> None:
+def test_label_smoothing_mixes_in_the_uniform_distribution() -> None:
     objective, data = build(smoothing=0.2).train(), batch(8)
     loss = objective(data)["loss"]
     plain = build(smoothing=0.0).train()(data)["loss"]
@@ -54,7 +54,7 @@ def test_label_smoothing_equals_torch() -> None:
     assert torch.allclose(loss, 0.8 * plain + 0.2 * uniform, atol=1e-6)
 
 
-def test_mixup_is_the_cross_entropy_with_the_mixed_label() -> None:
+def test_mixup_is_the_cross_entropy_with_mixed_labels() -> None:
     objective, data = build(mixup=0.8).train(), batch(8, own_share=0.7)
     own, other = F.one_hot(data["label"], 10), F.one_hot(neighbors(data["label"]), 10)
     pixels = _normalized(data)
@@ -63,7 +63,7 @@ def test_mixup_is_the_cross_entropy_with_the_mixed_label() -> None:
     assert torch.allclose(objective(data)["loss"], expected, atol=1e-5)
 
 
-def test_cutmix_is_the_cross_entropy_by_the_share_of_pixels() -> None:
+def test_cutmix_mixes_the_labels_by_the_share_of_pixels() -> None:
     objective, data = build(cutmix=1.0).train(), batch(8)
     data["cut_box"] = torch.tensor([[0.0, 0.0, 0.5, 0.25]]).repeat(8, 1)  # the upper half of the left quarter
     pixels = _normalized(data)
@@ -92,8 +92,8 @@ def test_binary_cross_entropy_equals_torch_on_mixed_and_smoothed_targets() -> No
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
-def test_a_mixed_image_counts_as_its_classes_do(loss: str) -> None:
-    """Both labels smoothed, each with the weight of its class."""
+def test_class_weights_apply_to_both_labels_of_a_mixed_image(loss: str) -> None:
+    """Both labels are smoothed, and each has the weight of its class."""
     weights = torch.linspace(0.1, 2.0, 10)
     given = {"loss": loss, "label_smoothing": 0.2, "class_weights": weights.tolist(), "augment": {"mixup": 0.8}}
     torch.manual_seed(0)
@@ -118,10 +118,10 @@ def test_a_mixed_image_counts_as_its_classes_do(loss: str) -> None:
     [
         ("mean", 0.0, math.log(2)),
         ("sum", 0.0, 1000 * math.log(2)),
-        ("sum", -10.0, 1000 * math.log1p(math.exp(-10)) + 10),  # each class is nearly excluded, the true one as well
+        ("sum", -10.0, 1000 * math.log1p(math.exp(-10)) + 10),  # the bias makes every class unlikely, also the true one
     ],
 )
-def test_the_first_binary_cross_entropy_is_known(reduction: str, bias: float, expected: float) -> None:
+def test_the_initial_binary_cross_entropy_follows_from_the_bias(reduction: str, bias: float, expected: float) -> None:
     given = {"loss": "binary_cross_entropy", "loss_reduction": reduction, "head_bias": bias}
     config = SupervisedConfig.model_validate(given)
     objective = build_objective(config, ViT(MODEL), [1e-3] * 1000, PreprocessingConfig()).train()
@@ -132,7 +132,7 @@ def test_the_first_binary_cross_entropy_is_known(reduction: str, bias: float, ex
     assert float(sums["loss"]) == pytest.approx(32 * expected, rel=0.02)
 
 
-def test_the_augreg_recipe_adds_up_its_classes() -> None:
+def test_the_augreg_recipe_sums_over_classes() -> None:
     recipe = load_config(PretrainConfig, ROOT / "configs" / "pretrain" / "vit_l16_in21k_augreg.yaml").config.objective
     config = recipe.model_copy(update={"augment": AugmentConfig()})
     objective = build_objective(config, ViT(MODEL), [1 / 21841] * 21841, PreprocessingConfig()).train()
@@ -140,8 +140,8 @@ def test_the_augreg_recipe_adds_up_its_classes() -> None:
     assert float(objective(batch(8, 21841))["loss"]) == pytest.approx(expected, rel=0.02)
 
 
-def test_a_sum_over_classes_is_so_many_means() -> None:
-    """As big_vision's sigmoid_xent, and as timm's sum_classes."""
+def test_a_sum_over_classes_is_their_number_times_the_mean() -> None:
+    """big_vision's sigmoid_xent and timm's sum_classes sum, too."""
     gradients = []
     for reduction in ("mean", "sum"):
         torch.manual_seed(0)
@@ -153,7 +153,7 @@ def test_a_sum_over_classes_is_so_many_means() -> None:
     torch.testing.assert_close(gradients[1], 10 * gradients[0])  # type: ignore[operator]
 
 
-def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
+def test_balanced_class_weights_equal_those_of_scikit_learn() -> None:
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
     weights = torch.from_numpy(compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())).float()
     config = SupervisedConfig(class_weights="balanced", augment=AugmentConfig(flip=0.0))
@@ -171,7 +171,7 @@ def test_balanced_classes_weigh_as_in_scikit_learn() -> None:
         build_objective(given, ViT(MODEL), [0.5, 0.5], PreprocessingConfig())
 
 
-def test_patch_dropout_leaves_out_patches_in_training_alone() -> None:
+def test_patch_dropout_drops_patches_in_training_only() -> None:
     torch.manual_seed(0)
     config = SupervisedConfig(patch_dropout=0.3, augment=AugmentConfig(flip=0.0))
     objective = build_objective(config, ViT(MODEL), [0.1] * 10, PreprocessingConfig())
@@ -186,7 +186,7 @@ def test_patch_dropout_leaves_out_patches_in_training_alone() -> None:
     assert sorted(drawn["patch_order"]) == list(range(16))
 
 
-def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
+def test_evaluation_sums_ignore_samples_with_weight_zero() -> None:
     objective, data = build().eval(), batch(8)
     logits = _logits(objective, data)
     sums = objective({**data, "weight": torch.tensor([1.0] * 5 + [0.0] * 3)})
@@ -194,7 +194,7 @@ def test_evaluation_sums_leave_out_what_has_no_weight() -> None:
     assert sums["top1"] == (logits[:5].argmax(1) == data["label"][:5]).sum()
 
 
-def test_one_batch_is_overfitted_and_every_parameter_moves() -> None:
+def test_one_batch_can_be_overfitted_and_every_parameter_is_trained() -> None:
     objective, data = build().train(), batch(20)
     assert overfit(objective, data, steps=150) < 0.05
 
