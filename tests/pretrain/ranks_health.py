@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_weights
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
@@ -88,6 +89,7 @@ def train_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str
     rows = read_rows(config.run_dir / "metrics.jsonl")
     skipped = config.run_dir / "skipped.jsonl"
     checkpoints = list_checkpoints(config.run_dir)
+    saved = Manifest.load(checkpoints[-1]).state
     return {
         "outcomes": [outcome.name for outcome in outcomes],
         "message": message,
@@ -97,6 +99,7 @@ def train_poisoned(config: PretrainConfig, poison: dict[int, float]) -> dict[str
         "steps": [row["step"] for row in rows if "optim/learning_rate" in row],
         "position": run.state.position,
         "images_seen": run.state.images_seen,
+        "saved": [saved.step, saved.position, saved.images_seen],
         "last_position": last_position,
         "poisoned": [[sample.shard, sample.key] for sample in samples],
     }

@@ -11,7 +11,8 @@ import torch
 
 from pretrain.config import HealthConfig
 from pretrain.data.storage.index import DatasetInfo
-from pretrain.health import MIN_STEPS, WINDOW_STEPS, Health
+from pretrain.health import MIN_STEPS, WINDOW_STEPS, Health, SkippedSteps, StepResult
+from pretrain.journal import read_rows
 from tests.support.launching import ROOT, TINY
 from tests.support.poisoning import BATCH_SIZE, ROLLING_BACK, SINGLE_STEPS, SKIPPING, STEPS
 from tests.support.ranks import RankServer
@@ -40,6 +41,7 @@ def test_poisoned_steps_are_skipped_and_listed(run_poisoned: Callable[[str], See
     assert seen["finite"]
     assert seen["steps"] == list(range(1, STEPS + 1))
     assert seen["images_seen"] == (STEPS - len(SINGLE_STEPS)) * BATCH_SIZE
+    assert seen["saved"] == [STEPS, STEPS * BATCH_SIZE, seen["images_seen"]]
     assert [row["step"] for row in seen["skipped"]] == [position // BATCH_SIZE for position in SINGLE_STEPS]
     reasons = [row["reason"] for row in seen["skipped"]]
     assert "is nan" in reasons[0]
@@ -72,7 +74,8 @@ def test_consecutive_skips_roll_the_run_back_and_leave_their_samples_out(
     assert [row["step"] for row in seen["skipped"]] == [position // BATCH_SIZE for position in poison]
     assert seen["steps"] == list(range(1, STEPS + 1))
     assert seen["position"] == (STEPS + len(poison)) * BATCH_SIZE
-    assert seen["images_seen"] == STEPS * BATCH_SIZE
+    assert seen["images_seen"] == STEPS * BATCH_SIZE  # those of the discarded steps are not counted
+    assert seen["saved"] == [STEPS, seen["position"], seen["images_seen"]]
     assert seen["last_position"] // BATCH_SIZE == STEPS + len(poison) - 1
     assert seen["finite"]
 
@@ -128,3 +131,30 @@ def test_ranks_at_different_positions_are_an_error() -> None:
     health.end_step(torch.tensor(1.0), 2, 16)
     with pytest.raises(RuntimeError, match="step 2: the ranks are not at the same position"):
         health.flush()
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "reason"),
+    [
+        (math.nan, 1.0, "the loss is nan"),
+        (2.0, math.inf, "the gradient norm is inf"),
+        (12.0, 1.0, "the loss of 12 is above the limit of 3"),
+        (2.0, 8.25, "the gradient norm of 8.25 is above the limit of 4"),
+        (2.0, 1.0, ""),
+    ],
+)
+def test_the_reason_names_the_value_and_its_limit(loss: float, grad_norm: float, reason: str) -> None:
+    result = StepResult(1, 16, True, loss, grad_norm, 3.0, 4.0, stop_requested=False, save_failed=False)
+    assert result.reason == reason
+
+
+def test_skipped_steps_are_listed_and_later_ones_removed_on_resume(tmp_path: Path) -> None:
+    skipped = SkippedSteps(tmp_path / "skipped.jsonl", 0, writes=True)
+    for step, is_bad in enumerate([True, False, True, True]):
+        result = StepResult(step, step, is_bad, math.nan, 1.0, 3.0, 4.0, stop_requested=False, save_failed=False)
+        skipped.record(result, [("shard", f"key-{step}")])
+    assert (skipped.total, [result.step for result in skipped.consecutive]) == (3, [2, 3])
+    resumed = SkippedSteps(tmp_path / "skipped.jsonl", 3, writes=True)
+    assert (resumed.total, resumed.consecutive) == (2, [])
+    rows = read_rows(tmp_path / "skipped.jsonl")
+    assert [(row["step"], row["samples"]) for row in rows] == [(0, [["shard", "key-0"]]), (2, [["shard", "key-2"]])]

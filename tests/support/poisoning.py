@@ -18,6 +18,7 @@ SINGLE_STEPS = {
 }
 FIVE_STEPS = {step * BATCH_SIZE + 5: NAN for step in range(22, 27)}
 FIVE_STEPS_AFTER_A_SAVE = {step * BATCH_SIZE + 5: NAN for step in range(20, 25)}
+FIVE_STEPS_AT_THE_END = {step * BATCH_SIZE + 5: NAN for step in range(STEPS - 6, STEPS - 1)}
 ALL_STEPS = dict.fromkeys(range(20 * BATCH_SIZE, 200 * BATCH_SIZE), NAN)
 
 
@@ -42,6 +43,7 @@ SKIPPING = {
 }
 ROLLING_BACK = {
     "rollback": PoisonedRun([SAVE_OFTEN], FIVE_STEPS),
+    "rollback-after-the-last-step": PoisonedRun([SAVE_OFTEN, "engine.zero_stage=1"], FIVE_STEPS_AT_THE_END),
     "rollback-to-the-poisoned-step": PoisonedRun([SAVE_OFTEN, "engine.zero_stage=3"], FIVE_STEPS_AFTER_A_SAVE),
 }
 RUNS = {
