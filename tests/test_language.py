@@ -25,9 +25,6 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 # Files whose language has not been rewritten yet. Remove a file from here when it is done.
 NOT_YET: set[str] = {
-    "launch/commands/terminal.py",
-    "launch/supervisor/goodput.py",
-    "pretrain/data/dataset/classes.py",
     "pretrain/data/dataset/folder.py",
     "pretrain/data/dataset/open.py",
     "pretrain/data/dataset/sharded.py",
@@ -36,7 +33,6 @@ NOT_YET: set[str] = {
     "pretrain/data/transforms/decode.py",
     "pretrain/data/transforms/geometry.py",
     "pretrain/data/transforms/mixup.py",
-    "pretrain/tracking/tracker.py",
 }
 
 PREPOSITIONS = """about above across after against along alongside among around as at before behind below beneath beside

@@ -17,7 +17,7 @@ class Attempt:
     """One start of the command and how it ended.
 
     Attributes:
-        outcome: How the attempt ended.
+        outcome: Outcome of the attempt.
         exit_code: Exit code of the command; a launcher may have replaced the ranks' own.
         wall_seconds: Seconds from the start of the command to its end.
         phase_seconds: Seconds that rank 0 spent in each phase.

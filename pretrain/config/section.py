@@ -17,9 +17,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 Location = Annotated[str, AfterValidator(lambda name: str(Path(name).expanduser()) if name[:1] == "~" else name)]
 
-COMMAND_LINE_ONLY = (
-    "command_line_only"  # marks fields that a config file must not set, because they let it run programs
-)
+# Marks fields that a config file must not set, because they let it run programs.
+COMMAND_LINE_ONLY = "command_line_only"
 
 
 class Problem(NamedTuple):

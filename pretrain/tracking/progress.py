@@ -84,7 +84,7 @@ def progress_bar(label: str, total: int | None, unit: str) -> Iterator[Advance]:
     Args:
         label: Name of the work, shown in front of the bar.
         total: Amount of work in `unit`, or None if it is not known yet.
-        unit: What is counted; "bytes" are shown as a transfer speed.
+        unit: Unit of the count; "bytes" are shown as a transfer speed.
 
     Yields:
         The function that moves the bar on.

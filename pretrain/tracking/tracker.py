@@ -60,7 +60,7 @@ class Tracker:
     Args:
         run_dir: Run folder.
         config: MLflow store and experiment; the uri "off" turns MLflow off, None selects SQLite next to the run folder.
-        description: What is recorded about the run as a whole.
+        description: Facts about the run as a whole.
         resume_step: Step at which the run resumes. Rows and pictures of later steps are removed, because these steps
             will be repeated.
         enabled: Whether this process tracks the run; only the main rank does. Otherwise every method is a no-op.

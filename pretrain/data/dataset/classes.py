@@ -22,7 +22,7 @@ def check_classes(training: Labeled, validation: Labeled | None, config: SourceC
         training: Training data.
         validation: Validation data, or None if there is none.
         config: Paths of both, for the error message.
-        needed_by: What needs the labels, for the error message.
+        needed_by: Feature that needs the labels, for the error message.
 
     Raises:
         DataError: If there are no labels, or the classes differ.
