@@ -38,7 +38,7 @@ def test_outcome_of_an_error(error: BaseException, outcome: Outcome) -> None:
     assert outcome_of(error) is outcome
 
 
-@pytest.mark.parametrize(("outcome", "code"), zip(Outcome, (0, 75, 2, 1, 1), strict=True))
+@pytest.mark.parametrize(("outcome", "code"), [*zip(Outcome, (0, 75, 2, 1, 1), strict=True)])
 def test_exit_code_of_an_outcome(outcome: Outcome, code: int) -> None:
     assert outcome.exit_code == code
 
