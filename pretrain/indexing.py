@@ -31,7 +31,7 @@ def index_new_tars(
 
     def index(report_progress: Callable[[], None]) -> None:
         for folder in folders_without_index(paths, config.cache_dir):
-            with progress_bar(f"indexing {folder}", None, "tars") as advance:
+            with progress_bar(f"indexing {folder.name}", None, "tars") as advance:
 
                 def show_and_report(amount: int, total: int, advance: Advance = advance) -> None:
                     advance(amount, total)

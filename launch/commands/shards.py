@@ -393,7 +393,7 @@ def open_split(split: str) -> "Dataset":
 
     cache = open_cache(SourceConfig(train=split))
     for folder in folders_without_index([split], cache.folder):
-        with progress_bar(f"indexing {folder}", None, "tars") as advance:
+        with progress_bar(f"indexing {folder.name}", None, "tars") as advance:
             notes = index_folder(folder, cache.folder, labels_required=False, progress=advance)
         print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     return open_dataset(split, cache=cache)

@@ -1,6 +1,7 @@
 """The fine-tuning loop: which parameters are trained, which model is kept, and how a run ends."""
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -50,6 +51,18 @@ def recipe(tmp_path: Path, digits: Path) -> Path:
 
 def build(recipe: Path, *overrides: str) -> FinetuneRun:
     return build_run(load_config(FinetuneConfig, recipe, overrides).config, Accelerator(cpu=True))
+
+
+def test_new_tars_are_indexed(recipe: Path, digits: Path, tmp_path: Path) -> None:
+    overrides = [f"data.cache_dir={tmp_path / 'cache'}"]
+    for name in ("train", "validation"):
+        (tmp_path / name).mkdir()
+        for tar in (digits / name).glob("*.tar"):
+            shutil.copy(tar, tmp_path / name)
+        overrides.append(f"data.{name}={tmp_path / name}")
+    run = build(recipe, *overrides)
+    assert (tmp_path / "validation" / "dataset.json").exists()
+    assert run.validation.digest == open_dataset(digits / "validation").digest
 
 
 def fit(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: False) -> Result:

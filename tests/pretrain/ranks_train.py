@@ -53,6 +53,8 @@ from tests.support.training import (
     KILLED_IN_SAVE,
     LAST,
     MIDDLE,
+    NEW_TARS,
+    NEW_TARS_SETTING,
     OWED,
     RECIPE,
     RECIPES,
@@ -91,6 +93,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     elif name in (STOPPED, FULL_DISK, KILLED_IN_SAVE):
         fault = {STOPPED: stop_in_evaluation, FULL_DISK: fail_in_save, KILLED_IN_SAVE: die_in_save}[name]
         seen = fault(recipe, folder)
+    elif name == NEW_TARS:
+        seen = train_from_new_tars(recipe, folder)
     elif name.startswith(RECIPE):
         seen = {"losses": try_recipe(RECIPES[name.removeprefix(RECIPE)], folder, recipe)}
     else:
@@ -172,6 +176,21 @@ def train_and_resume(recipe: Path, folder: Path, setting: Setting, *, in_mlflow:
         "rounded": torch.equal(weights[WEIGHT], weights[WEIGHT].bfloat16().float()),
         "finite": all(bool(weight.isfinite().all()) for weight in weights.values()),
     }
+
+
+def train_from_new_tars(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Train from copies of the tars that have no index."""
+    data = load(recipe).data
+    overrides = [f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}"]
+    for name, source in (("train", data.train), ("validation", data.validation)):
+        overrides.append(f"data.{name}={folder / name}")
+        if distributed.is_main():
+            (folder / name).mkdir()
+            for tar in Path(str(source)).glob("*.tar"):
+                shutil.copy(tar, folder / name)
+    distributed.barrier()
+    run_to_end(load(recipe, *SETTINGS[NEW_TARS_SETTING].overrides, *overrides))
+    return {"rows": rows_of(folder / "run"), "files": [path.name for path in (folder / "train").iterdir()]}
 
 
 def both_kinds(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

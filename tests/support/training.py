@@ -149,6 +149,7 @@ RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "pretrain").gl
 
 STOPPED, FULL_DISK, KILLED_IN_SAVE = "stopped-in-evaluation", "full-disk", "killed-in-save"
 CONTINUED, OWED, RECIPE = "continued/", "owed-evaluation/", "recipe/"
+NEW_TARS, NEW_TARS_SETTING = "new-tars", "zero2"  # the setting is trained from tars without an index
 OWED_EVALUATIONS = ("zero1", "distillation-zero2")
 
 
@@ -156,6 +157,7 @@ def all_runs() -> list[tuple[int, str]]:
     """Return the world size and the name of every run."""
     runs = [(size, name) for name, setting in SETTINGS.items() for size in setting.world_sizes]
     runs += [(1, name) for name in [*REFERENCES, *STARTS, *(RECIPE + name for name in RECIPES)]]
+    runs.append((2, NEW_TARS))
     for size in WORLD_SIZES:
         runs += [(size, name) for name in (STOPPED, FULL_DISK, KILLED_IN_SAVE)]
         runs += [(size, OWED + name) for name in OWED_EVALUATIONS]
