@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.backbone import save_folder
+from finetune.backbone import Preprocessor, save_folder
 from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
@@ -18,6 +18,7 @@ from pretrain import distributed
 from pretrain.configfile import CommandLine
 from pretrain.data.dataset.order import random_bits
 from pretrain.data.loading.meters import describe_bottleneck
+from pretrain.data.loading.workers import start_server
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, outcome_of
 from pretrain.schedules import learning_rate_at
@@ -50,6 +51,8 @@ class Result:
 def main(command: CommandLine[FinetuneConfig]) -> int:
     """Fine-tune as the command line asks; return the exit code."""
     stop = StopSignal()
+    if command.config.data.num_workers:
+        start_server([Preprocessor.__module__])  # imports transformers in the background, once for all workers
     accelerator = build_accelerator(command.config)
     try:
         run = build_run(command.config, accelerator)

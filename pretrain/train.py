@@ -16,6 +16,7 @@ from pretrain.configfile import CommandLine, flatten
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.order import random_bits
 from pretrain.data.loading.meters import describe_bottleneck, loading_metrics
+from pretrain.data.loading.workers import start_server
 from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
 from pretrain.errors import DataError, DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
@@ -35,6 +36,8 @@ MLFLOW_SECONDS_AFTER_STOP = 10.0  # a launcher ends its processes 30 s after a s
 def main(command: CommandLine[PretrainConfig]) -> int:
     """Pretrain with the config of a command line; return the exit code."""
     stop = StopSignal()
+    if command.config.data.num_workers:
+        start_server()  # imports torch in the background while the model is built
     start_distributed()
     try:
         with open_run(command.config, must_resume=command.resume) as run:

@@ -6,7 +6,7 @@ batch carries its unusable samples and the time that each loading stage took.
 """
 
 import contextlib
-import signal
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pretrain.data.dataset.dataset import Dataset, EncodedSample, Sample, decode_sample
 from pretrain.data.dataset.order import MicroBatch, Order, RepeatedAugmentation, micro_batches, random_bits
+from pretrain.data.loading.workers import CONTEXT, check_workers, initialize_worker, start_server
 from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.decode import EncodedJpeg, ImageArray, decode, decode_unless_jpeg
 from pretrain.data.transforms.device_decode import collate
@@ -33,7 +34,6 @@ BATCHES_AHEAD = 4  # per worker
 SUBSTITUTES_TRIED = 100
 SPARSE_STRIDE = 10  # an evaluation of fewer than one in 10 samples fetches byte ranges instead of whole shards
 VALIDATION_POSITION = -1  # position of a validation sample: it is not part of the run's order
-GRACE_SECONDS = 30  # the deepspeed launcher waits as long for a training process
 
 
 class BadSample(NamedTuple):
@@ -345,20 +345,30 @@ def load_batches(
         dataset: Map-style dataset of `LoadedSample`, or iterable dataset of `LoadedBatch`.
         batches: Indices of the samples of each batch; None for an iterable dataset, which makes its own batches.
         num_workers: Number of worker processes; 0 loads in this process.
+
+    Raises:
+        DeadWorkerError: If a worker was killed.
     """
     by_index: dict[str, Any] = {"batch_sampler": batches, "collate_fn": collate_samples}  # an iterator is enough
+    if num_workers:
+        start_server()
     loader: DataLoader[Any] = DataLoader(
         dataset,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=BATCHES_AHEAD if num_workers else None,
-        worker_init_fn=_start_worker,
+        multiprocessing_context=CONTEXT if num_workers else None,
+        worker_init_fn=partial(initialize_worker, dict(os.environ)) if num_workers else None,
         generator=torch.Generator(),  # the global one drives the model's dropout, and starting workers would advance it
         **(by_index if batches is not None else {"batch_size": None, "collate_fn": _as_it_is}),
     )
     iterator = iter(loader)
     try:
         yield from iterator
+    except (OSError, RuntimeError):
+        if num_workers:
+            check_workers(iterator._workers)  # type: ignore[attr-defined]
+        raise
     finally:
         if num_workers:  # without this, torch's iterator waits for the garbage collector and then kills the workers
             iterator._shutdown_workers()  # type: ignore[attr-defined]
@@ -374,11 +384,3 @@ def collate_samples(items: list[LoadedSample]) -> LoadedBatch:
 
 def _as_it_is(batch: LoadedBatch) -> LoadedBatch:
     return batch
-
-
-def _start_worker(_: int) -> None:
-    """Keep a worker alive when a launcher signals the whole group: training needs batches until it has saved."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))

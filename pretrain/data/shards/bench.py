@@ -32,6 +32,7 @@ from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
+from pretrain.data.loading.workers import CONTEXT
 from pretrain.data.shards.encoding import StoredImage
 from pretrain.data.shards.writer import ShardWriter
 from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS
@@ -182,15 +183,14 @@ def whole_loaders(
 
     def theirs() -> int:
         data = _webdataset(some_tars).decode("pil").map(_crop_of_sample)
-        return sum(len(batch) for batch in DataLoader(data, batch_size=BATCH_SIZE, num_workers=num_workers))
+        return sum(len(batch) for batch in _torch_loader(data, num_workers))
 
     with tempfile.TemporaryDirectory() as name:
         for i, (_, shard, row) in enumerate(_locations(dataset, count)):
             (Path(name) / f"{i:08d}").write_bytes(dataset.fetch(shard, row).data)
 
         def folder() -> int:
-            loader = DataLoader(_Folder(Path(name)), batch_size=BATCH_SIZE, num_workers=num_workers, shuffle=True)
-            return sum(len(batch) for batch in loader)
+            return sum(len(batch) for batch in _torch_loader(_Folder(Path(name)), num_workers, shuffle=True))
 
         methods = {"ours": ours, "webdataset": theirs, "torch DataLoader over a folder": folder}
         seconds = in_turn(methods, rounds, time.perf_counter)
@@ -198,6 +198,12 @@ def whole_loaders(
     yield Row(f"whole loader, {num_workers} workers", speeds["ours"], "")
     for other in list(methods)[1:]:
         yield Row(f"  {other}", speeds[other], f"ours is {_ratio(seconds, other):.2f}x as fast")
+
+
+def _torch_loader(data: Any, num_workers: int, **options: Any) -> "DataLoader[Any]":
+    """Return torch's DataLoader with workers that are started in the same way as ours."""
+    context = CONTEXT if num_workers else None
+    return DataLoader(data, batch_size=BATCH_SIZE, num_workers=num_workers, multiprocessing_context=context, **options)
 
 
 def loader_rate(dataset: Dataset, image_size: int, num_workers: int, seconds: float, num_threads: int = 1) -> float:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import evaluation_batches
+from pretrain.data.loading.workers import CONTEXT
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
@@ -75,9 +75,8 @@ def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_pa
     )
     everything = sum(shard.num_bytes + shard.index_bytes for info in totals.values() for shard in info.shards)
     with serve(UnreliableServer(served)) as server, watched(tmp_path / "cache", limit):
-        context = multiprocessing.get_context("fork")
         runs = [
-            context.Process(
+            CONTEXT.Process(
                 target=read_some, args=(f"{server.url}/{name}", tmp_path / "cache", limit, window, samples, seconds)
             )
             for name, samples, seconds in (("a", 400, 0.005), ("b", 100, 0.02))

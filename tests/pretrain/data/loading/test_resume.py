@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
+from pretrain.data.loading.workers import CONTEXT
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
@@ -77,10 +77,9 @@ def read_log(log: Path) -> Seen:
 
 def run_world(samples: Dataset, folder: Path, start: int, world_size: int, num_workers: int, kill: bool) -> Seen:
     """Run all ranks; kill -9 them while they are under way. Return what they saw, each sample once."""
-    context = multiprocessing.get_context("fork")
     logs = [folder / f"{world_size}-{rank}.jsonl" for rank in range(world_size)]
     ranks = [
-        context.Process(target=run_rank, args=(samples, log, start, rank, world_size, num_workers))
+        CONTEXT.Process(target=run_rank, args=(samples, log, start, rank, world_size, num_workers))
         for rank, log in enumerate(logs)
     ]
     for process in ranks:
