@@ -145,7 +145,7 @@ def open_run(config: PretrainConfig, *, must_resume: bool = False) -> Iterator[R
     with Watch(config.run_dir, rank, world_size, hang_seconds=config.health.hang_seconds, on_gpu=on_gpu) as watch:
         index_new_tars(
             config.data,
-            config.data.train,
+            None if config.data.stream else config.data.train,
             config.data.validation,
             labels_required=config.objective.needs_labels,
             on_progress=lambda: watch.enter("index"),
