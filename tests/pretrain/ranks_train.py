@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
-from pretrain.checkpoint.manifest import SavedFile
+from pretrain.checkpoint.manifest import Manifest, SavedFile
 from pretrain.checkpoint.pieces import Reader, load_weights, write_file
 from pretrain.checkpoint.restore import newest_intact
 from pretrain.config import PretrainConfig
@@ -44,6 +45,7 @@ from pretrain.run import open_run
 from pretrain.schedules import learning_rate_at
 from pretrain.stop_signal import StopSignal
 from pretrain.train import train_with_tracking
+from tests.support.foreign_tars import damage_header, write_tars
 from tests.support.ranks import folder_of, main
 from tests.support.training import (
     CONTINUED,
@@ -62,6 +64,7 @@ from tests.support.training import (
     SETTINGS,
     STARTS,
     STOPPED,
+    STREAM,
     Setting,
     all_runs,
     needs,
@@ -95,6 +98,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         seen = fault(recipe, folder)
     elif name == NEW_TARS:
         seen = train_from_new_tars(recipe, folder)
+    elif name == STREAM:
+        seen = train_from_stream(recipe, folder)
     elif name.startswith(RECIPE):
         seen = {"losses": try_recipe(RECIPES[name.removeprefix(RECIPE)], folder, recipe)}
     else:
@@ -191,6 +196,31 @@ def train_from_new_tars(recipe: Path, folder: Path) -> dict[str, Any]:
     distributed.barrier()
     run_to_end(load(recipe, *SETTINGS[NEW_TARS_SETTING].overrides, *overrides))
     return {"rows": rows_of(folder / "run"), "files": [path.name for path in (folder / "train").iterdir()]}
+
+
+def train_from_stream(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Train four steps from tars without an index, one of which is damaged; then four more from the checkpoint."""
+    tars, mark, run_dir = folder / "tars", folder / "unpickled", folder / "run"
+    if distributed.is_main():
+        write_tars(tars, [5, 40, 17, 60, 9], mark)
+        damage_header(tars / "003.tar", "0100")
+        (folder / "classes.txt").write_text("even\nodd\n")
+    distributed.barrier()
+    stream = [f"data.train={tars}", "data.stream=true", "data.validation=null", "data.max_bad_consecutive=1000"]
+    stream += [f"data.class_names={folder / 'classes.txt'}", "data.shuffle_buffer=8", "data.num_workers=2"]
+    seen: dict[str, Any] = {"begins": [], "positions": []}
+    for total_steps in (4, 8):
+        settings = [*stream, f"schedule.total_steps={total_steps}", f"run_dir={run_dir}"]
+        begin, positions, _ = run_to_end(load(recipe, *settings))
+        seen["begins"].append(begin)
+        seen["positions"].append(sorted(chain.from_iterable(distributed.gather(positions))))
+    states = [Manifest.load(checkpoint).state for checkpoint in list_checkpoints(run_dir)]
+    return seen | {
+        "rows": rows_of(run_dir),
+        "next_tars": [state.next_tar for state in states],
+        "bad": [(Path(row["shard"]).name, row["key"]) for row in read_rows(run_dir / "quarantine.jsonl")],
+        "unpickled": mark.exists(),
+    }
 
 
 def both_kinds(run_dir: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

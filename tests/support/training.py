@@ -148,6 +148,7 @@ STARTS = {"start": [], "start-distillation": DISTILLATION}  # weights before the
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))}
 
 STOPPED, FULL_DISK, KILLED_IN_SAVE = "stopped-in-evaluation", "full-disk", "killed-in-save"
+STREAM = "stream"  # tars without an index, then again from where it stopped
 CONTINUED, OWED, RECIPE = "continued/", "owed-evaluation/", "recipe/"
 NEW_TARS, NEW_TARS_SETTING = "new-tars", "zero2"  # the setting is trained from tars without an index
 OWED_EVALUATIONS = ("zero1", "distillation-zero2")
@@ -159,7 +160,7 @@ def all_runs() -> list[tuple[int, str]]:
     runs += [(1, name) for name in [*REFERENCES, *STARTS, *(RECIPE + name for name in RECIPES)]]
     runs.append((2, NEW_TARS))
     for size in WORLD_SIZES:
-        runs += [(size, name) for name in (STOPPED, FULL_DISK, KILLED_IN_SAVE)]
+        runs += [(size, name) for name in (STOPPED, FULL_DISK, KILLED_IN_SAVE, STREAM)]
         runs += [(size, OWED + name) for name in OWED_EVALUATIONS]
         runs += [(size, CONTINUED + name) for name, setting in SETTINGS.items() if setting.continued_with is not None]
     return runs

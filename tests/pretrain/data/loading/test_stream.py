@@ -1,59 +1,29 @@
 """Streams over tars that webdataset itself wrote: uneven, damaged, with members that are none of ours."""
 
-import io
-import pickle
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 
 from pretrain.config import AugmentConfig
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch
-from pretrain.data.loading.stream import WHOLE_TAR, TarStream, open_tar_stream, stream_batches
+from pretrain.data.loading.stream import WHOLE_TAR, TarStream, TarStreamBatches, open_tar_stream
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.transforms.views import EvalView, TrainView
 from pretrain.errors import DataError
+from tests.support.foreign_tars import damage_header, png, write_tars
 
 SIZES = [1, 7, 3, 12, 5]  # samples per tar
 CLASSES = ["cat", "dog"]
-
-
-class _Bomb:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.mark,)
-
-
-def png(number: int) -> bytes:
-    """Return an image whose color is its number."""
-    file = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), number, dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
     """Uneven tars with captions, metadata and pickles next to the images."""
     folder = tmp_path / "tars"
-    folder.mkdir()
-    number = 0
-    for shard, size in enumerate(SIZES):
-        with webdataset.TarWriter(str(folder / f"{shard:03d}.tar"), encoder=False) as writer:
-            for _ in range(size):
-                label = str(number % 2).encode()
-                extra = {"txt": b"a caption", "pyd": pickle.dumps(_Bomb(tmp_path / "unpickled"))}
-                writer.write({"__key__": f"{number:04d}", "png": png(number), "cls": label, **extra})
-                number += 1
+    write_tars(folder, SIZES, mark=tmp_path / "unpickled")
     return folder
 
 
@@ -61,9 +31,8 @@ def stream_of(*names: Path | str, class_names: list[str] | None = None, shuffle_
     return open_tar_stream([str(name) for name in names], class_names or [], shuffle_buffer, FetchPolicy())
 
 
-def batches_of(stream: TarStream, plan: BatchPlan, steps: int, first_shard: int = 0) -> list[LoadedBatch]:
-    stop = steps * plan.global_batch_size
-    return list(stream_batches(stream, EvalView(8), plan, 0, stop, first_shard))
+def batches_of(stream: TarStream, plan: BatchPlan, steps: int, first_tar: int = 0) -> list[LoadedBatch]:
+    return list(TarStreamBatches(stream, plan, first_tar).load(EvalView(8), 0, steps * plan.global_batch_size))
 
 
 def numbers_of(batches: list[LoadedBatch]) -> list[int]:
@@ -93,11 +62,11 @@ def test_weights_of_micro_batches_are_those_of_an_indexed_dataset(tars: Path) ->
 
 def test_every_tar_is_read_once_per_epoch_in_a_new_order_by_any_number_of_workers(tars: Path) -> None:
     stream = stream_of(tars)
-    epochs = [[number_and_tar.tar for number_and_tar in islice(stream.shards(0, 5 * i), 5)] for i in range(4)]
+    epochs = [[number_and_tar.tar for number_and_tar in islice(stream.numbered_tars(0, 5 * i), 5)] for i in range(4)]
     assert all(sorted(epoch) == sorted(stream.tars) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     for num_readers in (1, 3, 8):
-        shares = [islice(stream.shards(0, 0), reader, 40, num_readers) for reader in range(num_readers)]
+        shares = [islice(stream.numbered_tars(0, 0), reader, 40, num_readers) for reader in range(num_readers)]
         assert sorted(shard.number for share in shares for shard in share) == list(range(40))
 
 
@@ -125,18 +94,15 @@ def test_labels_and_names_come_with_their_images(tars: Path) -> None:
 def test_a_resumed_stream_starts_at_the_next_tars(tars: Path) -> None:
     stream, plan = stream_of(tars, shuffle_buffer=1), BatchPlan(0, 1, global_batch_size=2)
     batch = batches_of(stream, plan, steps=4)[-1]
-    opened = [shard.tar for shard in islice(stream.shards(0, 0), batch.next_shard)]
-    resumed = batches_of(stream, plan, steps=2, first_shard=batch.next_shard)
-    expected = next(stream.shards(0, batch.next_shard)).tar
+    opened = [shard.tar for shard in islice(stream.numbered_tars(0, 0), batch.next_tar)]
+    resumed = batches_of(stream, plan, steps=2, first_tar=batch.next_tar)
+    expected = next(stream.numbered_tars(0, batch.next_tar)).tar
     assert resumed[0].names[0][0] == expected
     assert expected not in opened[-1:]
 
 
 def test_a_damaged_header_is_reported_and_the_samples_before_it_are_used(tars: Path) -> None:
-    path = tars / "003.tar"
-    content = bytearray(path.read_bytes())
-    content[content.index(b"0017.png") + 150] ^= 0xFF  # within the header of the seventh of twelve samples
-    path.write_bytes(content)
+    damage_header(tars / "003.tar", "0017")  # the seventh of twelve samples
     batches = batches_of(stream_of(tars), BatchPlan(0, 1, global_batch_size=4), steps=30)
     bad = {(Path(bad.shard).name, bad.key) for batch in batches for bad in batch.bad_samples}
     assert bad == {("003.tar", WHOLE_TAR)}
@@ -195,5 +161,5 @@ def test_a_pipe_runs_only_where_it_is_allowed(tars: Path) -> None:
 def test_augmentation_differs_between_epochs(tars: Path) -> None:
     stream = stream_of(tars / "000.tar", shuffle_buffer=1)
     view = TrainView(AugmentConfig(brightness=0.5, flip=0.0), 8)
-    batches = list(stream_batches(stream, view, BatchPlan(0, 1, global_batch_size=1), 0, 6, 0))
+    batches = list(TarStreamBatches(stream, BatchPlan(0, 1, global_batch_size=1), 0).load(view, 0, 6))
     assert len({float(batch.tensors["brightness"][0]) for batch in batches}) == 6
