@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.run import FinetuneRun
 from pretrain import distributed
-from pretrain.data.loading.loader import BadSample, BatchPlan, LoadedBatch, training_batches
+from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
 from pretrain.data.loading.meters import Meter, loading_metrics
 from pretrain.data.transforms.batch import Batch, augment, to_device
 from pretrain.data.transforms.mixup import cross_entropy, mix_neighbors, mixed_loss
@@ -27,13 +27,13 @@ class Batches:
 
     Attributes:
         accumulation_steps: Number of micro-batches per optimizer step.
+        meter: Loading statistics and unusable samples since the last row of metrics.
     """
 
     def __init__(self, run: FinetuneRun) -> None:
         config = run.config
         self.accumulation_steps = config.engine.accumulation_steps(distributed.world_size())
-        self._meter = Meter()
-        self._bad_samples: list[BadSample] = []
+        self.meter = Meter()
         self._loaded = training_batches(
             run.training,
             TrainView(config.augment, run.preprocessor.image_size),
@@ -54,27 +54,11 @@ class Batches:
 
     def next_step(self) -> list[LoadedBatch]:
         """Load the micro-batches of one optimizer step."""
-        return [self._next() for _ in range(self.accumulation_steps)]
-
-    def take_counts(self) -> list[float]:
-        """Return the counts of the loading stages since the last call, to be summed over ranks."""
-        return self._meter.take()
-
-    def take_bad_samples(self) -> list[BadSample]:
-        """Return the unusable samples since the last call."""
-        bad_samples, self._bad_samples = self._bad_samples, []
-        return bad_samples
+        return [self.meter.next_batch(self._loaded) for _ in range(self.accumulation_steps)]
 
     def close(self) -> None:
         """Stop the data workers."""
         self._loaded.close()
-
-    def _next(self) -> LoadedBatch:
-        asked_at = time.monotonic()
-        loaded = next(self._loaded)
-        self._meter.add(loaded, asked_at, time.monotonic())
-        self._bad_samples += loaded.bad_samples
-        return loaded
 
 
 def take_step(run: FinetuneRun, micro_batches: list[LoadedBatch]) -> tuple[Tensor, Tensor]:
@@ -110,7 +94,7 @@ def batch_loss(run: FinetuneRun, batch: Batch) -> Tensor:
     return mixed_loss(lambda target: cross_entropy(logits, target, label_smoothing), labels, own_share)
 
 
-class Interval:
+class StepMetrics:
     """Losses and times of the steps since the last row of metrics. The losses stay on the device until `reduce`."""
 
     def __init__(self) -> None:
@@ -125,7 +109,7 @@ class Interval:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Exclude the time of the block, such as an evaluation, from the interval."""
+        """Exclude the time of the block, such as an evaluation, from the duration of the steps."""
         paused = time.perf_counter()
         yield
         self._started += time.perf_counter() - paused
@@ -138,9 +122,9 @@ class Interval:
         assert self._grad_norm is not None
         config, world_size, device = run.config, distributed.world_size(), run.accelerator.device
         loss = float(distributed.sum_over_ranks(torch.stack(self._losses).mean()) / world_size)
-        counts = torch.tensor(batches.take_counts(), dtype=torch.float64, device=device)
+        counts = torch.tensor(batches.meter.take(), dtype=torch.float64, device=device)
         totals = distributed.sum_over_ranks(counts).tolist()
-        run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_bad_samples())))
+        run.quarantine.add(chain.from_iterable(distributed.gather(batches.meter.take_bad_samples())))
         seconds = time.perf_counter() - self._started
         num_loaders = max(config.data.num_workers, 1) * config.data.num_threads
         return {

@@ -13,7 +13,7 @@ from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
 from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
-from finetune.steps import Batches, Interval, take_step
+from finetune.steps import Batches, StepMetrics, take_step
 from pretrain import distributed
 from pretrain.configfile import CommandLine
 from pretrain.data.dataset.order import random_bits
@@ -91,22 +91,22 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
     evaluation_epochs = run.evaluation_epochs()
     progress = ProgressLine(total_steps, 0, enabled=distributed.is_main())
     progress.print_message(_summary(run))
-    interval, best, ranks_stopping = Interval(), None, torch.zeros((), device=device)
+    metrics, best, ranks_stopping = StepMetrics(), None, torch.zeros((), device=device)
     set_training_mode(run)
     with closing(Batches(run)) as batches:
         for step in range(1, total_steps + 1):
             learning_rate = prepare_step(run, step)
-            interval.add(*take_step(run, batches.next_step()))
+            metrics.add(*take_step(run, batches.next_step()))
             ranks_stopped = ranks_stopping  # read one step later, so that the host never waits for the current step
             ranks_stopping = distributed.sum_over_ranks(torch.full((), float(should_stop()), device=device))
 
             if step % config.logging.every_steps == 0 or step == total_steps:
-                row = interval.reduce(run, batches, step) | {"optim/learning_rate": learning_rate}
+                row = metrics.reduce(run, batches, step) | {"optim/learning_rate": learning_rate}
                 report(run, row, step, tracker, progress)
                 check_finite(run, row, step, best)
-                interval = Interval()
+                metrics = StepMetrics()
             if step in evaluation_epochs:
-                with interval.pause():
+                with metrics.pause():
                     evaluation = evaluate_run(run, should_stop)
                 if evaluation is None:
                     return Result(best, stopped_after=step)

@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain import distributed
 from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.loading.loader import BadSample, BatchPlan, IndexedBatches, LoadedBatch
+from pretrain.data.loading.loader import BatchPlan, IndexedBatches, LoadedBatch
 from pretrain.data.loading.meters import Meter
 from pretrain.data.loading.stream import TarStream, TarStreamBatches
 from pretrain.data.transforms.batch import Batch, to_device
@@ -35,6 +35,7 @@ class Batches:
 
     Attributes:
         accumulation_steps: Number of micro-batches per optimizer step.
+        meter: Loading statistics and unusable samples since the last row of metrics.
     """
 
     def __init__(
@@ -71,8 +72,7 @@ class Batches:
             if isinstance(dataset, TarStream)
             else IndexedBatches(dataset, plan)
         )
-        self._meter = Meter()
-        self._bad_samples: list[BadSample] = []
+        self.meter = Meter()
         self._open: Generator[LoadedBatch, None, None] | None = None  # batches of the current range
         num_samples = (config.schedule.total_steps - state.step) * self.global_batch_size
         size_changes = config.schedule.size_changes(self.global_batch_size)
@@ -93,10 +93,7 @@ class Batches:
         """
         for number in range(self.accumulation_steps):
             self.watch.enter("data", step)
-            asked_at = time.monotonic()
-            loaded = next(self._loaded)
-            self._meter.add(loaded, asked_at, time.monotonic())
-            self._bad_samples += loaded.bad_samples
+            loaded = self.meter.next_batch(self._loaded)
             batch = self._to_device(loaded.tensors)
             self.watch.enter("forward")
             yield batch, loaded.weight, number == self.accumulation_steps - 1
@@ -118,20 +115,6 @@ class Batches:
         """Return how many epochs of each data set come before a position, as metrics."""
         epochs = self._source.epochs(position)
         return {f"data/epoch_{i}" if len(epochs) > 1 else "data/epoch": epoch for i, epoch in enumerate(epochs)}
-
-    def take_counts(self) -> list[float]:
-        """Return the counts of the loading stages since the last call, to be summed over ranks."""
-        return self._meter.take()
-
-    @property
-    def num_bad_samples(self) -> int:
-        """Number of unusable samples since the last call of `take_bad_samples`."""
-        return len(self._bad_samples)
-
-    def take_bad_samples(self) -> list[BadSample]:
-        """Return the unusable samples since the last call."""
-        bad_samples, self._bad_samples = self._bad_samples, []
-        return bad_samples
 
     def close(self) -> None:
         """Stop the data workers."""

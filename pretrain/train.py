@@ -4,7 +4,6 @@ The host waits for the device only when a row of metrics is due. Whether a step 
 stop, it learns while the next step is running.
 """
 
-import sys
 from itertools import chain
 
 import torch
@@ -18,7 +17,7 @@ from pretrain.data.dataset.order import random_bits
 from pretrain.data.loading.meters import describe_bottleneck, loading_metrics
 from pretrain.data.loading.workers import start_server
 from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
-from pretrain.errors import DataError, DivergedError, MachineError, UserError
+from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
 from pretrain.health import StepResult
 from pretrain.outcome import Outcome, outcome_of
@@ -27,10 +26,9 @@ from pretrain.schedules import learning_rate_at
 from pretrain.steps import Batches, Interval
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
-from pretrain.tracking.tracker import RunDescription, Tracker
+from pretrain.tracking.tracker import STOP_TIMEOUT_SECONDS, RunDescription, Tracker
 
 MLFLOW_STATUS = {Outcome.DONE: "FINISHED", Outcome.STOPPED: "KILLED", Outcome.DIVERGED: "RUNNING"}
-MLFLOW_SECONDS_AFTER_STOP = 10.0  # a launcher ends its processes 30 s after a signal
 
 
 def main(command: CommandLine[PretrainConfig]) -> int:
@@ -44,12 +42,8 @@ def main(command: CommandLine[PretrainConfig]) -> int:
             while (outcome := train_with_tracking(run, command.text, stop)) is Outcome.DIVERGED:
                 run.roll_back()
             run.watch.finish(outcome)
-    except DataError as error:  # may occur on a single rank or in its data workers, so every rank prints it
-        print(error.summary, file=sys.stderr, flush=True)
-        return outcome_of(error).exit_code
-    except (UserError, MachineError, DivergedError) as error:  # occurs on all ranks
-        if distributed.is_main():
-            print(error, file=sys.stderr, flush=True)
+    except (UserError, MachineError, DivergedError) as error:
+        distributed.print_error(error)
         return outcome_of(error).exit_code
     distributed.leave_process_group()
     return outcome.exit_code
@@ -83,7 +77,7 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
             outcome = evaluate(evaluator, run.state.step, tracker, progress, stop)
         else:
             outcome = train(run, evaluator, tracker, progress, stop)
-        tracker.finish(MLFLOW_STATUS[outcome], MLFLOW_SECONDS_AFTER_STOP if outcome is Outcome.STOPPED else None)
+        tracker.finish(MLFLOW_STATUS[outcome], STOP_TIMEOUT_SECONDS if outcome is Outcome.STOPPED else None)
     if outcome is Outcome.STOPPED and distributed.is_main():
         print("stopped as requested; the same command continues the run", flush=True)
     return outcome
@@ -241,10 +235,10 @@ def log_interval(
         progress: Progress line that shows them.
     """
     data, batch_size = run.config.data, run.config.engine.global_batch_size
-    totals = interval.reduce([float(batches.num_bad_samples), *batches.take_counts()])
+    totals = interval.reduce([float(batches.meter.num_bad_samples), *batches.meter.take()])
     num_bad_samples, *loading_counts = totals.counts
     if num_bad_samples:
-        run.quarantine.add(chain.from_iterable(distributed.gather(batches.take_bad_samples())))
+        run.quarantine.add(chain.from_iterable(distributed.gather(batches.meter.take_bad_samples())))
     run.count_images(totals.num_applied * batch_size)
     run.resume_stream_at(batches.next_tar())
     grad_norm = {"optim/grad_norm": totals.means["grad_norm"]} if totals.means else {}

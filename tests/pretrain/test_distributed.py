@@ -48,6 +48,23 @@ def test_other_errors_are_raised_as_they_are() -> None:
         distributed.on_all_ranks(raising(ZeroDivisionError()))
 
 
+@pytest.mark.parametrize(
+    ("error", "rank", "printed"),
+    [
+        (UserError("no such folder"), "0", "no such folder\n"),
+        (UserError("no such folder"), "1", ""),
+        (MachineError("disk full"), "1", ""),
+        (DataError("Caught DataError in worker 0.\n  File x\nDataError: a.tar: damaged"), "1", "a.tar: damaged\n"),
+    ],
+)
+def test_only_data_errors_are_printed_by_other_ranks(
+    error: Exception, rank: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    distributed.print_error(error)
+    assert capsys.readouterr() == ("", printed)
+
+
 def test_collectives_of_one_process_return_their_input() -> None:
     assert distributed.on_all_ranks(raising(None)) == "result"
     assert distributed.gather("value") == ["value"]

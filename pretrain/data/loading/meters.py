@@ -1,9 +1,10 @@
 """Measure data loading between two rows of metrics, and explain what an input-bound run waits for."""
 
+import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from pretrain.data.loading.loader import LoadedBatch, LoadingStats
+from pretrain.data.loading.loader import BadSample, LoadedBatch, LoadingStats
 
 STAGES = {  # stage -> what it does, and how to speed it up
     "fetch": (
@@ -19,7 +20,7 @@ BATCHES_REMEMBERED = 64
 
 
 class Meter:
-    """Sums the loading statistics of one rank until they are taken."""
+    """Sums the loading statistics of one rank, and lists its unusable samples, until they are taken."""
 
     def __init__(self) -> None:
         self.taken_at: list[float] = []
@@ -27,6 +28,19 @@ class Meter:
         self.waited = 0.0
         self.ready = 0
         self.stats = LoadingStats()
+        self._bad_samples: list[BadSample] = []
+
+    @property
+    def num_bad_samples(self) -> int:
+        """Number of unusable samples since the last call of `take_bad_samples`."""
+        return len(self._bad_samples)
+
+    def next_batch(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
+        """Take the next batch of an iterator and count it, with the time spent waiting for it."""
+        asked_at = time.monotonic()
+        loaded = next(batches)
+        self.add(loaded, asked_at, time.monotonic())
+        return loaded
 
     def add(self, loaded: LoadedBatch, asked_at: float, got_at: float) -> None:
         """Count a batch.
@@ -41,6 +55,7 @@ class Meter:
         # The batch was waiting in the queue whenever an earlier one was taken after this one was done.
         self.ready += len(self.taken_at) - bisect_left(self.taken_at, loaded.done_at)
         self.batches += 1
+        self._bad_samples += loaded.bad_samples
         self.taken_at = [*self.taken_at[-BATCHES_REMEMBERED + 1 :], got_at]
 
     def take(self) -> list[float]:
@@ -48,6 +63,11 @@ class Meter:
         values = [self.batches, self.ready, self.waited, *self.stats]
         self.batches, self.ready, self.waited, self.stats = 0, 0, 0.0, LoadingStats()
         return [float(value) for value in values]
+
+    def take_bad_samples(self) -> list[BadSample]:
+        """Return the unusable samples since the last call."""
+        bad_samples, self._bad_samples = self._bad_samples, []
+        return bad_samples
 
 
 def loading_metrics(totals: Sequence[float], seconds: float, world_size: int, num_loaders: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
-from pretrain.data.loading.loader import BatchPlan, LoadedBatch, LoadingStats, training_batches
+from pretrain.data.loading.loader import BadSample, BatchPlan, LoadedBatch, LoadingStats, training_batches
 from pretrain.data.loading.meters import STAGES, Meter, describe_bottleneck, loading_metrics
 from pretrain.data.transforms.decode import ImageArray
 from pretrain.data.transforms.views import TrainView
@@ -59,9 +59,7 @@ def row_of(samples: Dataset, view: TrainView, train_seconds: float = 0.0) -> dic
     next(loading)
     started = time.monotonic()
     for _ in range(20):
-        asked_at = time.monotonic()
-        loaded = next(loading)
-        meter.add(loaded, asked_at, time.monotonic())
+        meter.next_batch(loading)
         time.sleep(train_seconds)
     return loading_metrics(meter.take(), time.monotonic() - started, 1, 1)
 
@@ -113,3 +111,14 @@ def test_what_is_remote_says_how_the_cache_did() -> None:
     assert row["data/cache_hits"] == pytest.approx(0.9)
     assert row["data/downloaded_megabytes_per_second"] == pytest.approx(0.5)
     assert row["data/retries"] == 2
+
+
+def test_meter_lists_bad_samples_until_they_are_taken() -> None:
+    bad = [BadSample(position, "a.tar", "x", "damaged") for position in (3, 5)]
+    batches = iter([LoadedBatch({}, 1.0, [each], LoadingStats(), 1.0) for each in bad])
+    meter = Meter()
+    assert meter.next_batch(batches).bad_samples == bad[:1]
+    meter.next_batch(batches)
+    assert meter.num_bad_samples == 2
+    assert meter.take_bad_samples() == bad
+    assert (meter.num_bad_samples, meter.take_bad_samples()) == (0, [])
