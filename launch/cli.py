@@ -11,7 +11,12 @@ from launch.commands.export import export
 from launch.commands.predict import predict
 from launch.commands.supervise import supervise
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: faster, and it can be copied
+)
 app.add_typer(shards.app, name="shards")
 app.command("export")(export)
 app.command("predict")(predict)

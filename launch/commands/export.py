@@ -16,7 +16,9 @@ def export(
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Hugging Face folder to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it already exists.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output folder if it already exists.")
+    ] = False,
     model_type: Annotated[
         Literal["vit", "vit_mae"],
         typer.Option(

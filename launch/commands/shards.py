@@ -115,7 +115,7 @@ def make(
     engine: Annotated[
         Literal["local", "ray"],
         typer.Option(
-            help="Where to run: on this machine, or on a Ray cluster, whose machines must all see SOURCE and OUT."
+            help="Where to run: on this machine, or on a Ray cluster whose machines all see the source and the output."
         ),
     ] = "local",
 ) -> None:
@@ -182,7 +182,7 @@ def index(
         Path | None,
         typer.Option(
             show_default="next to the tars",
-            help="Folder for the indexes and dataset.json; required if SOURCE is a URL.",
+            help="Folder for the indexes and dataset.json; required if the source is a URL.",
         ),
     ] = None,
     class_names: ClassNames = None,

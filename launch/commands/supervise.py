@@ -10,7 +10,7 @@ from launch.commands.terminal import report_errors
 
 def supervise(
     command: Annotated[
-        list[str], typer.Argument(metavar="-- COMMAND...", help="Command that starts the run, after a double dash.")
+        list[str], typer.Argument(help="Command that starts the run, with a double dash in front of it.")
     ],
     max_failures: Annotated[
         int,

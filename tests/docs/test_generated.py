@@ -19,7 +19,7 @@ def test_commands_page_has_every_verb_and_the_names_of_its_options() -> None:
     page = (DOCS / "commands.md").read_text(encoding="utf-8")
     for verb in ("shards make", "shards check", "export", "predict", "checkpoints prune", "supervise"):
         assert f"## `vitrail {verb}`" in page
-    for name in ("--json", "--as", "--top-k", "--print-config", "--version", "-- COMMAND..."):
+    for name in ("--json", "--as", "--top-k", "--print-config", "--version", "COMMAND..."):
         assert f"| `{name}` |" in page
     assert "| `--seed` | whole number | `0` |" in page
     assert "| `--workers` | whole number ≥ 1 | number of CPU cores |" in page
