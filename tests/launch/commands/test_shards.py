@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launch.commands.shards import find_tars, read_class_names
+from launch.commands.shards import find_tars
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.errors import UserError
 from tests.support.launching import Shell
@@ -101,10 +101,3 @@ def test_find_tars_lists_local_names_or_urls(tmp_path: Path) -> None:
         find_tars("http://host/{0..1}.tar", None)
     with pytest.raises(UserError, match=r"out: the indexes of a local folder are written next to its tars; remove"):
         find_tars(str(tmp_path / "in"), tmp_path / "out")
-
-
-def test_class_names_are_the_lines_of_a_file(tmp_path: Path) -> None:
-    (tmp_path / "names.txt").write_text("cat\n\n great dane \n")
-    assert read_class_names(tmp_path / "names.txt") == ["cat", "great dane"]
-    with pytest.raises(UserError, match=r"nowhere: cannot read the class names: No such file or directory; check"):
-        read_class_names(tmp_path / "nowhere")

@@ -1,33 +1,39 @@
-"""Data errors reach the user as one message, even from a worker process of the loader."""
+"""The index format: a damaged, edited or unknown `dataset.json` is refused."""
 
-from functools import partial
+import json
+import shutil
+from pathlib import Path
 
 import pytest
-from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 
-from pretrain.data.storage.remote import StalledFetchError
+from pretrain.data.storage.index import DatasetInfo, index_name
 from pretrain.errors import DataError
-from pretrain.outcome import Outcome, outcome_of
-
-SENTENCE = "a.tar: 3 samples could not be used\n  2 such as k: OSError: broken: truly"
 
 
-class Broken(TorchDataset[int]):
-    def __init__(self, error: type[DataError]) -> None:
-        self.error = error
+def test_dataset_edited_by_hand_is_refused(digits: Path, tmp_path: Path) -> None:
+    path = tmp_path / "dataset.json"
+    shutil.copy(digits / "train" / "dataset.json", path)
+    assert DatasetInfo.load(tmp_path).class_names == ["0", "1", "2"]
+    content = json.loads(path.read_text())
+    content["class_names"][0] = "three"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="edited by hand, its checksum is wrong"):
+        DatasetInfo.load(tmp_path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        DatasetInfo.load(tmp_path)
+    path.write_text('{"version": 99}')
+    with pytest.raises(DataError, match="version 99, but this Vitrail reads version 3"):
+        DatasetInfo.load(tmp_path)
 
-    def __getitem__(self, index: int) -> int:
-        raise self.error(SENTENCE)
+
+def test_saved_dataset_loads_unchanged(digits: Path, tmp_path: Path) -> None:
+    info = DatasetInfo.load(digits / "train")
+    info.save(tmp_path)
+    assert DatasetInfo.load(tmp_path) == info
+    assert (tmp_path / "dataset.json").read_bytes() == (digits / "train" / "dataset.json").read_bytes()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize(("error", "outcome"), [(DataError, Outcome.USER_ERROR), (StalledFetchError, Outcome.FAILED)])
-def test_error_from_a_loader_worker_keeps_its_message(
-    error: type[DataError], outcome: Outcome, num_workers: int
-) -> None:
-    load = partial(next, iter(DataLoader(Broken(error), sampler=[0], num_workers=num_workers)))
-    with pytest.raises(error) as caught:
-        load()
-    assert caught.value.summary == SENTENCE
-    assert outcome_of(caught.value) is outcome  # the user cannot fix a stalled host
+def test_index_of_a_url_is_named_by_its_path() -> None:
+    assert index_name("part-0.tar") == "part-0.index.json"
+    assert index_name("https://host/data/part-0.tar?version=2") == "part-0.index.json"
