@@ -202,17 +202,10 @@ def _start_sink(run_dir: Path, uri: str, experiment: str) -> "subprocess.Popen[s
     if scheme == "sqlite":
         uri = scheme + slashes + str(Path(path).resolve())
     command = [sys.executable, "-m", SINK_MODULE, str(run_dir.resolve()), uri, experiment]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_ignore_signals,  # noqa: PLW1509  # no Python threads run during training, so no lock can be held
-    )
-
-
-def _ignore_signals() -> None:
-    """Ignore SIGTERM and SIGUSR1 from process start; signals that are ignored stay ignored after exec."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    # The new process inherits the mask, so it never receives these signals. A `preexec_fn` would need a fork of this
+    # process, which can deadlock because other threads are running.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -44,7 +44,9 @@ def start_server(modules: Sequence[str] = ()) -> None:
             that defines the view.
     """
     CONTEXT.set_forkserver_preload([*PRELOADED_MODULES, *modules])
-    resource_tracker.ensure_running()  # started here because it resets the signal mask
+    # Started first, because it resets the signal mask. It warns of semaphores that a killed process left behind.
+    with _environment({"PYTHONWARNINGS": "ignore:resource_tracker"}):
+        resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the server and its workers inherit the mask
     # The server ignores this process's sys.path in Python 3.11, and does not report modules that it cannot find.
     search_path = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)

@@ -1,5 +1,6 @@
 """Worker processes: the training process is never forked, and no process outlives it."""
 
+import ast
 import json
 import re
 import signal
@@ -103,3 +104,45 @@ def test_workers_have_current_environment_and_classes_of_the_script(digits: Path
             "threads": "3",
             "same_path": True,
         }
+
+
+def forks_in(code: str) -> list[str]:
+    """Return the calls of some source code that fork the process or may do so."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Call):
+            continue
+        call, keywords = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+        start_method = [argument.value for argument in node.args if isinstance(argument, ast.Constant)]
+        if (
+            "preexec_fn" in keywords
+            or call
+            in ("os.fork", "os.forkpty", "pty.fork", "multiprocessing.Process", "multiprocessing.Pool", "Process")
+            or (call.endswith("get_context") and start_method in ([], ["fork"]))
+            or (call.endswith("DataLoader") and "multiprocessing_context" not in keywords)
+            or (call.endswith("ProcessPoolExecutor") and len(node.args) < 2 and "mp_context" not in keywords)
+        ):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "subprocess.Popen(command, preexec_fn=ignore)",
+        "os.fork()",
+        "multiprocessing.get_context('fork')",
+        "multiprocessing.Process(target=work)",
+        "DataLoader(dataset, num_workers=2)",
+        "ProcessPoolExecutor(4)",
+    ],
+)
+def test_forks_are_found_in_code(code: str) -> None:
+    assert forks_in(code)
+
+
+def test_no_package_forks_its_process() -> None:
+    root = Path(__file__).parents[4]
+    files = [path for package in ("pretrain", "finetune", "launch") for path in (root / package).rglob("*.py")]
+    assert len(files) > 100
+    assert {str(path): found for path in files if (found := forks_in(path.read_text(encoding="utf-8")))} == {}
