@@ -1,7 +1,7 @@
 """The pretraining loop. Gradient accumulation, every wait for the device and every save are visible here; ZeRO is not.
 
-The host waits for the device only when a row of metrics is due. Whether a step was skipped, or a rank was asked to
-stop, it learns while the next step is running.
+The loop waits for the device only when a row of metrics is due. It learns whether a step was skipped, and whether a
+rank was asked to stop, while the next step is running.
 """
 
 from itertools import chain
@@ -149,7 +149,9 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
         record_result(run, batches, last)
     watch.enter("save")
     if not saver.finish() and outcome is not Outcome.DIVERGED:
-        raise MachineError(f"{config.run_dir}: the last checkpoint could not be written; see the messages above")
+        raise MachineError(
+            f"{config.run_dir}: the last checkpoint could not be written; free disk space and start the run again"
+        )
     return outcome
 
 

@@ -37,6 +37,7 @@ from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
 from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.partitions import count_optimizer_steps
+from pretrain.errors import MachineError
 from pretrain.journal import read_rows
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
@@ -323,7 +324,27 @@ def fail_in_save(recipe: Path, folder: Path) -> dict[str, Any]:
         "checkpoints": [path.name for path in list_checkpoints(config.run_dir)],
         "newest": newest.name if newest else None,
         "faults": faults,
+        "error_of_the_last_save": fail_in_last_save(recipe, folder),
     }
+
+
+def fail_in_last_save(recipe: Path, folder: Path) -> str:
+    """Let the disk of every rank refuse the only save of a run of two steps; return the error that ends the run."""
+    config = load(recipe, f"run_dir={folder / 'unsaved'}", "schedule.total_steps=2", "schedule.warmup_steps=1")
+
+    def refuse(path: Path, *_: Any) -> SavedFile:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with (
+        mock.patch("pretrain.checkpoint.save.write_file", refuse),
+        mock.patch("pretrain.checkpoint.save.RETRY_DELAYS", (0.01,)),
+        open_run(config) as run,
+    ):
+        try:
+            train_with_tracking(run, "", StopSignal())
+        except MachineError as error:
+            return str(error)
+    return ""
 
 
 def die_in_save(recipe: Path, folder: Path) -> dict[str, Any]:

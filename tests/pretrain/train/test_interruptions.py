@@ -27,6 +27,12 @@ def test_a_save_that_fails_on_one_rank_costs_only_that_checkpoint(trained: Train
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_run_whose_last_save_fails_ends_with_an_error(trained: Trained, world_size: int) -> None:
+    error = trained(world_size, FULL_DISK)["error_of_the_last_save"]
+    assert error.endswith("unsaved: the last checkpoint could not be written; free disk space and start the run again")
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("name", OWED_EVALUATIONS)
 def test_a_run_killed_before_its_last_evaluation_makes_up_for_it(trained: Trained, world_size: int, name: str) -> None:
     [late] = trained(world_size, OWED + name)["rows"]
