@@ -67,7 +67,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False, durable: bool = True) 
     """
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path}: already exists")
-    partial = partial_path(path)
+    partial, old = partial_path(path), None
     shutil.rmtree(partial, ignore_errors=True)  # left behind by a process that was killed
     partial.mkdir(parents=True)
     try:
@@ -77,11 +77,13 @@ def atomic_folder(path: Path, *, overwrite: bool = False, durable: bool = True) 
                 sync(item)
         old = _unname(path) if path.exists() else None
         publish(partial, path, durable=durable)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old and not path.exists():
+            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def publish(partial: Path, path: Path, *, durable: bool = True) -> None:

@@ -128,6 +128,24 @@ def test_an_error_keeps_the_old_folder_and_removes_the_partial_one(tmp_path: Pat
     assert not list(path.iterdir())
 
 
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_while_a_folder_is_replaced_keeps_the_old_folder(
+    tmp_path: Path, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+
+    def interrupted(self: Path, target: Path) -> None:
+        assert not target.exists()  # the old folder has already lost its name
+        raise error
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(error), files.atomic_folder(tmp_path / "model", overwrite=True) as folder:
+        (folder / "weights").write_text("new")
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_published_folder_does_not_replace_another(tmp_path: Path) -> None:
     for name in ("folder", "folder.partial"):
         (tmp_path / name).mkdir()
