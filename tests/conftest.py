@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,8 @@ settings.load_profile("patient")
 
 
 START_PROCESSES = {"shell", "tool", "trained", "run_poisoned"}  # fixtures
-LONGEST = ("test_launchers", "test_zero_stages", "test_other_topology", "test_objectives")
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}  # audit events
+LONGEST = ("test_launchers", "test_zero_stages", "test_other_topology", "test_objectives", "test_compiled")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +42,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("processes")
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let only the tests that are marked with `processes` start any, so that `make check` stays fast."""
+    may_start_processes[0] = item.get_closest_marker("processes") is not None
+    try:
+        return (yield)
+    finally:
+        may_start_processes[0] = True
+
+
+may_start_processes = [True]
+
+
+def refuse_processes(event: str, details: tuple[object, ...]) -> None:
+    if event in STARTS and not may_start_processes[0] and details[:1] != ("git",):
+        raise RuntimeError("this test starts a process; mark it with @pytest.mark.processes")
+
+
+sys.addaudithook(refuse_processes)
 
 
 @pytest.fixture

@@ -182,6 +182,7 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
         assert homes is None or name.startswith(homes), f"{module} belongs into {homes}"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "module",
     ["launch.cli", "pretrain.configfile", "finetune.config", "pretrain.data.shards.make", "pretrain.data.shards.scan"],

@@ -96,6 +96,7 @@ def saved_head(run_dir: Path) -> torch.Tensor:
     return weight
 
 
+@pytest.mark.processes
 def test_the_saved_model_has_the_accuracy_of_its_card(recipe: Path, digits: Path, tmp_path: Path) -> None:
     run = build(recipe)
     top1, epoch = fit_to_the_end(run)
@@ -124,6 +125,7 @@ def test_the_saved_model_has_the_accuracy_of_its_card(recipe: Path, digits: Path
     assert f"| epoch | {epoch} of 6, the one with the best accuracy |" in card
 
 
+@pytest.mark.processes
 def test_a_frozen_backbone_does_not_change(recipe: Path) -> None:
     run = build(recipe, "freeze_backbone=true")
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -132,6 +134,7 @@ def test_a_frozen_backbone_does_not_change(recipe: Path) -> None:
         assert torch.equal(value, before[name]) == name.startswith("vit."), name
 
 
+@pytest.mark.processes
 def test_all_parameters_are_trained_by_default(recipe: Path) -> None:
     run = build(recipe)
     before = {name: value.clone() for name, value in run.classifier.named_parameters()}
@@ -139,6 +142,7 @@ def test_all_parameters_are_trained_by_default(recipe: Path) -> None:
     assert not any(torch.equal(value, before[name]) for name, value in run.classifier.named_parameters())
 
 
+@pytest.mark.processes
 def test_the_best_model_is_kept_if_later_ones_are_worse(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +152,7 @@ def test_the_best_model_is_kept_if_later_ones_are_worse(
     assert not torch.equal(weights[0], weights[1])
 
 
+@pytest.mark.processes
 def test_a_later_model_that_is_better_replaces_the_saved_one(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +161,7 @@ def test_a_later_model_that_is_better_replaces_the_saved_one(
     assert torch.equal(saved_head(tmp_path / "run"), weights[1])
 
 
+@pytest.mark.processes
 def test_a_folder_of_images_can_be_fine_tuned_on(recipe: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -169,6 +175,7 @@ def test_a_folder_of_images_can_be_fine_tuned_on(recipe: Path, tmp_path: Path) -
     assert fit_to_the_end(run)[0] > 0.8
 
 
+@pytest.mark.processes
 def test_accumulation_does_not_change_the_weights(recipe: Path, tmp_path: Path) -> None:
     weights = []
     for i, size in enumerate((12, 4)):
@@ -185,6 +192,7 @@ def test_accumulation_does_not_change_the_weights(recipe: Path, tmp_path: Path) 
         assert torch.allclose(value, weights[1][name], atol=1e-4), name
 
 
+@pytest.mark.processes
 def test_bf16_trains(recipe: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     config = load_config(FinetuneConfig, recipe, ["engine.precision=bf16"]).config
@@ -194,6 +202,7 @@ def test_bf16_trains(recipe: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.processes
 def test_metrics_cover_training_loading_and_validation(recipe: Path, tmp_path: Path) -> None:
     fit(build(recipe, "logging.every_steps=4"))
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
@@ -254,12 +263,14 @@ def test_validation_data_with_other_classes_is_an_error(recipe: Path, tmp_path: 
     assert str(error.value) == (f"{tmp_path}/validation: validation classes differ from training classes: {message}")
 
 
+@pytest.mark.processes
 def test_a_loss_that_is_not_finite_stops_the_run(recipe: Path) -> None:
     run = build(recipe, "optimizer.learning_rate=1e30", "logging.every_steps=1")
     with pytest.raises(DivergedError, match=r"NaN or infinite; lower optimizer.learning_rate$"):
         fit(run)
 
 
+@pytest.mark.processes
 def test_a_run_that_diverges_names_the_model_it_saved(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +280,7 @@ def test_a_run_that_diverges_names_the_model_it_saved(
         fit(run)
 
 
+@pytest.mark.processes
 def test_a_stop_before_the_first_evaluation_saves_no_model(recipe: Path, tmp_path: Path) -> None:
     calls: list[bool] = []
     result = fit(build(recipe), lambda: bool(calls.append(True)) or len(calls) == 3)
@@ -276,6 +288,7 @@ def test_a_stop_before_the_first_evaluation_saves_no_model(recipe: Path, tmp_pat
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.processes
 def test_a_stop_keeps_the_model_of_the_last_evaluation(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

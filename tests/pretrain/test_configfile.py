@@ -361,6 +361,7 @@ def test_every_recipe_begins_with_its_command_hardware_and_result(path: Path) ->
     assert "\n# Result: " in header
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_mistakes_and_help_need_no_torch(tmp_path: Path, script: str) -> None:
     path = write(tmp_path, GOOD + "sed: 1\n")

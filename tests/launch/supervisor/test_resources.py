@@ -25,6 +25,7 @@ def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return hostfile
 
 
+@pytest.mark.processes
 def test_unreachable_hosts_are_excluded(fake_ssh: Path) -> None:
     assert list_unreachable_hosts(fake_ssh) == ["node-2", "node-3"]
     reported: list[str] = []
@@ -42,6 +43,7 @@ def test_missing_hostfile_leaves_the_command_unchanged(tmp_path: Path) -> None:
     assert without_lost_resources(command, print, 0) == command
 
 
+@pytest.mark.processes
 def test_failed_gpus_are_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *count*) echo 4;; *" 1") exit 1;; esac\n')
@@ -115,6 +117,7 @@ def test_with_fewer_ranks_leaves_other_commands_unchanged(command: list[str]) ->
     assert with_fewer_ranks(command, print, 8) == command
 
 
+@pytest.mark.processes
 def test_list_gpus_returns_nothing_without_cuda(tmp_path: Path) -> None:
     assert list_gpus(str(tmp_path / "missing")) == ([], [])
     assert list_gpus(sys.executable)[1] == []

@@ -84,12 +84,14 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module.signal, "signal", lambda *_: None)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("code", [0, 2, 75])
 def test_final_outcomes_are_not_restarted(tmp_path: Path, config: Path, code: int) -> None:
     ended, seen, _ = supervised(tmp_path, config, f"1 {code}")
     assert (ended, len(seen)) == (code, 2)
 
 
+@pytest.mark.processes
 def test_supervisor_gives_up_after_max_failures_without_a_checkpoint(tmp_path: Path, config: Path) -> None:
     ended, seen, reported = supervised(tmp_path, config, "1 save5 1 1 save9 1 1 1 1 0", max_failures=3, fewer_after=0)
     assert (ended, len(seen)) == (1, 8)
@@ -98,6 +100,7 @@ def test_supervisor_gives_up_after_max_failures_without_a_checkpoint(tmp_path: P
     assert json.loads((tmp_path / "run" / "goodput.json").read_text())["attempts"][-1]["saved_step"] == 9
 
 
+@pytest.mark.processes
 def test_restart_waits_for_ranks_on_other_machines(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +121,7 @@ def test_stop_reaches_ranks_on_other_machines(tmp_path: Path, config: Path) -> N
     assert (ranks / "order").read_text() == "stop"
 
 
+@pytest.mark.processes
 def test_two_failures_in_a_row_remove_one_rank(tmp_path: Path, config: Path) -> None:
     ended, seen, reported = supervised(tmp_path, config, "1 1 1 1 0", max_failures=9)
     assert ended == 0
@@ -125,6 +129,7 @@ def test_two_failures_in_a_row_remove_one_rank(tmp_path: Path, config: Path) -> 
     assert "continuing with 3 ranks; the global batch size is unchanged" in reported
 
 
+@pytest.mark.processes
 def test_restart_after_two_failures_excludes_failed_gpus(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +174,7 @@ def test_run_folder_is_read_from_the_command(tmp_path: Path, config: Path) -> No
         find_run_dir(["pretrain.py", "--config", str(config)])
 
 
+@pytest.mark.processes
 def test_is_alive_is_false_for_zombies() -> None:
     child = subprocess.Popen(["sleep", "30"])
     assert supervisor_module.is_alive(child.pid)

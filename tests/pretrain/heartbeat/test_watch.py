@@ -63,6 +63,7 @@ def ranks(run_dir: Path, slow: int = -1, hangs: int = -1, hang_seconds: float = 
             process.join()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("victim", [0, 2])
 def test_stopped_rank_is_reported_with_its_stack(tmp_path: Path, victim: int) -> None:
     with ranks(tmp_path) as (processes, reported):
@@ -78,6 +79,7 @@ def test_stopped_rank_is_reported_with_its_stack(tmp_path: Path, victim: int) ->
             wait_for(lambda at=stopped_at: read_beat(tmp_path, victim).num_beats > at.num_beats + 2)
 
 
+@pytest.mark.processes
 def test_slow_rank_is_reported(tmp_path: Path) -> None:
     with ranks(tmp_path, slow=1) as (_, reported):
         rank, sentence = reported.get(timeout=REPORTED_WITHIN)
@@ -86,6 +88,7 @@ def test_slow_rank_is_reported(tmp_path: Path) -> None:
     assert " lags: 0.0" in sentence
 
 
+@pytest.mark.processes
 def test_hanging_rank_is_reported_and_ends_the_run(tmp_path: Path) -> None:
     with ranks(tmp_path, hangs=2, hang_seconds=3.0) as (processes, reported):
         rank, sentence = reported.get(timeout=REPORTED_WITHIN + 10)  # it hangs some seconds after the start
@@ -96,6 +99,7 @@ def test_hanging_rank_is_reported_and_ends_the_run(tmp_path: Path) -> None:
         assert processes[0].exitcode == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("order", "code"), [(STOP, -signal.SIGTERM), (ABORT, 1)])
 def test_order_reaches_every_rank(tmp_path: Path, order: str, code: int) -> None:
     """A supervisor cannot send signals to another machine, so it writes orders."""
@@ -106,6 +110,7 @@ def test_order_reaches_every_rank(tmp_path: Path, order: str, code: int) -> None
         assert [process.exitcode for process in processes] == [code] * WORLD_SIZE
 
 
+@pytest.mark.processes
 def test_healthy_ranks_are_not_reported_after_a_suspension(tmp_path: Path) -> None:
     """If Slurm suspends all processes, or a laptop sleeps, no rank counts as silent."""
     with ranks(tmp_path, hang_seconds=1.0) as (processes, reported):

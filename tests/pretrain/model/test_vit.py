@@ -127,6 +127,7 @@ def test_visible_patches_keep_their_positions() -> None:
     torch.testing.assert_close(model(images, everything), model(images))
 
 
+@pytest.mark.processes
 def test_checkpointing_and_compiling_give_the_same_results() -> None:
     torch.manual_seed(0)
     plain = ViT(CONFIG.model_copy(update={"dropout": 0.1, "drop_path": 0.2}))
@@ -146,6 +147,7 @@ def test_checkpointing_and_compiling_give_the_same_results() -> None:
     assert torch.allclose(compiled(images), expected, atol=1e-5)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("drop_path", [0.1, 0.4])
 def test_compiled_blocks_share_graphs_with_drop_path(drop_path: float) -> None:
     """There is no separate graph for each block's rate. The first block drops nothing."""
@@ -159,6 +161,7 @@ def test_compiled_blocks_share_graphs_with_drop_path(drop_path: float) -> None:
     assert drop_path > 0.1 or counter.frame_count == 2
 
 
+@pytest.mark.processes
 def test_blocks_stay_compiled_for_several_image_sizes_and_evaluation() -> None:
     torch.compiler.reset()
     counter = CompileCounter()

@@ -222,6 +222,7 @@ def test_exactly_the_requested_number_of_patches_is_masked(side: int, share: flo
     assert hidden.sum() == count
 
 
+@pytest.mark.processes
 def test_student_and_teacher_stay_compiled() -> None:
     torch.compiler.reset()
     torch.manual_seed(0)

@@ -54,6 +54,7 @@ def only_run(uri: str) -> Run:
     return run
 
 
+@pytest.mark.processes
 def test_a_resumed_run_is_one_mlflow_run_without_repeated_steps(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "a"
     uri = track(run_dir, steps=(10, 20, 30))
@@ -73,6 +74,7 @@ def test_a_resumed_run_is_one_mlflow_run_without_repeated_steps(tmp_path: Path) 
     assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in (10, 20, 30, 40)]
 
 
+@pytest.mark.processes
 def test_rows_before_the_resume_step_are_kept(tmp_path: Path) -> None:
     track(tmp_path / "a", uri="off", steps=(10, 20, 30))
     tracker = start_tracker(tmp_path / "a", "off", resume_step=20)
@@ -80,6 +82,7 @@ def test_rows_before_the_resume_step_are_kept(tmp_path: Path) -> None:
     assert start_tracker(tmp_path / "a", "off", resume_step=20, enabled=False).kept_rows == []
 
 
+@pytest.mark.processes
 def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     """A picture that is drawn again is sent again; pictures after the resume step are removed."""
     run_dir = tmp_path / "runs" / "a"
@@ -129,6 +132,7 @@ def test_an_incomplete_last_line_is_not_a_row(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "none") == []
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "KILLED")])
 def test_an_exception_decides_the_status(tmp_path: Path, error: type[BaseException], status: str) -> None:
     with pytest.raises(error), start_tracker(tmp_path / "r" / "a"):
@@ -136,6 +140,7 @@ def test_an_exception_decides_the_status(tmp_path: Path, error: type[BaseExcepti
     assert only_run(default_uri(tmp_path / "r" / "a")).info.status == status
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("status", ["KILLED", "RUNNING"])
 def test_mlflow_shows_the_status_with_which_a_run_finished(tmp_path: Path, status: str) -> None:
     """A run that is about to roll back finishes as RUNNING, which is not the end of the MLflow run."""
@@ -143,6 +148,7 @@ def test_mlflow_shows_the_status_with_which_a_run_finished(tmp_path: Path, statu
     assert (run.info.status, run.info.end_time is None) == (status, status == "RUNNING")
 
 
+@pytest.mark.processes
 def test_a_run_whose_process_died_has_failed_and_can_still_be_tagged(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "a"
     tracker = start_tracker(run_dir)
@@ -156,6 +162,7 @@ def test_a_run_whose_process_died_has_failed_and_can_still_be_tagged(tmp_path: P
     tag_run(tmp_path / "runs" / "untracked", {"a": "b"})
 
 
+@pytest.mark.processes
 def test_concurrent_or_killed_runs_leave_no_incomplete_store(tmp_path: Path) -> None:
     """Three runs create the store at the same time, and one of them is killed while it does."""
     run_dirs = [tmp_path / "runs" / name for name in "abc"]
@@ -176,6 +183,7 @@ def test_concurrent_or_killed_runs_leave_no_incomplete_store(tmp_path: Path) -> 
     assert list((tmp_path / "runs").glob("*.partial")) == [partial]
 
 
+@pytest.mark.processes
 def test_the_store_of_an_older_mlflow_is_not_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     track(tmp_path / "a")
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
@@ -188,6 +196,7 @@ def test_the_store_of_an_older_mlflow_is_not_changed(tmp_path: Path, capfd: pyte
     assert (tmp_path / "mlflow.db").read_bytes() == before
 
 
+@pytest.mark.processes
 def test_a_new_run_in_an_old_folder_is_a_new_mlflow_run(tmp_path: Path) -> None:
     uri = track(tmp_path / "runs" / "a", steps=(10, 20))
     track(tmp_path / "runs" / "a", steps=(5,))
@@ -202,6 +211,7 @@ def test_a_new_run_in_an_old_folder_is_a_new_mlflow_run(tmp_path: Path) -> None:
     assert sorted(histories) == [[5], [10, 20]]
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(120)  # MLflow's own client would wait 245.7 s for the first of these rows
 def test_a_dead_server_costs_no_time_and_no_row(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as free:
@@ -215,6 +225,7 @@ def test_a_dead_server_costs_no_time_and_no_row(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr().err.count("cannot be reached") == 1
 
 
+@pytest.mark.processes
 def test_a_sink_that_is_too_slow_is_killed_after_the_timeout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tracker = start_tracker(tmp_path / "a")
     tracker.finish("FINISHED", timeout_seconds=0)
@@ -224,6 +235,7 @@ def test_a_sink_that_is_too_slow_is_killed_after_the_timeout(tmp_path: Path, cap
     assert f"MLflow: not all metrics arrived in time; every row is in {path}" in capfd.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_store_that_cannot_store_pictures_gets_everything_else(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,6 +252,7 @@ def test_a_store_that_cannot_store_pictures_gets_everything_else(
     assert "cannot be reached" not in printed
 
 
+@pytest.mark.processes
 def test_mlflow_can_be_turned_off(tmp_path: Path) -> None:
     track(tmp_path / "off" / "a", uri="off", steps=(1,))
     assert sorted(path.name for path in (tmp_path / "off").iterdir()) == ["a"]

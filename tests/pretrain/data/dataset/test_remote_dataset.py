@@ -61,6 +61,7 @@ def watched(folder: Path, limit_bytes: int) -> Iterator[None]:
     assert not wrong
 
 
+@pytest.mark.processes
 def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
     """A quick and a slow one, each with its own set and future, in a cache that holds two windows of both."""
     served, window = tmp_path / "served", 3
@@ -107,6 +108,7 @@ def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count:
         time.sleep(seconds)
 
 
+@pytest.mark.processes
 def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
     expected = pixels_of_two_epochs(open_dataset(digits / "train"), 0)
     total = sum(path.stat().st_size for path in (digits / "train").iterdir())
@@ -119,6 +121,7 @@ def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Pa
         assert server.sent <= 1.05 * total
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, tmp_path: Path, ranges: bool) -> None:
     """As a probe reads them; once a shard is here, they are read from it."""
@@ -145,6 +148,7 @@ def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, t
         assert server.sent == sent
 
 
+@pytest.mark.processes
 def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path, tmp_path: Path) -> None:
     info = DatasetInfo.load(digits / "train")
     per_shard = max(shard.num_bytes + shard.index_bytes for shard in info.shards)
@@ -159,6 +163,7 @@ def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path
             opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard).check_cache_size(window=4)
 
 
+@pytest.mark.processes
 def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path) -> None:
     with serve(UnreliableServer(digits / "train", stalled={"shard-000001.tar"})) as server:
         samples = opened(server.url, tmp_path / "cache", stall_seconds=1.0)
@@ -168,6 +173,7 @@ def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path)
             samples.fetch(1, 0)
 
 
+@pytest.mark.processes
 def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +189,7 @@ def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
         assert server.sent <= 1.05 * total
 
 
+@pytest.mark.processes
 def test_google_storage_sends_the_same_samples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve_gs(digits / "train", "bucket") as access:
         for name, value in access.items():
@@ -192,6 +199,7 @@ def test_google_storage_sends_the_same_samples(digits: Path, tmp_path: Path, mon
         )
 
 
+@pytest.mark.processes
 def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
     with serve_hub(digits / "train") as url:
         environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}  # read when the package is imported

@@ -6,11 +6,14 @@
 import tarfile
 from pathlib import Path
 
+import pytest
+
 from benchmarks.damage import epoch, make_small_set, trials, webdataset_images
 
 FAULTS = 300
 
 
+@pytest.mark.processes
 def test_every_fault_is_named_and_nothing_else_changes(tmp_path: Path) -> None:
     small = make_small_set(tmp_path / "small")
     whole, none = epoch(small)

@@ -48,6 +48,7 @@ def by_position(batches: Iterable[LoadedBatch]) -> dict[int, tuple[int, bytes]]:
     return seen
 
 
+@pytest.mark.processes
 def test_memory_stays_flat_over_epochs(digits: Path) -> None:
     """The process that trains and its worker: a leak of 200 bytes a sample would be seen."""
     samples = open_dataset(digits / "train")
@@ -60,6 +61,7 @@ def test_memory_stays_flat_over_epochs(digits: Path) -> None:
     assert marks[-1] - marks[0] < 1_000_000
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "num_threads", "accumulation"), [(2, 0, 1, 2), (3, 2, 3, 2), (5, 1, 1, 1)]
@@ -120,6 +122,7 @@ def test_a_masks_key_is_seed_epoch_and_sample(digits: Path) -> None:
     assert len({*orders[0], *orders[2]}) == 4 * count  # each sample its own, in each epoch and by each seed
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("world_size", "batch_size", "workers"), [(1, 7, 0), (2, 5, 1), (3, 64, 0), (5, 4, 0)])
 def test_evaluation_counts_every_sample_once(digits: Path, world_size: int, batch_size: int, workers: int) -> None:
     samples = open_dataset(digits / "validation")
@@ -155,6 +158,7 @@ def test_some_samples_are_spread_over_the_set(digits: Path) -> None:
     assert sorted(positions) == [i * total // 10 for i in range(10)]
 
 
+@pytest.mark.processes
 def test_workers_end_when_nobody_wants_more(digits: Path) -> None:
     loading = batches(open_dataset(digits / "train"), num_workers=2)
     next(loading)
@@ -184,6 +188,7 @@ def test_views_of_an_image_have_other_pixels(digits: Path) -> None:
             assert view[1] != other[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_sample_that_cannot_be_used_is_replaced_and_nothing_else_changes(copied: Path, num_workers: int) -> None:
     whole = by_position(batches(open_dataset(copied)))
@@ -224,6 +229,7 @@ def test_an_edited_index_is_noticed(copied: Path) -> None:
     assert all("its checksum is not the one in dataset.json" in fault.reason for fault in faults)
 
 
+@pytest.mark.processes
 def test_data_without_any_usable_sample_stops_the_loader(copied: Path) -> None:
     for path in copied.glob("*.tar"):
         path.unlink()

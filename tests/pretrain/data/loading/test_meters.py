@@ -74,6 +74,7 @@ def test_slowest_stage_is_named(digits: Path, stage: str) -> None:
     assert f"% busy; {STAGES[stage][1]}" in sentence
 
 
+@pytest.mark.processes
 def test_a_loader_that_keeps_up_is_not_blamed(digits: Path) -> None:
     row = row_of(open_dataset(digits / "train"), TrainView(AugmentConfig(), 16), train_seconds=0.1)
     assert describe_bottleneck(row | {"data/wait_fraction": 0.02}, 1) is None

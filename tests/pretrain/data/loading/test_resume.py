@@ -101,6 +101,7 @@ def run_world(samples: Dataset, folder: Path, start: int, world_size: int, num_w
     return seen
 
 
+@pytest.mark.processes
 def test_eight_then_six_five_one_and_sixteen_ranks_see_what_one_run_would(mix: Dataset, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = run_world(mix, tmp_path / "whole", 0, 2, 0, kill=False)

@@ -45,6 +45,7 @@ def test_command_measures_the_users_shards(digits: Path, tool: Callable[[str], s
     assert all(row["value"][0].isdigit() for row in rows)
 
 
+@pytest.mark.processes
 def test_folder_of_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "in" / "a").mkdir(parents=True)
     (tmp_path / "in" / "a" / "x.png").write_bytes(list_digits().image(0).read().image)

@@ -142,6 +142,7 @@ def test_index_of_a_read_only_folder_is_in_the_cache(tmp_path: Path, read_only: 
         open_dataset(folder)  # without a cache folder
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 def test_read_only_mount_is_noticed(tmp_path: Path) -> None:
     folder = write_tars(tmp_path / "tars", labeled_by_cls)

@@ -351,6 +351,7 @@ def test_unlabeled_images_at_any_depth_are_found(tmp_path: Path, photos: Path) -
     assert extensions == {"jpg", "png", "json"}
 
 
+@pytest.mark.processes
 def test_ray_writes_the_same_bytes(tmp_path: Path, photos: Path) -> None:
     options = ShardOptions(shard_bytes=20_000)
     make_shards(list_folder(photos), tmp_path / "local", options)

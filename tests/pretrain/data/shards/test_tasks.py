@@ -56,6 +56,7 @@ def test_closing_the_generator_does_not_wait(tmp_path: Path) -> None:
     assert time.monotonic() - started < 5
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(tmp_path: Path, how: signal.Signals) -> None:
     code = f"""

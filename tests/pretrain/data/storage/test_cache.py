@@ -82,6 +82,7 @@ def run_processes(cache: Cache, server: UnreliableServer, passes: int) -> None:
     assert [process.exitcode for process in processes] == [0] * 4
 
 
+@pytest.mark.processes
 def test_all_processes_share_one_download_per_object(server: UnreliableServer, tmp_path: Path) -> None:
     server.unavailable, server.reset, server.slow = 0.05, 0.02, 0.1
     run_processes(Cache(tmp_path / "cache", 10**9, POLICY), server, passes=2)
@@ -89,6 +90,7 @@ def test_all_processes_share_one_download_per_object(server: UnreliableServer, t
     assert len([path for path in (tmp_path / "cache").iterdir() if path.name != "lock"]) == 30
 
 
+@pytest.mark.processes
 def test_size_limit_holds_under_concurrency_and_failures(server: UnreliableServer, tmp_path: Path) -> None:
     server.unavailable, server.reset = 0.05, 0.02
     run_processes(Cache(tmp_path / "cache", 6 * SIZE, POLICY), server, passes=1)
@@ -126,6 +128,7 @@ def test_open_objects_are_not_evicted(server: UnreliableServer, tmp_path: Path) 
         Cache(tmp_path / "tiny", SIZE - 1, POLICY).read_range(wanted[0], 0, 1)
 
 
+@pytest.mark.processes
 def test_another_process_takes_over_when_a_downloader_is_killed(server: UnreliableServer, tmp_path: Path) -> None:
     server.slow = 1.0  # 0.2 seconds per piece: enough time to be killed
     [wanted, *_] = objects(server)
@@ -160,6 +163,7 @@ def test_upcoming_objects_are_prefetched(server: UnreliableServer, tmp_path: Pat
     assert (cache.counts.downloads, cache.counts.hits) == (5, 1)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_full_disk_is_reported(server: UnreliableServer, tmp_path: Path) -> None:
     small = tmp_path / "small"

@@ -58,6 +58,7 @@ def fetch_and_collect(url: str) -> None:
     gc.collect()
 
 
+@pytest.mark.processes
 def test_forked_process_does_not_disturb_connections_of_its_parent(server: UnreliableServer) -> None:
     hasty = FetchPolicy(request_seconds=3, stall_seconds=20)
     for i in range(3):
@@ -112,6 +113,7 @@ def test_missing_package_is_reported_with_its_install_command(monkeypatch: pytes
         fetch_bytes("nonsense://x", PATIENT)
 
 
+@pytest.mark.processes
 def test_pipe_command_runs_only_if_allowed(server: UnreliableServer) -> None:
     url = f"pipe:cat {server.folder}/3.bin"
     with pytest.raises(DataError, match=r"allow it with data.allow_pipe=true"):
@@ -125,6 +127,7 @@ def _fetch_in_child(url: str, sizes: "multiprocessing.Queue[int]") -> None:
     sizes.put(len(fetch_bytes(url, PATIENT)))
 
 
+@pytest.mark.processes
 def test_fetch_works_in_a_fork_of_a_process_that_has_fetched(server: UnreliableServer) -> None:
     url = f"{server.url}/4.bin"
     size = len(fetch_bytes(url, PATIENT))

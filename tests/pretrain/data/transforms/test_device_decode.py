@@ -58,6 +58,7 @@ def load(samples: Dataset, **options: Any) -> list[LoadedBatch]:
     return list(training_batches(samples, view, plan, start=0, stop=48))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("decoder", [by_simplejpeg, refuse])
 def test_the_same_crops_wherever_they_are_made(mixed: Dataset, decoder: Any) -> None:
     for here, later in zip(load(mixed), load(mixed, decodes_jpegs=False), strict=True):
@@ -70,6 +71,7 @@ def test_the_same_crops_wherever_they_are_made(mixed: Dataset, decoder: Any) -> 
         assert all(torch.equal(batch[name], here.tensors[name]) for name in ("label", "position", "flip", "brightness"))
 
 
+@pytest.mark.processes
 def test_a_batch_without_jpegs_is_left_as_it_is(digits: Path) -> None:
     [first, *_] = load(open_dataset(digits / "train"), decodes_jpegs=False)
     assert decode_on_device(first.tensors, SIZE, CPU, refuse) is first.tensors

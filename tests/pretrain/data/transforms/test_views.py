@@ -203,6 +203,7 @@ def test_a_sample_looks_the_same_alone_and_in_any_batch() -> None:
     assert torch.equal(augment({name: value[others] for name, value in batch.items()}, MEAN, STD), whole[others])
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # the cache holds constants
 def test_augmenting_asks_nothing_of_the_device() -> None:
     """On the meta device there are no numbers for the host to read, and a graph without a break holds no reading."""
