@@ -185,7 +185,14 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize(
     "module",
-    ["launch.cli", "pretrain.configfile", "finetune.config", "pretrain.data.shards.make", "pretrain.data.shards.scan"],
+    [
+        "launch.cli",
+        "pretrain.configfile",
+        "finetune.config",
+        "pretrain.data.shards.make",
+        "pretrain.data.shards.scan",
+        "pretrain.data.shards.first_use",
+    ],
 )
 def test_light_modules_import_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY!r} if name in sys.modules])"

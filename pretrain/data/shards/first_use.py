@@ -78,8 +78,8 @@ def index_folder(
         indexed = _index(folder, out, tars, labels_required, progress)
     info = indexed.info
     classes = f" in {len(info.class_names)} classes" if info.class_names else " without labels"
-    place = f"; the folder is read-only, so the index is in {out}" if is_cached else ""
-    summary = f"{folder}: indexed {info.num_samples} samples{classes} in {len(tars)} tars{place}"
+    location = f"; the folder is read-only, so the index is in {out}" if is_cached else ""
+    summary = f"{folder}: indexed {info.num_samples} samples{classes} in {len(tars)} tars{location}"
     return [summary, *(f"{folder}: {note}" for note in indexed.notes)]
 
 

@@ -81,7 +81,7 @@ def label_of(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], l
     except (TypeError, ValueError):
         raise DataError(
             f"{tar}: sample {key} has no label: expected a number in .cls or in .json at {label_key!r}, got {value!r}; "
-            "if no sample has a label, use `vitrail shards index --unlabeled`"
+            "pass --unlabeled to `vitrail shards` if no sample has a label, or --label-key if the key has another name"
         ) from None
     if label < 0:
         raise DataError(f"{tar}: sample {key} has the label {label}; labels must start at 0")

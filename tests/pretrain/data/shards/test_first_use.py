@@ -29,7 +29,7 @@ NUM_TARS, SAMPLES_PER_TAR = 3, 4
 
 
 def write_tars(folder: Path, label: Callable[[int], dict[str, Any]]) -> Path:
-    """Write tars with webdataset's own writer; `label` returns what a sample has besides its image."""
+    """Write tars with webdataset's own writer; `label` returns the other members of a sample."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(NUM_TARS):
         with webdataset.TarWriter(str(folder / f"part-{number}.tar")) as writer:
@@ -203,7 +203,7 @@ def test_tar_changed_after_indexing_is_reported(tmp_path: Path) -> None:
 
 def test_labels_are_read_if_required_or_present(tmp_path: Path) -> None:
     folder = write_tars(tmp_path / "unlabeled", unlabeled)
-    with pytest.raises(DataError, match=r"sample photo000 has no label.*use `vitrail shards index --unlabeled`"):
+    with pytest.raises(DataError, match=r"sample photo000 has no label.*pass --unlabeled to `vitrail shards`"):
         index_new(folder, tmp_path / "cache", labels_required=True)
     first, *_ = index_new(folder, tmp_path / "cache", labels_required=False)
     assert first == f"{folder}: indexed 12 samples without labels in 3 tars"

@@ -155,7 +155,7 @@ def test_missing_index_is_reported(tmp_path: Path) -> None:
 def test_unlabeled_tars_are_indexed_on_request(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "a.tar", [("x.png", png(0)), ("x.txt", b"a black square")])
     with pytest.raises(
-        DataError, match=r"sample x has no label.*if no sample has a label, use `vitrail shards index --unlabeled`"
+        DataError, match=r"sample x has no label.*pass --unlabeled to `vitrail shards` if no sample has a label"
     ):
         index_shards([tar])
     indexed = index_shards([tar], label_key=None)
