@@ -1,14 +1,17 @@
-"""A run folder: used by one run at a time, and shared by all its ranks."""
+"""A run folder belongs to one run and is shared by its ranks; a run resumes from the newest intact checkpoint."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from pretrain.errors import UserError
+from pretrain.errors import CheckpointError, UserError
 from pretrain.heartbeat.beats import read_beats
 from pretrain.heartbeat.watch import Watch
 from pretrain.outcome import Outcome
+from pretrain.run import find_resumable_checkpoint
 from pretrain.run_folder import check_shared, claim_run_dir
+from tests.support.checkpoints import MANIFEST, write_checkpoint
 
 
 def test_a_folder_that_another_run_is_using_is_refused(tmp_path: Path) -> None:
@@ -40,3 +43,22 @@ def test_a_folder_that_differs_between_machines_is_refused(tmp_path: Path) -> No
         check_shared(tmp_path, "node-1 4711")
     with pytest.raises(UserError, match="cannot see files written by rank 0"):
         check_shared(tmp_path / "elsewhere", "node-1 4711")
+
+
+def test_a_run_resumes_from_the_newest_intact_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert find_resumable_checkpoint(tmp_path, must_resume=False) is None
+    older, newer = (tmp_path / "checkpoints" / f"step-0000000{step}" for step in (4, 8))
+    for folder in (older, newer):
+        write_checkpoint(folder, MANIFEST, {"weight": torch.ones(3)})
+    assert find_resumable_checkpoint(tmp_path, must_resume=True) == newer
+    [file] = newer.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert find_resumable_checkpoint(tmp_path, must_resume=True) == older
+    error = capsys.readouterr().err
+    assert error.startswith(f"{newer}")
+    assert error.endswith("; the checkpoint was set aside and an older one is used\n")
+
+
+def test_a_run_without_a_checkpoint_cannot_be_forced_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot resume because the run has no checkpoint; start it without"):
+        find_resumable_checkpoint(tmp_path, must_resume=True)
