@@ -24,16 +24,7 @@ FILES = [path for package in ("pretrain", "finetune", "launch") for path in sort
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 # Files whose language has not been rewritten yet. Remove a file from here when it is done.
-NOT_YET: set[str] = {
-    "pretrain/data/dataset/folder.py",
-    "pretrain/data/dataset/open.py",
-    "pretrain/data/dataset/sharded.py",
-    "pretrain/data/dataset/subset.py",
-    "pretrain/data/transforms/color.py",
-    "pretrain/data/transforms/decode.py",
-    "pretrain/data/transforms/geometry.py",
-    "pretrain/data/transforms/mixup.py",
-}
+NOT_YET: set[str] = set()
 
 PREPOSITIONS = """about above across after against along alongside among around as at before behind below beneath beside
 besides between beyond by despite down during except for from in inside into like near of off on onto out outside over

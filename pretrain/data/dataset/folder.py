@@ -14,7 +14,14 @@ from pretrain.errors import BadSampleError, DataError
 
 
 class FolderDataset(Dataset):
-    """A folder with a subfolder for each class, read as one shard."""
+    """A folder with one subfolder per class, read as a single shard.
+
+    Args:
+        folder: Path of the folder.
+
+    Raises:
+        DataError: If the folder contains images outside of any class, or none at all.
+    """
 
     def __init__(self, folder: Path) -> None:
         source = list_folder(folder)

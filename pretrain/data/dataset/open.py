@@ -1,4 +1,4 @@
-"""Open data by its name: a shard set, several, a mix of them, or a folder with a subfolder a class."""
+"""Open a dataset by path or URL: one or several shard sets, a weighted mix of them, or a folder of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,42 +15,42 @@ from pretrain.errors import DataError
 
 
 def open_dataset(
-    names: str | Path | Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     weights: Sequence[float] | None = None,
     cache: Cache | None = None,
     labeled: bool = True,
 ) -> Dataset:
-    """Open a shard set or a folder of images; several sets become one, or are mixed by weight.
+    """Open shard sets or a folder of images as one dataset.
 
     Args:
-        names: paths or URLs; braces are expanded.
-        weights: how often each set is drawn; without them several sets are one.
-        cache: where remote shards are kept.
-        labeled: whether the labels will be used; if not, sets of different classes become one without any.
+        paths: Paths or URLs of the shard sets, in which braces are expanded, or the path of one folder of images.
+        weights: Relative frequency of each set in a mix. If None, the sets are concatenated.
+        cache: Cache for remote shards.
+        labeled: Whether the labels will be used. If not, sets with different classes can be combined, without labels.
 
     Raises:
-        DataError: nothing usable at a path, or the sets' classes differ.
+        DataError: If a path cannot be used, or the sets have different classes.
     """
-    given = [names] if isinstance(names, str | Path) else names
-    places = [place for name in given for place in expand_braces(str(name))]
+    given = [paths] if isinstance(paths, str | Path) else paths
+    places = [place for path in given for place in expand_braces(str(path))]
     if not places:
-        raise DataError("no data: the list of paths is empty")
+        raise DataError("the list of data paths is empty; give at least one path")
     if weights is not None and len(weights) != len(places):
-        raise DataError(f"{len(weights)} weights for {len(places)} sets; expected one for each")
+        raise DataError(f"{len(weights)} weights for {len(places)} shard sets; give one weight per set")
     index_places = [_find_index(place, cache) for place in places]
     if len(places) == 1 and index_places[0] is None:
-        samples: Dataset = _open_folder(Path(places[0]))
+        dataset: Dataset = _open_folder(Path(places[0]))
     else:
         found = [index or place for index, place in zip(index_places, places, strict=True)]
-        samples = ShardDataset(places, weights, cache, labeled, found)
-    for part, place in zip(samples.parts, places, strict=False):
+        dataset = ShardDataset(places, weights, cache, labeled, found)
+    for part, place in zip(dataset.parts, places, strict=False):
         if not sum(part.shard_sizes):
-            raise DataError(f"{place}: holds no samples")
-    return samples
+            raise DataError(f"{place}: contains no samples; choose another split or remove it")
+    return dataset
 
 
 def open_cache(config: SourceConfig) -> Cache:
-    """Return the node's cache as a run's config describes it; nothing is made until something remote is read."""
+    """Return the shard cache that a config describes; its folder is only created for remote data."""
     policy = FetchPolicy(
         request_seconds=min(config.stall_seconds, FetchPolicy.request_seconds),
         stall_seconds=config.stall_seconds,
@@ -60,7 +60,7 @@ def open_cache(config: SourceConfig) -> Cache:
 
 
 def _find_index(place: str, cache: Cache | None) -> str | None:
-    """Return the folder or URL of a set's index; None if a local folder has none."""
+    """Return the folder or URL of a shard set's index; None for a local folder without one."""
     if is_remote(place):
         return place
     index = find_index(Path(place), cache.folder if cache else None)
@@ -69,9 +69,9 @@ def _find_index(place: str, cache: Cache | None) -> str | None:
 
 def _open_folder(folder: Path) -> FolderDataset:
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE}, or with a subfolder a class")
+        raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE} or with one subfolder per class")
     if list(folder.glob("*.tar")):
         raise DataError(f"{folder}: the tars have no index; run `vitrail shards index {folder}` first")
     if (folder / "train" / DATASET_FILE).exists():
-        raise DataError(f"{folder}: holds several splits; name one, as in {folder / 'train'}")
+        raise DataError(f"{folder}: contains several splits; name one, such as {folder / 'train'}")
     return FolderDataset(folder)

@@ -1,4 +1,4 @@
-"""The shards of one or more sets as samples, wherever they stand: every byte is proved as it is read."""
+"""Datasets of indexed shards, local or remote. Every sample is verified by its checksum when it is read."""
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
@@ -22,10 +22,14 @@ INDEXES_IN_MEMORY = 256
 
 
 def load_info(place: str, policy: FetchPolicy | None = None) -> DatasetInfo:
-    """Read the `dataset.json` of a set, wherever it stands.
+    """Read the `dataset.json` of a local or remote shard set.
+
+    Args:
+        place: Folder or URL of the set.
+        policy: Timeouts for a remote set.
 
     Raises:
-        DataError: it is not there, or damaged.
+        DataError: If the file is missing or damaged.
     """
     if not is_remote(place):
         return DatasetInfo.load(Path(place))
@@ -34,16 +38,27 @@ def load_info(place: str, policy: FetchPolicy | None = None) -> DatasetInfo:
 
 
 def _class_shares(infos: Sequence[DatasetInfo], weights: Sequence[float] | None) -> list[float]:
-    """Return the share of each class in what is drawn from some sets."""
+    """Return the share of each class in the concatenation of the sets, or in their mix."""
     counts = np.array([info.class_counts for info in infos], dtype=np.float64)
     totals = counts.sum(axis=1, keepdims=True)
-    often = totals if weights is None else np.array(weights)[:, None]
-    shares: list[float] = (often / (often.sum() or 1.0) * counts / np.maximum(totals, 1)).sum(axis=0).tolist()
+    per_set = totals if weights is None else np.array(weights)[:, None]
+    shares: list[float] = (per_set / (per_set.sum() or 1.0) * counts / np.maximum(totals, 1)).sum(axis=0).tolist()
     return shares
 
 
 class ShardDataset(Dataset):
-    """The shards of one or more sets: one after the other as if they were one set, or mixed by weight."""
+    """The shards of one or more sets, concatenated or mixed by weight.
+
+    Args:
+        places: Folder or URL of each set.
+        weights: Relative frequency of each set in a mix. If None, the sets are concatenated.
+        cache: Cache for remote shards.
+        labeled: Whether the labels will be used. If not, sets with different classes lose their labels.
+        index_places: Folder or URL of each set's indexes, if they are elsewhere.
+
+    Raises:
+        DataError: If the labels will be used and the sets have different classes.
+    """
 
     def __init__(
         self,
@@ -61,7 +76,7 @@ class ShardDataset(Dataset):
         for place, info in zip(places, infos, strict=True):
             if info.class_names != infos[0].class_names:
                 if labeled:
-                    raise DataError(f"{place}: its classes differ from those of {places[0]}")
+                    raise DataError(f"{place}: its classes differ from those of {places[0]}; make them equal")
                 self.class_names = []
         self.class_shares = _class_shares(infos, weights) if self.class_names else []
         self.entries = [shard for info in infos for shard in info.shards]
@@ -89,7 +104,7 @@ class ShardDataset(Dataset):
         except StalledFetchError:
             raise
         except DataError as error:
-            raise BadSampleError(tar.url, f"at row {row}", str(error)) from None
+            raise BadSampleError(tar.url, f"in row {row}", str(error)) from None
         key, size, label = index.key[row], index.size[row], index.label[row]
         data = self._read(tar, key, index.offset[row], size)
         if len(data) < size:
@@ -116,29 +131,32 @@ class ShardDataset(Dataset):
         )
 
     def for_sparse_reads(self) -> Dataset:
-        chosen = copy(self)
-        chosen.reads_ranges = True
-        return chosen
+        sparse = copy(self)
+        sparse.reads_ranges = True
+        return sparse
 
     def check_cache_size(self, window: int) -> None:
-        """Make sure that the cache can hold the shards of two windows, the one being read and the next.
+        """Check that the cache can hold the remote shards of two shuffle windows, the current and the next one.
+
+        Args:
+            window: Number of shards whose samples are shuffled together.
 
         Raises:
-            DataError: it cannot.
+            DataError: If the cache is too small.
         """
         remote = sorted(sum(wanted.num_bytes for wanted in self._remote(i)) for i in range(len(self.entries)))
         needed = sum(remote[-2 * window :])
         if self.cache is not None and needed > self.cache.limit_bytes:
             raise DataError(
                 f"data.cache_bytes: {self.cache.limit_bytes} bytes cannot hold two windows of {window} shards, "
-                f"{needed} bytes; raise it, or lower data.shuffle_window"
+                f"{needed} bytes; increase it or decrease data.shuffle_window"
             )
 
     def take_cache_counts(self) -> dict[str, int]:
         return self.cache.take_counts() if self.cache else {}
 
     def _tar(self, shard: int) -> RemoteObject:
-        """Return where a shard stands and what it must be, remote or not."""
+        """Return the path or URL of a shard with its expected checksum and size."""
         entry, place = self.entries[shard], self.places[shard]
         name = entry.name if is_remote(entry.name) else f"{place}/{entry.name}"
         return RemoteObject(name, entry.sha256, entry.num_bytes)
@@ -150,7 +168,7 @@ class ShardDataset(Dataset):
         )
 
     def _remote(self, shard: int) -> list[RemoteObject]:
-        """Return what a cache has to hold of a shard."""
+        """Return the remote files of a shard: its index, its tar, both or none."""
         return [wanted for wanted in (self._index_file(shard), self._tar(shard)) if is_remote(wanted.url)]
 
     def _read(self, tar: RemoteObject, key: str, offset: int, size: int) -> bytes:
@@ -171,12 +189,12 @@ class ShardDataset(Dataset):
             try:
                 data = Path(wanted.url).read_bytes()
             except FileNotFoundError:
-                raise DataError(f"{wanted.url}: not there; `vitrail shards index` writes it") from None
+                raise DataError(f"{wanted.url}: missing index; create it with `vitrail shards index`") from None
             except OSError as error:
                 raise DataError(f"{wanted.url}: cannot be read: {error.strerror}") from None
         return ShardIndex.parse(data, wanted.url, wanted.sha256)
 
     def _cached(self, url: str) -> Cache:
         if self.cache is None:
-            raise DataError(f"{url}: a remote set needs a cache; give open_dataset one")
+            raise DataError(f"{url}: a remote shard set needs a cache; pass one to open_dataset")
         return self.cache

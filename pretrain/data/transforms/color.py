@@ -1,7 +1,7 @@
-"""What changes a pixel's color and not its place: batched, with one parameter a sample.
+"""Color transforms of batches, with one parameter per image.
 
-The letters: B images of a batch, C channels, H height, W width. Images are float in [0, 1], and RGB. Nothing here makes
-the host wait for the device.
+The letters: B images of a batch, C channels, H height, W width. Images are RGB, float in [0, 1]. Nothing here makes the
+host wait for the device.
 """
 
 from functools import cache
@@ -12,36 +12,43 @@ from torch import Tensor
 Channels = tuple[float, float, float]
 
 LUMA = (0.299, 0.587, 0.114)
-SOLARIZE_FROM = 0.5  # arXiv 2006.07733, appendix A
+SOLARIZE_THRESHOLD = 0.5  # arXiv 2006.07733, appendix A
 
 
 def jitter(images: Tensor, brightness: Tensor | None, contrast: Tensor | None, saturation: Tensor | None) -> Tensor:
-    """Scale brightness, contrast around the mean gray and saturation around each pixel's gray by factors [B]."""
+    """Scale brightness, contrast (around the mean luma) and saturation (around the luma of each pixel).
+
+    Args:
+        images: RGB images [B, 3, H, W] in [0, 1].
+        brightness: Factor of each image, [B]; None leaves the brightness unchanged.
+        contrast: Factor of each image, [B], or None.
+        saturation: Factor of each image, [B], or None.
+    """
     if brightness is not None:
         images = (images * brightness[:, None, None, None]).clamp(0, 1)
     if contrast is not None:
         mean = grayscale(images).mean(dim=(-2, -1), keepdim=True)
         images = (mean + (images - mean) * contrast[:, None, None, None]).clamp(0, 1)
     if saturation is not None:
-        own = grayscale(images)
-        images = (own + (images - own) * saturation[:, None, None, None]).clamp(0, 1)
+        luma = grayscale(images)
+        images = (luma + (images - luma) * saturation[:, None, None, None]).clamp(0, 1)
     return images
 
 
 def shift_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn every pixel's hue by a share [B] of the circle; HSV's value and saturation stay."""
+    """Rotate the hue of each image by `turns` [B] of the color circle; HSV value and saturation stay the same."""
     red, green, blue = images.unbind(dim=1)
     value = images.amax(dim=1)
     chroma = value - images.amin(dim=1)
-    some = chroma.clamp(min=1e-8)  # a grayscale pixel has no hue: any will do
+    divisor = chroma.clamp(min=1e-8)  # the hue of a gray pixel has no effect
     sixths = torch.where(
         red == value,
-        (green - blue) / some,
-        torch.where(green == value, 2 + (blue - red) / some, 4 + (red - green) / some),
+        (green - blue) / divisor,
+        torch.where(green == value, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    # Each channel is without its chroma in a third of the circle, and at its full value in another.
-    place = ((sixths + 6 * turns[:, None, None])[:, None] + per_channel((5, 3, 1), images.device)) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(place, 4 - place).clamp(0, 1)
+    # Each channel has its lowest value in one third of the circle and its full value in another third.
+    angle = ((sixths + 6 * turns[:, None, None])[:, None] + per_channel((5, 3, 1), images.device)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(angle, 4 - angle).clamp(0, 1)
 
 
 def grayscale(images: Tensor) -> Tensor:
@@ -50,12 +57,12 @@ def grayscale(images: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor) -> Tensor:
-    """Invert the values of at least half."""
-    return torch.where(images >= SOLARIZE_FROM, 1 - images, images)
+    """Invert all values of at least 0.5."""
+    return torch.where(images >= SOLARIZE_THRESHOLD, 1 - images, images)
 
 
 def normalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
-    """Standardise float images [B, C, H, W] in [0, 1], each channel by its mean and deviation."""
+    """Standardize images [B, C, H, W], float in [0, 1], with the mean and standard deviation of each channel."""
     return (images - per_channel(mean, images.device)) / per_channel(std, images.device)
 
 
@@ -66,5 +73,5 @@ def denormalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
 
 @cache
 def per_channel(values: Channels, device: torch.device) -> Tensor:
-    """Return one number a channel, [C, 1, 1]; kept, because a copy to the device would make the host wait."""
+    """Return one value per channel as a tensor [C, 1, 1]. It is cached: a copy to the device makes the host wait."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]

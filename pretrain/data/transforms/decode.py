@@ -1,9 +1,9 @@
-"""Encoded bytes become RGB pixels, the same for training, evaluation and the exported processor.
+"""Decode images to RGB pixels, identically for training, evaluation and the exported image processor.
 
-JPEG is decoded by libjpeg-turbo (simplejpeg), everything else by Pillow. EXIF orientation is applied, transparency is
-put on white (as transformers 5 does), other modes are converted by Pillow. Grayscale of 16 bits or more is refused:
-Pillow,
-and with it any exported processor, would turn nearly all of it white. `vitrail shards make` scales 16 bits to 8.
+libjpeg-turbo (simplejpeg) decodes JPEG, Pillow everything else. EXIF orientation is applied, transparency is blended
+with white (as in transformers 5), and Pillow converts the other modes. Grayscale of 16 bits or more is refused,
+because Pillow, and with it any exported processor, would turn nearly all of it white. `vitrail shards make` scales
+16 bits to 8.
 """
 
 import io
@@ -17,12 +17,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 ImageArray = npt.NDArray[np.uint8]
 
-# A 164 kB PNG was seen to decode to 507 MB; Pillow itself only warns.
+# Small files can decode to huge images (a 164 kB PNG to 507 MB), and Pillow itself only warns.
 MAX_PIXELS = 64_000_000
 
 
 class EncodedJpeg(NamedTuple):
-    """A JPEG left for the device to decode, and the size it will have, in pixels."""
+    """A JPEG that the device will decode, with its height and width in pixels."""
 
     data: bytes
     height: int
@@ -30,15 +30,15 @@ class EncodedJpeg(NamedTuple):
 
 
 class DecodeError(Exception):
-    """Bytes that are no usable image; the message says why."""
+    """Bytes that are not a usable image; the message is the reason."""
 
 
 class DeepGrayscaleError(DecodeError):
-    """An image of 16-bit grayscale, which must be scaled before training."""
+    """A 16-bit grayscale image, which must be scaled to 8 bits before training."""
 
     def __init__(self) -> None:
         super().__init__(
-            "16-bit grayscale, which transformers would turn white; vitrail shards make scales it to 8 bits"
+            "16-bit grayscale, which transformers would turn white; convert it to 8 bits with vitrail shards make"
         )
 
 
@@ -46,14 +46,14 @@ def decode(data: bytes, *, scales: bool = False) -> ImageArray:
     """Decode an image.
 
     Args:
-        data: of the file.
-        scales: whether 16-bit grayscale is scaled to 8 bits.
+        data: Content of an image file.
+        scales: Whether to scale 16-bit grayscale to 8 bits.
 
     Returns:
-        ImageArray [height, width, 3], RGB.
+        RGB pixels, uint8 [height, width, 3].
 
     Raises:
-        DecodeError: broken, truncated, of an unknown format, of more than MAX_PIXELS, or deeper than 8 bits.
+        DecodeError: If the image is damaged, has an unknown format, more than MAX_PIXELS, or more than 8 bits.
     """
     try:
         if _plain_jpeg(data):
@@ -67,15 +67,18 @@ def decode(data: bytes, *, scales: bool = False) -> ImageArray:
         raise
     except UnidentifiedImageError:
         raise DecodeError("not an image of a known format") from None
-    except Exception as error:  # decoders raise what they like: OSError, ValueError, SyntaxError, struct.error ...
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error and others
         raise DecodeError(str(error) or type(error).__name__) from None
 
 
 def decode_unless_jpeg(data: bytes) -> ImageArray | EncodedJpeg:
-    """Leave a JPEG to the device if that decodes it as `decode` would; decode everything else.
+    """Leave a JPEG to the device if it decodes the JPEG as `decode` would; decode everything else.
+
+    Args:
+        data: Content of an image file.
 
     Raises:
-        DecodeError: as `decode` does; a JPEG's header must be whole.
+        DecodeError: If `decode` would fail, or the header of a JPEG is damaged.
     """
     try:
         return _plain_jpeg(data) or decode(data)
@@ -86,7 +89,7 @@ def decode_unless_jpeg(data: bytes) -> ImageArray | EncodedJpeg:
 
 
 def scale_grayscale(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grayscale to 8 bits, and leave everything else as it is."""
+    """Scale 16-bit grayscale to 8 bits; return other images unchanged."""
     if not image.mode.startswith("I;16"):
         return image
     upright = ImageOps.exif_transpose(image)
@@ -94,16 +97,20 @@ def scale_grayscale(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a Pillow image into RGB as a person sees it.
+    """Convert an image to RGB as a viewer would show it: EXIF orientation applied, transparency on white.
+
+    Args:
+        image: Image of any mode.
 
     Raises:
-        DecodeError: it is deeper than 8 bits.
+        DecodeError: If the image has more than 8 bits per channel.
+        DeepGrayscaleError: If it has 16-bit grayscale.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
         raise DeepGrayscaleError
     if image.mode in ("I", "F"):
-        raise DecodeError("grayscale of 32 bits, whose black and white nobody knows; convert it to 8 bits")
+        raise DecodeError("grayscale of 32 bits, whose range of values is unknown; convert it to 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -111,16 +118,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _plain_jpeg(data: bytes) -> EncodedJpeg | None:
-    """Return a JPEG that simplejpeg decodes as Pillow would: no CMYK, no EXIF that turns the image."""
-    if data[:2] != b"\xff\xd8" or (b"Exif\x00\x00" in data[:4096] and _is_turned(data)):
+    """Return a JPEG that simplejpeg decodes as Pillow would: without CMYK and EXIF orientation. None otherwise."""
+    if data[:2] != b"\xff\xd8" or (b"Exif\x00\x00" in data[:4096] and _has_orientation(data)):
         return None
     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     _check_size(width, height)
     return EncodedJpeg(data, height, width) if colorspace in ("YCbCr", "Gray", "RGB") else None
 
 
-def _is_turned(data: bytes) -> bool:
-    """Say whether EXIF wants the image turned or mirrored; nothing is decoded for that."""
+def _has_orientation(data: bytes) -> bool:
+    """Return whether EXIF data asks for a rotation or reflection; reads only the header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return bool(Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1) != 1)

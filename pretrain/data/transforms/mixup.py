@@ -1,4 +1,4 @@
-"""Mixup (arXiv 1710.09412) and cutmix (arXiv 1905.04899) of neighbors in the order, and the loss of mixed labels."""
+"""Mixup (arXiv 1710.09412) and CutMix (arXiv 1905.04899) of neighboring samples, and the loss of mixed labels."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,16 @@ from pretrain.data.transforms.geometry import Array, box_mask
 
 
 def sample_mix(config: AugmentConfig, random: np.random.Generator) -> dict[str, Any]:
-    """Draw how much of the neighbor comes in, by mixup or by cutmix; both take turns where both are on."""
+    """Sample the parameters of mixup or CutMix for one sample; if both are on, each has probability 0.5.
+
+    Args:
+        config: Augmentation settings, with at least one of `mixup` and `cutmix` above 0.
+        random: Random generator of the sample.
+
+    Returns:
+        "mix_share", the neighbor's share of a mixup, and "cut_box" [4], the box that CutMix takes from the neighbor.
+        One of them has no effect.
+    """
     mixup, cutmix = config.mixup, config.cutmix
     is_cutmix = cutmix > 0 and (mixup == 0 or random.random() < 0.5)
     alpha = cutmix if is_cutmix else mixup
@@ -26,16 +35,16 @@ def sample_mix(config: AugmentConfig, random: np.random.Generator) -> dict[str, 
 
 
 def mix_neighbors(images: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mix each image with its neighbor in the order (0 with 1, 2 with 3 ...): mixup and cutmix.
+    """Apply mixup and CutMix to each pair of neighbors in the order of the samples (0 and 1, 2 and 3, ...).
 
-    Neighbors stay together on any number of ranks, so the pixels do too.
+    Neighbors are in the same micro-batch on any number of ranks, so the result does not depend on that number.
 
     Args:
-        images: [B, C, H, W], B even.
-        batch: the draws "mix_share" [B] and "cut_box" [B, 4].
+        images: Images [B, C, H, W], B even.
+        batch: Batch with "mix_share" [B] and "cut_box" [B, 4].
 
     Returns:
-        The mixed images, and each image's own share [B] of its pixels.
+        The mixed images, and the share [B] of each one's pixels that come from the image itself.
     """
     partners = neighbors(images)
     mask = box_mask(batch["cut_box"], images)
@@ -46,23 +55,28 @@ def mix_neighbors(images: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def mixed_loss(loss: Callable[[Tensor], Tensor], labels: Tensor, own_share: Tensor) -> Tensor:
-    """Return the mean of s loss(y) + (1 - s) loss(neighbor's y), s an image's own share [B] of its pixels.
+    """Return the mean of s * loss(y) + (1 - s) * loss(y of the neighbor) over the batch.
 
-    That is the loss of the mixed label wherever a loss is linear in it, as both cross-entropies are.
+    This equals the loss of the mixed label if the loss is linear in the label, as both cross-entropies are.
+
+    Args:
+        loss: Function from labels [B] to the loss of each sample, [B].
+        labels: Label of each sample, [B].
+        own_share: The share s of an image's pixels that come from the image itself, [B].
     """
     own, other = (loss(target) for target in (labels, neighbors(labels)))
     return torch.lerp(other, own, own_share).mean()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Return each sample's cross-entropy [B]."""
+    """Return the cross-entropy of each sample, [B], for logits [B, classes] and labels [B]."""
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
 
 
 def binary_cross_entropy(
     logits: Tensor, labels: Tensor, label_smoothing: float, reduction: Literal["mean", "sum"] = "mean"
 ) -> Tensor:
-    """Return each sample's binary cross-entropy [B], the mean over its classes or their sum."""
+    """Return the binary cross-entropy of each sample, [B], averaged or summed over the classes."""
     targets = torch.full_like(logits, label_smoothing / logits.shape[1])
     targets.scatter_(1, labels[:, None], 1 - label_smoothing + label_smoothing / logits.shape[1])
     losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -70,12 +84,12 @@ def binary_cross_entropy(
 
 
 def neighbors(values: Tensor) -> Tensor:
-    """Swap 0 with 1, 2 with 3, ... along the first dimension."""
+    """Swap the entries 0 and 1, 2 and 3, ... of the first dimension, whose size is even."""
     return values.reshape(-1, 2, *values.shape[1:]).flip(1).reshape(values.shape)
 
 
 def _cut_box(area: float, random: np.random.Generator) -> Array:
-    """Draw a square-shaped share of the image around a random center, clipped at the borders."""
+    """Sample a box that covers `area` of the image around a random center, clipped at the borders."""
     half = math.sqrt(area) / 2
     y, x = random.random(), random.random()
     return np.clip([y - half, x - half, y + half, x + half], 0, 1)

@@ -1,6 +1,6 @@
-"""Views of an image. The worker crops, resizes and draws; what costs FLOPs runs batched where the model is.
+"""Views turn a decoded image into the fields of a sample: they crop, resize and sample the augmentation's parameters.
 
-The letters: B images of a batch, C channels, H height, W width. A draw is one sample's parameter of one operation.
+Views run in the data workers. `batch.augment` applies the parameters to a whole batch on the device, which is faster.
 """
 
 import math
@@ -20,14 +20,20 @@ from pretrain.data.transforms.geometry import sample_blur_kernel, sample_erase_b
 from pretrain.data.transforms.mixup import sample_mix
 from pretrain.data.transforms.rand_augment import sample_rand_augment
 
-View = Callable[[Any, np.random.Generator], dict[str, Any]]  # of ImageArray, and training's of a EncodedJpeg too
+# Takes an ImageArray and a random generator. Views for training also accept an EncodedJpeg.
+View = Callable[[Any, np.random.Generator], dict[str, Any]]
 
-CROP_TRIES = 10
+MAX_CROP_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class TrainView:
-    """A random crop of an image with the draws for the rest of its augmentation. Runs in the loader's workers."""
+    """A random resized crop of an image, and parameters for the rest of its augmentation.
+
+    Attributes:
+        config: Augmentation settings.
+        image_size: Side of the crop in pixels.
+    """
 
     config: AugmentConfig
     image_size: int
@@ -36,41 +42,46 @@ class TrainView:
         height, width = (image.height, image.width) if isinstance(image, EncodedJpeg) else image.shape[:2]
         box = crop_box(height, width, self.config.crop_scale, self.config.crop_aspect, random)
         if isinstance(image, EncodedJpeg):
-            return {"jpeg": image.data, "crop_box": np.asarray(box), **self.draw(random)}
+            return {"jpeg": image.data, "crop_box": np.asarray(box), **self.sample_augmentation(random)}
         top, left, bottom, right = box
-        return {"image": resize(image[top:bottom, left:right], self.image_size), **self.draw(random)}
+        return {"image": resize(image[top:bottom, left:right], self.image_size), **self.sample_augmentation(random)}
 
-    def draw(self, random: np.random.Generator) -> dict[str, Any]:
-        """Draw one sample's share of a batch's augmentation; what is switched off has no draw and costs nothing."""
+    def sample_augmentation(self, random: np.random.Generator) -> dict[str, Any]:
+        """Sample the parameters of one sample's augmentation; operations that are switched off have none."""
         config = self.config
-        draws: dict[str, Any] = {}
+        parameters: dict[str, Any] = {}
         if config.flip:
-            draws["flip"] = random.random() < config.flip
+            parameters["flip"] = random.random() < config.flip
         if config.rand_augment_ops:
-            draws |= sample_rand_augment(config.rand_augment_ops, config.rand_augment_magnitude, random)
+            parameters |= sample_rand_augment(config.rand_augment_ops, config.rand_augment_magnitude, random)
         for name in ("brightness", "contrast", "saturation"):
             if strength := getattr(config, name):
-                draws[name] = random.uniform(max(0.0, 1 - strength), 1 + strength)
+                parameters[name] = random.uniform(max(0.0, 1 - strength), 1 + strength)
         if config.hue:
-            draws["hue"] = random.uniform(-config.hue, config.hue)
+            parameters["hue"] = random.uniform(-config.hue, config.hue)
         for name in ("grayscale", "solarize"):
             if probability := getattr(config, name):
-                draws[name] = random.random() < probability
+                parameters[name] = random.random() < probability
         if config.blur:
-            draws["blur_kernel"] = sample_blur_kernel(config.blur, config.blur_sigma, self.image_size, random)
+            parameters["blur_kernel"] = sample_blur_kernel(config.blur, config.blur_sigma, self.image_size, random)
         if config.three_augment:
-            draws["grayscale"], draws["solarize"], is_blurred = np.eye(3)[random.integers(3)]
-            draws["blur_kernel"] = sample_blur_kernel(is_blurred, config.blur_sigma, self.image_size, random)
+            parameters["grayscale"], parameters["solarize"], is_blurred = np.eye(3)[random.integers(3)]
+            parameters["blur_kernel"] = sample_blur_kernel(is_blurred, config.blur_sigma, self.image_size, random)
         if config.erasing:
-            draws["erase_box"] = sample_erase_box(config.erasing, random)
+            parameters["erase_box"] = sample_erase_box(config.erasing, random)
         if config.mixes:
-            draws |= sample_mix(config, random)
-        return {name: np.asarray(value, dtype=np.float32) for name, value in draws.items()}
+            parameters |= sample_mix(config, random)
+        return {name: np.asarray(value, dtype=np.float32) for name, value in parameters.items()}
 
 
 @dataclass(frozen=True)
 class PatchOrderView:
-    """Another view, and an order of the patches in which the visible ones come first."""
+    """Another view, with a random order of the patches in which the visible ones come first.
+
+    Attributes:
+        view: View of the image.
+        num_patches: Number of patches of the image.
+    """
 
     view: View
     num_patches: int
@@ -81,14 +92,19 @@ class PatchOrderView:
 
 @dataclass(frozen=True)
 class EvalView:
-    """The shorter edge resized, the center cropped: what the exported image processor does, pixel for pixel."""
+    """A resized image's center crop, identical to that of the exported image processor.
+
+    Attributes:
+        image_size: Side of the crop in pixels.
+        resize_ratio: Shorter edge of the resized image, as a multiple of `image_size`.
+    """
 
     image_size: int
     resize_ratio: float = 1.0
 
     @property
     def shortest_edge(self) -> int:
-        """ImageArray of the shorter edge before the crop."""
+        """Shorter edge of the resized image in pixels."""
         return round(self.image_size * self.resize_ratio)
 
     def __call__(self, image: ImageArray, random: np.random.Generator) -> dict[str, Any]:
@@ -108,11 +124,21 @@ def crop_box(
     aspect: tuple[float, float],
     random: np.random.Generator,
 ) -> tuple[int, int, int, int]:
-    """Draw a random resized crop (arXiv 1409.4842): top, left, bottom, right in pixels.
+    """Sample the box of a random resized crop (arXiv 1409.4842).
 
-    Where none fits, it is the middle of the image, of the nearest aspect that is allowed: as torchvision has it.
+    If no box fits after several attempts, the box is centered and has the nearest allowed aspect, as in torchvision.
+
+    Args:
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        scale: Smallest and largest share of the image's area.
+        aspect: Smallest and largest ratio of width to height.
+        random: Random generator of the sample.
+
+    Returns:
+        Top, left, bottom and right in pixels.
     """
-    for _ in range(CROP_TRIES):
+    for _ in range(MAX_CROP_ATTEMPTS):
         area = height * width * random.uniform(*scale)
         ratio = math.exp(random.uniform(math.log(aspect[0]), math.log(aspect[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -125,7 +151,11 @@ def crop_box(
 
 
 def resize(image: ImageArray, size: int) -> Tensor:
-    """Resize [H, W, C] to a square, antialiased bicubic in uint8; about twice Pillow's speed.
+    """Resize an image to a square with antialiased bicubic interpolation in uint8, about twice as fast as Pillow.
+
+    Args:
+        image: Pixels [H, W, C].
+        size: Side of the square in pixels.
 
     Returns:
         uint8 [C, size, size].

@@ -147,7 +147,7 @@ def test_missing_index_is_reported(tmp_path: Path) -> None:
         open_dataset(tmp_path)
     index_shards([tmp_path / "a.tar"])
     (tmp_path / "a.index.json").unlink()
-    with pytest.raises(DataError, match=r"a.index.json: not there; `vitrail shards index` writes it"):
+    with pytest.raises(DataError, match=r"a.index.json: missing index; create it with `vitrail shards index`"):
         open_dataset(tmp_path).read(0, 0)
     assert json.loads((tmp_path / "dataset.json").read_text())["num_samples"] == 1
 

@@ -46,7 +46,7 @@ def test_modes() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_deep_grayscale_is_refused_or_scaled(kind: str) -> None:
     deep = encoded(Image.fromarray(np.full((4, 5), 0x8000, dtype=np.uint16)), kind)
-    with pytest.raises(DeepGrayscaleError, match="vitrail shards make scales it to 8 bits"):
+    with pytest.raises(DeepGrayscaleError, match="convert it to 8 bits with vitrail shards make"):
         decode(deep)
     assert np.unique(decode(deep, scales=True)).tolist() == [0x80]
     stored = Encoding()(deep)

@@ -92,7 +92,7 @@ def test_draws_have_the_asked_strength_and_probability() -> None:
         flip=0.25, brightness=0.4, contrast=0.2, saturation=1.5, hue=0.3, grayscale=0.2, solarize=0.6, erasing=0.1
     )
     view = TrainView(config, 16)
-    draws = [view.draw(np.random.default_rng(seed)) for seed in range(2000)]
+    draws = [view.sample_augmentation(np.random.default_rng(seed)) for seed in range(2000)]
     ranges = {"brightness": (0.6, 1.4), "contrast": (0.8, 1.2), "saturation": (0.0, 2.5), "hue": (-0.3, 0.3)}
     for name, (low, high) in ranges.items():
         values = np.array([draw[name] for draw in draws])
@@ -110,10 +110,10 @@ def test_draws_have_the_asked_strength_and_probability() -> None:
 
 def test_three_augment_takes_one_of_three() -> None:
     view = TrainView(AugmentConfig(three_augment=True), 16)
-    draws = [view.draw(np.random.default_rng(seed)) for seed in range(900)]
-    still = view.draw(np.random.default_rng(next(i for i, draw in enumerate(draws) if draw["grayscale"])))[
-        "blur_kernel"
-    ]
+    draws = [view.sample_augmentation(np.random.default_rng(seed)) for seed in range(900)]
+    still = view.sample_augmentation(
+        np.random.default_rng(next(i for i, draw in enumerate(draws) if draw["grayscale"]))
+    )["blur_kernel"]
     taken = np.array([[d["grayscale"], d["solarize"], not np.array_equal(d["blur_kernel"], still)] for d in draws])
     assert (taken.sum(axis=1) == 1).all()
     assert taken.mean(axis=0) == pytest.approx([1 / 3] * 3, abs=0.06)
@@ -170,7 +170,7 @@ def test_what_is_off_takes_no_random_numbers() -> None:
     config = AugmentConfig(
         brightness=0.4, contrast=0.2, erasing=1.0, mixup=0.8, rand_augment_magnitude=3.0, blur_sigma=(1.0, 3.0)
     )
-    ours = TrainView(config, 16).draw(np.random.default_rng(5))
+    ours = TrainView(config, 16).sample_augmentation(np.random.default_rng(5))
     random = np.random.default_rng(5)
     expected = {
         "flip": float(random.random() < 0.5),
@@ -217,9 +217,9 @@ def test_augmenting_asks_nothing_of_the_device() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"hue": 0.6}, "expected at most 0.5, half a turn of the circle either way, got 0.6"),
-        ({"rand_augment_magnitude": 11.0}, "expected a magnitude from 0 to 10, got 11.0"),
-        ({"blur_sigma": (2.0, 0.1)}, "expected [low, high] with 0 < low <= high, got [2.0, 0.1]"),
+        ({"hue": 0.6}, "must be at most 0.5 (half the color circle), got 0.6; lower it"),
+        ({"rand_augment_magnitude": 11.0}, "must be from 0 to 10, got 11.0; lower it"),
+        ({"blur_sigma": (2.0, 0.1)}, "must be [low, high] with 0 < low <= high, got [2.0, 0.1]; correct the range"),
         ({"blur_sigma": (0.0, 0.1)}, "greater than 0"),
         ({"grayscale": 1.5}, "less than or equal to 1"),
         ({"solarize": -0.1}, "greater than or equal to 0"),
