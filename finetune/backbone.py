@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 
 from pretrain.data.transforms.decode import ImageArray
-from pretrain.errors import UserError, first_line
+from pretrain.errors import MachineError, UserError, first_line
 from pretrain.files import atomic_folder
 
 transformers.utils.logging.set_verbosity_error()  # the functions below check its load report and raise errors
@@ -155,13 +156,19 @@ def save_folder(model: Any, preprocessor: Preprocessor, card: str, out: Path) ->
         preprocessor: Preprocessing of the images.
         card: Text of the model card, README.md.
         out: Folder to write.
+
+    Raises:
+        MachineError: If the folder cannot be written, for example because the disk is full.
     """
-    with atomic_folder(out, overwrite=True) as folder:
-        model.save_pretrained(folder)
-        # safetensors creates files that only their owner can read.
-        shutil.copymode(folder / "config.json", folder / "model.safetensors")
-        preprocessor.processor.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    try:
+        with atomic_folder(out, overwrite=True) as folder:
+            model.save_pretrained(folder)
+            # safetensors creates files that only their owner can read.
+            shutil.copymode(folder / "config.json", folder / "model.safetensors")
+            preprocessor.processor.save_pretrained(folder)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise MachineError(f"{out}: the model cannot be saved: {first_line(error)}") from None
 
 
 def _head_prefixes(config: Any) -> tuple[str, ...]:

@@ -108,10 +108,10 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
             if step in evaluation_epochs:
                 with metrics.pause():
                     evaluation = evaluate_run(run, should_stop)
-                if evaluation is None:
-                    return Result(best, stopped_after=step)
-                report_evaluation(evaluation, evaluation_epochs[step], step, tracker, progress)
-                best = keep_best(run, evaluation, evaluation_epochs[step], best)
+                    if evaluation is None:
+                        return Result(best, stopped_after=step)
+                    report_evaluation(evaluation, evaluation_epochs[step], step, tracker, progress)
+                    best = keep_best(run, evaluation, evaluation_epochs[step], best)
             if step < total_steps and ranks_stopped:
                 return Result(best, stopped_after=step)
     return Result(best, stopped_after=None)
@@ -183,13 +183,16 @@ def keep_best(run: FinetuneRun, evaluation: Evaluation, epoch: int, best: Best |
     """Save the model if it is better than the best one so far, and return the best one (collective)."""
     if best is not None and evaluation.top1 <= best.top1:
         return best
-    if distributed.is_main():
-        num_classes = len(run.training.class_names)
-        card = model_card(
-            run.config, num_images=run.num_samples, num_classes=num_classes, evaluation=evaluation, epoch=epoch
-        )
-        save_folder(run.classifier, run.preprocessor, card, run.model_folder)
-    distributed.barrier()
+    num_classes = len(run.training.class_names)
+    card = model_card(
+        run.config, num_images=run.num_samples, num_classes=num_classes, evaluation=evaluation, epoch=epoch
+    )
+
+    def save_on_main() -> None:
+        if distributed.is_main():
+            save_folder(run.classifier, run.preprocessor, card, run.model_folder)
+
+    distributed.on_all_ranks(save_on_main)
     return Best(evaluation.top1, epoch)
 
 

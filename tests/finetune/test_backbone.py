@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from finetune.backbone import ModelError, load_classifier, load_preprocessor, new_classifier, save_folder
+from pretrain.errors import MachineError
 from tests.support.classifiers import save_classifier, tiny_configs
+from tests.support.disk import full_disk
 
 NAMES = ["cat", "dog", "owl"]
 HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
@@ -116,3 +118,12 @@ def test_preprocessor_matches_transformers_and_survives_saving(tmp_path: Path) -
     save_folder(model, preprocessor, "card", tmp_path / "out")  # replaces the existing folder
     assert torch.equal(load_preprocessor(tmp_path / "out")(photo, None)["image"], theirs)  # type: ignore[arg-type]
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("limit_bytes", [500, 5_000])  # in config.json, in model.safetensors
+def test_a_folder_that_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path: Path, limit_bytes: int) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
+    model, preprocessor = load_classifier(folder), load_preprocessor(folder)
+    with full_disk(limit_bytes), pytest.raises(MachineError, match=r"out: the model cannot be saved: .*too large"):
+        save_folder(model, preprocessor, "card", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

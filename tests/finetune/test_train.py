@@ -22,10 +22,11 @@ from finetune.run import FinetuneRun, build_run, open_tracker
 from finetune.train import Result, train
 from pretrain.configfile import load_config
 from pretrain.data.dataset.open import open_dataset
-from pretrain.errors import DivergedError, UserError
+from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.journal import read_rows
 from pretrain.outcome import EXIT_INTERRUPTED
 from tests.support.classifiers import save_classifier, tiny_configs
+from tests.support.disk import full_disk
 from tests.support.launching import ROOT, Shell
 
 RECIPE = """
@@ -278,6 +279,21 @@ def test_a_run_that_diverges_names_the_model_it_saved(
     run = build(recipe, "optimizer.learning_rate=1e30", "logging.every_steps=12", "evaluation.every_epochs=1")
     with pytest.raises(DivergedError, match=rf"The best model so far, from epoch 1, is in {tmp_path}/run/model$"):
         fit(run)
+
+
+@pytest.mark.processes
+def test_a_full_disk_keeps_the_model_that_was_saved_before(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = fake_evaluations(monkeypatch, [0.5, 0.9])
+    fit(build(recipe, "schedule.epochs=1"))
+    with (
+        full_disk(20_000),
+        pytest.raises(MachineError, match=r"run/model: the model cannot be saved: .*too large"),
+    ):
+        fit(build(recipe, "schedule.epochs=1", "overwrite=true"))
+    assert torch.equal(saved_head(tmp_path / "run"), weights[0])
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 @pytest.mark.processes
