@@ -1,28 +1,35 @@
 PYTHON ?= python3
-# One more than the smallest machine has cores: many tests wait.
+# One more than the 2 cores of the smallest machine, because many tests wait.
 WORKERS ?= 3
 VENV := .venv
 INSTALLED := $(VENV)/installed
-# Without an NVIDIA driver: the torch that the tests use. With one: whatever pip finds newest.
+# Without an NVIDIA driver, install the torch that the tests use; with one, the newest that pip finds.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),,--constraint tests/constraints.txt)
 
-.PHONY: help quickstart test lint format benchmark clean
+.PHONY: help quickstart check test lint format benchmark clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(INSTALLED)  ## the whole way on real images, in minutes
+quickstart: $(INSTALLED)  ## pretrain, fine-tune and predict on real images, in minutes
 	$(VENV)/bin/python launch/quickstart.py
+
+check: $(INSTALLED)  ## lint, types and the tests that start no processes, in under a minute
+	$(MAKE) --jobs 2 --output-sync=target lint quick-test
 
 test: $(INSTALLED)  ## every test, on the CPU
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-lint: $(INSTALLED)  ## ruff, its formatter, mypy
+.PHONY: quick-test
+quick-test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal -m "not processes"
+
+lint: $(INSTALLED)  ## ruff, its formatter and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(INSTALLED)  ## put the code in its form
+format: $(INSTALLED)  ## apply the formatter
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
@@ -31,10 +38,10 @@ $(INSTALLED): pyproject.toml tests/constraints.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
-benchmark: .venv-benchmark/installed  ## a training step beside timm's and transformers'
+benchmark: .venv-benchmark/installed  ## compare a training step with timm's and transformers'
 	.venv-benchmark/bin/python benchmarks/train_step.py
 
-# timm imports torchvision, which must fit torch: an environment of its own.
+# timm imports torchvision, which must match torch, so this needs its own environment.
 .venv-benchmark/installed: pyproject.toml benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-benchmark
 	.venv-benchmark/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt --editable .
