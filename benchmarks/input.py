@@ -46,9 +46,6 @@ from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.transforms.views import TrainView
 from pretrain.errors import BadSampleError
 
-SECONDS_TIMED = 5.0
-FAULTS = 1000
-
 
 def make_photos(folder: Path, count: int) -> None:
     """Write JPEGs of 500 x 375 pixels, pieces of two real photos, in two classes."""
@@ -64,19 +61,19 @@ def make_photos(folder: Path, count: int) -> None:
             piece.save(folder / name / f"{i:05d}.jpg", quality=int(random.integers(90, 96)))
 
 
-def scaling(samples: Dataset, workers: int) -> list[Row]:
+def scaling(samples: Dataset, workers: int, seconds: float) -> list[Row]:
     """The loader with one worker and with all, once they run; what the training process has to do with it."""
-    one, all_of_them = (loader_rate(samples, IMAGE_SIZE, count, SECONDS_TIMED) for count in (1, workers))
+    one, all_of_them = (loader_rate(samples, IMAGE_SIZE, count, seconds) for count in (1, workers))
     started = time.process_time()
-    loader_rate(samples, IMAGE_SIZE, workers, SECONDS_TIMED)
-    own = (time.process_time() - started) / (all_of_them * SECONDS_TIMED)
+    loader_rate(samples, IMAGE_SIZE, workers, seconds)
+    own = (time.process_time() - started) / (all_of_them * seconds)
     return [
         Row(f"whole loader, 1 and {workers} workers", f"{one:.0f} and {all_of_them:.0f} images/s", "start-up left out"),
         Row("  of it in the training process", f"{own * 1e6:.0f} us an image", f"{own * all_of_them:.0%} of a core"),
     ]
 
 
-def slow_disk(folder: Path) -> list[Row]:
+def slow_disk(folder: Path, seconds: float) -> list[Row]:
     """One worker where every read takes 10 ms, as over a network, with one thread and with sixteen."""
     slow = open_dataset(folder)
     fetch = slow.fetch
@@ -86,7 +83,7 @@ def slow_disk(folder: Path) -> list[Row]:
         return fetch(shard, row)
 
     slow.fetch = late  # type: ignore[method-assign]
-    rates = [loader_rate(slow, IMAGE_SIZE, 1, SECONDS_TIMED, num_threads) for num_threads in (1, 16)]
+    rates = [loader_rate(slow, IMAGE_SIZE, 1, seconds, num_threads) for num_threads in (1, 16)]
     return [Row("reads of 10 ms: 1 and 16 threads", f"{rates[0]:.0f} and {rates[1]:.0f} images/s", "one worker")]
 
 
@@ -249,10 +246,12 @@ def shuffling() -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="photos to make")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the whole loaders")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="also write the table there")
+    parser.add_argument("--images", type=int, default=2000, help="number of photos to make")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="data workers of the loaders")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per method; the median counts")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds for which each loader is timed")
+    parser.add_argument("--faults", type=int, default=1000, help="number of damaged files to read")
+    parser.add_argument("--json", type=Path, help="JSON file for the table")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -264,12 +263,12 @@ def main() -> None:
         )
         rows = [
             *compare(made, arguments.images, arguments.workers, arguments.rounds),
-            *scaling(open_dataset(made), arguments.workers),
-            *slow_disk(made),
+            *scaling(open_dataset(made), arguments.workers, arguments.seconds),
+            *slow_disk(made, arguments.seconds),
             *seeking(),
             *starting(work),
             *losing(work),
-            *damaging(work, FAULTS),
+            *damaging(work, arguments.faults),
             *misbehaving(work),
             *even_steps(work),
             *shuffling(),

@@ -1,6 +1,7 @@
-"""How much memory `vitrail export` takes, beside what the model's weights and the whole checkpoint are.
+"""Measure the memory of `vitrail export`, compared with the size of the weights and of the whole checkpoint.
 
     python benchmarks/memory.py                 # ViT-B/16 and L/16, saved by eight ranks, about a minute
+    python benchmarks/memory.py --sizes S/16    # the smallest run
 
 The checkpoint holds the weights and AdamW's two moments. The export, its proof included, runs in a process of its own;
 what that takes beyond its imports is its peak resident memory.
@@ -31,7 +32,7 @@ from pretrain.state import TrainState
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "vit_b16.yaml"
 RANKS = 8
 KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
-SIZES = {"B/16": (768, 12, 12), "L/16": (1024, 24, 16)}
+SIZES = {"S/16": (384, 12, 6), "B/16": (768, 12, 12), "L/16": (1024, 24, 16)}
 
 
 def save(folder: Path, size: str) -> tuple[int, int]:
@@ -67,12 +68,13 @@ def peak_of_export(checkpoint: Path, out: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", nargs=2, type=Path, metavar=("CHECKPOINT", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["B/16", "L/16"], help="models to export")
     arguments = parser.parse_args()
     if arguments.export:
         print(peak_of_export(*arguments.export))
         return
     print("| | weights | checkpoint | export takes | of the weights |\n|---|---|---|---|---|")
-    for size in SIZES:
+    for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as name:
             checkpoint = Path(name) / "step-00000001"
             checkpoint.mkdir()

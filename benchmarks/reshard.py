@@ -2,6 +2,7 @@
 
     python benchmarks/reshard.py                        # fp32, world sizes 1 to 4 x stages 0 to 3: 256 ways
     python benchmarks/reshard.py --precision bf16
+    python benchmarks/reshard.py --world-sizes 1 2 --stages 1      # the smallest run
 
 A tiny ViT on scikit-learn's digits trains 14 steps at each world size and stage, saving at step 4. Then each of them
 continues from each of those checkpoints, and its next 10 losses are compared with those of the run that never stopped.
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 
-WORLD_SIZES, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
 SAVED_AT, STEPS = 4, 14
 LAUNCH_SECONDS = 1500
 UNIVERSAL = "universal"
@@ -49,30 +50,42 @@ tracking: {{uri: "off"}}
 """
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Topologies to save and to load at."""
+
+    world_sizes: list[int]
+    stages: list[int]
+
+    def names(self) -> list[str]:
+        """Return the name of each topology."""
+        return [name_of(world_size, stage) for world_size in self.world_sizes for stage in self.stages]
+
+
 def name_of(world_size: int, stage: int) -> str:
     """Name a topology."""
     return f"{world_size} ranks, stage {stage}"
 
 
-def train_all(work: Path, precision: str) -> None:
+def train_all(work: Path, precision: str, grid: Grid) -> None:
     """On every rank: train at each stage, from the beginning to the end, and save with DeepSpeed too."""
     from pretrain import distributed
 
-    for stage in STAGES:
+    for stage in grid.stages:
         place = work / name_of(distributed.world_size(), stage)
         run = _continue(work, place, stage, precision)
         run.engine.save_checkpoint(str(work / "deepspeed" / place.name), tag="it")
         distributed.barrier()
 
 
-def load_all(work: Path, precision: str) -> None:
+def load_all(work: Path, precision: str, grid: Grid) -> None:
     """On every rank: continue at each stage from what each topology has saved; try DeepSpeed's loading too."""
     from pretrain import distributed
 
     theirs: dict[str, dict[str, str]] = {way: {} for way in WAYS}
-    for stage in STAGES:
+    for stage in grid.stages:
         here = name_of(distributed.world_size(), stage)
-        for source in (name_of(world_size, other) for world_size in WORLD_SIZES for other in STAGES):
+        for source in grid.names():
             place = work / "continued" / f"{source} to {here}"
             if distributed.is_main():
                 checkpoint = Path("checkpoints") / f"step-{SAVED_AT:08d}"
@@ -87,11 +100,11 @@ def load_all(work: Path, precision: str) -> None:
         (work / f"deepspeed-{distributed.world_size()}.json").write_text(json.dumps(theirs))
 
 
-def convert_all(work: Path, precision: str) -> None:
+def convert_all(work: Path, precision: str, grid: Grid) -> None:
     """Make universal checkpoints of DeepSpeed's, where it can."""
     from deepspeed.checkpoint import ds_to_universal
 
-    for name in (name_of(world_size, stage) for world_size in WORLD_SIZES for stage in STAGES):
+    for name in grid.names():
         there, out = work / "deepspeed" / name / "it", work / UNIVERSAL / name / "it"
         command = [sys.executable, ds_to_universal.__file__, "--inject_missing_state"]
         command += ["--input_folder", str(there), "--output_folder", str(out)]
@@ -141,10 +154,11 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
     return next((said for said in distributed.gather(problem) if said), "")
 
 
-def launch(work: Path, world_size: int, task: str, precision: str) -> None:
+def launch(work: Path, world_size: int, task: str, precision: str, grid: Grid) -> None:
     """Run a task on so many ranks; all of them are ended if it takes too long."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command += [__file__, "--task", task, "--work", str(work), "--precision", precision]
+    command += ["--world-sizes", *map(str, grid.world_sizes), "--stages", *map(str, grid.stages)]
     with (work / f"{task}-{world_size}.log").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
@@ -165,9 +179,9 @@ def losses(run_dir: Path) -> list[float]:
     return [row["train/loss"] for row in rows if row["step"] > SAVED_AT and "train/loss" in row]
 
 
-def compare(work: Path, precision: str) -> None:
+def compare(work: Path, precision: str, grid: Grid) -> None:
     """Print how many of the ways are good, and how far the losses are apart."""
-    names = [name_of(world_size, stage) for world_size in WORLD_SIZES for stage in STAGES]
+    names = grid.names()
     whole = {name: losses(work / name) for name in names}
     steps = list(zip(*whole.values(), strict=True))
     spread = max((max(step) - min(step)) / min(step) for step in steps)
@@ -182,7 +196,7 @@ def compare(work: Path, precision: str) -> None:
     total = len(names) ** 2
     print(f"{precision}: {good} of {total} ways continue with the next {STEPS - SAVED_AT} losses within {bar}")
     print(f"farthest apart: {worst:.1e} relative; unbroken runs of other topologies: {spread:.1e}")
-    theirs = [json.loads((work / f"deepspeed-{world_size}.json").read_text()) for world_size in WORLD_SIZES]
+    theirs = [json.loads((work / f"deepspeed-{world_size}.json").read_text()) for world_size in grid.world_sizes]
     for way in WAYS:
         said = [problem for each in theirs for problem in each[way].values()]
         print(f"DeepSpeed's {way}: {said.count('')} of {total} are right")
@@ -195,14 +209,17 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--task", choices=["train", "convert", "load"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3], help="ZeRO stages")
     arguments = parser.parse_args()
+    grid = Grid(arguments.world_sizes, arguments.stages)
     if arguments.task:
         from pretrain.distributed import leave_process_group
         from pretrain.engine.deepspeed import start_distributed
 
         start_distributed()
         task = {"train": train_all, "convert": convert_all, "load": load_all}[arguments.task]
-        task(arguments.work, arguments.precision)
+        task(arguments.work, arguments.precision, grid)
         leave_process_group()
         return
     with tempfile.TemporaryDirectory() as name:
@@ -210,10 +227,10 @@ def main() -> None:
         source = keep_classes(list_digits(), ["0", "1", "2"])
         make_shards(source, work / "shards", ShardOptions(validation_fraction=0.0, shard_bytes=50_000, seed=0))
         (work / "config.yaml").write_text(CONFIG.format(shards=work / "shards", steps=STEPS, saved_at=SAVED_AT))
-        for task, world_sizes in (("train", WORLD_SIZES), ("convert", (1,)), ("load", WORLD_SIZES)):
+        for task, world_sizes in (("train", grid.world_sizes), ("convert", [1]), ("load", grid.world_sizes)):
             for world_size in world_sizes:
-                launch(work, world_size, task, arguments.precision)
-        compare(work, arguments.precision)
+                launch(work, world_size, task, arguments.precision, grid)
+        compare(work, arguments.precision, grid)
 
 
 if __name__ == "__main__":

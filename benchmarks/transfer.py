@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--labels", type=int, nargs="+", default=[2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="the best counts")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--finetune", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
@@ -149,7 +150,7 @@ def main() -> None:
                 loaded = load(folder, model_of(objective, seed), seed, labels, origin, arguments.finetune)
                 for measure, top1 in probe(loaded).items():
                     results.note(**case, measure=measure, top1=top1)
-            for rate in LEARNING_RATES:
+            for rate in arguments.learning_rates:
                 tuned = {**case, "measure": "fine-tuned", "learning_rate": rate}
                 if not results.top1s(**tuned):
                     more = [f"optimizer.learning_rate={rate}", *arguments.finetune]

@@ -58,10 +58,10 @@ def parameters_of(folder: Path) -> float:
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
-def settings_of(labels: int) -> list[str]:
+def settings_of(labels: int, steps: int) -> list[str]:
     """Return the overrides with which so many labels take about as many steps as others."""
     batch = min(LARGEST_BATCH, 5 * labels)
-    epochs = max(1, round(STEPS * batch / (5 * labels)))
+    epochs = max(1, round(steps * batch / (5 * labels)))
     return [
         f"engine.global_batch_size={batch}",
         f"schedule.epochs={epochs}",
@@ -90,6 +90,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", type=int, nargs="+", default=list(LABELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=STEPS, help="approximate steps of each fine-tuning")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="the best counts")
     parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
     parser.add_argument("--picture", type=Path)
@@ -108,11 +110,11 @@ def main() -> None:
                 return model_of("mae", seed)  # whose twin it is
             return pretrain(folder, key, seed, arguments.pretrain)
 
-        for seed, labels, key, rate in product(arguments.seeds, arguments.labels, NAMES, LEARNING_RATES):
+        for seed, labels, key, rate in product(arguments.seeds, arguments.labels, NAMES, arguments.learning_rates):
             case = {"seed": seed, "labels": labels, "model": key, "learning_rate": rate, "pretrain": arguments.pretrain}
             if not results.top1s(**case):
                 model, origin = model_of(key, seed), key if key in RECIPES else SCRATCH
-                more = [*settings_of(labels), f"optimizer.learning_rate={rate}"]
+                more = [*settings_of(labels, arguments.steps), f"optimizer.learning_rate={rate}"]
                 top1 = finetune(load(folder, model, seed, labels, origin, more))
                 results.note(**case, parameters=parameters_of(model), top1=top1)
     found = {
