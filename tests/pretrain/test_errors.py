@@ -21,6 +21,7 @@ class Broken(TorchDataset[int]):
         raise self.error(SENTENCE)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(("error", "outcome"), [(DataError, Outcome.USER_ERROR), (StalledFetchError, Outcome.FAILED)])
 def test_error_from_a_loader_worker_keeps_its_message(

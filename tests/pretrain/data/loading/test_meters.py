@@ -64,6 +64,7 @@ def row_of(samples: Dataset, view: TrainView, train_seconds: float = 0.0) -> dic
     return loading_metrics(meter.take(), time.monotonic() - started, 1, 1)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stage", STAGES)
 def test_slowest_stage_is_named(digits: Path, stage: str) -> None:
     dataset = {"fetch": SlowFetch, "decode": SlowImages, "augment": ShardDataset}[stage]([str(digits / "train")])

@@ -149,6 +149,7 @@ def test_names_are_expanded_and_wrong_ones_are_explained(tars: Path, tmp_path: P
         stream_of()
 
 
+@pytest.mark.processes
 def test_a_pipe_runs_only_where_it_is_allowed(tars: Path) -> None:
     plan = BatchPlan(0, 1, global_batch_size=2)
     names = [f"pipe:cat {tars / '001.tar'}"]

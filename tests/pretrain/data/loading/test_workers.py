@@ -49,6 +49,7 @@ def assert_all_end(pids: list[int]) -> None:
     assert not alive
 
 
+@pytest.mark.processes
 def test_training_process_is_never_forked(digits: Path) -> None:
     with script("count_forks", digits) as process:
         found = answer(process)
@@ -61,6 +62,7 @@ def test_training_process_is_never_forked(digits: Path) -> None:
     assert_all_end([found["server"], found["tracker"]])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", ["load", "start_only"])
 def test_killed_training_process_leaves_no_process_behind(digits: Path, moment: str) -> None:
     """While it loads; and before the server has imported torch."""
@@ -71,6 +73,7 @@ def test_killed_training_process_leaves_no_process_behind(digits: Path, moment: 
         assert_all_end(pids)
 
 
+@pytest.mark.processes
 def test_signals_to_all_processes_do_not_interrupt_loading(digits: Path) -> None:
     """A launcher or a terminal sends its signal to the workers and their server too; training still has to save."""
     with script("load", digits) as process:
@@ -85,6 +88,7 @@ def test_signals_to_all_processes_do_not_interrupt_loading(digits: Path) -> None
     assert_all_end(pids)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("num_killed", [1, 2])
 def test_killed_worker_is_reported(digits: Path, num_killed: int) -> None:
     with script("load", digits) as process:
@@ -97,6 +101,7 @@ def test_killed_worker_is_reported(digits: Path, num_killed: int) -> None:
         assert int(error.split()[2]) in workers
 
 
+@pytest.mark.processes
 def test_workers_have_current_environment_and_classes_of_the_script(digits: Path) -> None:
     with script("environment", digits) as process:
         assert answer(process) == {
@@ -126,6 +131,7 @@ def forks_in(code: str) -> list[str]:
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "code",
     [
@@ -141,6 +147,7 @@ def test_forks_are_found_in_code(code: str) -> None:
     assert forks_in(code)
 
 
+@pytest.mark.processes
 def test_no_package_forks_its_process() -> None:
     root = Path(__file__).parents[4]
     files = [path for package in ("pretrain", "finetune", "launch") for path in (root / package).rglob("*.py")]
