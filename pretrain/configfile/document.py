@@ -36,6 +36,12 @@ class Mistake:
     key: Key
     sentence: str
 
+    @property
+    def line(self) -> int:
+        """Line of the file, or 0 for the command line."""
+        number = self.place.rpartition(":")[2]
+        return int(number) if number.isdigit() else 0
+
     def __str__(self) -> str:
         return f"{self.place}: {dotted(self.key)}: {self.sentence}" if self.key else f"{self.place}: {self.sentence}"
 

@@ -51,7 +51,7 @@ def load_config(config_class: type[Config], path: Path, overrides: Sequence[str]
     else:
         mistakes += _command_line_only_mistakes(document, config)
     if mistakes:
-        raise ConfigError("\n".join(str(mistake) for mistake in mistakes))
+        raise ConfigError("\n".join(str(mistake) for mistake in sorted(mistakes, key=lambda each: each.line)))
     return Loaded(config, "".join(f"{line}\n" for line in _text(config, document.places)))
 
 

@@ -254,8 +254,8 @@ def test_missing_keys_and_files_are_explained(tmp_path: Path) -> None:
     message = answer(PretrainConfig, write(tmp_path, "data: {}\n"), [])
     assert message.splitlines() == [
         f"{tmp_path}/x.yaml: run_dir: required but missing; set it in the file or on the command line",
-        f"{tmp_path}/x.yaml:1: data.train: required but missing; set it in the file or on the command line",
         f"{tmp_path}/x.yaml: schedule: required but missing; set it in the file or on the command line",
+        f"{tmp_path}/x.yaml:1: data.train: required but missing; set it in the file or on the command line",
     ]
     message = answer(PretrainConfig, tmp_path / "no.yaml", [])
     assert message == f"{tmp_path}/no.yaml: cannot read the config file (No such file or directory); check the path"
@@ -263,20 +263,20 @@ def test_missing_keys_and_files_are_explained(tmp_path: Path) -> None:
     assert message == f"{tmp_path}/x.yaml:1: must contain keys and values, got [1]; write key: value"
 
 
-def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = GOOD + "seed: x\nsead: 1\nmodel: {patch_size: 15, position_embedding: sine, num_attention_heads: 7}\n"
     text += "logging: {every_steps: 1, every_steps: 2}\n"
     overrides = ["engine.compile=off", "engine.zero_stage=["]
     lines = answer(PretrainConfig, write(tmp_path, text), overrides).splitlines()
     assert [line.split(": ")[1] for line in lines] == [
-        "logging.every_steps",
         "engine.zero_stage",
-        "seed",
-        "model.position_embedding",
         "engine.compile",
+        "seed",
         "sead",
+        "model.position_embedding",
         "model.patch_size",
         "model.num_attention_heads",
+        "logging.every_steps",
     ]
 
 
