@@ -5,8 +5,9 @@ import errno
 import pytest
 import typer
 
-from launch.commands.terminal import parse_size, progress_bar, report_errors
+from launch.commands.terminal import parse_size, report_errors
 from pretrain.errors import DataError, MachineError
+from pretrain.tracking.progress import progress_bar
 
 
 class StalledError(DataError, MachineError):

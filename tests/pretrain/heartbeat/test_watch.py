@@ -17,7 +17,7 @@ from pretrain.heartbeat.diagnosis import SILENT_SECONDS
 from pretrain.heartbeat.watch import Watch, recent
 from tests.support.launching import wait_for
 
-REPORTED_WITHIN = 10.0  # seconds
+REPORTED_WITHIN = 60.0  # seconds, on a busy machine; benchmarks/watching.py measures that ten are enough on a quiet one
 WORLD_SIZE = 3
 
 
@@ -95,7 +95,7 @@ def test_hanging_rank_is_reported_and_ends_the_run(tmp_path: Path) -> None:
         assert (rank, sentence.split(" (")[0]) == (0, "rank 2")
         assert "hangs: " in sentence
         assert "sleep_in_this_function" in sentence
-        processes[0].join(timeout=10)
+        processes[0].join(timeout=120)
         assert processes[0].exitcode == 1
 
 
@@ -106,7 +106,7 @@ def test_order_reaches_every_rank(tmp_path: Path, order: str, code: int) -> None
     with ranks(tmp_path) as (processes, _):
         write_order(tmp_path, order)
         for process in processes:
-            process.join(timeout=10)
+            process.join(timeout=120)
         assert [process.exitcode for process in processes] == [code] * WORLD_SIZE
 
 

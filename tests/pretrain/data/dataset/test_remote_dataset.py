@@ -211,14 +211,14 @@ def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
             "assert seen == pixels_of_two_epochs(open_dataset(Path(sys.argv[1])), 0)"
         )
         command = [sys.executable, "-c", program, str(digits / "train"), str(tmp_path / "cache")]
-        subprocess.run(command, env=environment, cwd=Path(__file__).parents[4], check=True, timeout=60)
+        subprocess.run(command, env=environment, cwd=Path(__file__).parents[4], check=True, timeout=600)
 
 
 @pytest.fixture
 def vitrail(tool: Callable[[str], str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [tool("vitrail"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
     return run
 

@@ -175,7 +175,7 @@ def test_remote_tars_are_checked(digits: Path, tmp_path: Path) -> None:
 def test_command_lists_faults_and_exits_with_1(folder: Path, tool: Callable[[str], str]) -> None:
     def run(*options: str) -> "subprocess.CompletedProcess[str]":
         command = [tool("vitrail"), "shards", "check", str(folder), *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
     sound = run()
     assert (sound.returncode, "no faults" in sound.stdout) == (0, True)

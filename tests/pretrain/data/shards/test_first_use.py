@@ -248,7 +248,7 @@ def test_two_processes_index_a_folder_once(tmp_path: Path) -> None:
             processes.append(context.Process(target=index_slowly, args=(folder, tmp_path / "cache", started, notes)))
             processes[-1].start()
             _wait(started.exists)
-        results = [notes.get(timeout=60) for _ in processes]
+        results = [notes.get(timeout=600) for _ in processes]
     finally:
         for process in processes:
             process.kill()
@@ -276,12 +276,12 @@ def home(tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_statistics_of_new_tars(tmp_path: Path, tool: Callable[[str], str], home: dict[str, str]) -> None:
     folder = write_tars(tmp_path / "tars", labeled_by_json)
     command = [tool("vitrail"), "shards", "stats", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=home, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False)
     assert done.returncode == 0, done.stderr
     assert f"{folder}: indexed 12 samples in 3 classes in 3 tars" in done.stderr
     assert "3/3" in done.stderr  # the progress bar
     assert "samples                       12" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, env=home, check=False)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False)
     assert (again.stdout, "indexed" in again.stderr) == (done.stdout, False)
 
 

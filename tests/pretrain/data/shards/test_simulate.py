@@ -52,7 +52,7 @@ def test_downloads_are_bounded_by_the_set_and_reduced_by_the_cache(sizes: list[i
 def test_command_reports_the_actual_order(digits: Path, tool: Callable[[str], str]) -> None:
     def run(*options: str) -> str:
         command = [tool("vitrail"), "shards", "simulate", str(digits / "train"), "--global-batch-size", "50", *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
     answer = json.loads(run("--ranks", "8", "--json", "--shuffle-window", "4"))
     samples = open_dataset(digits / "train")

@@ -75,8 +75,8 @@ def test_plot_shows_samples_and_histograms(photos: Path) -> None:
 
 def test_command_prints_duplicates_and_json(photos: Path, tool: Callable[[str], str]) -> None:
     command = [tool("vitrail"), "shards", "stats", str(photos / "out" / "train")]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    text = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
     assert re.search("identical images +china/3  flower/copy", text)
     assert re.search("identical, different classes +china/3  flower/copy", text)
-    answer = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
+    answer = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=600, check=True).stdout
     assert json.loads(answer)["duplicates"] == 1

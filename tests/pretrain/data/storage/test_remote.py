@@ -136,7 +136,7 @@ def test_fetch_works_in_a_fork_of_a_process_that_has_fetched(server: UnreliableS
     child = context.Process(target=_fetch_in_child, args=(url, sizes))
     child.start()
     try:
-        assert sizes.get(timeout=30) == size
+        assert sizes.get(timeout=600) == size
     finally:
         child.kill()
         child.join()
