@@ -32,9 +32,11 @@ from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
+from pretrain.data.loading.stream import TarStreamBatches, open_tar_stream
 from pretrain.data.loading.workers import CONTEXT
 from pretrain.data.shards.encoding import StoredImage
 from pretrain.data.shards.writer import ShardWriter
+from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS
 from pretrain.data.transforms.decode import ImageArray, decode, to_rgb
 from pretrain.data.transforms.views import TrainView, crop_box, resize
@@ -42,7 +44,8 @@ from pretrain.errors import DataError
 
 IMAGE_SIZE, BATCH_SIZE = 224, 64
 NUM_DECODED_IMAGES = 300
-NUM_ROWS = 11
+NUM_ROWS = 12
+STREAM_BUFFER = 100  # samples; webdataset is measured without a buffer
 WARM_UP_BATCHES, MAX_BATCHES = 4, 10**6
 TUNED_MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "268435456",
@@ -169,9 +172,9 @@ def whole_loaders(
 ) -> Iterator[Row]:
     """Compare loading batches of 64 crops from the disk into the training process, in elapsed time."""
     count = min(num_samples, sum(dataset.shard_sizes))
+    stop = count // BATCH_SIZE * BATCH_SIZE or count
 
     def ours() -> int:
-        stop = count // BATCH_SIZE * BATCH_SIZE or count
         loading = _batches(dataset, IMAGE_SIZE, min(BATCH_SIZE, count), stop, num_workers)
         return sum(len(loaded.tensors["label"]) for loaded in loading)
 
@@ -180,6 +183,12 @@ def whole_loaders(
         if held < count:
             some_tars.append(tar)
             held += size
+
+    def streamed() -> int:
+        stream = open_tar_stream([str(tar) for tar in some_tars], [], STREAM_BUFFER, FetchPolicy())
+        plan = BatchPlan(seed=0, shuffle_window=1, global_batch_size=min(BATCH_SIZE, count), num_workers=num_workers)
+        loading = TarStreamBatches(stream, plan, first_tar=0).load(TrainView(AugmentConfig(), IMAGE_SIZE), 0, stop)
+        return sum(len(loaded.tensors["label"]) for loaded in loading)
 
     def theirs() -> int:
         data = _webdataset(some_tars).decode("pil").map(_crop_of_sample)
@@ -192,7 +201,12 @@ def whole_loaders(
         def folder() -> int:
             return sum(len(batch) for batch in _torch_loader(_Folder(Path(name)), num_workers, shuffle=True))
 
-        methods = {"ours": ours, "webdataset": theirs, "torch DataLoader over a folder": folder}
+        methods = {
+            "ours": ours,
+            "ours as a stream": streamed,
+            "webdataset": theirs,
+            "torch DataLoader over a folder": folder,
+        }
         seconds = in_turn(methods, rounds, time.perf_counter)
     speeds = {name: f"{1 / statistics.median(all_):.0f} images/s" for name, all_ in seconds.items()}
     yield Row(f"whole loader, {num_workers} workers", speeds["ours"], "")

@@ -39,6 +39,7 @@ def test_command_measures_the_users_shards(digits: Path, tool: Callable[[str], s
         "write a tar",
         "webdataset.TarWriter",
         "whole loader",
+        "ours as a stream",
         "webdataset",
         "torch DataLoader over a folder",
     ]
