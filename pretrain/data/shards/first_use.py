@@ -56,7 +56,8 @@ def index_folder(
         labels_required: Whether every sample must have a label. Otherwise labels are read only if the first sample has
             one.
         progress: Function called with the number of tars indexed since the last call and the number of all tars: when
-            indexing starts, after each tar, and every second while another process indexes the folder.
+            indexing starts, after each tar, and every few seconds while nothing is ready or another process indexes
+            the folder.
 
     Raises:
         DataError: If the folder is read-only and the cache folder as well.
@@ -90,7 +91,7 @@ def _index(folder: Path, out: Path, tars: list[Path], labels_required: bool, pro
         [tar.name for tar in tars],
         out,
         label_key=LABEL_KEY if labels_required or _has_labels(tars) else None,
-        executor=partial(run_tasks_in_threads, num_threads=num_threads),
+        executor=partial(run_tasks_in_threads, num_threads=num_threads, on_wait=lambda: progress(0, len(tars))),
         progress=lambda amount: progress(amount, len(tars)),
         tar_folder=folder,
     )

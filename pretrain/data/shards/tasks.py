@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 TASKS_PER_WORKER = 4  # tasks submitted ahead per worker, so that a slow task does not hold up the others
 POLL_SECONDS = 0.2
+WAIT_SECONDS = 5.0
 
 
 def run_tasks(
@@ -62,7 +63,7 @@ def run_tasks(
 
 
 def run_tasks_in_threads(
-    work: Callable[[Task], Result], tasks: Iterable[Task], num_threads: int
+    work: Callable[[Task], Result], tasks: Iterable[Task], num_threads: int, on_wait: Callable[[], None] = lambda: None
 ) -> Generator[Result, None, None]:
     """Yield `work(task)` for each task, run in threads.
 
@@ -74,12 +75,17 @@ def run_tasks_in_threads(
         work: Function to run.
         tasks: Tasks.
         num_threads: Number of threads.
+        on_wait: Function called in the calling thread every few seconds while it waits for a result.
     """
+
+    def result_of(future: Future[Result]) -> Result:
+        while not wait([future], WAIT_SECONDS).done:
+            on_wait()
+        return future.result()
+
     with ThreadPoolExecutor(num_threads) as pool:
         try:
-            yield from _in_order(
-                lambda task: pool.submit(work, task), lambda future: future.result(), tasks, num_threads
-            )
+            yield from _in_order(lambda task: pool.submit(work, task), result_of, tasks, num_threads)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -229,7 +229,7 @@ def test_remote_tars_are_indexed_where_they_stand(
     with serve(UnreliableServer(digits / "train", unavailable=0.05, reset=0.02)) as server:
         last = len(list((digits / "train").glob("*.tar"))) - 1
         url = f"{server.url}/shard-{{000000..{last:06d}}}.tar"
-        assert "name one with --out" in vitrail("shards", "index", url).stderr
+        assert "choose a local folder with --out" in vitrail("shards", "index", url).stderr
         done = vitrail("shards", "index", url, "--out", str(tmp_path / "indexed"))
         assert done.returncode == 0, done.stderr
         info, ours = DatasetInfo.load(tmp_path / "indexed"), DatasetInfo.load(digits / "train")

@@ -225,7 +225,8 @@ def test_progress_counts_the_tars(tmp_path: Path) -> None:
     index_folder(
         folder, tmp_path / "cache", labels_required=True, progress=lambda done, total: calls.append((done, total))
     )
-    assert calls == [(0, NUM_TARS), *[(1, NUM_TARS)] * NUM_TARS]
+    assert calls[0] == (0, NUM_TARS)
+    assert [call for call in calls if call[0]] == [(1, NUM_TARS)] * NUM_TARS
 
 
 def index_slowly(folder: Path, cache_dir: Path, started: Path, notes: "multiprocessing.Queue[list[str]]") -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pretrain.data.shards.tasks import run_tasks, run_tasks_on_ray
+from pretrain.data.shards import tasks
+from pretrain.data.shards.tasks import run_tasks, run_tasks_in_threads, run_tasks_on_ray
 from tests.support.launching import wait_for
 from tests.support.tasks import note_and_sleep
 
@@ -79,6 +80,15 @@ if __name__ == "__main__":
         wait_for(lambda: not any(psutil.pid_exists(worker) for worker in workers), 50)  # their own sleep is longer
     finally:
         parent.kill()
+
+
+def test_threads_report_that_they_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "WAIT_SECONDS", 0.01)
+    waits: list[int] = []
+    assert list(run_tasks_in_threads(late_square, range(10), 3, lambda: waits.append(1))) == [i * i for i in range(10)]
+    assert waits
+    with pytest.raises(ValueError, match="three"):
+        list(run_tasks_in_threads(fail_at_3, range(1000), 2))
 
 
 def test_missing_ray_is_reported_with_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
