@@ -134,7 +134,10 @@ def test_an_incomplete_last_line_is_not_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "KILLED")])
-def test_an_exception_decides_the_status(tmp_path: Path, error: type[BaseException], status: str) -> None:
+def test_an_exception_decides_the_status(
+    tmp_path: Path, error: type[BaseException], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.tracking.tracker.STOP_TIMEOUT_SECONDS", 600.0)  # MLflow may start slowly
     with pytest.raises(error), start_tracker(tmp_path / "r" / "a"):
         raise error
     assert only_run(default_uri(tmp_path / "r" / "a")).info.status == status
