@@ -1,4 +1,4 @@
-"""The order: every sample once an epoch, the same steps on every rank, whatever the layout, ranks and workers."""
+"""Order: every sample once per epoch and equal steps on all ranks, for any layout and number of ranks."""
 
 from itertools import chain
 
@@ -14,7 +14,7 @@ layouts = st.lists(st.integers(0, 60), min_size=1, max_size=40).filter(any)
 
 @settings(max_examples=200, deadline=None)
 @given(layouts, st.integers(1, 50), st.integers(0, 3), st.integers(0, 2))
-def test_an_epoch_has_every_sample_once(sizes: list[int], window: int, seed: int, epoch: int) -> None:
+def test_epoch_contains_every_sample_once(sizes: list[int], window: int, seed: int, epoch: int) -> None:
     order = Order([Part("digest", sizes)], seed, window)
     start = epoch * sum(sizes)
     places = [order.locate(start + i) for i in range(sum(sizes))]
@@ -24,7 +24,7 @@ def test_an_epoch_has_every_sample_once(sizes: list[int], window: int, seed: int
 
 @settings(max_examples=100, deadline=None)
 @given(layouts, st.integers(1, 50), st.data())
-def test_any_position_is_found_without_walking_there(sizes: list[int], window: int, data: st.DataObject) -> None:
+def test_locate_does_not_depend_on_earlier_calls(sizes: list[int], window: int, data: st.DataObject) -> None:
     walked = Order([Part("digest", sizes)], 0, window)
     position = data.draw(st.integers(0, 3 * sum(sizes) - 1))
     for before in range(position):
@@ -34,7 +34,7 @@ def test_any_position_is_found_without_walking_there(sizes: list[int], window: i
 
 @settings(max_examples=100, deadline=None)
 @given(layouts, st.integers(1, 8))
-def test_a_window_opens_only_its_shards(sizes: list[int], window: int) -> None:
+def test_window_reads_only_its_own_shards(sizes: list[int], window: int) -> None:
     order = Order([Part("digest", sizes)], 0, window)
     shards = [order.locate(i)[1] for i in range(sum(sizes))]
     open_now = 0
@@ -53,10 +53,10 @@ def test_a_window_opens_only_its_shards(sizes: list[int], window: int) -> None:
     st.integers(1, 5),
     st.data(),
 )
-def test_any_layout_gives_each_sample_once_and_equal_steps(
+def test_ranks_share_each_step_without_overlap(
     shards: int, largest: int, world_size: int, batch: int, accumulation: int, data: st.DataObject
 ) -> None:
-    """Workers don't enter: they are dealt whole micro-batches. Two steps are looked at, anywhere in the run."""
+    """Two steps at any position of the run. Workers have no influence, because each loads whole micro-batches."""
     sizes = np.random.default_rng(shards).integers(0, largest, shards, endpoint=True)
     sizes[0] = max(sizes[0], 1)
     order = Order([Part("digest", sizes)], 0, data.draw(st.integers(1, 500)))
@@ -104,7 +104,7 @@ def test_substitutes_are_the_other_samples_of_the_window(sizes: list[int], windo
     st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=8).filter(any), min_size=2, max_size=4),
     st.data(),
 )
-def test_a_mix_draws_each_set_by_its_weight_and_in_its_own_order(layout: list[list[int]], data: st.DataObject) -> None:
+def test_mix_visits_each_part_by_weight_and_in_its_own_order(layout: list[list[int]], data: st.DataObject) -> None:
     weights = [data.draw(st.floats(0.05, 10)) for _ in layout]
     parts = [Part(f"set {i}", sizes) for i, sizes in enumerate(layout)]
     mix = Order(parts, 5, 3, weights)
@@ -127,7 +127,7 @@ def test_a_mix_draws_each_set_by_its_weight_and_in_its_own_order(layout: list[li
 
 @settings(max_examples=100, deadline=None)
 @given(layouts, st.integers(1, 6), st.integers(0, 4000))
-def test_the_future_is_known(sizes: list[int], window: int, position: int) -> None:
+def test_upcoming_and_distance_predict_the_shards_read(sizes: list[int], window: int, position: int) -> None:
     order = Order([Part("digest", sizes)], 0, window)
     shards = [order.locate(position + i).shard for i in range(2 * sum(sizes))]
     first_read = {shard: i for i, shard in reversed(list(enumerate(shards)))}
@@ -144,7 +144,9 @@ def test_the_future_is_known(sizes: list[int], window: int, position: int) -> No
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(layouts, min_size=2, max_size=3), st.integers(1, 6), st.integers(0, 10**6))
-def test_the_future_of_a_mix_is_known_set_by_set(layout: list[list[int]], window: int, position: int) -> None:
+def test_upcoming_and_distance_predict_the_shards_of_each_part_of_a_mix(
+    layout: list[list[int]], window: int, position: int
+) -> None:
     order = Order([Part(f"set {i}", sizes) for i, sizes in enumerate(layout)], 0, window, [1.0] * len(layout))
     upcoming = order.upcoming(position)
     met: set[int] = set()
@@ -156,13 +158,13 @@ def test_the_future_of_a_mix_is_known_set_by_set(layout: list[list[int]], window
             assert order.distance(place.shard, position) <= 100
 
 
-def test_a_tiny_weight_is_not_forgotten() -> None:
+def test_part_with_a_tiny_weight_is_still_visited() -> None:
     mix = Order([Part("a", [5]), Part("b", [5]), Part("c", [5])], 0, 1, [1e-9, 1e-9, 1.0])
     assert mix.quotas.tolist() == [1, 1, MIX_BLOCK - 2]
     assert mix.epochs(MIX_BLOCK) == [1 / 5, 1 / 5, (MIX_BLOCK - 2) / 5]
 
 
-def test_seed_epoch_and_data_each_change_the_order() -> None:
+def test_order_depends_on_seed_epoch_and_digest() -> None:
     def order(digest: str, seed: int, epoch: int) -> list[tuple[int, int]]:
         plan = Order([Part(digest, [20, 20, 20])], seed, 2)
         return [plan.locate(epoch * 60 + i)[1:] for i in range(60)]
@@ -172,8 +174,8 @@ def test_seed_epoch_and_data_each_change_the_order() -> None:
     assert order("a", 0, 0) == orders[0]
 
 
-def test_the_order_is_the_same_in_every_release() -> None:
-    """Numbers written down once: a change here breaks every run that is under way."""
+def test_order_equals_recorded_values() -> None:
+    """The values were recorded once; a change breaks every run that is in progress."""
     assert permutation(8, "key", 0).tolist() == FROZEN_PERMUTATION
     order = Order([Part("digest", [3, 2, 4])], 7, 2)
     assert [order.locate(i) for i in range(7, 11)] == FROZEN_ORDER
@@ -186,13 +188,13 @@ def test_permutations_are_uniform() -> None:
     assert abs(counts / 4000 - 0.2).max() < 0.03  # five standard deviations are 0.032
 
 
-def test_data_without_samples_is_refused() -> None:
+def test_order_without_samples_is_an_error() -> None:
     with pytest.raises(ValueError, match="without samples"):
         Order([Part("digest", [0, 0])], 0, 1)
 
 
-def test_a_billion_samples_are_sought_at_once() -> None:
-    """In three sets, a hundred thousand shards, from the middle on; see benchmarks/input.py for how long it takes."""
+def test_position_among_a_billion_samples_is_found() -> None:
+    """Three parts with a hundred thousand shards, from the middle; benchmarks/input.py measures the time."""
     parts = [Part(name, np.full(33_333, 10_000)) for name in "abc"]
     order = Order(parts, 0, 64, [1.0, 2.0, 3.0])
     epoch, shard, row = order.locate(5 * 10**8 + 12_345)
@@ -205,7 +207,7 @@ FROZEN_ORDER = [(0, 0, 0), (0, 0, 2), (1, 0, 0), (1, 0, 1)]
 
 @settings(max_examples=100, deadline=None)
 @given(layouts, st.integers(1, 4), st.integers(1, 9), st.integers(0, 30))
-def test_a_batch_has_each_of_its_images_as_often_as_asked(
+def test_repeated_augmentation_repeats_each_image_of_a_batch(
     sizes: list[int], views: int, images: int, batch: int
 ) -> None:
     repeats = RepeatedAugmentation(views, views * images)

@@ -1,4 +1,4 @@
-"""A set that stands on a server trains as if it stood on the disk."""
+"""Remote shard sets give the same samples as local ones, and each shard is downloaded once."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ from tests.support.servers import serve_gs, serve_hub, serve_s3
 
 @contextmanager
 def watched(folder: Path, limit_bytes: int) -> Iterator[None]:
-    """Watch a cache while the block runs: never over its limit, and what has a final name is whole."""
+    """Check a cache while the block runs: it never exceeds its limit, and files with a final name are complete."""
     done = threading.Event()
     wrong: list[str] = []
 
@@ -63,7 +63,7 @@ def watched(folder: Path, limit_bytes: int) -> Iterator[None]:
 
 @pytest.mark.processes
 def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
-    """A quick and a slow one, each with its own set and future, in a cache that holds two windows of both."""
+    """A fast and a slow run with different sets and schedules; the cache holds two windows of both."""
     served, window = tmp_path / "served", 3
     shutil.copytree(digits / "train", served / "a")
     source = keep_classes(list_digits(), ["3", "4", "5"])
@@ -97,7 +97,7 @@ def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_pa
 
 
 def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count: int, seconds: float) -> None:
-    """Read some samples, each in so many seconds; fewer than an epoch, whose end would ask for the next one."""
+    """Read fewer samples than an epoch, so that the next epoch is not prefetched, and wait after each."""
     samples = opened(place, cache_dir, cache_bytes=cache_bytes)
     order = samples.order(seed=0, window=window)
     position = 0
@@ -109,7 +109,7 @@ def read_some(place: str, cache_dir: Path, cache_bytes: int, window: int, count:
 
 
 @pytest.mark.processes
-def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Path, tmp_path: Path) -> None:
+def test_unreliable_server_gives_the_same_samples_and_sends_each_shard_once(digits: Path, tmp_path: Path) -> None:
     expected = pixels_of_two_epochs(open_dataset(digits / "train"), 0)
     total = sum(path.stat().st_size for path in (digits / "train").iterdir())
     with serve(UnreliableServer(digits / "train", unavailable=0.05, reset=0.02, slow=0.1)) as server:
@@ -123,8 +123,8 @@ def test_a_hostile_server_changes_nothing_and_each_shard_is_sent_once(digits: Pa
 
 @pytest.mark.processes
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, tmp_path: Path, ranges: bool) -> None:
-    """As a probe reads them; once a shard is here, they are read from it."""
+def test_sparse_reads_fetch_only_the_bytes_of_the_samples(digits: Path, tmp_path: Path, ranges: bool) -> None:
+    """A probe reads samples in this way. Cached shards are used."""
 
     def few(samples: Dataset) -> list[bytes]:
         batches = evaluation_batches(
@@ -149,7 +149,7 @@ def test_a_few_samples_of_many_shards_cost_no_more_than_they_are(digits: Path, t
 
 
 @pytest.mark.processes
-def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_small_cache_keeps_its_limit_and_too_small_a_cache_is_an_error(digits: Path, tmp_path: Path) -> None:
     info = DatasetInfo.load(digits / "train")
     per_shard = max(shard.num_bytes + shard.index_bytes for shard in info.shards)
     with serve(UnreliableServer(digits / "train")) as server:
@@ -164,7 +164,7 @@ def test_a_small_cache_holds_its_limit_and_a_smaller_one_is_refused(digits: Path
 
 
 @pytest.mark.processes
-def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path) -> None:
+def test_stalled_shard_ends_the_run_with_its_name(digits: Path, tmp_path: Path) -> None:
     with serve(UnreliableServer(digits / "train", stalled={"shard-000001.tar"})) as server:
         samples = opened(server.url, tmp_path / "cache", stall_seconds=1.0)
         with pytest.raises(DataError, match=r"shard-000001.tar: no data from 127.0.0.1:\d+ for \d+ seconds"):
@@ -174,7 +174,7 @@ def test_a_stalled_shard_ends_the_run_and_is_named(digits: Path, tmp_path: Path)
 
 
 @pytest.mark.processes
-def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
+def test_unreliable_s3_gives_the_same_samples_and_sends_each_shard_once(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     total = sum(path.stat().st_size for path in (digits / "train").iterdir())
@@ -190,7 +190,7 @@ def test_a_hostile_s3_changes_nothing_and_each_shard_is_sent_once(
 
 
 @pytest.mark.processes
-def test_google_storage_sends_the_same_samples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_google_storage_gives_the_same_samples(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve_gs(digits / "train", "bucket") as access:
         for name, value in access.items():
             monkeypatch.setenv(name, value)
@@ -200,7 +200,7 @@ def test_google_storage_sends_the_same_samples(digits: Path, tmp_path: Path, mon
 
 
 @pytest.mark.processes
-def test_the_hub_sends_the_same_samples(digits: Path, tmp_path: Path) -> None:
+def test_hugging_face_hub_gives_the_same_samples(digits: Path, tmp_path: Path) -> None:
     with serve_hub(digits / "train") as url:
         environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}  # read when the package is imported
         program = (
@@ -223,7 +223,7 @@ def vitrail(tool: Callable[[str], str]) -> Callable[..., "subprocess.CompletedPr
     return run
 
 
-def test_remote_tars_are_indexed_where_they_stand(
+def test_remote_tars_can_be_indexed(
     digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
     with serve(UnreliableServer(digits / "train", unavailable=0.05, reset=0.02)) as server:
@@ -240,7 +240,7 @@ def test_remote_tars_are_indexed_where_they_stand(
         assert server.sent <= 2 * ours.shards[1].num_bytes  # the index was at hand
 
 
-def test_a_set_that_is_all_remote_is_examined_where_it_stands(
+def test_check_stats_and_simulate_work_on_a_remote_set(
     digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # where the cache goes
@@ -257,7 +257,7 @@ def test_a_set_that_is_all_remote_is_examined_where_it_stands(
         assert (broken.returncode, broken.stdout) == (1, "shard-000001.tar  does not exist\n")
 
 
-def test_a_command_as_a_shard(
+def test_pipe_as_a_shard(
     digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"]
 ) -> None:
     source = f"pipe:cat {digits}/validation/shard-000000.tar"

@@ -1,4 +1,4 @@
-"""Faults in tars and indexes: whatever one changes is found, named and replaced; the rest stays.
+"""Faults in tars and indexes: every changed sample is reported and replaced; all others are unchanged.
 
 `benchmarks/input.py` does the same with a thousand.
 """
@@ -14,7 +14,7 @@ FAULTS = 300
 
 
 @pytest.mark.processes
-def test_every_fault_is_named_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_every_fault_is_reported_and_other_samples_are_unchanged(tmp_path: Path) -> None:
     small = make_small_set(tmp_path / "small")
     whole, none = epoch(small)
     assert not none
@@ -42,7 +42,7 @@ def test_every_fault_is_named_and_nothing_else_changes(tmp_path: Path) -> None:
 
 
 def _images_are_whole(damaged: Path, whole: Path) -> bool:
-    """Say whether every image's bytes stand where they stood."""
+    """Return whether the bytes of every image are unchanged."""
     before, after = whole.read_bytes(), damaged.read_bytes()
     with tarfile.open(whole) as archive:
         places = [(m.offset_data, m.offset_data + m.size) for m in archive if m.name.endswith(".png")]

@@ -1,4 +1,4 @@
-"""Batches: the same samples and pixels for any number of ranks and workers, from any place on."""
+"""Batches: the same samples and pixels for any number of ranks and workers, from any position."""
 
 import json
 import multiprocessing
@@ -37,7 +37,7 @@ def batches(
 
 
 def by_position(batches: Iterable[LoadedBatch]) -> dict[int, tuple[int, bytes]]:
-    """Label and every pixel and draw of each position."""
+    """Return the label and the bytes of all fields at each position."""
     seen: dict[int, tuple[int, bytes]] = {}
     for loaded in batches:
         batch = loaded.tensors
@@ -50,7 +50,7 @@ def by_position(batches: Iterable[LoadedBatch]) -> dict[int, tuple[int, bytes]]:
 
 @pytest.mark.processes
 def test_memory_stays_flat_over_epochs(digits: Path) -> None:
-    """The process that trains and its worker: a leak of 200 bytes a sample would be seen."""
+    """In the training process and its worker. A leak of 200 bytes per sample would be detected."""
     samples = open_dataset(digits / "train")
     steps, main, marks = sum(samples.shard_sizes) // GLOBAL_BATCH, psutil.Process(), []
     settings = {"stop": 16 * steps * GLOBAL_BATCH, "accumulation_steps": 1, "num_workers": 1}
@@ -66,7 +66,7 @@ def test_memory_stays_flat_over_epochs(digits: Path) -> None:
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "num_threads", "accumulation"), [(2, 0, 1, 2), (3, 2, 3, 2), (5, 1, 1, 1)]
 )
-def test_pixels_are_the_same_on_any_topology(
+def test_pixels_are_identical_for_any_number_of_ranks_workers_and_threads(
     digits: Path, world_size: int, num_workers: int, num_threads: int, accumulation: int, mixed: bool
 ) -> None:
     sets = [digits / "train", digits / "validation"]
@@ -90,14 +90,14 @@ def test_pixels_are_the_same_on_any_topology(
     assert sorted(alone) == list(range(20 * GLOBAL_BATCH))
 
 
-def test_a_run_continues_from_any_place(digits: Path) -> None:
+def test_loading_from_a_later_position_gives_the_same_samples(digits: Path) -> None:
     samples = open_dataset(digits / "train")
     whole = by_position(batches(samples))
     start = 13 * GLOBAL_BATCH
     assert by_position(batches(samples, start=start)) == {p: seen for p, seen in whole.items() if p >= start}
 
 
-def test_the_second_epoch_has_the_same_samples_but_not_the_same_pixels(digits: Path) -> None:
+def test_second_epoch_has_the_same_samples_with_other_augmentation(digits: Path) -> None:
     samples = open_dataset(digits / "validation")
     count = sum(samples.shard_sizes)
     seen = by_position(batches(samples, stop=2 * count, global_batch_size=count, accumulation_steps=1))
@@ -106,7 +106,7 @@ def test_the_second_epoch_has_the_same_samples_but_not_the_same_pixels(digits: P
     assert not {seen[p][1] for p in range(count)} & {seen[p][1] for p in range(count, 2 * count)}
 
 
-def test_a_masks_key_is_seed_epoch_and_sample(digits: Path) -> None:
+def test_patch_order_depends_on_seed_epoch_and_sample(digits: Path) -> None:
     samples = open_dataset(digits / "validation")
     count = sum(samples.shard_sizes)
     settings = {"stop": 2 * count, "global_batch_size": count, "accumulation_steps": 1}
@@ -147,7 +147,7 @@ def test_evaluation_counts_every_sample_once(digits: Path, world_size: int, batc
     assert len(counts) == 1
 
 
-def test_some_samples_are_spread_over_the_set(digits: Path) -> None:
+def test_max_samples_are_spread_evenly_over_the_dataset(digits: Path) -> None:
     samples, positions = open_dataset(digits / "train"), []
     for rank in range(2):
         for loaded in evaluation_batches(
@@ -159,7 +159,7 @@ def test_some_samples_are_spread_over_the_set(digits: Path) -> None:
 
 
 @pytest.mark.processes
-def test_workers_end_when_nobody_wants_more(digits: Path) -> None:
+def test_workers_end_when_the_generator_is_closed(digits: Path) -> None:
     loading = batches(open_dataset(digits / "train"), num_workers=2)
     next(loading)
     assert len(multiprocessing.active_children()) == 2
@@ -169,13 +169,13 @@ def test_workers_end_when_nobody_wants_more(digits: Path) -> None:
 
 @pytest.fixture
 def copied(digits: Path, tmp_path: Path) -> Path:
-    """A set of many small shards that may be damaged."""
+    """A copy of a set of many small shards, for damage."""
     shutil.copytree(digits / "train", tmp_path / "copied")
     return tmp_path / "copied"
 
 
-def test_views_of_an_image_have_other_pixels(digits: Path) -> None:
-    """The first is that of a run without repeats; a batch of 12 has the 6 images that such a run would have had."""
+def test_repeated_views_of_an_image_differ(digits: Path) -> None:
+    """The first view is that of a run without repeats; a batch of 12 has 6 images of such a run."""
     samples = open_dataset(digits / "train")
     settings = {"global_batch_size": 12, "accumulation_steps": 1}
     twice = by_position(batches(samples, stop=24, views_per_image=2, **settings))
@@ -190,7 +190,7 @@ def test_views_of_an_image_have_other_pixels(digits: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_sample_that_cannot_be_used_is_replaced_and_nothing_else_changes(copied: Path, num_workers: int) -> None:
+def test_unusable_sample_is_replaced_and_other_samples_are_unchanged(copied: Path, num_workers: int) -> None:
     whole = by_position(batches(open_dataset(copied)))
     tar = copied / "shard-000003.tar"
     data = bytearray(tar.read_bytes())
@@ -207,7 +207,7 @@ def test_a_sample_that_cannot_be_used_is_replaced_and_nothing_else_changes(copie
     assert [b.bad_samples for b in batches(samples)] == [b.bad_samples for b in loaded]  # again the same
 
 
-def test_a_substitute_is_of_the_same_window(copied: Path) -> None:
+def test_substitute_comes_from_the_same_window(copied: Path) -> None:
     samples = open_dataset(copied)
     order = samples.order(0, 3)
     (copied / "shard-000002.tar").unlink()
@@ -219,7 +219,7 @@ def test_a_substitute_is_of_the_same_window(copied: Path) -> None:
         assert len(window) <= 3
 
 
-def test_an_edited_index_is_noticed(copied: Path) -> None:
+def test_edited_index_is_detected(copied: Path) -> None:
     path = copied / "shard-000001.index.json"
     content = json.loads(path.read_text())
     content["label"][0] = (content["label"][0] + 1) % 3
@@ -230,7 +230,7 @@ def test_an_edited_index_is_noticed(copied: Path) -> None:
 
 
 @pytest.mark.processes
-def test_data_without_any_usable_sample_stops_the_loader(copied: Path) -> None:
+def test_data_without_any_usable_sample_is_an_error(copied: Path) -> None:
     for path in copied.glob("*.tar"):
         path.unlink()
     with pytest.raises(DataError, match=r"nothing near sample .* can be used: cannot be read: No such file"):
@@ -238,14 +238,14 @@ def test_data_without_any_usable_sample_stops_the_loader(copied: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_missing_shard_is_named(digits: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_named(digits: Path, tmp_path: Path) -> None:
     for path in (digits / "validation").glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(DataError, match=r"shard-000000.tar: sample .*: cannot be read: No such file"):
         open_dataset(tmp_path).read(0, 0)
 
 
-def test_few_labels_are_as_many_as_asked(digits: Path) -> None:
+def test_label_subset_has_the_requested_number_per_class(digits: Path) -> None:
     samples = open_dataset(digits / "train")
     few = LabelSubset(samples, 4, seed=1)
     records = [few.read(0, row) for row in range(few.shard_sizes[0])]
@@ -257,7 +257,7 @@ def test_few_labels_are_as_many_as_asked(digits: Path) -> None:
         LabelSubset(samples, 999, seed=0)
 
 
-def test_a_folder_of_images_is_data_too(digits: Path, tmp_path: Path) -> None:
+def test_folder_of_images_is_a_dataset(digits: Path, tmp_path: Path) -> None:
     shards = open_dataset(digits / "validation")
     expected = {}
     for shard, size in enumerate(shards.shard_sizes):
@@ -285,7 +285,7 @@ def test_a_folder_of_images_is_data_too(digits: Path, tmp_path: Path) -> None:
         open_dataset(tmp_path)
 
 
-def test_sets_of_different_classes_are_one_where_no_label_is_used(digits: Path, tmp_path: Path) -> None:
+def test_sets_with_different_classes_can_be_combined_without_labels(digits: Path, tmp_path: Path) -> None:
     make_shards(keep_classes(list_digits(), ["4", "5"]), tmp_path / "other", ShardOptions(validation_fraction=0.5))
     both = [digits / "train", tmp_path / "other" / "train"]
     with pytest.raises(DataError, match="its classes differ from those of"):
@@ -296,7 +296,7 @@ def test_sets_of_different_classes_are_one_where_no_label_is_used(digits: Path, 
     assert open_dataset([both[0], both[0]], labeled=False).class_names == ["0", "1", "2"]
 
 
-def test_class_shares_are_of_what_is_drawn(digits: Path, tmp_path: Path) -> None:
+def test_class_shares_are_those_of_the_visited_samples(digits: Path, tmp_path: Path) -> None:
     places = [digits / "train", digits / "validation"]
     infos = [json.loads((place / "dataset.json").read_text()) for place in places]
     counts = np.array([info["class_counts"] for info in infos], float)
@@ -306,7 +306,7 @@ def test_class_shares_are_of_what_is_drawn(digits: Path, tmp_path: Path) -> None
     assert LabelSubset(open_dataset(places[0]), 2, 0).class_shares == [1 / 3] * 3
 
 
-def test_several_sets_are_one(digits: Path, tmp_path: Path) -> None:
+def test_several_sets_are_concatenated(digits: Path, tmp_path: Path) -> None:
     both = open_dataset([digits / "train", digits / "validation"])
     assert sum(both.shard_sizes) == 537
     assert both.read(len(both.shard_sizes) - 1, 0).key == open_dataset(digits / "validation").read(-1, 0).key

@@ -1,4 +1,4 @@
-"""What the input stage says of itself: each stage by its name, nothing when nothing is amiss."""
+"""Loading metrics, and the sentence that names the bottleneck."""
 
 import time
 from functools import cache
@@ -76,20 +76,20 @@ def test_slowest_stage_is_named(digits: Path, stage: str) -> None:
 
 
 @pytest.mark.processes
-def test_a_loader_that_keeps_up_is_not_blamed(digits: Path) -> None:
+def test_fast_loader_is_not_reported(digits: Path) -> None:
     row = row_of(open_dataset(digits / "train"), TrainView(AugmentConfig(), 16), train_seconds=0.1)
     assert describe_bottleneck(row | {"data/wait_fraction": 0.02}, 1) is None
     assert row["data/batches_ready"] > 1
     assert row["data/megabytes_per_second"] > 0
 
 
-def test_without_workers_the_cure_is_workers() -> None:
+def test_advice_without_workers_is_to_use_workers() -> None:
     sentence = describe_bottleneck({"data/wait_fraction": 0.4}, 0)
     assert sentence == "input-bound 40% of the time: the training process loads the data itself; set data.num_workers"
 
 
-def test_the_queue_is_as_full_as_it_was() -> None:
-    """Batches done at 1, 2 and 3, taken at 4, 5 and 6: two, then one, then none lay ready behind the one taken."""
+def test_batches_ready_is_the_mean_length_of_the_queue() -> None:
+    """Batches done at 1, 2 and 3 and taken at 4, 5 and 6: two, one and none were waiting behind the one taken."""
     meter = Meter()
     for done, taken in [(1.0, 4.0), (2.0, 5.0), (3.0, 6.0)]:
         meter.add(LoadedBatch({}, 1.0, [], LoadingStats(1.0, 2.0, 3.0, 4e6), done), taken - 0.5, taken)
@@ -105,7 +105,7 @@ def test_the_queue_is_as_full_as_it_was() -> None:
     assert meter.take() == [0.0] * 11
 
 
-def test_what_is_remote_says_how_the_cache_did() -> None:
+def test_remote_data_adds_cache_metrics() -> None:
     meter = Meter()
     stats = LoadingStats(bytes=1e6, hits=9, downloads=1, downloaded_bytes=5e6, retries=2)
     meter.add(LoadedBatch({}, 1.0, [], stats, 1.0), 1.5, 2.0)

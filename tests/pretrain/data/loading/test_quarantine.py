@@ -1,4 +1,4 @@
-"""The ledger: each fault once, the same after a resume; and the budget that ends a run with a report."""
+"""Quarantine: each bad sample once, also after a resume; and the limits that end a run with a report."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def read_quarantine(path: Path) -> list[BadSample]:
     return [BadSample(**row) for row in read_rows(path)]
 
 
-def test_a_fault_is_written_once(tmp_path: Path) -> None:
+def test_bad_sample_is_written_once(tmp_path: Path) -> None:
     quarantine = ledger(tmp_path)
     quarantine.add([fault(7), fault(3)])
     quarantine.add([fault(7), fault(VALIDATION_POSITION)])
@@ -33,7 +33,7 @@ def test_a_fault_is_written_once(tmp_path: Path) -> None:
     assert len(quarantine) == 2
 
 
-def test_a_resumed_run_forgets_what_it_will_meet_again(tmp_path: Path) -> None:
+def test_resume_removes_rows_after_the_resume_position(tmp_path: Path) -> None:
     ledger(tmp_path).add([fault(3), fault(7)])
     with (tmp_path / "quarantine.jsonl").open("a") as file:
         file.write('{"position": 9, "sha')  # killed in the middle of a line
@@ -47,7 +47,7 @@ def test_a_resumed_run_forgets_what_it_will_meet_again(tmp_path: Path) -> None:
     assert read_quarantine(resumed.path) == [fault(3), fault(7)]
 
 
-def test_too_large_a_share_ends_the_run_with_a_report(tmp_path: Path) -> None:
+def test_too_many_bad_samples_end_the_run_with_a_report(tmp_path: Path) -> None:
     quarantine = ledger(tmp_path, max_bad_fraction=0.01)
     quarantine.add(fault(2 * i, "b.tar") for i in range(10))
     quarantine.check(500)  # 10 of the first 1,000 are allowed
@@ -63,7 +63,7 @@ def test_too_large_a_share_ends_the_run_with_a_report(tmp_path: Path) -> None:
     ]
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
+def test_too_many_bad_samples_in_a_row_end_the_run(tmp_path: Path) -> None:
     quarantine = ledger(tmp_path, max_bad_consecutive=4)
     quarantine.add(fault(i) for i in [1, 2, 3, 4, 6, 7])
     quarantine.check(10**6)
@@ -73,7 +73,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 @given(st.sets(st.integers(0, 40)), st.integers(1, 10))
-def test_a_run_of_bad_samples_is_as_long_as_counting_says(positions: set[int], limit: int) -> None:
+def test_longest_run_equals_a_simple_count(positions: set[int], limit: int) -> None:
     quarantine = Quarantine(Path("nowhere"), FaultBudget(max_bad_consecutive=limit), 0, writes=False)
     quarantine.add(map(fault, positions))
     pattern = "".join("x" if i in positions else " " for i in range(41))

@@ -1,4 +1,4 @@
-"""Killed at any moment and continued on any number of ranks: the same samples and the same pixels, step by step."""
+"""Runs that are killed at any moment and resumed on any number of ranks see the same samples and pixels."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ Seen = dict[int, tuple[str, str]]
 
 @pytest.fixture(scope="module")
 def mix(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Three sets of the same classes, of different sizes, drawn 3 : 2 : 1; one has fewer shards than any world."""
+    """A mix of three sets of different sizes with weights 3 : 2 : 1; one has fewer shards than there are ranks."""
     folder = tmp_path_factory.mktemp("mix")
     source = keep_classes(list_digits(), ["0", "1", "2"])
     for i, shard_bytes in enumerate([20_000, 60_000, 10**9]):
@@ -35,7 +35,7 @@ def mix(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def run_rank(samples: Dataset, log: Path, start: int, rank: int, world_size: int, num_workers: int) -> None:
-    """Write down every sample of this rank, a line each."""
+    """Write one line for each sample of this rank."""
     loading = training_batches(
         samples,
         VIEW,
@@ -65,7 +65,7 @@ def run_rank(samples: Dataset, log: Path, start: int, rank: int, world_size: int
 
 
 def read_log(log: Path) -> Seen:
-    """Read what a rank wrote; a kill may have cut its last line off."""
+    """Read the lines of a rank; a kill may have truncated the last one."""
     seen = {}
     for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
         if line.endswith("\n"):
@@ -76,7 +76,7 @@ def read_log(log: Path) -> Seen:
 
 
 def run_world(samples: Dataset, folder: Path, start: int, world_size: int, num_workers: int, kill: bool) -> Seen:
-    """Run all ranks; kill -9 them while they are under way. Return what they saw, each sample once."""
+    """Run all ranks, kill them with SIGKILL meanwhile if asked to, and return the samples that they saw."""
     logs = [folder / f"{world_size}-{rank}.jsonl" for rank in range(world_size)]
     ranks = [
         CONTEXT.Process(target=run_rank, args=(samples, log, start, rank, world_size, num_workers))
@@ -102,7 +102,7 @@ def run_world(samples: Dataset, folder: Path, start: int, world_size: int, num_w
 
 
 @pytest.mark.processes
-def test_eight_then_six_five_one_and_sixteen_ranks_see_what_one_run_would(mix: Dataset, tmp_path: Path) -> None:
+def test_killed_runs_resumed_on_other_numbers_of_ranks_see_the_same_samples(mix: Dataset, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = run_world(mix, tmp_path / "whole", 0, 2, 0, kill=False)
     assert sorted(whole) == list(range(STEPS * GLOBAL_BATCH))

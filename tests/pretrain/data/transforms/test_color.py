@@ -1,4 +1,4 @@
-"""Color against Pillow and the standard library's HSV."""
+"""Color transforms compared with Pillow and with the standard library's HSV."""
 
 import colorsys
 import itertools
@@ -32,7 +32,7 @@ def test_jitter_equals_pillow(factor: float) -> None:
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.37, -0.1, 0.0, 0.02, 0.25, 0.5])
-def test_hue_equals_the_standard_library(turns: float) -> None:
+def test_hue_shift_equals_the_standard_library(turns: float) -> None:
     corners = np.array(
         list(itertools.product((0.0, 0.5, 1.0), repeat=3))
     )  # grayscales and full colors: every special case
@@ -46,7 +46,7 @@ def test_hue_equals_the_standard_library(turns: float) -> None:
     assert (ours - torch.tensor(expected)).abs().max() < 5e-6  # float32 beside float64
 
 
-def test_every_image_has_its_own_hue() -> None:
+def test_hue_shift_is_per_image() -> None:
     red = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 3, 1, 1)
     turned = shift_hue(red, torch.tensor([0.0, 1 / 3, -1 / 3]))[:, :, 0, 0]
     assert torch.allclose(turned, torch.eye(3), atol=1e-6)

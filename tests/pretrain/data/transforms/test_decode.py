@@ -1,4 +1,4 @@
-"""Decoding: what Pillow shows a person, whatever the format; nothing hostile gets far."""
+"""Decoding gives Pillow's pixels for every format, and refuses damaged or hostile files."""
 
 import io
 from pathlib import Path
@@ -21,7 +21,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def test_lossless_formats_give_the_pixels_back() -> None:
+def test_lossless_formats_decode_to_the_original_pixels() -> None:
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {})):
         assert np.array_equal(decode(encoded(PHOTO, kind, **options)), np.asarray(PHOTO))
 
@@ -33,7 +33,7 @@ def test_jpeg_equals_pillow(subsampling: int) -> None:
     assert abs(decode(data).astype(int) - theirs).mean() < 0.1  # two builds of libjpeg-turbo round alike, nearly
 
 
-def test_modes() -> None:
+def test_all_modes_decode_to_rgb() -> None:
     grayscale = PHOTO.convert("L")
     assert np.array_equal(decode(encoded(grayscale, "PNG")), np.asarray(grayscale.convert("RGB")))
     assert decode(encoded(grayscale, "JPEG")).shape == (90, 130, 3)
@@ -57,7 +57,7 @@ def test_deep_grayscale_is_refused_or_scaled(kind: str) -> None:
             decode(encoded(Image.fromarray(np.ones((4, 5), dtype)), "TIFF"), scales=True)
 
 
-def test_transparency_is_put_on_white() -> None:
+def test_transparency_is_blended_with_white() -> None:
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert decode(encoded(half, "PNG"))[0, 0].tolist() == [255, 127, 127]
     assert decode(encoded(Image.new("LA", (4, 4), (0, 0)), "PNG"))[0, 0].tolist() == [255, 255, 255]
@@ -77,20 +77,20 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
-def test_what_is_no_image_is_a_decode_error(data: bytes) -> None:
+def test_other_bytes_are_a_decode_error(data: bytes) -> None:
     with pytest.raises(DecodeError):
         decode(data)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_cut_image_is_a_decode_error(kind: str) -> None:
+def test_truncated_image_is_a_decode_error(kind: str) -> None:
     data = encoded(PHOTO, kind)
     with pytest.raises(DecodeError):
         decode(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_decompression_bomb_is_refused_before_decoding(
+def test_decompression_bomb_is_refused_before_decoding(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(decode_module, "MAX_PIXELS", 90 * 130 - 1)

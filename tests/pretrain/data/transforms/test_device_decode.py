@@ -1,4 +1,4 @@
-"""JPEGs left to the device give the crops that the workers would give; torchvision itself is tried where it is."""
+"""JPEGs that the device decodes give the workers' crops; torchvision is tested if it is installed."""
 
 import io
 from pathlib import Path
@@ -29,7 +29,7 @@ SIZE = 48
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """JPEGs in color and grayscale, some that must be turned, and PNGs."""
+    """Color and grayscale JPEGs, some with an EXIF orientation, and PNGs."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "in" / "a").mkdir(parents=True)
     photo = Image.fromarray(load_sample_image("china.jpg"))
@@ -60,7 +60,7 @@ def load(samples: Dataset, **options: Any) -> list[LoadedBatch]:
 
 @pytest.mark.processes
 @pytest.mark.parametrize("decoder", [by_simplejpeg, refuse])
-def test_the_same_crops_wherever_they_are_made(mixed: Dataset, decoder: Any) -> None:
+def test_crops_on_the_device_equal_those_of_the_workers(mixed: Dataset, decoder: Any) -> None:
     for here, later in zip(load(mixed), load(mixed, decodes_jpegs=False), strict=True):
         assert "image" not in later.tensors or len(later.tensors["image"]) < 8
         batch = decode_on_device(later.tensors, SIZE, CPU, decoder)
@@ -72,12 +72,12 @@ def test_the_same_crops_wherever_they_are_made(mixed: Dataset, decoder: Any) -> 
 
 
 @pytest.mark.processes
-def test_a_batch_without_jpegs_is_left_as_it_is(digits: Path) -> None:
+def test_batch_without_jpegs_is_returned_unchanged(digits: Path) -> None:
     [first, *_] = load(open_dataset(digits / "train"), decodes_jpegs=False)
     assert decode_on_device(first.tensors, SIZE, CPU, refuse) is first.tensors
 
 
-def test_what_is_left_to_the_device() -> None:
+def test_only_plain_jpegs_are_left_to_the_device() -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "JPEG")
     left = decode_unless_jpeg(buffer.getvalue())
@@ -89,7 +89,7 @@ def test_what_is_left_to_the_device() -> None:
     assert not isinstance(decode_unless_jpeg(buffer.getvalue()), EncodedJpeg)
 
 
-def test_torchvision_or_a_sentence(mixed: Dataset) -> None:
+def test_missing_torchvision_or_gpu_is_explained(mixed: Dataset) -> None:
     with pytest.raises(DataError, match=r"gpu needs a CUDA device, but this run uses cpu; set data.decode=cpu"):
         build_decoder(CPU)
     try:

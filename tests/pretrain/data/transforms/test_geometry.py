@@ -1,4 +1,4 @@
-"""Geometry against Pillow, the blur against SciPy, and compositions against one operation after the other."""
+"""Geometry compared with Pillow, the blur with SciPy, composed maps with sequences of operations."""
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ def warped(images: torch.Tensor, *operations: tuple[str, float]) -> torch.Tensor
 
 
 def is_inside(*operations: tuple[str, float]) -> torch.Tensor:
-    """Where no pixel of the result took anything from outside the image."""
+    """Return the pixels of the result that do not depend on anything outside of the image."""
     return warped(torch.ones(1, 1, SIDE, SIDE), *operations)[0, 0] > 1 - 1e-6
 
 
 @pytest.mark.parametrize("strength", [-1.0, -0.45, 0.3, 1.0])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_operation_equals_pillow(operation: str, strength: float) -> None:
+def test_operation_equals_pillow(operation: str, strength: float) -> None:
     image, black = Image.fromarray(PHOTO), (0, 0, 0)
     if operation == "rotate":
         theirs = image.rotate(30 * strength, Image.Resampling.BILINEAR, fillcolor=black)
@@ -63,15 +63,15 @@ def test_warp_equals_torch_on_any_shape() -> None:
     assert torch.allclose(warp(images, affine), theirs + FILL * (1 - covered), atol=1e-4)
 
 
-def test_what_comes_from_outside_is_grayscale() -> None:
+def test_pixels_from_outside_are_gray() -> None:
     shifted = warped(PIXELS, ("translate_x", 1.0))
     assert torch.allclose(shifted[..., -int(0.45 * SIDE) :], torch.tensor(FILL))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.floats(-0.5, 0.5)), min_size=1, max_size=4))
-def test_one_map_does_what_the_operations_do_in_turn(operations: list[tuple[str, float]]) -> None:
-    """On a slope, where bilinear sampling is exact however often it is repeated."""
+def test_composed_map_equals_the_operations_in_sequence(operations: list[tuple[str, float]]) -> None:
+    """On a linear gradient, where repeated bilinear sampling is exact."""
     rows, columns = torch.meshgrid(torch.arange(SIDE) / SIDE, torch.arange(SIDE) / SIDE, indexing="ij")
     slopes = torch.stack([rows, columns, rows - columns])[None]
     in_turn, inside = slopes, torch.ones(1, 1, SIDE, SIDE)
@@ -97,7 +97,7 @@ def test_blur_equals_scipy(sigma: float) -> None:
     np.testing.assert_allclose(ours, theirs, atol=2e-6)  # float32 sums of thirteen weights, twice
 
 
-def test_every_image_has_its_own_blur() -> None:
+def test_blur_is_per_image() -> None:
     sigmas = (0.3, 1.0, 2.0)
     kernels = [sample_blur_kernel(1.0, (sigma, sigma + 1e-9), SIDE, np.random.default_rng(0)) for sigma in sigmas]
     radius = len(kernels[-1]) // 2
@@ -108,7 +108,7 @@ def test_every_image_has_its_own_blur() -> None:
         assert torch.allclose(together[i], alone, atol=1e-6)
 
 
-def test_blurs_are_drawn_with_the_asked_probability_and_width() -> None:
+def test_blurs_have_the_configured_probability_and_width() -> None:
     random = np.random.default_rng(0)
     kernels = np.stack([sample_blur_kernel(0.3, (0.5, 2.0), SIDE, random) for _ in range(2000)])
     assert kernels.shape == (2000, 13)  # six pixels either way: three of the widest deviations
@@ -124,7 +124,7 @@ def test_blurs_are_drawn_with_the_asked_probability_and_width() -> None:
 
 
 @pytest.mark.parametrize("side", [1, 2, 5])
-def test_blur_fits_into_a_small_image(side: int) -> None:
+def test_blur_works_on_small_images(side: int) -> None:
     kernel = sample_blur_kernel(1.0, (2.0, 2.0), side, np.random.default_rng(0))
     flat = torch.full((1, 3, side, side), 0.7)
     assert torch.allclose(blur(flat, torch.tensor(kernel, dtype=torch.float32)[None]), flat)

@@ -1,4 +1,4 @@
-"""Mixup and cutmix, by counting their pixels."""
+"""Mixup and CutMix, checked by counting pixels."""
 
 import numpy as np
 import torch
@@ -7,8 +7,8 @@ from pretrain.config import AugmentConfig
 from pretrain.data.transforms.mixup import mix_neighbors, neighbors, sample_mix
 
 
-def test_mixing_counts_its_pixels_right() -> None:
-    """An image of ones beside one of zeros: its mean after mixing is its own share."""
+def test_own_share_equals_the_share_of_pixels() -> None:
+    """After an image of ones is mixed with one of zeros, its mean is its own share."""
     random, config = np.random.default_rng(0), AugmentConfig(mixup=0.8, cutmix=1.0)
     draws = [sample_mix(config, random) for _ in range(64)]
     batch = {
@@ -24,5 +24,5 @@ def test_mixing_counts_its_pixels_right() -> None:
     assert 16 < is_cut.sum() < 48  # mixup and cutmix take turns
 
 
-def test_neighbors_swap_pairs() -> None:
+def test_neighbors_are_swapped_in_pairs() -> None:
     assert neighbors(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]

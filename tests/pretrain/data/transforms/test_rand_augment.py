@@ -1,4 +1,4 @@
-"""RandAugment's colors against Pillow, and what is drawn."""
+"""RandAugment's color operations compared with Pillow, and the distribution of its parameters."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -30,7 +30,7 @@ PILLOWS: dict[str, Callable[[float], Image.Image]] = {
 
 @pytest.mark.parametrize("strength", [-0.8, 0.4])
 @pytest.mark.parametrize("name", COLORS)
-def test_each_color_is_pillows(name: str, strength: float) -> None:
+def test_color_operation_equals_pillow(name: str, strength: float) -> None:
     ours = recolor(PIXELS, torch.tensor([[float(COLORS.index(name))]]), torch.tensor([[strength]]))
     theirs = np.asarray(PILLOWS[name](strength)).astype(float)
     difference = np.abs(ours[0].permute(1, 2, 0).numpy() * 255 - theirs)
@@ -38,7 +38,7 @@ def test_each_color_is_pillows(name: str, strength: float) -> None:
     assert name == "identity" or np.abs(theirs - np.asarray(PHOTO)).mean() > 0.5
 
 
-def test_images_have_operations_of_their_own_in_the_order_drawn() -> None:
+def test_color_operations_are_per_image_and_in_order() -> None:
     contrast, solarize, nothing = (float(COLORS.index(name)) for name in ("contrast", "solarize", "identity"))
     batch = PIXELS.expand(3, -1, -1, -1)
     colors = torch.tensor([[contrast, solarize], [solarize, contrast], [nothing, nothing]])
@@ -52,13 +52,13 @@ def test_images_have_operations_of_their_own_in_the_order_drawn() -> None:
     torch.testing.assert_close(both[2], PIXELS[0])
 
 
-def test_a_flat_image_stays() -> None:
+def test_constant_image_is_unchanged() -> None:
     flat = torch.full((1, 3, 8, 8), 0.4)
     for name in ("auto", "equalize", "sharpness", "contrast"):
         torch.testing.assert_close(recolor(flat, torch.tensor([[float(COLORS.index(name))]]), torch.ones(1, 1)), flat)
 
 
-def test_all_operations_are_drawn_alike() -> None:
+def test_operations_are_sampled_uniformly() -> None:
     random, counts = np.random.default_rng(0), Counter[str]()
     moves = {compose([(name, sign * 0.4)]).tobytes(): name for name in OPERATIONS for sign in (-1, 1)}
     for _ in range(2800):
@@ -71,7 +71,7 @@ def test_all_operations_are_drawn_alike() -> None:
     assert all(abs(count - 200) < 60 for count in counts.values())  # four standard deviations
 
 
-def test_moves_are_composed_in_the_order_drawn() -> None:
+def test_geometric_operations_are_composed_in_order() -> None:
     for seed in range(40):
         random = np.random.default_rng(seed)
         one, two = (sample_rand_augment(1, 7.0, random)["affine"] for _ in range(2))

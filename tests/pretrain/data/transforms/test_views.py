@@ -1,4 +1,4 @@
-"""Views and the order of the operations: against Pillow, and by what must not change."""
+"""Views compared with Pillow, and the order and independence of the augmentation's operations."""
 
 import re
 from typing import Any
@@ -52,21 +52,21 @@ def test_resize_equals_pillow() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 10**6))
-def test_a_crop_lies_in_the_image(height: int, width: int, seed: int) -> None:
+def test_crop_lies_inside_the_image(height: int, width: int, seed: int) -> None:
     box = crop_box(height, width, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed))
     top, left, bottom, right = box
     assert 0 <= top < bottom <= height
     assert 0 <= left < right <= width
 
 
-def test_an_image_that_no_crop_fits_gives_its_middle() -> None:
-    """As far as the aspect allows, as torchvision has it."""
+def test_crop_is_centered_if_none_fits() -> None:
+    """The crop has the nearest allowed aspect, as in torchvision."""
     random, scale, aspect = np.random.default_rng(0), (0.8, 1.0), (3 / 4, 4 / 3)
     assert crop_box(100, 400, scale, aspect, random) == (0, 133, 100, 266)
     assert crop_box(400, 100, scale, aspect, random) == (133, 0, 266, 100)
 
 
-def test_crops_keep_the_asked_share_of_the_area() -> None:
+def test_crops_have_the_configured_share_of_the_area() -> None:
     shares = []
     for seed in range(500):
         top, left, bottom, right = crop_box(400, 400, (0.3, 0.6), (1.0, 1.0), np.random.default_rng(seed))
@@ -76,7 +76,7 @@ def test_crops_keep_the_asked_share_of_the_area() -> None:
     assert abs(np.mean(shares) - 0.45) < 0.02
 
 
-def test_crops_have_the_asked_aspects_log_uniformly() -> None:
+def test_aspect_ratios_are_log_uniform() -> None:
     logs = []
     for seed in range(500):
         top, left, bottom, right = crop_box(400, 400, (0.2, 0.3), (0.5, 2.0), np.random.default_rng(seed))
@@ -87,7 +87,7 @@ def test_crops_have_the_asked_aspects_log_uniformly() -> None:
     assert (abs(quarters - 125) < 45).all()  # more than four standard deviations
 
 
-def test_draws_have_the_asked_strength_and_probability() -> None:
+def test_parameters_have_the_configured_strength_and_probability() -> None:
     config = AugmentConfig(
         flip=0.25, brightness=0.4, contrast=0.2, saturation=1.5, hue=0.3, grayscale=0.2, solarize=0.6, erasing=0.1
     )
@@ -108,7 +108,7 @@ def test_draws_have_the_asked_strength_and_probability() -> None:
     assert 0.25 < areas.max() <= 1 / 3 + 1e-6
 
 
-def test_three_augment_takes_one_of_three() -> None:
+def test_three_augment_applies_exactly_one_operation() -> None:
     view = TrainView(AugmentConfig(three_augment=True), 16)
     draws = [view.sample_augmentation(np.random.default_rng(seed)) for seed in range(900)]
     still = view.sample_augmentation(
@@ -119,7 +119,7 @@ def test_three_augment_takes_one_of_three() -> None:
     assert taken.mean(axis=0) == pytest.approx([1 / 3] * 3, abs=0.06)
 
 
-def test_without_draws_an_image_is_only_normalized() -> None:
+def test_batch_without_parameters_is_only_normalized() -> None:
     view = TrainView(AugmentConfig(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=0.0), 32)
     batch = batch_of(view, 2)
     expected = (batch["image"] / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
@@ -137,7 +137,7 @@ def test_flip_is_per_image() -> None:
     assert 0 < batch["flip"].sum() < 8
 
 
-def test_the_order_of_the_operations_is_the_documented_one() -> None:
+def test_operations_are_applied_in_the_documented_order() -> None:
     batch = batch_of(TrainView(FULL, 16), 12)
     images = batch["image"] / 255
     yes = {name: batch[name].bool()[:, None, None, None] for name in ("flip", "grayscale", "solarize")}
@@ -154,7 +154,7 @@ def test_the_order_of_the_operations_is_the_documented_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["grayscale", "solarize", "blur", "erasing"])
-def test_who_did_not_draw_an_operation_keeps_every_pixel(name: str) -> None:
+def test_image_without_an_operation_is_unchanged_by_it(name: str) -> None:
     config = AugmentConfig(crop_scale=(1.0, 1.0), flip=0.0, blur_sigma=(0.5, 2.0)).model_copy(update={name: 0.5})
     batch = batch_of(TrainView(config, 32), 32)
     alone = augment({"image": batch["image"]}, MEAN, STD)
@@ -165,8 +165,8 @@ def test_who_did_not_draw_an_operation_keeps_every_pixel(name: str) -> None:
     assert 6 < is_drawn.sum() < 26  # more than three standard deviations
 
 
-def test_what_is_off_takes_no_random_numbers() -> None:
-    """The draws of a config without the later operations, redrawn here: a run of before keeps its pixels."""
+def test_disabled_operations_take_no_random_numbers() -> None:
+    """The parameters of a config without the later operations are sampled again here by hand."""
     config = AugmentConfig(
         brightness=0.4, contrast=0.2, erasing=1.0, mixup=0.8, rand_augment_magnitude=3.0, blur_sigma=(1.0, 3.0)
     )
@@ -193,7 +193,7 @@ def _erased(random: np.random.Generator) -> list[float]:
     return [top, left, top + height, left + width]
 
 
-def test_a_sample_looks_the_same_alone_and_in_any_batch() -> None:
+def test_augmentation_does_not_depend_on_the_batch() -> None:
     batch = batch_of(TrainView(FULL, 24), 10)
     whole = augment(batch, MEAN, STD)
     for i in range(10):
@@ -205,8 +205,8 @@ def test_a_sample_looks_the_same_alone_and_in_any_batch() -> None:
 
 @pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # the cache holds constants
-def test_augmenting_asks_nothing_of_the_device() -> None:
-    """On the meta device there are no numbers for the host to read, and a graph without a break holds no reading."""
+def test_augment_never_copies_from_the_device() -> None:
+    """The meta device has no values that the host could read, and a graph without breaks contains no read."""
     batch = batch_of(TrainView(FULL, 16), 4)
     shapes = {name: value.to("meta") for name, value in batch.items()}
     assert augment(shapes, MEAN, STD).shape == (4, 3, 16, 16)
@@ -226,13 +226,13 @@ def test_augmenting_asks_nothing_of_the_device() -> None:
         ({"rand_augment_ops": -1}, "greater than or equal to 0"),
     ],
 )
-def test_impossible_strengths_are_refused(values: dict[str, Any], sentence: str) -> None:
+def test_impossible_strengths_are_config_errors(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(sentence)) as caught:
         AugmentConfig(**values)
     assert caught.value.errors()[0]["loc"][0] in values
 
 
-def test_a_sample_looks_the_same_in_any_batch_that_keeps_its_neighbor() -> None:
+def test_mixing_depends_only_on_the_neighbor() -> None:
     batch = batch_of(TrainView(FULL, 16), 12)
     whole, share = mix_neighbors(augment(batch, MEAN, STD), batch)
     for start in range(0, 12, 4):
@@ -242,7 +242,7 @@ def test_a_sample_looks_the_same_in_any_batch_that_keeps_its_neighbor() -> None:
         assert torch.equal(alone_share, share[start : start + 4])
 
 
-def test_erased_boxes_have_the_mean_of_the_data() -> None:
+def test_erased_boxes_are_zero_after_normalization() -> None:
     batch = batch_of(TrainView(AugmentConfig(erasing=1.0), 32), 6)
     images = augment(batch, MEAN, STD)
     mask = box_mask(batch["erase_box"], images)
@@ -254,7 +254,7 @@ def test_erased_boxes_have_the_mean_of_the_data() -> None:
 
 
 @pytest.mark.parametrize("shape", [(40, 57), (57, 40), (33, 33), (20, 90)])
-def test_evaluation_crops_the_center(shape: tuple[int, int]) -> None:
+def test_evaluation_view_crops_the_center(shape: tuple[int, int]) -> None:
     height, width = shape
     pixels = EvalView(32, 1.25)(PHOTO[:height, :width], np.random.default_rng(0))["image"]
     edge = 40
