@@ -25,6 +25,9 @@ if not torch.cuda.is_available():
     # Saving a model imports deepspeed, which otherwise looks for an accelerator and prints a warning.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+# Imported once by the server of the data workers, instead of by each worker that unpickles a `Preprocessor`.
+WORKER_MODULES = ("finetune.backbone", "transformers.image_processing_backends")
+
 
 class ModelError(UserError):
     """A model folder that cannot be fine-tuned or used."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.backbone import Preprocessor, save_folder
+from finetune.backbone import WORKER_MODULES, save_folder
 from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
@@ -52,7 +52,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
     """Fine-tune as the command line asks; return the exit code."""
     stop = StopSignal()
     if command.config.data.num_workers:
-        start_server([Preprocessor.__module__])  # imports transformers in the background, once for all workers
+        start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
     accelerator = build_accelerator(command.config)
     try:
         run = build_run(command.config, accelerator)
