@@ -1,6 +1,7 @@
 """Fixtures for all tests: no GPU, no network, shards of the digits, a tiny recipe, a shell."""
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Generator
@@ -86,6 +87,22 @@ def digits(session_folder: Path) -> Path:
     source = keep_classes(list_digits(), ["0", "1", "2"])
     recipe = ShardOptions(validation_fraction=0.1, shard_bytes=50_000, seed=0)
     return once(session_folder / "digits", lambda out: make_shards(source, out, recipe))
+
+
+@pytest.fixture(scope="session")
+def empty_store(session_folder: Path) -> Path:
+    """An MLflow store without runs: creating one takes seconds, copying it does not."""
+    from mlflow import MlflowClient  # takes seconds, and few tests need it
+
+    return once(session_folder / "mlflow.db", lambda path: MlflowClient(f"sqlite:///{path}"))
+
+
+@pytest.fixture
+def stores(tmp_path: Path, empty_store: Path) -> None:
+    """Put an MLflow store where the runs of a test look for it, so that they need not create it."""
+    for folder in (tmp_path, tmp_path / "runs"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(empty_store, folder / "mlflow.db")
 
 
 @pytest.fixture

@@ -83,6 +83,7 @@ def test_rows_before_the_resume_step_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("stores")
 def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     """A picture that is drawn again is sent again; pictures after the resume step are removed."""
     run_dir = tmp_path / "runs" / "a"
@@ -105,6 +106,7 @@ def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     assert names == [picture_name(step) for step in (10, 20, 30, 20)]
 
 
+@pytest.mark.usefixtures("stores")
 def test_a_step_may_have_several_rows_that_are_written_at_different_times(tmp_path: Path) -> None:
     """Training and validation log rows at one step; a push or a crash between them loses no value."""
     run_dir = tmp_path / "a"
@@ -134,24 +136,27 @@ def test_an_incomplete_last_line_is_not_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 @pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+@pytest.mark.usefixtures("stores")
 def test_an_exception_decides_the_status(
     tmp_path: Path, error: type[BaseException], status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pretrain.tracking.tracker.STOP_TIMEOUT_SECONDS", 600.0)  # MLflow may start slowly
-    with pytest.raises(error), start_tracker(tmp_path / "r" / "a"):
+    with pytest.raises(error), start_tracker(tmp_path / "runs" / "a"):
         raise error
-    assert only_run(default_uri(tmp_path / "r" / "a")).info.status == status
+    assert only_run(default_uri(tmp_path / "runs" / "a")).info.status == status
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("status", ["KILLED", "RUNNING"])
+@pytest.mark.usefixtures("stores")
 def test_mlflow_shows_the_status_with_which_a_run_finished(tmp_path: Path, status: str) -> None:
     """A run that is about to roll back finishes as RUNNING, which is not the end of the MLflow run."""
-    run = only_run(track(tmp_path / "r" / "a", steps=(1,), status=status))
+    run = only_run(track(tmp_path / "runs" / "a", steps=(1,), status=status))
     assert (run.info.status, run.info.end_time is None) == (status, status == "RUNNING")
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("stores")
 def test_a_run_whose_process_died_has_failed_and_can_still_be_tagged(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "a"
     tracker = start_tracker(run_dir)
@@ -187,6 +192,7 @@ def test_concurrent_or_killed_runs_leave_no_incomplete_store(tmp_path: Path) -> 
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("stores")
 def test_the_store_of_an_older_mlflow_is_not_changed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     track(tmp_path / "a")
     with sqlite3.connect(tmp_path / "mlflow.db") as store:
@@ -200,6 +206,7 @@ def test_the_store_of_an_older_mlflow_is_not_changed(tmp_path: Path, capfd: pyte
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("stores")
 def test_a_new_run_in_an_old_folder_is_a_new_mlflow_run(tmp_path: Path) -> None:
     uri = track(tmp_path / "runs" / "a", steps=(10, 20))
     track(tmp_path / "runs" / "a", steps=(5,))
@@ -239,6 +246,7 @@ def test_a_sink_that_is_too_slow_is_killed_after_the_timeout(tmp_path: Path, cap
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("stores")
 def test_a_store_that_cannot_store_pictures_gets_everything_else(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
