@@ -42,7 +42,7 @@ class FinetuneRun:
         preprocessor: Preprocessing of the model's folder.
         training: Training data.
         validation: Validation data.
-        quarantine: Ledger of unusable samples.
+        quarantine: List of unusable samples.
     """
 
     config: FinetuneConfig

@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain import distributed
 from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.loading.loader import BatchPlan, IndexedBatches, LoadedBatch
+from pretrain.data.loading.loader import BatchPlan, BatchSource, IndexedBatches, LoadedBatch
 from pretrain.data.loading.meters import Meter
 from pretrain.data.loading.stream import TarStream, TarStreamBatches
 from pretrain.data.transforms.batch import Batch, to_device
@@ -67,7 +67,7 @@ class Batches:
             views_per_image=config.data.repeats,
             decodes_jpegs=decoder is None,
         )
-        self._source: IndexedBatches | TarStreamBatches = (
+        self._source: BatchSource = (
             TarStreamBatches(dataset, plan, state.next_tar)
             if isinstance(dataset, TarStream)
             else IndexedBatches(dataset, plan)
@@ -101,13 +101,13 @@ class Batches:
     def sample_names(self, position: int) -> Iterable[tuple[str, str]]:
         """Return the shard and the key of each sample of the step that starts at `position` (collective)."""
         names = self._source.sample_names(position)
-        if isinstance(self._source, TarStreamBatches):  # each rank knows its own samples only
+        if self._source.is_stream:  # each rank knows its own samples only
             return chain.from_iterable(distributed.gather(list(names)))
         return names
 
     def next_tar(self) -> int:
         """Return the number of the first tar that no rank has opened; 0 for indexed data (collective)."""
-        if isinstance(self._source, TarStreamBatches):
+        if self._source.is_stream:
             return max(distributed.gather(self._source.next_tar))
         return 0
 

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -243,6 +243,29 @@ def _timed_read(
     return sample, LoadingStats(**seconds, bytes=len(encoded.data), **dataset.take_cache_counts())
 
 
+class BatchSource(Protocol):
+    """The micro-batches of one rank: from an indexed dataset (`IndexedBatches`) or a stream (`TarStreamBatches`).
+
+    Attributes:
+        is_stream: Whether each rank knows only its own samples, and the position in the run does not tell which.
+    """
+
+    is_stream: ClassVar[bool]
+
+    @property
+    def next_tar(self) -> int:
+        """Number of the first tar of a stream that this rank has not opened; 0 for an indexed dataset."""
+
+    def load(self, view: View, start: int, stop: int) -> Generator[LoadedBatch, None, None]:
+        """Yield the micro-batches of the positions from `start` to before `stop`."""
+
+    def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
+        """Yield the shard and the key of the samples of the step that starts at `position`."""
+
+    def epochs(self, position: int) -> list[float]:
+        """Return the number of epochs of each data set before a position."""
+
+
 class IndexedBatches:
     """The micro-batches of one rank from an indexed dataset.
 
@@ -251,6 +274,7 @@ class IndexedBatches:
         plan: Division into micro-batches, and settings of the workers.
     """
 
+    is_stream: ClassVar[bool] = False
     next_tar = 0  # an indexed dataset is resumed by position
 
     def __init__(self, dataset: Dataset, plan: BatchPlan) -> None:

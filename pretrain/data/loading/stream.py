@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import webdataset
@@ -159,6 +159,8 @@ class TarStreamBatches:
     Attributes:
         next_tar: Number of the first tar after all that this rank has opened.
     """
+
+    is_stream: ClassVar[bool] = True
 
     def __init__(self, stream: TarStream, plan: BatchPlan, first_tar: int) -> None:
         self.stream = stream
