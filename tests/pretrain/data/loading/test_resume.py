@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import random
 import time
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
@@ -79,8 +81,10 @@ def read_log(log: Path) -> Seen:
 def run_world(samples: Dataset, folder: Path, start: int, world_size: int, num_workers: int, kill: bool) -> Seen:
     """Run all ranks, kill them with SIGKILL meanwhile if asked to, and return the samples that they saw."""
     logs = [folder / f"{world_size}-{rank}.jsonl" for rank in range(world_size)]
+    # A fork is quick and this process has no other threads, but a forked rank cannot start workers of its own.
+    context: BaseContext = CONTEXT if num_workers else multiprocessing.get_context("fork")
     ranks = [
-        CONTEXT.Process(target=run_rank, args=(samples, log, start, rank, world_size, num_workers))
+        context.Process(target=run_rank, args=(samples, log, start, rank, world_size, num_workers))  # type: ignore[attr-defined]
         for rank, log in enumerate(logs)
     ]
     for process in ranks:
