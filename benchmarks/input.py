@@ -1,8 +1,9 @@
-"""The input stage beside webdataset, Pillow and torch's DataLoader over a folder, all measured in one run.
+"""Measure the input stage, compared with webdataset, Pillow and torch's DataLoader over a folder.
 
-    python benchmarks/input.py                    # made from scikit-learn's photos, about two minutes
+    python benchmarks/input.py                    # with crops of scikit-learn's photos, about two minutes
 
-Times are CPU seconds of the process that works, methods in turn, the median of the rounds; ratios are of one run.
+Times are CPU seconds of the working process, and elapsed time for whole loaders. Methods alternate within one run, and
+the median of the rounds is reported.
 """
 
 import argparse
@@ -49,49 +50,56 @@ from pretrain.errors import BadSampleError
 
 
 def make_photos(folder: Path, count: int) -> None:
-    """Write JPEGs of 500 x 375 pixels, pieces of two real photos, in two classes."""
-    random = np.random.default_rng(0)
+    """Write `count` JPEGs of 500 x 375 pixels in two classes, random crops of two photos."""
+    generator = np.random.default_rng(0)
     for name in ("china", "flower"):
         photo = Image.fromarray(load_sample_image(f"{name}.jpg"))
         (folder / name).mkdir(parents=True)
         for i in range(count // 2):
-            share = random.uniform(0.6, 1.0)
+            share = generator.uniform(0.6, 1.0)
             width, height = int(photo.width * share), int(photo.width * share * 0.66)
-            left, top = random.integers(photo.width - width + 1), random.integers(photo.height - height + 1)
-            piece = photo.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.LANCZOS)
-            piece.save(folder / name / f"{i:05d}.jpg", quality=int(random.integers(90, 96)))
+            left, top = generator.integers(photo.width - width + 1), generator.integers(photo.height - height + 1)
+            crop = photo.crop((left, top, left + width, top + height)).resize((500, 375), Image.Resampling.LANCZOS)
+            crop.save(folder / name / f"{i:05d}.jpg", quality=int(generator.integers(90, 96)))
 
 
-def scaling(samples: Dataset, workers: int, seconds: float) -> list[Row]:
-    """The loader with one worker and with all, once they run; what the training process has to do with it."""
-    one, all_of_them = (loader_rate(samples, IMAGE_SIZE, count, seconds) for count in (1, workers))
+def measure_scaling(samples: Dataset, workers: int, seconds: float) -> list[Row]:
+    """Measure the running loader with one and with all workers, and its CPU time in the training process."""
+    rate_of_one, rate_of_all = (loader_rate(samples, IMAGE_SIZE, count, seconds) for count in (1, workers))
     started = time.process_time()
     loader_rate(samples, IMAGE_SIZE, workers, seconds)
-    own = (time.process_time() - started) / (all_of_them * seconds)
+    seconds_per_image = (time.process_time() - started) / (rate_of_all * seconds)
     return [
-        Row(f"whole loader, 1 and {workers} workers", f"{one:.0f} and {all_of_them:.0f} images/s", "start-up left out"),
-        Row("  of it in the training process", f"{own * 1e6:.0f} us an image", f"{own * all_of_them:.0%} of a core"),
+        Row(
+            f"whole loader, 1 and {workers} workers",
+            f"{rate_of_one:.0f} and {rate_of_all:.0f} images/s",
+            "without start-up",
+        ),
+        Row(
+            "  CPU time in the training process",
+            f"{seconds_per_image * 1e6:.0f} us per image",
+            f"{seconds_per_image * rate_of_all:.0%} of one core",
+        ),
     ]
 
 
 class SlowDataset(ShardDataset):
-    """A dataset on a disk that takes 10 ms for every read."""
+    """Shards of which each read takes 10 ms longer, as over a network."""
 
     def fetch(self, shard: int, row: int) -> EncodedSample:
         time.sleep(0.010)
         return super().fetch(shard, row)
 
 
-def slow_disk(folder: Path, seconds: float) -> list[Row]:
-    """Measure one worker where every read takes 10 ms, as over a network, with one thread and with sixteen."""
-    slow = open_dataset(folder)
-    slow.__class__ = SlowDataset  # which the workers can import, unlike a local function
+def measure_slow_storage(folder: Path, seconds: float) -> list[Row]:
+    """Measure one worker with one and with 16 threads when every read takes 10 ms, as over a network."""
+    slow = SlowDataset([str(folder)])
     rates = [loader_rate(slow, IMAGE_SIZE, 1, seconds, num_threads) for num_threads in (1, 16)]
     return [Row("reads of 10 ms: 1 and 16 threads", f"{rates[0]:.0f} and {rates[1]:.0f} images/s", "one worker")]
 
 
-def seeking() -> list[Row]:
-    """A billion samples in 100,000 shards: three sets, mixed by weight."""
+def measure_seek() -> list[Row]:
+    """Measure the order of 10^9 samples in 100,000 shards of three datasets that are mixed by weight."""
     parts = [Part(name, [10_000] * count) for name, count in {"a": 50_000, "b": 30_000, "c": 20_000}.items()]
     started = time.perf_counter()
     order = Order(parts, 0, 64, [3.0, 2.0, 1.0])
@@ -100,16 +108,18 @@ def seeking() -> list[Row]:
     sought = time.perf_counter()
     for position in range(5 * 10**8, 5 * 10**8 + 4096):
         order.locate(position)
-    walked = (time.perf_counter() - sought) / 4096
+    seconds_per_position = (time.perf_counter() - sought) / 4096
     return [
         Row("build the order of 10^9 samples", f"{built - started:.3f} s", ""),
         Row("seek to the middle", f"{sought - built:.3f} s", "bar: 0.2 s"),
-        Row("  each position after it", f"{walked * 1e6:.1f} us", "a new window's permutation included"),
+        Row(
+            "  each position after that", f"{seconds_per_position * 1e6:.1f} us", "including a new window's permutation"
+        ),
     ]
 
 
-def starting(work: Path) -> list[Row]:
-    """From nothing to the first batch, 100,000 shards: the whole `dataset.json` is read, one window's indexes are."""
+def measure_first_batch(work: Path) -> list[Row]:
+    """Measure the time to the first batch of 100,000 shards; it reads `dataset.json` and the indexes of one window."""
     info = DatasetInfo.load(work / "shards" / "train")
     folder = work / "many"
     folder.mkdir()
@@ -119,64 +129,68 @@ def starting(work: Path) -> list[Row]:
         (folder / path.name).hardlink_to(path)
     started = time.perf_counter()
     samples = open_dataset(folder)
-    loading = training_batches(
+    batches = training_batches(
         samples,
         TrainView(AugmentConfig(), IMAGE_SIZE),
         BatchPlan(seed=0, shuffle_window=64, global_batch_size=64, num_workers=1),
         start=64 * 1000,
         stop=64 * 2000,
     )
-    next(loading)
-    took = time.perf_counter() - started
-    loading.close()
-    return [Row("first batch of 64 at 100,000 shards", f"{took:.2f} s", "bar: 2 s")]
+    next(batches)
+    seconds = time.perf_counter() - started
+    batches.close()
+    return [Row("first batch of 64 at 100,000 shards", f"{seconds:.2f} s", "bar: 2 s")]
 
 
-def losing(work: Path) -> list[Row]:
-    """One flipped byte in the header of a tar's middle member, and one in its image: who notices?"""
+def flip_bytes(work: Path) -> list[Row]:
+    """Flip one byte in the header of a tar's middle image, or in the image; count the samples that are lost."""
     rows = []
     whole = work / "shards" / "train"
     tar = min(whole.glob("*.tar"))
     with tarfile.open(tar) as archive:
         members = [member for member in archive if member.name.endswith(".jpg")]
     middle = members[len(members) // 2]
-    places = {"header": middle.offset + 5, "image": middle.offset_data + middle.size // 2}
-    for what, place in places.items():
-        folder = work / f"broken-{what}"
+    offsets = {"header": middle.offset + 5, "image": middle.offset_data + middle.size // 2}
+    for part, offset in offsets.items():
+        folder = work / f"flipped-{part}"
         shutil.copytree(whole, folder)
         data = bytearray(tar.read_bytes())
-        data[place] ^= 0x55
+        data[offset] ^= 0x55
         (folder / tar.name).write_bytes(data)
         reader = webdataset.WebDataset(str(folder / tar.name), shardshuffle=False, handler=webdataset.reraise_exception)
         seen = sum(1 for _ in reader)
         unusable = _count_unusable(open_dataset(folder), 0)
         findings = list(check_set(str(folder)))
-        ours = f"{unusable} of {len(members)} replaced and named; `shards check` lists {len(findings)}"
-        rows.append(Row(f"a flipped byte in a tar's {what}", ours, f"webdataset: {len(members) - seen} lost, no error"))
+        ours = f"{unusable} of {len(members)} replaced and reported; `shards check` reports {len(findings)}"
+        rows.append(
+            Row(f"a flipped byte in a tar's {part}", ours, f"webdataset: {len(members) - seen} lost without an error")
+        )
     return rows
 
 
-def damaging(work: Path, count: int) -> list[Row]:
-    """The faults of the tests: flipped bits, cuts, zeros, shifts, missing files, in tars and in indexes."""
+def damage_at_random(work: Path, count: int) -> list[Row]:
+    """Damage tars and indexes at random in the ways of `DAMAGES`, and count what is lost without a report."""
     small = make_small_set(work / "small")
     (whole, _), images = epoch(small), webdataset_images(small)
     (work / "damaged").mkdir()
-    harmed = unnamed = short = tars = silent = 0
+    affected = unreported = incomplete = tars = silent = 0
     for trial in trials(small, work / "damaged", count):
         changed = {position for position in whole if trial.seen.get(position) != whole[position]}
-        harmed += bool(trial.faults)
-        short += trial.seen.keys() != whole.keys()
-        unnamed += not changed <= {fault.position for fault in trial.faults}
+        affected += bool(trial.faults)
+        incomplete += trial.seen.keys() != whole.keys()
+        unreported += not changed <= {fault.position for fault in trial.faults}
         if trial.changed and trial.victim.suffix == ".tar" and trial.faults:
             tars += 1
             silent += webdataset_images(trial.victim.parent) not in (None, images)
         shutil.rmtree(trial.victim.parent)
-    ours = f"{harmed} touch samples: {unnamed} unnamed, {short} epochs short"
-    return [Row(f"{count:,} faults in tars and indexes", ours, f"webdataset: silent on {silent} of {tars} tars")]
+    ours = f"{affected} affect samples: {unreported} not reported, {incomplete} incomplete epochs"
+    return [
+        Row(f"{count:,} random faults in tars and indexes", ours, f"webdataset: no error for {silent} of {tars} tars")
+    ]
 
 
-def misbehaving(work: Path) -> list[Row]:
-    """One epoch from a server of 5 % 503, 2 % resets and 10 % slow replies, against the bytes that the set has."""
+def read_from_unreliable_server(work: Path) -> list[Row]:
+    """Read one epoch from a server with 5 % status 503, 2 % resets and 10 % slow responses; count the bytes sent."""
     whole = work / "shards" / "train"
     server = UnreliableServer(whole, unavailable=0.05, reset=0.02, slow=0.10)
     with serve(server):
@@ -186,7 +200,7 @@ def misbehaving(work: Path) -> list[Row]:
         read = sum(
             1 for shard, size in enumerate(samples.shard_sizes) for row in range(size) if samples.read(shard, row)
         )
-        ours = f"{read} of {sum(samples.shard_sizes)} samples, {server.sent / num_bytes:.3f} of the bytes"
+        ours = f"{read} of {sum(samples.shard_sizes)} samples, {server.sent / num_bytes:.3f} times the bytes"
         server.sent, server.generator = 0, random.Random(0)
         urls = [f"{server.url}/{path.name}" for path in sorted(whole.glob("*.tar"))]
         seen, error = 0, "no error"
@@ -194,7 +208,7 @@ def misbehaving(work: Path) -> list[Row]:
             seen = sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
         except Exception as raised:
             error = type(raised).__name__
-    return [Row("a server that fails as networks do", ours, f"webdataset: {seen} samples, {error}")]
+    return [Row("reading from an unreliable server", ours, f"webdataset: {seen} samples, {error}")]
 
 
 def _count_unusable(samples: Dataset, shard: int) -> int:
@@ -207,8 +221,8 @@ def _count_unusable(samples: Dataset, shard: int) -> int:
     return count
 
 
-def even_steps(work: Path) -> list[Row]:
-    """Ten uneven shards on four ranks, batches of 16 a rank: steps an epoch. Both are counted, not computed."""
+def count_steps(work: Path) -> list[Row]:
+    """Count the steps per epoch of four ranks with batches of 16 per rank, for ten shards of different sizes."""
     sizes, tars = [40, 120, 75, 200, 33, 90, 150, 61, 110, 121], []
     for i, size in enumerate(sizes):
         tars.append(str(work / f"uneven-{i}.tar"))
@@ -222,20 +236,20 @@ def even_steps(work: Path) -> list[Row]:
         theirs.append(sum(1 for _ in reader))
         shape = {"global_batch_size": 64, "accumulation_steps": 1, "rank": rank, "world_size": 4}
         ours.append(sum(1 for _ in micro_batches(0, sum(sizes) // 64 * 64, **shape)))
-    return [Row("steps on 4 ranks, 10 uneven shards", str(ours), f"webdataset, split by shard: {theirs}")]
+    return [Row("steps on 4 ranks, 10 shards of different sizes", str(ours), f"webdataset, split by shard: {theirs}")]
 
 
 def _every_fourth(rank: int, source: Iterator[object]) -> Iterator[object]:
     return islice(source, rank, None, 4)
 
 
-def shuffling() -> list[Row]:
-    """Classes in a batch of 256 from 1,280 class-sorted shards of 1,000 samples over 1,000 classes."""
+def count_classes() -> list[Row]:
+    """Count the classes per batch of 256, from 1,280 shards of 1,000 samples that are sorted by their 1,000 classes."""
     labels = np.repeat(np.arange(1000), 1280)
     order = Order([Part("sorted", [1000] * 1280)], 0, 64)
-    random = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     counts = []
-    for start in random.integers(0, 1_280_000 - 256, 30).tolist():
+    for start in generator.integers(0, 1_280_000 - 256, 30).tolist():
         places = [order.locate(position) for position in range(start, start + 256)]
         counts.append(len({int(labels[shard * 1000 + row]) for _, shard, row in places}))
     buffered = []
@@ -244,14 +258,15 @@ def shuffling() -> list[Row]:
         values = list(stream)[: 256 * 4]
         buffered.append(statistics.mean(len(set(values[i : i + 256])) for i in range(0, 1024, 256)))
     theirs = f"webdataset, buffer 1000 and 5000: {buffered[0]:.1f} and {buffered[1]:.1f}"
-    return [Row("classes in a batch of 256, window 64", f"{statistics.mean(counts):.0f} of 226", theirs)]
+    # 226: expected number in a uniformly shuffled set.
+    return [Row("classes per batch of 256, window 64", f"{statistics.mean(counts):.0f} of 226", theirs)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2000, help="number of photos to make")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="data workers of the loaders")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds per method; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per method; the median is reported")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds for which each loader is timed")
     parser.add_argument("--faults", type=int, default=1000, help="number of damaged files to read")
     parser.add_argument("--json", type=Path, help="JSON file for the table")
@@ -260,23 +275,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         make_photos(work / "photos", arguments.images)
-        made = work / "shards" / "train"
+        shards = work / "shards" / "train"
         make_shards(
             list_folder(work / "photos"), work / "shards", ShardOptions(validation_fraction=0.0, shard_bytes=10**7)
         )
         rows = [
-            *compare(made, arguments.images, arguments.workers, arguments.rounds),
-            *scaling(open_dataset(made), arguments.workers, arguments.seconds),
-            *slow_disk(made, arguments.seconds),
-            *seeking(),
-            *starting(work),
-            *losing(work),
-            *damaging(work, arguments.faults),
-            *misbehaving(work),
-            *even_steps(work),
-            *shuffling(),
+            *compare(shards, arguments.images, arguments.workers, arguments.rounds),
+            *measure_scaling(open_dataset(shards), arguments.workers, arguments.seconds),
+            *measure_slow_storage(shards, arguments.seconds),
+            *measure_seek(),
+            *measure_first_batch(work),
+            *flip_bytes(work),
+            *damage_at_random(work, arguments.faults),
+            *read_from_unreliable_server(work),
+            *count_steps(work),
+            *count_classes(),
         ]
-    print("| | Vitrail | beside it |\n|---|---|---|")
+    print("| | Vitrail | compared with |\n|---|---|---|")
     for row in rows:
         print("| " + " | ".join(row) + " |")
     if arguments.json:
