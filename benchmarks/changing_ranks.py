@@ -1,10 +1,11 @@
-"""A run that is killed and goes on with another number of ranks, again and again: is a sample lost, or seen twice?
+"""Check that no sample is lost or repeated when a run is killed and resumes on a different number of ranks.
 
     python benchmarks/changing_ranks.py --kills 50 --seconds 2
 
-Each start is on 2, 1 or 3 ranks in turn, under the `deepspeed` launcher, and ends with SIGKILL for a random rank after
-about so many seconds of training. Every rank notes the position in the order and the pixels' checksum of each sample it
-trains on. What has lasted, from the checkpoint that each start went on from, is compared with an undisturbed run.
+The run is started on 2, 1 and 3 ranks in turn, under the `deepspeed` launcher. After about `--seconds` of training, a
+random rank is killed by SIGKILL and the run is started again. Each rank records the position in the data order and a
+checksum of the pixels of every sample that it trains on. The final history of the run (without the steps after the last
+checkpoint, which a kill loses) is compared with that of an undisturbed run.
 """
 
 import argparse
@@ -23,64 +24,76 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.digits_run import disturb, prepare, start
+from benchmarks.digits_run import kill_ranks, prepare, start
 from pretrain.config import PretrainConfig
 from pretrain.configfile import read_command_line
 from pretrain.data.transforms.batch import Batch, to_device
 
-RECORDS = "RECORDS"  # the variable that tells a rank where to note its samples
+RECORDS = "RECORDS"  # environment variable with the folder to which a rank writes its samples
 BATCH = 32
 WORLD_SIZES = (2, 1, 3)
-GRACE_SECONDS = 3.0  # after a kill; the launcher would give the ranks that are left 30
+GRACE_SECONDS = 3.0  # time for the remaining ranks to end after a kill; the launcher would wait 30 seconds
+TIMEOUT_SECONDS = 600.0
 
-Notes = dict[int, list[tuple[int, int]]]  # step -> position and checksum of each sample, of all ranks
+History = dict[int, list[tuple[int, int]]]  # step -> position and checksum of each of its samples
 
 
-def train_and_note(folder: Path) -> int:
-    """Be a rank: train as `launch/pretrain.py` does, and note every sample."""
+def train_and_record(folder: Path) -> int:
+    """Train as one rank, like `launch/pretrain.py`, and record every sample in a file in `folder`."""
     from pretrain.train import main as pretrain
 
     folder.mkdir(parents=True, exist_ok=True)
 
-    def noted(batch: Batch, device: torch.device) -> Batch:
+    def record_and_move(batch: Batch, device: torch.device) -> Batch:
         with (folder / f"{os.getpid()}.txt").open("a") as file:
             for position, image in zip(batch["position"].tolist(), batch["image"], strict=True):
                 file.write(f"{position} {zlib.crc32(image.numpy().tobytes())}\n")
         return to_device(batch, device)
 
-    with mock.patch("pretrain.steps.to_device", noted):
+    with mock.patch("pretrain.steps.to_device", record_and_move):
         return pretrain(read_command_line(PretrainConfig, description="", example="", resumable=True))
 
 
-def read_notes(folder: Path) -> Notes:
-    """Read what all ranks of one start have noted."""
-    notes: Notes = {}
+def read_history(folder: Path) -> History:
+    """Return the samples that all ranks recorded between one start and its end."""
+    history: History = {}
     for file in folder.iterdir():
         for line in file.read_text().splitlines():
             position, checksum = map(int, line.split())
-            notes.setdefault(position // BATCH, []).append((position, checksum))
-    return {step: sorted(samples) for step, samples in notes.items()}
+            history.setdefault(position // BATCH, []).append((position, checksum))
+    return {step: sorted(samples) for step, samples in history.items()}
 
 
 def wait(process: "subprocess.Popen[bytes]", timeout: float) -> int | None:
-    """Return the exit code; None where there is none yet."""
+    """Return the exit code of a process, or None if it is still running after `timeout` seconds."""
     try:
         return process.wait(timeout=timeout)
     except subprocess.TimeoutExpired:
         return None
 
 
-def run_to_the_end(command: list[str], run_dir: Path, log: Path, kills: int, seconds: float) -> Iterator[Path]:
-    """Start a run until it is through, and disturb it; yields where the ranks of each start have noted samples."""
-    chance, killed, attempt = random.Random(0), 0, 0
+def run_until_done(command: list[str], run_dir: Path, log: Path, kills: int, seconds: float) -> Iterator[Path]:
+    """Start a run until it is complete, and kill a random rank in each of the first `kills` starts.
+
+    Args:
+        command: Command from `prepare`.
+        run_dir: Run folder.
+        log: File for the output of all starts.
+        kills: Total number of kills.
+        seconds: Mean training time before a kill, in seconds.
+
+    Yields:
+        For each start, the folder to which its ranks wrote their samples.
+    """
+    generator, killed, attempt = random.Random(0), 0, 0
     while True:
         world_size, records = WORLD_SIZES[attempt % 3], run_dir.with_name(f"{run_dir.name}-{attempt}")
         command[command.index("--num_gpus") + 1] = str(world_size)
         process = start([*command, f"run_dir={run_dir}"], log, **{RECORDS: str(records)})
         try:
-            hit = disturb(run_dir, process, min(1, kills - killed), seconds, chance, world_size)
-            killed += len(hit)
-            code = wait(process, GRACE_SECONDS if hit else 600)
+            kills_now = kill_ranks(run_dir, process, min(1, kills - killed), seconds, generator, world_size)
+            killed += len(kills_now)
+            code = wait(process, GRACE_SECONDS if kills_now else TIMEOUT_SECONDS)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -94,28 +107,30 @@ def run_to_the_end(command: list[str], run_dir: Path, log: Path, kills: int, sec
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=2, help="of training between two kills, on average")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--save-every", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=50, help="number of kills")
+    parser.add_argument("--seconds", type=float, default=2, help="mean seconds of training between two kills")
+    parser.add_argument("--steps", type=int, default=2000, help="number of training steps")
+    parser.add_argument("--save-every", type=int, default=20, help="number of steps between two checkpoints")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         command = prepare(work, arguments.steps, arguments.save_every, Path(__file__).resolve())
-        (whole,) = map(read_notes, run_to_the_end(command, work / "whole", work / "log", 0, 1.0))
-        lasting: Notes = {}
-        for records in run_to_the_end(command, work / "broken", work / "log", arguments.kills, arguments.seconds):
-            notes = read_notes(records)
-            first = min(notes, default=arguments.steps)  # what earlier starts did from here on was lost with them
-            lasting = {step: samples for step, samples in lasting.items() if step < first} | notes
-        own = [list(range(step * BATCH, (step + 1) * BATCH)) for step in range(arguments.steps)]
-        once = sum([position for position, _ in lasting.get(step, [])] == own[step] for step in range(arguments.steps))
-        same = sum(lasting.get(step) == whole[step] for step in range(arguments.steps))
-        print(f"{once} of {arguments.steps} steps were made of each of their samples once")
-        print(f"{same} of {arguments.steps} steps had the pixels of the undisturbed run")
+        (undisturbed,) = map(read_history, run_until_done(command, work / "undisturbed", work / "log", 0, 1.0))
+        final: History = {}
+        for records in run_until_done(command, work / "killed", work / "log", arguments.kills, arguments.seconds):
+            history = read_history(records)
+            # Steps of earlier starts from here on came after their last checkpoint and were lost.
+            first = min(history, default=arguments.steps)
+            final = {step: samples for step, samples in final.items() if step < first} | history
+        steps = range(arguments.steps)
+        expected = [list(range(step * BATCH, (step + 1) * BATCH)) for step in steps]
+        once = sum([position for position, _ in final.get(step, [])] == expected[step] for step in steps)
+        same = sum(final.get(step) == undisturbed[step] for step in steps)
+        print(f"{once} of {len(steps)} steps used each of their samples exactly once")
+        print(f"{same} of {len(steps)} steps had the pixels of the undisturbed run")
 
 
 if __name__ == "__main__":
     if RECORDS in os.environ:
-        sys.exit(train_and_note(Path(os.environ[RECORDS])))
+        sys.exit(train_and_record(Path(os.environ[RECORDS])))
     main()

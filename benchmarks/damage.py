@@ -1,6 +1,6 @@
-"""Damage to tars and indexes: what our loader and webdataset read from each damaged set.
+"""Damage tars and indexes at random, and read the damaged datasets with our loader and with webdataset.
 
-The input benchmark and tests/pretrain/data/loading share it.
+Shared by `input.py` and tests/pretrain/data.
 """
 
 import random
@@ -24,17 +24,19 @@ BATCH = 8
 
 Damage = Callable[[bytes, random.Random], bytes | None]
 DAMAGES: dict[str, Damage] = {
-    "flip": lambda data, chance: _at(data, chance.randrange(len(data)), lambda byte: byte ^ (1 << chance.randrange(8))),
-    "cut": lambda data, chance: data[: chance.randrange(len(data))],
-    "missing": lambda data, chance: None,
-    "zeros": lambda data, chance: _zeroed(data, chance.randrange(len(data)), chance.randrange(1, 4000)),
-    "shifted": lambda data, chance: b"x" + data,
+    "bit flipped": lambda data, generator: _at(
+        data, generator.randrange(len(data)), lambda byte: byte ^ (1 << generator.randrange(8))
+    ),
+    "truncated": lambda data, generator: data[: generator.randrange(len(data))],
+    "missing": lambda data, generator: None,
+    "zeroed": lambda data, generator: _zeroed(data, generator.randrange(len(data)), generator.randrange(1, 4000)),
+    "shifted": lambda data, generator: b"x" + data,
 }
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One damaged file in a set that is otherwise intact, and an epoch over the set.
+    """One damaged file in an otherwise intact dataset, and the result of reading one epoch.
 
     Attributes:
         kind: Name of the damage in `DAMAGES`.
@@ -60,18 +62,18 @@ def make_small_set(folder: Path) -> Path:
 
 
 def trials(whole: Path, work: Path, count: int) -> Iterator[Trial]:
-    """Damage one randomly chosen file in each of `count` copies of a set, and read an epoch from each copy."""
+    """Damage one random file in each of `count` copies of a dataset, and read one epoch from each copy."""
     files = sorted(path for path in whole.iterdir() if path.name != "dataset.json")
-    chance = random.Random(0)
+    generator = random.Random(0)
     for number in range(count):
         folder = work / str(number)
         folder.mkdir()
         for path in whole.iterdir():
             (folder / path.name).hardlink_to(path)
-        victim = folder / chance.choice(files).name
-        kind = chance.choice(list(DAMAGES))
+        victim = folder / generator.choice(files).name
+        kind = generator.choice(list(DAMAGES))
         before = victim.read_bytes()
-        after = DAMAGES[kind](before, chance)
+        after = DAMAGES[kind](before, generator)
         victim.unlink()
         if after is not None:
             victim.write_bytes(after)
@@ -106,8 +108,8 @@ def webdataset_images(folder: Path) -> list[bytes] | None:
         return None
 
 
-def _at(data: bytes, place: int, change: Callable[[int], int]) -> bytes:
-    return data[:place] + bytes([change(data[place])]) + data[place + 1 :]
+def _at(data: bytes, offset: int, change: Callable[[int], int]) -> bytes:
+    return data[:offset] + bytes([change(data[offset])]) + data[offset + 1 :]
 
 
 def _zeroed(data: bytes, start: int, count: int) -> bytes:

@@ -1,4 +1,7 @@
-"""A run under the `deepspeed` launcher, a small ViT on scikit-learn's digits: the one that other benchmarks disturb."""
+"""Start a small training run under the `deepspeed` launcher and kill its ranks; shared by several benchmarks.
+
+The run trains a small ViT on scikit-learn's digits.
+"""
 
 import os
 import random
@@ -32,7 +35,17 @@ tracking: {{uri: "off"}}
 
 
 def prepare(work: Path, steps: int, save_every: int, script: Path = PRETRAIN) -> list[str]:
-    """Write the shards and the config; return the command that trains on two ranks, without its run folder."""
+    """Write the shards and the config, and return the command that trains on two ranks.
+
+    Args:
+        work: Folder for the shards and the config.
+        steps: Number of training steps.
+        save_every: Number of steps between two checkpoints.
+        script: Script that each rank runs.
+
+    Returns:
+        Words of the command; the caller appends `run_dir=...`.
+    """
     make_shards(keep_classes(list_digits(), ["0", "1", "2"]), work / "shards", ShardOptions(validation_fraction=0.0))
     config = CONFIG.format(shards=work / "shards", steps=steps, save_every=save_every)
     (work / "config.yaml").write_text(config)
@@ -42,48 +55,63 @@ def prepare(work: Path, steps: int, save_every: int, script: Path = PRETRAIN) ->
 
 
 def free_port() -> str:
-    """Return a port that nobody listens on."""
+    """Return a TCP port that is not in use."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
 
 
 def start(command: list[str], log: Path, **variables: str) -> "subprocess.Popen[bytes]":
-    """Start a command in a session of its own."""
+    """Start a command in a new session.
+
+    Args:
+        command: Words of the command.
+        log: File to which its output is appended.
+        **variables: Additional environment variables.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **variables}
     with log.open("ab") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, env=environment)
 
 
-def disturb(
+def kill_ranks(
     run_dir: Path,
     process: "subprocess.Popen[bytes]",
     kills: int,
     seconds: float,
-    chance: random.Random,
+    generator: random.Random,
     world_size: int = 2,
 ) -> list[bool]:
-    """Kill a random rank again and again, each time after all have trained for a while.
+    """Repeatedly kill a random rank by SIGKILL, each time after all ranks have trained for a while.
+
+    Args:
+        run_dir: Run folder, for its heartbeats and checkpoints.
+        process: Launcher of the run.
+        kills: Maximum number of kills; fewer if the run ends earlier.
+        seconds: Mean training time between two kills, in seconds.
+        generator: Generator that decides the pauses and the ranks.
+        world_size: Number of ranks.
 
     Returns:
         For each kill, whether a checkpoint was being written.
     """
     killed: list[bool] = []
     while process.poll() is None and len(killed) < kills:
-        pause = chance.uniform(0.5, 1.5) * seconds
+        pause = generator.uniform(0.5, 1.5) * seconds
         trained, last = 0.0, time.monotonic()
         while process.poll() is None and trained < pause:
             time.sleep(0.05)
             beats, now = read_beats(run_dir), time.monotonic()
-            all_train = len(beats) == world_size and all(map(trains, beats))  # so none that was killed before
+            # Heartbeats of killed ranks remain, so the processes are checked as well.
+            all_train = len(beats) == world_size and all(map(is_training, beats))
             trained += (now - last) if all_train else 0.0
             last = now
         if trained >= pause:
             killed.append(bool(list_unfinished(run_dir)))
-            os.kill(chance.choice(read_beats(run_dir)).pid, signal.SIGKILL)
+            os.kill(generator.choice(read_beats(run_dir)).pid, signal.SIGKILL)
     return killed
 
 
-def trains(beat: Beat) -> bool:
-    """Say whether a rank lives and has begun."""
+def is_training(beat: Beat) -> bool:
+    """Return whether a rank's process is alive and between its first and its last step."""
     return beat.phase not in (START, END) and is_alive(beat.pid)

@@ -3,8 +3,8 @@
     python benchmarks/memory.py                 # ViT-B/16 and L/16, saved by eight ranks, about a minute
     python benchmarks/memory.py --sizes S/16    # the smallest run
 
-The checkpoint holds the weights and AdamW's two moments. The export, its proof included, runs in a process of its own;
-what that takes beyond its imports is its peak resident memory.
+The checkpoint contains the weights and AdamW's two moments. The export and its verification run in a separate process.
+Its memory is the increase of the peak resident memory over that after the imports.
 """
 
 import argparse
@@ -30,13 +30,13 @@ from pretrain.objectives import build_objective
 from pretrain.state import TrainState
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "vit_b16.yaml"
-RANKS = 8
+NUM_RANKS = 8
 KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")
 SIZES = {"S/16": (384, 12, 6), "B/16": (768, 12, 12), "L/16": (1024, 24, 16)}
 
 
 def save(folder: Path, size: str) -> tuple[int, int]:
-    """Write a checkpoint as so many ranks would at ZeRO 3; return the bytes of the weights, and of all."""
+    """Write a checkpoint as eight ranks would at ZeRO 3, and return the bytes of its weights and of all its files."""
     width, depth, heads = SIZES[size]
     overrides = [f"model={{hidden_size: {width}, num_hidden_layers: {depth}, num_attention_heads: {heads}}}"]
     config = load_config(PretrainConfig, RECIPE, ["run_dir=unused", "data.train=unused", *overrides]).config
@@ -45,21 +45,23 @@ def save(folder: Path, size: str) -> tuple[int, int]:
     weights = objective.state_dict()
     tensors = {name: SavedTensor(list(weight.shape), list(KINDS), []) for name, weight in weights.items()}
     files = []
-    for rank in range(RANKS):
+    for rank in range(NUM_RANKS):
         pieces, values = [], []
         for name, weight in weights.items():
-            start, stop = (weight.numel() * (rank + i) // RANKS for i in (0, 1))
+            start, stop = (weight.numel() * (rank + i) // NUM_RANKS for i in (0, 1))
             pieces.append(Piece(name, start, stop, KINDS))
             values += [weight.flatten()[start:stop]] * len(KINDS)
             tensors[name].pieces.append([rank, start, stop])
         files.append(write_file(folder / f"rank-{rank:05d}.safetensors", Layout(pieces), torch.cat(values)))
     resolved = json.loads(config.model_dump_json())
-    Manifest(TrainState(1), RANKS, {"training": ""}, names, resolved, None, files=files, tensors=tensors).save(folder)
+    Manifest(TrainState(1), NUM_RANKS, {"training": ""}, names, resolved, None, files=files, tensors=tensors).save(
+        folder
+    )
     return 4 * sum(weight.numel() for weight in weights.values()), sum(file.num_bytes for file in files)
 
 
-def peak_of_export(checkpoint: Path, out: Path) -> int:
-    """Export; return the bytes that this took beyond what was there before."""
+def export_memory(checkpoint: Path, out: Path) -> int:
+    """Export a checkpoint, and return by how many bytes this raised the peak resident memory of the process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     export(checkpoint, out)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
@@ -68,12 +70,12 @@ def peak_of_export(checkpoint: Path, out: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", nargs=2, type=Path, metavar=("CHECKPOINT", "OUT"), help=argparse.SUPPRESS)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["B/16", "L/16"], help="models to export")
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["B/16", "L/16"], help="sizes of the ViT")
     arguments = parser.parse_args()
     if arguments.export:
-        print(peak_of_export(*arguments.export))
+        print(export_memory(*arguments.export))
         return
-    print("| | weights | checkpoint | export takes | of the weights |\n|---|---|---|---|---|")
+    print("| | weights | checkpoint | memory of the export | relative to the weights |\n|---|---|---|---|---|")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as name:
             checkpoint = Path(name) / "step-00000001"

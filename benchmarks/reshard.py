@@ -1,15 +1,16 @@
-"""Every world size and ZeRO stage loads what every other has saved; DeepSpeed's own two ways beside.
+"""Resume at every world size and ZeRO stage from every other; compared with DeepSpeed's own two ways to load.
 
-    python benchmarks/reshard.py                        # fp32, world sizes 1 to 4 x stages 0 to 3: 256 ways
+    python benchmarks/reshard.py                        # fp32, world sizes 1 to 4, stages 0 to 3: 256 combinations
     python benchmarks/reshard.py --precision bf16
     python benchmarks/reshard.py --world-sizes 1 2 --stages 1      # the smallest run
 
-A tiny ViT on scikit-learn's digits trains 14 steps at each world size and stage, saving at step 4. Then each of them
-continues from each of those checkpoints, and its next 10 losses are compared with those of the run that never stopped.
-One launch trains, and one loads, for each world size; the engines are built one after another inside it.
+A tiny ViT trains for 14 steps on scikit-learn's digits at each world size and stage and saves at step 4. Then a run
+resumes at each world size and stage from each of these checkpoints, and its next 10 losses are compared with those of
+the uninterrupted run. For each world size, one launch trains and one launch loads; each builds its engines one after
+another.
 
-DeepSpeed's `load_checkpoint` is tried on what DeepSpeed saved, and on what its `ds_to_universal` made of that; a load
-counts as right if this rank then holds, bit for bit, the weights and moments that were saved.
+DeepSpeed's `load_checkpoint` is tried on DeepSpeed's own checkpoints, and on the checkpoints that its `ds_to_universal`
+converts from them. A load is correct if every rank then holds the saved weights and moments, bit for bit.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from pretrain.data.sources.source import keep_classes
 SAVED_AT, STEPS = 4, 14
 LAUNCH_SECONDS = 1500
 UNIVERSAL = "universal"
-WAYS = {"load_checkpoint": "deepspeed", "ds_to_universal, then load_checkpoint": UNIVERSAL}
+TAG = "final"  # name of every checkpoint that DeepSpeed saves
+LOADERS = {"load_checkpoint": "deepspeed", "ds_to_universal, then load_checkpoint": UNIVERSAL}
 CONFIG = """
 run_dir: unused
 seed: 3
@@ -52,69 +54,74 @@ tracking: {{uri: "off"}}
 
 @dataclass(frozen=True)
 class Grid:
-    """Topologies to save and to load at."""
+    """Combinations of world sizes and ZeRO stages at which checkpoints are saved and loaded.
+
+    Attributes:
+        world_sizes: Numbers of ranks.
+        stages: ZeRO stages.
+    """
 
     world_sizes: list[int]
     stages: list[int]
 
     def names(self) -> list[str]:
-        """Return the name of each topology."""
-        return [name_of(world_size, stage) for world_size in self.world_sizes for stage in self.stages]
+        """Return the name of each combination."""
+        return [combination_name(world_size, stage) for world_size in self.world_sizes for stage in self.stages]
 
 
-def name_of(world_size: int, stage: int) -> str:
-    """Name a topology."""
+def combination_name(world_size: int, stage: int) -> str:
+    """Return the name of one combination, which is also the name of its folder."""
     return f"{world_size} ranks, stage {stage}"
 
 
 def train_all(work: Path, precision: str, grid: Grid) -> None:
-    """On every rank: train at each stage, from the beginning to the end, and save with DeepSpeed too."""
+    """Train from the first to the last step at each stage, and also save with DeepSpeed (on every rank)."""
     from pretrain import distributed
 
     for stage in grid.stages:
-        place = work / name_of(distributed.world_size(), stage)
-        run = _continue(work, place, stage, precision)
-        run.engine.save_checkpoint(str(work / "deepspeed" / place.name), tag="it")
+        name = combination_name(distributed.world_size(), stage)
+        run = _train_to_end(work, work / name, stage, precision)
+        run.engine.save_checkpoint(str(work / "deepspeed" / name), tag=TAG)
         distributed.barrier()
 
 
 def load_all(work: Path, precision: str, grid: Grid) -> None:
-    """On every rank: continue at each stage from what each topology has saved; try DeepSpeed's loading too."""
+    """Resume at each stage from the checkpoint of each combination, and try to load with DeepSpeed (on every rank)."""
     from pretrain import distributed
 
-    theirs: dict[str, dict[str, str]] = {way: {} for way in WAYS}
+    problems: dict[str, dict[str, str]] = {loader: {} for loader in LOADERS}
     for stage in grid.stages:
-        here = name_of(distributed.world_size(), stage)
+        target = combination_name(distributed.world_size(), stage)
         for source in grid.names():
-            place = work / "continued" / f"{source} to {here}"
+            run_dir = work / "resumed" / f"{source} to {target}"
             if distributed.is_main():
                 checkpoint = Path("checkpoints") / f"step-{SAVED_AT:08d}"
-                shutil.copytree(work / source / checkpoint, place / checkpoint)
+                shutil.copytree(work / source / checkpoint, run_dir / checkpoint)
             distributed.barrier()
-            run = _continue(work, place, stage, precision)
-            for way, folder in WAYS.items():
+            run = _train_to_end(work, run_dir, stage, precision)
+            for loader, folder in LOADERS.items():
                 run.engine._config.load_universal_checkpoint = folder == UNIVERSAL
                 saved = work / source / "checkpoints" / f"step-{STEPS:08d}"
-                theirs[way][place.name] = _load_with_deepspeed(run.engine, work / folder / source, saved)
+                problems[loader][run_dir.name] = _load_with_deepspeed(run.engine, work / folder / source, saved)
     if distributed.is_main():
-        (work / f"deepspeed-{distributed.world_size()}.json").write_text(json.dumps(theirs))
+        (work / f"deepspeed-{distributed.world_size()}.json").write_text(json.dumps(problems))
 
 
 def convert_all(work: Path, precision: str, grid: Grid) -> None:
-    """Make universal checkpoints of DeepSpeed's, where it can."""
+    """Convert DeepSpeed's checkpoints to universal checkpoints, as far as `ds_to_universal` can."""
     from deepspeed.checkpoint import ds_to_universal
 
     for name in grid.names():
-        there, out = work / "deepspeed" / name / "it", work / UNIVERSAL / name / "it"
+        saved, out = work / "deepspeed" / name / TAG, work / UNIVERSAL / name / TAG
         command = [sys.executable, ds_to_universal.__file__, "--inject_missing_state"]
-        command += ["--input_folder", str(there), "--output_folder", str(out)]
-        ended = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
-        if ended.returncode:
+        command += ["--input_folder", str(saved), "--output_folder", str(out)]
+        done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=300)
+        if done.returncode:
             shutil.rmtree(out, ignore_errors=True)
 
 
-def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
-    """Train to the last step from whatever is in a run folder."""
+def _train_to_end(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
+    """Train to the last step, from the newest checkpoint of the run folder if it has one, and return the run."""
     from pretrain.config import PretrainConfig
     from pretrain.configfile import load_config
     from pretrain.run import open_run
@@ -128,7 +135,16 @@ def _continue(work: Path, run_dir: Path, stage: int, precision: str) -> Any:
 
 
 def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
-    """Return "" if DeepSpeed loads, on every rank, what `ours` holds, saved at the same moment; else what is wrong."""
+    """Load a checkpoint with DeepSpeed and compare all ranks' weights and moments with our checkpoint of the same step.
+
+    Args:
+        engine: DeepSpeed engine to load into.
+        folder: Folder of DeepSpeed's checkpoint.
+        ours: Folder of our checkpoint.
+
+    Returns:
+        What is wrong, or an empty string if the values are equal on every rank.
+    """
     from pretrain import distributed
     from pretrain.checkpoint.manifest import Manifest
     from pretrain.checkpoint.pieces import Reader
@@ -136,11 +152,11 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
 
     if not folder.exists():
         return "not converted"
-    for fragment in local_fragments(engine):  # which may hold the very values already
+    for fragment in local_fragments(engine):  # they may already hold the same values
         for kind in fragment.kinds:
             fragment.view(kind).zero_()
     try:
-        path, _ = engine.load_checkpoint(str(folder), tag="it")
+        path, _ = engine.load_checkpoint(str(folder), tag=TAG)
         problem = "" if path else "nothing loaded"
     except Exception as error:
         problem = type(error).__name__
@@ -148,14 +164,14 @@ def _load_with_deepspeed(engine: Any, folder: Path, ours: Path) -> str:
         reader = Reader(ours, Manifest.load(ours))
         for fragment in local_fragments(engine):
             for kind in fragment.kinds:
-                there = torch.empty(fragment.numel)
-                reader.read_into(there, fragment.name, fragment.start, kind)
-                problem = problem if torch.equal(there, fragment.view(kind)) else "other values, without a word"
-    return next((said for said in distributed.gather(problem) if said), "")
+                expected = torch.empty(fragment.numel)
+                reader.read_into(expected, fragment.name, fragment.start, kind)
+                problem = problem if torch.equal(expected, fragment.view(kind)) else "wrong values without an error"
+    return next(filter(None, distributed.gather(problem)), "")
 
 
 def launch(work: Path, world_size: int, task: str, precision: str, grid: Grid) -> None:
-    """Run a task on so many ranks; all of them are ended if it takes too long."""
+    """Run a task on `world_size` ranks, and exit with an error if it fails; a timeout kills all ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command += [__file__, "--task", task, "--work", str(work), "--precision", precision]
     command += ["--world-sizes", *map(str, grid.world_sizes), "--stages", *map(str, grid.stages)]
@@ -174,39 +190,42 @@ def launch(work: Path, world_size: int, task: str, precision: str, grid: Grid) -
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Return the losses of the steps after the one that was saved."""
+    """Return the losses of the steps after the saved one."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if row["step"] > SAVED_AT and "train/loss" in row]
 
 
 def compare(work: Path, precision: str, grid: Grid) -> None:
-    """Print how many of the ways are good, and how far the losses are apart."""
+    """Print how many combinations resume correctly, and the largest difference of their losses."""
     names = grid.names()
-    whole = {name: losses(work / name) for name in names}
-    steps = list(zip(*whole.values(), strict=True))
+    uninterrupted = {name: losses(work / name) for name in names}
+    steps = list(zip(*uninterrupted.values(), strict=True))
     spread = max((max(step) - min(step)) / min(step) for step in steps)
-    worst, good = 0.0, 0
+    largest, num_correct = 0.0, 0
     for source in names:
-        for here in names:
-            found = losses(work / "continued" / f"{source} to {here}")
-            apart = max(abs(a - b) / b for a, b in zip(found, whole[source], strict=True))
-            worst = max(worst, apart)
-            good += apart <= (1e-5 if precision == "fp32" else spread)
-    bar = "1e-5" if precision == "fp32" else f"{spread:.1e}, the spread of the unbroken runs"
+        for target in names:
+            found = losses(work / "resumed" / f"{source} to {target}")
+            difference = max(abs(a - b) / b for a, b in zip(found, uninterrupted[source], strict=True))
+            largest = max(largest, difference)
+            num_correct += difference <= (1e-5 if precision == "fp32" else spread)
+    bar = "1e-5" if precision == "fp32" else f"{spread:.1e}, the spread of uninterrupted runs"
     total = len(names) ** 2
-    print(f"{precision}: {good} of {total} ways continue with the next {STEPS - SAVED_AT} losses within {bar}")
-    print(f"farthest apart: {worst:.1e} relative; unbroken runs of other topologies: {spread:.1e}")
-    theirs = [json.loads((work / f"deepspeed-{world_size}.json").read_text()) for world_size in grid.world_sizes]
-    for way in WAYS:
-        said = [problem for each in theirs for problem in each[way].values()]
-        print(f"DeepSpeed's {way}: {said.count('')} of {total} are right")
-        for problem in sorted(set(said) - {""}):
-            print(f"  {said.count(problem)} x {problem}")
+    num_losses = STEPS - SAVED_AT
+    print(f"{precision}: {num_correct} of {total} combinations resume with the next {num_losses} losses within {bar}")
+    print(f"largest relative difference from an uninterrupted run: {largest:.1e}; spread of these runs: {spread:.1e}")
+    problems_by_size = [
+        json.loads((work / f"deepspeed-{world_size}.json").read_text()) for world_size in grid.world_sizes
+    ]
+    for loader in LOADERS:
+        problems = [problem for each in problems_by_size for problem in each[loader].values()]
+        print(f"DeepSpeed's {loader}: {problems.count('')} of {total} hold the saved weights and moments bit for bit")
+        for problem in sorted(set(problems) - {""}):
+            print(f"  {problems.count(problem)} x {problem}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="training precision")
     parser.add_argument("--task", choices=["train", "convert", "load"], help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of ranks")

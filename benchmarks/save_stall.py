@@ -1,9 +1,10 @@
-"""How long training stands still for a checkpoint: ours beside DeepSpeed's and torch's asynchronous one.
+"""Measure how long training stalls for a checkpoint, compared with DeepSpeed's and torch's asynchronous checkpoints.
 
-    python benchmarks/save_stall.py                     # a ViT of 22 M parameters, one rank, about two minutes
+    python benchmarks/save_stall.py                     # a ViT with 22 M parameters, one rank, about two minutes
 
-Each save is of the same engine: weights and both moments, fp32. What is timed is the call, and, for the asynchronous
-ones, what the next steps take while the writing goes on. Methods take turns; medians of the rounds.
+All methods save the same engine: fp32 weights and both moments. The benchmark times the call that saves, the
+next training steps (during which asynchronous methods write), and the whole save. Methods alternate, and the median of
+the rounds is reported.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from pretrain.engine.protocol import torch_optimizer
 from pretrain.model.vit import ViT
 from pretrain.state import TrainState
 
-STEPS_BETWEEN = 3
+STEPS_PER_SAVE = 3
 
 
 class Objective(nn.Module):
-    """Something to train."""
+    """Minimal objective: the mean square of the CLS features."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Objective(nn.Module):
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
-    """Return what all three save: weights and moments, by name."""
+    """Return the weights and moments that all methods save, by name."""
     flat = engine.optimizer.single_partition_of_fp32_groups
     state = {f"weight {i}": tensor.detach() for i, tensor in enumerate(flat)}
     for i, tensor in enumerate(flat):
@@ -61,7 +62,7 @@ def state_of(engine: Any) -> dict[str, Tensor]:
 
 
 def build(hidden_size: int) -> Any:
-    """Build an engine over a ViT that fits any disk."""
+    """Build an engine for a ViT with 12 layers and 64 channels per attention head."""
     model = ModelConfig(
         hidden_size=hidden_size, num_hidden_layers=12, num_attention_heads=hidden_size // 64, image_size=64
     )
@@ -69,21 +70,26 @@ def build(hidden_size: int) -> Any:
     return build_engine(Objective(model), config, OptimizerConfig())
 
 
-def methods_over(engine: Any, work: Path) -> dict[str, Callable[[int], Callable[[], object]]]:
-    """Return the ways to save: each begins a save under a number and returns what waits for its end."""
+def build_methods(engine: Any, work: Path) -> dict[str, Callable[[int], Callable[[], object]]]:
+    """Return a function per method, which starts the save of a step and returns a function that waits for its end.
+
+    Args:
+        engine: Engine to save.
+        work: Folder for the checkpoints.
+    """
     saver = Saver(work / "ours", keep_last=1)
     gloo = dist.new_group(backend="gloo")
 
-    def ours(number: int) -> Callable[[], object]:
-        saver.begin(engine, Manifest(TrainState(number), 1, {"training": ""}, [], {}, None))
+    def ours(step: int) -> Callable[[], object]:
+        saver.begin(engine, Manifest(TrainState(step), 1, {"training": ""}, [], {}, None))
         return saver.finish
 
-    def deepspeed(number: int) -> Callable[[], object]:
-        engine.save_checkpoint(str(work / "deepspeed"), tag=f"step-{number}")
+    def deepspeed(step: int) -> Callable[[], object]:
+        engine.save_checkpoint(str(work / "deepspeed"), tag=f"step-{step}")
         return lambda: shutil.rmtree(work / "deepspeed")
 
-    def torch_async(number: int) -> Callable[[], object]:
-        future = dcp.async_save(state_of(engine), checkpoint_id=work / "dcp" / str(number), process_group=gloo)
+    def torch_async(step: int) -> Callable[[], object]:
+        future = dcp.async_save(state_of(engine), checkpoint_id=work / "dcp" / str(step), process_group=gloo)
 
         def finish() -> None:
             future.result()  # type: ignore[union-attr]
@@ -96,8 +102,8 @@ def methods_over(engine: Any, work: Path) -> dict[str, Callable[[int], Callable[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hidden-size", type=int, default=384, help="hidden size of the ViT, a multiple of 64")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per method, after one that is not counted")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -105,38 +111,39 @@ def main() -> None:
     engine = build(arguments.hidden_size)
     images = torch.randn(2, 3, 64, 64, device=engine.device)
 
-    def steps() -> float:
+    def train() -> float:
         started = time.perf_counter()
-        for _ in range(STEPS_BETWEEN):
+        for _ in range(STEPS_PER_SAVE):
             engine.backward(engine(images))
             engine.step()
         return time.perf_counter() - started
 
-    steps()
+    train()
     num_bytes = sum(tensor.numel() * 4 for tensor in state_of(engine).values())
-    plain: list[float] = []
-    seen: dict[str, list[tuple[float, float, float]]] = defaultdict(list)  # stall, steps, whole
+    normal_seconds: list[float] = []
+    measured: dict[str, list[tuple[float, float, float]]] = defaultdict(list)  # stall, next steps, all: in seconds
     with tempfile.TemporaryDirectory() as name:
-        methods = methods_over(engine, Path(name))
-        for number in range(arguments.rounds + 1):
-            plain.append(steps())
+        methods = build_methods(engine, Path(name))
+        for step in range(arguments.rounds + 1):
+            normal_seconds.append(train())
             for method, save in methods.items():
                 os.sync()
                 started = time.perf_counter()
-                finish = save(number)
+                finish = save(step)
                 stall = time.perf_counter() - started
-                after = steps()
+                after = train()
                 finish()
-                seen[method].append((stall, after, time.perf_counter() - started))
+                measured[method].append((stall, after, time.perf_counter() - started))
     print(f"{num_bytes / 1e6:.0f} MB, {arguments.rounds} rounds after one that is not counted\n")
-    print("| | training stands still | of ours | the next steps take | written after |\n|---|---|---|---|---|")
+    print("| | training stalls for | relative to ours | duration of the next steps | written after |")
+    print("|---|---|---|---|---|")
     medians = {
-        name: [statistics.median(column) for column in zip(*rows[1:], strict=True)] for name, rows in seen.items()
+        name: [statistics.median(column) for column in zip(*rows[1:], strict=True)] for name, rows in measured.items()
     }
-    usual = statistics.median(plain[1:])
-    for method, (stall, after, whole) in medians.items():
+    normal = statistics.median(normal_seconds[1:])
+    for method, (stall, after, total) in medians.items():
         ratio = stall / medians["ours"][0]
-        print(f"| {method} | {stall * 1000:.0f} ms | {ratio:.1f}x | {after / usual:.2f} of usual | {whole:.2f} s |")
+        print(f"| {method} | {stall * 1000:.0f} ms | {ratio:.1f}x | {after / normal:.2f} of normal | {total:.2f} s |")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An HTTP server that fails as networks do: for the input benchmark and for the tests of remote data."""
+"""Serve files over HTTP with random failures, for `input.py` and for the tests of remote data."""
 
 import random
 import socket
@@ -18,7 +18,7 @@ KEPT_HEADERS = {"accept-ranges", "content-range", "content-type", "etag", "last-
 
 @dataclass
 class UnreliableServer:
-    """The faults and the counters of an HTTP server over a folder, or in front of another server.
+    """Settings and counters of an HTTP server that fails at random, over a folder or in front of another server.
 
     Attributes:
         folder: Folder whose files are served.
@@ -67,53 +67,53 @@ def serve(server: UnreliableServer) -> Iterator[UnreliableServer]:
         protocol_version = "HTTP/1.1"
 
         def do_HEAD(self) -> None:
-            self.answer(body=False)
+            self.respond(body=False)
 
         def do_GET(self) -> None:
-            self.answer(body=True)
+            self.respond(body=True)
 
-        def answer(self, body: bool) -> None:
+        def respond(self, body: bool) -> None:
             name = self.path.lstrip("/")
             if name in server.stalled:
                 time.sleep(60)
                 return
             fault = server.next_fault()
-            status, data, headers = self.forwarded() if server.upstream else self.served(server.folder / name)
+            status, data, headers = self.forward() if server.upstream else self.read(server.folder / name)
             if fault == "unavailable":
-                self.reply(503, b"", {}, 0, body)
+                self.send(503, b"", {}, 0, body)
                 return
             if fault == "slow":
                 time.sleep(0.2)
             if body:
                 with server.lock:
                     server.requests[name] += 1
-            self.reply(status, data, headers, len(data) // 2 if fault == "reset" and body else None, body)
+            self.send(status, data, headers, len(data) // 2 if fault == "reset" and body else None, body)
 
-        def served(self, path: Path) -> tuple[int, bytes, dict[str, str]]:
+        def read(self, path: Path) -> tuple[int, bytes, dict[str, str]]:
             if not path.is_file():
                 return 404, b"", {}
             data, total = path.read_bytes(), path.stat().st_size
             if not server.ranges:
                 return 200, data, {}
-            if not (asked := self.headers.get("Range")):
+            if not (requested := self.headers.get("Range")):
                 return 200, data, {"Accept-Ranges": "bytes"}
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            begin = int(first) if first else total - int(last)
-            data = data[begin : int(last) + 1 if first and last else None]
-            sent = f"bytes {begin}-{begin + len(data) - 1}/{total}"
+            first, _, last = requested.removeprefix("bytes=").partition("-")
+            start = int(first) if first else total - int(last)
+            data = data[start : int(last) + 1 if first and last else None]
+            sent = f"bytes {start}-{start + len(data) - 1}/{total}"
             return 206, data, {"Accept-Ranges": "bytes", "Content-Range": sent}
 
-        def forwarded(self) -> tuple[int, bytes, dict[str, str]]:
+        def forward(self) -> tuple[int, bytes, dict[str, str]]:
             connection = HTTPConnection(server.upstream, timeout=30)
             connection.request(self.command, self.path, headers=dict(self.headers))
-            answer = connection.getresponse()
-            data = answer.read()
-            headers = {name: value for name, value in answer.getheaders() if name.lower() in KEPT_HEADERS}
+            response = connection.getresponse()
+            data = response.read()
+            headers = {name: value for name, value in response.getheaders() if name.lower() in KEPT_HEADERS}
             if self.command == "HEAD":
-                headers["Content-Length"] = answer.getheader("Content-Length") or "0"
-            return answer.status, data, headers
+                headers["Content-Length"] = response.getheader("Content-Length") or "0"
+            return response.status, data, headers
 
-        def reply(self, status: int, data: bytes, headers: dict[str, str], cut: int | None, body: bool) -> None:
+        def send(self, status: int, data: bytes, headers: dict[str, str], cut: int | None, body: bool) -> None:
             self.send_response(status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
@@ -124,7 +124,7 @@ def serve(server: UnreliableServer) -> Iterator[UnreliableServer]:
                     server.sent += len(data[:cut])
             if cut is not None and data:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()  # a reset, not an orderly end
+                self.connection.close()  # with SO_LINGER 0 this sends a reset
                 self.close_connection = True
 
         def log_message(self, *_: object) -> None:
@@ -135,7 +135,7 @@ def serve(server: UnreliableServer) -> Iterator[UnreliableServer]:
         request_queue_size = 128
 
         def handle_error(self, *_: object) -> None:
-            """Clients that hang up are what this server is for."""
+            """Ignore clients that close the connection early."""
 
     running = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=running.serve_forever, daemon=True)
