@@ -1,12 +1,12 @@
-"""A whole training step: ours under DeepSpeed ZeRO-1, beside timm's and transformers' ViT in a plain torch loop.
+"""Measure a training step: ours under DeepSpeed ZeRO-1, compared with timm and transformers in a plain torch loop.
 
-Every contender sees the same images, loss, AdamW, clipping, micro-batch and accumulation, in a process of its own;
-the rounds are interleaved and the median counts.
+All contenders use the same image size, loss, AdamW, clipping, micro-batch size and accumulation. Each runs in its own
+process. Contenders alternate, and the median of the rounds is reported.
 
-    make benchmark                                                        # small, on a CPU
+    make benchmark                                                        # a small model on a CPU
     python benchmarks/train_step.py --model B/16 --micro-batch 256        # on a GPU
     python benchmarks/train_step.py --model B/16 --micro-batch 256 --accumulation 4 --json b16.json
-    python benchmarks/train_step.py --profile "ours eager"                # where the time goes
+    python benchmarks/train_step.py --profile "ours eager"                # print a profile
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.model.vit import ViT, compile_blocks
 from pretrain.objectives import build_objective
 
-CLASSES = 1000
+NUM_CLASSES = 1000
 MODELS = {
     "Ti/8 at 64": ModelConfig(
         hidden_size=192, num_hidden_layers=12, num_attention_heads=3, patch_size=8, image_size=64
@@ -55,15 +55,25 @@ Step = Callable[[list[tuple[Tensor, Tensor]]], None]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One contender in one round."""
+class Measurement:
+    """Result of one contender in one round.
+
+    Attributes:
+        images_per_second: Training speed.
+        peak_memory_gb: Peak memory in GB: allocated on the GPU, or resident on a CPU.
+    """
 
     images_per_second: float
     peak_memory_gb: float
 
 
 class Classifier(nn.Module):
-    """Images and labels in, cross-entropy out: what each contender's step computes."""
+    """Return the cross-entropy for images and labels.
+
+    Args:
+        logits: Function that predicts the logits of images.
+        owner: Module whose parameters `logits` uses.
+    """
 
     def __init__(self, logits: Callable[[Tensor], Tensor], owner: nn.Module) -> None:
         super().__init__()
@@ -75,7 +85,7 @@ class Classifier(nn.Module):
 
 
 def plain_loop(model: nn.Module) -> Step:
-    """A torch training step as one writes it: bf16 autocast on a GPU, fused AdamW, clipping at 1."""
+    """Build a plain torch training step: bf16 autocast on a GPU, fused AdamW, clipping at 1."""
     model = model.to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
@@ -91,7 +101,7 @@ def plain_loop(model: nn.Module) -> Step:
     return step
 
 
-def build_timm(config: ModelConfig, *, compiled: bool, classes: int = CLASSES) -> nn.Module:
+def build_timm(config: ModelConfig, *, compiled: bool, num_classes: int = NUM_CLASSES) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
@@ -100,7 +110,7 @@ def build_timm(config: ModelConfig, *, compiled: bool, classes: int = CLASSES) -
         embed_dim=config.hidden_size,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        num_classes=classes,
+        num_classes=num_classes,
     )
     return Classifier(torch.compile(model) if compiled else model, model)
 
@@ -116,7 +126,7 @@ def build_transformers(config: ModelConfig, *, compiled: bool) -> nn.Module:
             intermediate_size=config.mlp_size,
             patch_size=config.patch_size,
             image_size=config.image_size,
-            num_labels=CLASSES,
+            num_labels=NUM_CLASSES,
         )
     )
     run = torch.compile(model) if compiled else model
@@ -124,9 +134,9 @@ def build_transformers(config: ModelConfig, *, compiled: bool) -> nn.Module:
 
 
 def our_step(config: ModelConfig, micro_batch: int, accumulation: int, *, compiled: bool) -> Step:
-    """Our step under DeepSpeed ZeRO-1, as `train.py` runs it."""
+    """Build our training step under DeepSpeed ZeRO-1, like the one in `pretrain/train.py`."""
     start_distributed()
-    objective = build_objective(SupervisedConfig(), ViT(config), [1 / CLASSES] * CLASSES, PreprocessingConfig())
+    objective = build_objective(SupervisedConfig(), ViT(config), [1 / NUM_CLASSES] * NUM_CLASSES, PreprocessingConfig())
     if compiled:
         compile_blocks(objective)
     engine = build_engine(
@@ -150,26 +160,29 @@ def our_step(config: ModelConfig, micro_batch: int, accumulation: int, *, compil
 
 
 def prepare(name: str, model: str, micro_batch: int, accumulation: int) -> Callable[[], None]:
-    """Build a contender; return its step."""
+    """Build a contender and random inputs, and return its training step."""
     torch.manual_seed(0)
     config = MODELS[model]
-    whose, how = name.split()
-    compiled = how == "compiled"
-    if whose == "ours":
+    library, mode = name.split()
+    compiled = mode == "compiled"
+    if library == "ours":
         step = our_step(config, micro_batch, accumulation, compiled=compiled)
     else:
-        build = build_timm if whose == "timm" else build_transformers
+        build = build_timm if library == "timm" else build_transformers
         step = plain_loop(build(config, compiled=compiled))
     size = config.image_size
     batches = [
-        (torch.randn(micro_batch, 3, size, size, device=DEVICE), torch.randint(CLASSES, (micro_batch,), device=DEVICE))
+        (
+            torch.randn(micro_batch, 3, size, size, device=DEVICE),
+            torch.randint(NUM_CLASSES, (micro_batch,), device=DEVICE),
+        )
         for _ in range(accumulation)
     ]
     return lambda: step(batches)
 
 
-def measure(step: Callable[[], None], images: int, steps: int, warmup: int) -> Measured:
-    """Time a contender in this process."""
+def measure(step: Callable[[], None], images: int, steps: int, warmup: int) -> Measurement:
+    """Measure a contender in this process; `images` is the number of images per step."""
     for _ in range(warmup):
         step()
     wait()
@@ -179,23 +192,23 @@ def measure(step: Callable[[], None], images: int, steps: int, warmup: int) -> M
     wait()
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if ON_GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Measured(steps * images / seconds, peak / 1e9)
+    return Measurement(steps * images / seconds, peak / 1e9)
 
 
 def profile(step: Callable[[], None], steps: int, warmup: int) -> None:
-    """Print where the time of a contender goes."""
+    """Print the 25 operations in which a contender spends most time."""
     for _ in range(warmup):
         step()
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile() as profiler:
         for _ in range(steps):
             step()
         wait()
     order = f"self_{DEVICE.type}_time_total"
-    print(f"{steps} steps\n{seen.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)}")
+    print(f"{steps} steps\n{profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)}")
 
 
 def matmul_peak() -> float:
-    """Return the FLOP/s that a large matrix product reaches here: bf16 on a GPU, fp32 on a CPU."""
+    """Return the highest measured FLOP/s of a large matrix product on this device: bf16 on a GPU, fp32 on a CPU."""
     n, dtype = (8192, torch.bfloat16) if ON_GPU else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
     best = 0.0
@@ -210,10 +223,10 @@ def matmul_peak() -> float:
 
 
 def flops_per_image(config: ModelConfig) -> float:
-    """Return the FLOPs of forward and backward: 3 times the products of the forward pass."""
+    """Return the FLOPs per image of the forward and backward pass: 3 times the matrix products of the forward pass."""
     width, depth, tokens = config.hidden_size, config.num_hidden_layers, config.num_patches + 1
     block = tokens * (4 * width**2 + 2 * width * config.mlp_size) + 2 * tokens**2 * width
-    ends = config.num_patches * 3 * config.patch_size**2 * width + width * CLASSES
+    ends = config.num_patches * 3 * config.patch_size**2 * width + width * NUM_CLASSES
     return 3 * 2 * (depth * block + ends)
 
 
@@ -224,15 +237,19 @@ def wait() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="B/16" if ON_GPU else "Ti/8 at 64")
-    parser.add_argument("--micro-batch", type=int, default=256 if ON_GPU else 16)
-    parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--warmup", type=int, default=10 if ON_GPU else 3)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
-    parser.add_argument("--json", type=Path, help="write the figures here, for machines")
-    parser.add_argument("--profile", choices=CONTENDERS, help="show where the time of one goes, instead")
+    parser.add_argument("--model", choices=MODELS, default="B/16" if ON_GPU else "Ti/8 at 64", help="size of the ViT")
+    parser.add_argument(
+        "--micro-batch", type=int, default=256 if ON_GPU else 16, help="number of images per micro-batch"
+    )
+    parser.add_argument("--accumulation", type=int, default=1, help="number of micro-batches per step")
+    parser.add_argument("--steps", type=int, default=30, help="number of measured steps per round")
+    parser.add_argument(
+        "--warmup", type=int, default=10 if ON_GPU else 3, help="number of steps before the measurement"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds per contender; the median is reported")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="contenders to measure")
+    parser.add_argument("--json", type=Path, help="JSON file for the measurements")
+    parser.add_argument("--profile", choices=CONTENDERS, help="only print the profile of this contender")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if name := arguments.one or arguments.profile:
@@ -245,32 +262,35 @@ def main() -> None:
         return
 
     peak = matmul_peak()
-    seen: dict[str, list[Measured]] = {name: [] for name in arguments.contenders}
+    measurements: dict[str, list[Measurement]] = {name: [] for name in arguments.contenders}
     for _ in range(arguments.rounds):
         for name in arguments.contenders:
-            seen[name].append(in_own_process(name, sys.argv[1:]))
-            print(f"{name}: {seen[name][-1].images_per_second:.0f} images/s", file=sys.stderr, flush=True)
-    report(arguments, peak, seen)
+            measurements[name].append(measure_in_process(name, sys.argv[1:]))
+            print(f"{name}: {measurements[name][-1].images_per_second:.0f} images/s", file=sys.stderr, flush=True)
+    report(arguments, peak, measurements)
 
 
-def in_own_process(name: str, arguments: list[str]) -> Measured:
-    """Measure a contender where no other has left anything behind."""
+def measure_in_process(name: str, arguments: list[str]) -> Measurement:
+    """Measure a contender in a new process, so that contenders cannot influence each other."""
     command = [sys.executable, __file__, *arguments, "--one", name]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT_SECONDS)
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def report(arguments: argparse.Namespace, peak: float, seen: dict[str, list[Measured]]) -> None:
-    """Print a table, and write the figures if asked."""
+def report(arguments: argparse.Namespace, peak: float, measurements: dict[str, list[Measurement]]) -> None:
+    """Print the table, and write the JSON file if one was requested."""
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
-    medians = {name: statistics.median(m.images_per_second for m in rounds) for name, rounds in seen.items()}
+    medians = {name: statistics.median(m.images_per_second for m in rounds) for name, rounds in measurements.items()}
     print(
         f"{arguments.model}, micro-batch {arguments.micro_batch} x {arguments.accumulation}, "
         f"{'bf16' if ON_GPU else 'fp32'}, {where}, torch {torch.__version__}, matmul peak {peak / 1e12:.2f} TFLOP/s\n"
     )
-    print(f"| | images/s (lowest, highest) | of {BASELINE} | of the matmul peak | peak memory |\n|---|---|---|---|---|")
+    print(
+        f"| | images/s (lowest, highest) | relative to {BASELINE} | share of the matmul peak | peak memory |\n"
+        "|---|---|---|---|---|"
+    )
     flops = flops_per_image(MODELS[arguments.model])
-    for name, rounds in seen.items():
+    for name, rounds in measurements.items():
         speeds = [m.images_per_second for m in rounds]
         ratio = f"{medians[name] / medians[BASELINE]:.2f}x" if BASELINE in medians else ""
         print(
@@ -278,7 +298,7 @@ def report(arguments: argparse.Namespace, peak: float, seen: dict[str, list[Meas
             f"{medians[name] * flops / peak:.0%} | {max(m.peak_memory_gb for m in rounds):.2f} GB |"
         )
     if arguments.json:
-        figures = {name: [asdict(m) for m in rounds] for name, rounds in seen.items()}
+        figures = {name: [asdict(m) for m in rounds] for name, rounds in measurements.items()}
         settings = {
             key: value for key, value in vars(arguments).items() if key not in ("json", "one", "profile", "contenders")
         }

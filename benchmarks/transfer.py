@@ -1,14 +1,14 @@
-"""Is pretraining worth it? Digits are learned first, with labels or without, then 5 to 9 from a few labels.
+"""Measure what pretraining gains: pretrain on digits, then learn the digits 5 to 9 from few labels.
 
-The supervised objective is given 0 to 4 with their labels; the others the same and the training images of 5 to 9, all
-without. Beside what is made of them stands a twin of the same architecture from scratch: the same labels,
-augmentations and steps, and the better of the same learning rates for each. Frozen features are probed by k-NN and by
-a linear classifier on the same labels.
+Supervised pretraining uses the digits 0 to 4 with their labels. The other objectives use these and the training images
+of 5 to 9, all without labels. The model trained from scratch has the same architecture, labels, augmentations and
+steps. For each model, the best of the same learning rates is reported. Frozen features are evaluated by k-NN and a
+linear probe with the same labels.
 
     python benchmarks/transfer.py --labels 1 2 4 --results transfer.jsonl
-    python benchmarks/transfer.py --objectives mae --seeds 0    # the quickstart's
+    python benchmarks/transfer.py --objectives mae --seeds 0    # only the quickstart's objective
 
-What `--results` names is not measured again.
+With `--results FILE`, an interrupted benchmark continues: what the file contains is not measured again.
 """
 
 import argparse
@@ -45,14 +45,21 @@ from pretrain.metrics.linear_probe import predict_linear_probe
 
 ROOT = Path(__file__).resolve().parents[1]
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-# Of configs/quickstart.
-RECIPES = {"supervised": "supervised.yaml", "mae": "pretrain.yaml", "self_distillation": "self_distillation.yaml"}
+RECIPES = {  # objective -> file in configs/quickstart
+    "supervised": "supervised.yaml",
+    "mae": "pretrain.yaml",
+    "self_distillation": "self_distillation.yaml",
+}
 SCRATCH = "from scratch"
-MEASURES = ("fine-tuned", "k-NN", "linear")
+MEASURES = {  # key of a measure in the results -> its name in the table
+    "fine-tuned": "fine-tuned",
+    "k-NN": "k-NN of frozen features",
+    "linear": "linear probe of frozen features",
+}
 
 
 def make_digits(folder: Path) -> None:
-    """Write the digits 0 to 4 for pretraining and 5 to 9 for fine-tuning; half of the latter is the test set."""
+    """Write the digits 0 to 4 for pretraining and 5 to 9 for fine-tuning; half of the latter are for testing."""
     digits = list_digits()
     for name, classes, validation in (("pretrain", "01234", 0.1), ("finetune", "56789", 0.5)):
         source = keep_classes(digits, list(classes))
@@ -60,16 +67,16 @@ def make_digits(folder: Path) -> None:
 
 
 def pretrain(folder: Path, objective: str, seed: int, overrides: list[str]) -> Path:
-    """Pretrain by the quickstart's recipe; return the exported folder."""
+    """Pretrain with the quickstart's recipe and return the exported folder."""
     run_dir = folder / f"{objective}-seed{seed}"
-    sets = [str(folder / name / "train") for name in ("pretrain", "finetune")]
+    datasets = [str(folder / name / "train") for name in ("pretrain", "finetune")]
     command = [
         sys.executable,
         str(ROOT / "launch" / "pretrain.py"),
         f"--config={ROOT / 'configs' / 'quickstart' / RECIPES[objective]}",
         f"run_dir={run_dir}",
         f"seed={seed}",
-        f"data.train={sets[0] if objective == 'supervised' else json.dumps(sets)}",
+        f"data.train={datasets[0] if objective == 'supervised' else json.dumps(datasets)}",
         f"data.validation={folder / 'pretrain' / 'validation'}",
         "tracking.uri=off",
         *overrides,
@@ -79,8 +86,19 @@ def pretrain(folder: Path, objective: str, seed: int, overrides: list[str]) -> P
     return run_dir / "export"
 
 
-def load(folder: Path, model: Path, seed: int, labels: int, origin: str, more: list[str]) -> Loaded[FinetuneConfig]:
-    """Return the quickstart's recipe of fine-tuning, which measures once, after the last epoch."""
+def load(
+    folder: Path, model: Path, seed: int, labels: int, origin: str, extra_overrides: list[str]
+) -> Loaded[FinetuneConfig]:
+    """Return the config of the quickstart's fine-tuning recipe, which evaluates once, after the last epoch.
+
+    Args:
+        folder: Folder with the shards.
+        model: Exported folder to fine-tune.
+        seed: Random seed.
+        labels: Number of labels per class.
+        origin: Objective of the pretraining, or `SCRATCH` for random initial weights.
+        extra_overrides: Further overrides of the recipe.
+    """
     run_dir = folder / "finetune-run"
     shutil.rmtree(run_dir, ignore_errors=True)
     overrides = [
@@ -92,13 +110,13 @@ def load(folder: Path, model: Path, seed: int, labels: int, origin: str, more: l
         f"data.labels_per_class={labels}",
         f"engine.global_batch_size={5 * labels}",
         f"from_scratch={'true' if origin == SCRATCH else 'false'}",
-        *more,
+        *extra_overrides,
     ]
     return load_config(FinetuneConfig, ROOT / "configs" / "quickstart" / "finetune.yaml", overrides)
 
 
 def finetune(loaded: Loaded[FinetuneConfig]) -> float:
-    """Fine-tune; return the top-1."""
+    """Fine-tune and return the top-1 accuracy."""
     run = build_run(loaded.config, Accelerator(cpu=not torch.cuda.is_available()))
     with contextlib.redirect_stdout(sys.stderr):
         best = train(run, open_tracker(run, loaded.text, enabled=False)).best
@@ -108,29 +126,48 @@ def finetune(loaded: Loaded[FinetuneConfig]) -> float:
 
 @torch.no_grad()
 def probe(loaded: Loaded[FinetuneConfig]) -> dict[str, float]:
-    """Return what frozen features are good for, by the same few labels."""
+    """Return the top-1 accuracy of a k-NN and a linear probe of the frozen features, fitted on the same few labels."""
     run = build_run(loaded.config, Accelerator(cpu=not torch.cuda.is_available()))
     backbone = run.classifier.eval().vit
-    found = []
+    features_and_labels = []
     for samples in (run.training, run.validation):
         batches = evaluation_batches(samples, run.preprocessor, batch_size=64, rank=0, world_size=1, num_workers=0)
         parts = [(batch.tensors, batch.tensors["weight"] > 0) for batch in batches]
         features = [backbone(tensors["image"]).last_hidden_state[:, 0][kept] for tensors, kept in parts]
-        found += [torch.cat(features), torch.cat([tensors["label"][kept] for tensors, kept in parts])]
-    known, labels, unknown, truth = found
-    guesses = {"k-NN": predict_knn, "linear": predict_linear_probe}
-    return {name: float((guess(known, labels, unknown) == truth).float().mean()) for name, guess in guesses.items()}
+        features_and_labels += [torch.cat(features), torch.cat([tensors["label"][kept] for tensors, kept in parts])]
+    train_features, train_labels, test_features, test_labels = features_and_labels
+    predictors = {"k-NN": predict_knn, "linear": predict_linear_probe}
+    return {
+        name: float((predict(train_features, train_labels, test_features) == test_labels).float().mean())
+        for name, predict in predictors.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="+", choices=list(RECIPES), default=list(RECIPES))
-    parser.add_argument("--labels", type=int, nargs="+", default=[2])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="the best counts")
-    parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--finetune", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
+    parser.add_argument(
+        "--objectives", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="objectives to pretrain with"
+    )
+    parser.add_argument("--labels", type=int, nargs="+", default=[2], help="numbers of labels per class")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds")
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=list(LEARNING_RATES),
+        help="learning rates of fine-tuning; the best is reported",
+    )
+    parser.add_argument(
+        "--pretrain", nargs="*", default=[], metavar="key=value", help="overrides of the pretraining recipes"
+    )
+    parser.add_argument(
+        "--finetune", nargs="*", default=[], metavar="key=value", help="overrides of the fine-tuning recipe"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="JSON lines file for the measurements; those that it already contains are not repeated",
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results, settings = Results(arguments.results), {"pretrain": arguments.pretrain, "finetune": arguments.finetune}
@@ -140,28 +177,29 @@ def main() -> None:
         make_digits(folder)
 
         @cache
-        def model_of(objective: str, seed: int) -> Path:
+        def pretrained_folder(objective: str, seed: int) -> Path:
             return pretrain(folder, objective, seed, arguments.pretrain)
 
         for labels, seed, origin in product(arguments.labels, arguments.seeds, origins):
             case = {"seed": seed, "labels": labels, "origin": origin, **settings}
-            objective = arguments.objectives[0] if origin == SCRATCH else origin  # whose architecture a twin has
-            if not results.top1s(**case, measure="linear"):
-                loaded = load(folder, model_of(objective, seed), seed, labels, origin, arguments.finetune)
+            # A model from scratch has the architecture of the first objective.
+            objective = arguments.objectives[0] if origin == SCRATCH else origin
+            if not results.top1_values(**case, measure="linear"):
+                loaded = load(folder, pretrained_folder(objective, seed), seed, labels, origin, arguments.finetune)
                 for measure, top1 in probe(loaded).items():
-                    results.note(**case, measure=measure, top1=top1)
+                    results.add(**case, measure=measure, top1=top1)
             for rate in arguments.learning_rates:
-                tuned = {**case, "measure": "fine-tuned", "learning_rate": rate}
-                if not results.top1s(**tuned):
-                    more = [f"optimizer.learning_rate={rate}", *arguments.finetune]
-                    top1 = finetune(load(folder, model_of(objective, seed), seed, labels, origin, more))
-                    results.note(**tuned, top1=top1)
-    print("| labels a class | | " + " | ".join(origins) + " | gain |")
+                tuned_case = {**case, "measure": "fine-tuned", "learning_rate": rate}
+                if not results.top1_values(**tuned_case):
+                    overrides = [f"optimizer.learning_rate={rate}", *arguments.finetune]
+                    top1 = finetune(load(folder, pretrained_folder(objective, seed), seed, labels, origin, overrides))
+                    results.add(**tuned_case, top1=top1)
+    print("| labels per class | | " + " | ".join(origins) + " | gain |")
     print("|---" * (len(origins) + 3) + "|")
     for labels, measure in product(arguments.labels, MEASURES):
         best = {
             origin: [
-                max(results.top1s(seed=seed, labels=labels, origin=origin, measure=measure, **settings))
+                max(results.top1_values(seed=seed, labels=labels, origin=origin, measure=measure, **settings))
                 for seed in arguments.seeds
             ]
             for origin in origins
@@ -170,12 +208,12 @@ def main() -> None:
             spread([a - b for a, b in zip(best[objective], best[SCRATCH], strict=True)])
             for objective in arguments.objectives
         ]
-        cells = [str(labels), measure, *(spread(values) for values in best.values()), ", ".join(gains)]
+        cells = [str(labels), MEASURES[measure], *(spread(values) for values in best.values()), ", ".join(gains)]
         print(f"| {' | '.join(cells)} |")
 
 
 def spread(values: list[float]) -> str:
-    """Write mean and standard deviation over the seeds, in percent."""
+    """Return the mean and standard deviation of shares as text, in percent."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.mean(values):.1f} ± {100 * deviation:.1f}"
 

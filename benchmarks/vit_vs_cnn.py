@@ -1,13 +1,13 @@
-"""ViT or CNN? The digits 5 to 9 from ever more labels: our ViT, with and without our pretraining, and a ResNet.
+"""Compare our ViT, with and without pretraining, with a ResNet on the digits 5 to 9 for 1 to 64 labels per class.
 
-The ViT is the quickstart's; it begins from nothing, from masked autoencoding of all the digits' training images without
-their labels, or from the digits 0 to 4 with theirs. The ResNet (transformers' own, of about as many parameters) begins
-from nothing. All have the same shards, augmentations, batches, steps and choice of learning rates, and are measured
-once, on images that no stage has seen.
+The quickstart's ViT is fine-tuned in three ways: from scratch, after masked autoencoding of the training images of all
+digits without labels, and after supervised pretraining on the digits 0 to 4. The ResNet (transformers' own, with about
+as many parameters) is trained from scratch. All use the same shards, augmentations, batches, steps and learning rates,
+and are evaluated once, on images that no stage has seen.
 
     python benchmarks/vit_vs_cnn.py --seeds 0 1 2 --results vit_vs_cnn.jsonl --picture docs/vit_vs_cnn.png
 
-What `--results` names is not trained again.
+With `--results FILE`, an interrupted benchmark continues: what the file contains is not measured again.
 """
 
 import argparse
@@ -42,7 +42,7 @@ NAMES = {
 
 
 def make_resnet(folder: Path, like: Path) -> Path:
-    """Write a ResNet that sees images as the ViT in `like` does; its first layer keeps their small size."""
+    """Write a ResNet without downsampling in its first stage, with the preprocessing of the ViT in `like`."""
     config = transformers.ResNetConfig(**RESNET, downsample_in_first_stage=False, num_labels=5)
     config.architectures = ["ResNetForImageClassification"]
     torch.manual_seed(0)
@@ -52,14 +52,14 @@ def make_resnet(folder: Path, like: Path) -> Path:
     return folder
 
 
-def parameters_of(folder: Path) -> float:
-    """Return a folder's parameters in millions."""
+def count_parameters(folder: Path) -> float:
+    """Return the number of parameters of a Hugging Face folder in millions."""
     model = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
-def settings_of(labels: int, steps: int) -> list[str]:
-    """Return the overrides with which so many labels take about as many steps as others."""
+def schedule_overrides(labels: int, steps: int) -> list[str]:
+    """Return the overrides with which fine-tuning takes about `steps` steps, for any number of labels per class."""
     batch = min(LARGEST_BATCH, 5 * labels)
     epochs = max(1, round(steps * batch / (5 * labels)))
     return [
@@ -70,15 +70,15 @@ def settings_of(labels: int, steps: int) -> list[str]:
     ]
 
 
-def draw(found: dict[tuple[str, int], list[float]], labels: list[int], path: Path) -> None:
-    """Draw top-1 over labels, mean and deviation over the seeds."""
+def draw(accuracies: dict[tuple[str, int], list[float]], labels: list[int], path: Path) -> None:
+    """Plot top-1 accuracy over labels per class, with mean and standard deviation over the seeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for key, name in NAMES.items():
-        means = [100 * statistics.mean(found[key, count]) for count in labels]
-        deviations = [100 * statistics.stdev(v) if len(v := found[key, count]) > 1 else 0.0 for count in labels]
+        means = [100 * statistics.mean(accuracies[key, count]) for count in labels]
+        deviations = [100 * statistics.stdev(v) if len(v := accuracies[key, count]) > 1 else 0.0 for count in labels]
         axes.errorbar(labels, means, deviations, label=name, marker="o", capsize=3)
-    axes.set(xscale="log", xlabel="labels a class", ylabel="top-1, %", title="The digits 5 to 9")
+    axes.set(xscale="log", xlabel="labels per class", ylabel="top-1, %", title="The digits 5 to 9")
     axes.set_xticks(labels, [str(count) for count in labels])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -88,13 +88,25 @@ def draw(found: dict[tuple[str, int], list[float]], labels: list[int], path: Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", type=int, nargs="+", default=list(LABELS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS, help="approximate steps of each fine-tuning")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="the best counts")
-    parser.add_argument("--pretrain", nargs="*", default=[], metavar="key=value")
-    parser.add_argument("--results", type=Path, help="a file of JSON lines to keep every figure in, and to go on from")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--labels", type=int, nargs="+", default=list(LABELS), help="numbers of labels per class")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds")
+    parser.add_argument("--steps", type=int, default=STEPS, help="approximate number of steps of each fine-tuning")
+    parser.add_argument(
+        "--learning-rates",
+        type=float,
+        nargs="+",
+        default=list(LEARNING_RATES),
+        help="learning rates of fine-tuning; the best is reported",
+    )
+    parser.add_argument(
+        "--pretrain", nargs="*", default=[], metavar="key=value", help="overrides of the pretraining recipes"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="JSON lines file for the measurements; those that it already contains are not repeated",
+    )
+    parser.add_argument("--picture", type=Path, help="PNG file for the plot")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     results = Results(arguments.results)
@@ -103,35 +115,35 @@ def main() -> None:
         make_digits(folder)
 
         @cache
-        def model_of(key: str, seed: int) -> Path:
+        def model_folder(key: str, seed: int) -> Path:
             if key == "cnn":
-                return make_resnet(folder / "resnet", model_of("vit", seed))
+                return make_resnet(folder / "resnet", model_folder("vit", seed))
             if key == "vit":
-                return model_of("mae", seed)  # whose twin it is
+                return model_folder("mae", seed)  # its architecture is trained from scratch
             return pretrain(folder, key, seed, arguments.pretrain)
 
         for seed, labels, key, rate in product(arguments.seeds, arguments.labels, NAMES, arguments.learning_rates):
             case = {"seed": seed, "labels": labels, "model": key, "learning_rate": rate, "pretrain": arguments.pretrain}
-            if not results.top1s(**case):
-                model, origin = model_of(key, seed), key if key in RECIPES else SCRATCH
-                more = [*settings_of(labels, arguments.steps), f"optimizer.learning_rate={rate}"]
-                top1 = finetune(load(folder, model, seed, labels, origin, more))
-                results.note(**case, parameters=parameters_of(model), top1=top1)
-    found = {
+            if not results.top1_values(**case):
+                model, origin = model_folder(key, seed), key if key in RECIPES else SCRATCH
+                overrides = [*schedule_overrides(labels, arguments.steps), f"optimizer.learning_rate={rate}"]
+                top1 = finetune(load(folder, model, seed, labels, origin, overrides))
+                results.add(**case, parameters=count_parameters(model), top1=top1)
+    accuracies = {
         (key, labels): [
-            max(results.top1s(seed=seed, labels=labels, model=key, pretrain=arguments.pretrain))
+            max(results.top1_values(seed=seed, labels=labels, model=key, pretrain=arguments.pretrain))
             for seed in arguments.seeds
         ]
         for key, labels in product(NAMES, arguments.labels)
     }
     if arguments.picture:
-        draw(found, arguments.labels, arguments.picture)
+        draw(accuracies, arguments.labels, arguments.picture)
     sizes = {row["model"]: f"{row['parameters']:.2f} M" for row in results.rows}
     print(f"The ViT has {sizes['vit']} parameters, the ResNet {sizes['cnn']}.\n")
-    print(f"| labels a class | {' | '.join(NAMES.values())} |")
+    print(f"| labels per class | {' | '.join(NAMES.values())} |")
     print("|---" * (len(NAMES) + 1) + "|")
     for labels in arguments.labels:
-        print(f"| {labels} | {' | '.join(spread(found[key, labels]) for key in NAMES)} |")
+        print(f"| {labels} | {' | '.join(spread(accuracies[key, labels]) for key in NAMES)} |")
 
 
 if __name__ == "__main__":
