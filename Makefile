@@ -14,7 +14,7 @@ help:  ## list the targets
 quickstart: $(INSTALLED)  ## pretrain, fine-tune and predict on real images, in minutes
 	$(VENV)/bin/python launch/quickstart.py
 
-check: $(INSTALLED)  ## lint, types and the tests that start no processes, in under a minute
+check: $(INSTALLED)  ## lint, types and the quick tests that start no processes, in under a minute
 	$(MAKE) --jobs 2 --output-sync=target lint quick-test
 
 test: $(INSTALLED)  ## every test, on the CPU
@@ -22,7 +22,7 @@ test: $(INSTALLED)  ## every test, on the CPU
 
 .PHONY: quick-test
 quick-test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal -m "not processes"
+	$(VENV)/bin/python -m pytest --quiet --numprocesses 2 --dist worksteal -m "not processes and not slow"
 
 lint: $(INSTALLED)  ## ruff, its formatter and mypy
 	$(VENV)/bin/ruff check .

@@ -231,7 +231,7 @@ def test_mixed_neighbors_need_an_even_batch_size(recipe: Path) -> None:
 
 
 def test_too_few_labels_per_class_are_an_error(recipe: Path) -> None:
-    with pytest.raises(UserError, match="class 0 has 160 samples"):
+    with pytest.raises(UserError, match="class 0: has 160 samples"):
         build(recipe, "data.labels_per_class=500")
 
 

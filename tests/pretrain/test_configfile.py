@@ -321,6 +321,7 @@ def test_printed_config_shows_origins_and_can_be_loaded(tmp_path: Path) -> None:
     assert load_config(PretrainConfig, write(tmp_path, loaded.text)).config == loaded.config
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_key_is_suggested_if_one_letter_is_missing(data: st.DataObject) -> None:
     """Remove one letter of any key. The message must suggest the key, unless the rest is a key as well."""

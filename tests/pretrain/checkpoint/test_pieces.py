@@ -83,6 +83,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_none_of_300_damaged_checkpoints_loads(run: Path, tmp_path: Path) -> None:
     """Files are flipped, cut, missing, zeroed, swapped or pickled, or the folder has a temporary name."""
     chance = random.Random(0)

@@ -98,6 +98,7 @@ def test_the_initial_loss_is_that_of_a_random_prediction() -> None:
     assert float(build().train()(batch(64))["loss"]) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfitted_and_every_parameter_is_trained() -> None:
     objective = build().train()
     rows = torch.linspace(0, 255, 32)

@@ -99,6 +99,7 @@ def test_koleo_ignores_copies_of_the_same_image() -> None:
     assert not gradient.any()
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfitted_and_every_parameter_is_trained() -> None:
     objective = build_self_distillation(koleo_weight=0.0)
     data = batch(objective, 6)

@@ -194,6 +194,7 @@ def test_evaluation_sums_ignore_samples_with_weight_zero() -> None:
     assert sums["top1"] == (logits[:5].argmax(1) == data["label"][:5]).sum()
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfitted_and_every_parameter_is_trained() -> None:
     objective, data = build().train(), batch(20)
     assert overfit(objective, data, steps=150) < 0.05

@@ -106,6 +106,7 @@ def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     assert names == [picture_name(step) for step in (10, 20, 30, 20)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("stores")
 def test_a_step_may_have_several_rows_that_are_written_at_different_times(tmp_path: Path) -> None:
     """Training and validation log rows at one step; a push or a crash between them loses no value."""

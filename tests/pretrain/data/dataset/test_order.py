@@ -44,6 +44,7 @@ def test_window_reads_only_its_own_shards(sizes: list[int], window: int) -> None
     assert open_now <= window
 
 
+@pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(
     st.integers(1, 500),
@@ -99,6 +100,7 @@ def test_substitutes_are_the_other_samples_of_the_window(sizes: list[int], windo
     assert sorted(found) == sorted((epoch, shard, row) for shard in shards for row in range(sizes[shard]))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 400), min_size=1, max_size=8).filter(any), min_size=2, max_size=4),

@@ -313,7 +313,7 @@ def test_several_sets_are_concatenated(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "cat").mkdir()
     with pytest.raises(DataError, match="vitrail shards make"):
         open_dataset([digits / "train", tmp_path])
-    with pytest.raises(DataError, match="list of paths is empty"):
+    with pytest.raises(DataError, match="list of data paths is empty"):
         open_dataset([])
     with pytest.raises(DataError, match="contains several splits; name one"):
         open_dataset(digits)

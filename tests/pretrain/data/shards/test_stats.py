@@ -64,6 +64,7 @@ def test_statistics_match_the_image_files(photos: Path) -> None:
         read_stats(open_dataset(photos / "in"))
 
 
+@pytest.mark.slow
 def test_plot_shows_samples_and_histograms(photos: Path) -> None:
     samples = open_dataset(photos / "out" / "train")
     plot(samples, read_stats(samples), photos / "stats.png")
