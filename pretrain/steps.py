@@ -111,9 +111,9 @@ class Batches:
             return max(distributed.gather(self._source.next_tar))
         return 0
 
-    def epochs(self, position: int) -> dict[str, float]:
-        """Return how many epochs of each data set come before a position, as metrics."""
-        epochs = self._source.epochs(position)
+    def epochs(self, state: TrainState) -> dict[str, float]:
+        """Return how many epochs of each data set a run in this state has read, as metrics."""
+        epochs = self._source.epochs(state.position, state.next_tar)
         return {f"data/epoch_{i}" if len(epochs) > 1 else "data/epoch": epoch for i, epoch in enumerate(epochs)}
 
     def close(self) -> None:

@@ -253,7 +253,7 @@ def log_interval(
         "speed/images_per_second": totals.num_steps * batch_size / totals.seconds,
         "data/samples": run.state.position,
         "data/bad_samples": len(run.quarantine),
-        **batches.epochs(run.state.position),
+        **batches.epochs(run.state),
         **loading_metrics(loading_counts, totals.seconds, distributed.world_size(), num_threads),
     }
     tracker.log(row, run.state.step)

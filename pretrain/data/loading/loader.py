@@ -262,8 +262,8 @@ class BatchSource(Protocol):
     def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
         """Yield the shard and the key of the samples of the step that starts at `position`."""
 
-    def epochs(self, position: int) -> list[float]:
-        """Return the number of epochs of each data set before a position."""
+    def epochs(self, position: int, next_tar: int) -> list[float]:
+        """Return the number of epochs of each data set before a position, or before the tar `next_tar` of a stream."""
 
 
 class IndexedBatches:
@@ -294,8 +294,8 @@ class IndexedBatches:
                 encoded = self.dataset.fetch(shard, row)
                 yield encoded.shard, encoded.key
 
-    def epochs(self, position: int) -> list[float]:
-        """Return how many epochs of each data set come before a position."""
+    def epochs(self, position: int, next_tar: int) -> list[float]:
+        """Return the number of epochs of each data set before a position; `next_tar` is not used."""
         return self.order.epochs(position)
 
 

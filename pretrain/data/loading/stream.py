@@ -191,9 +191,9 @@ class TarStreamBatches:
             if step == position // self.plan.global_batch_size:
                 yield from names
 
-    def epochs(self, position: int) -> list[float]:
-        """Return the number of epochs of tars that this rank has opened; the position does not tell."""
-        return [self.next_tar / len(self.stream.tars)]
+    def epochs(self, position: int, next_tar: int) -> list[float]:
+        """Return the number of epochs of tars before the tar `next_tar`; the position does not tell."""
+        return [next_tar / len(self.stream.tars)]
 
 
 class _StreamedBatches(IterableDataset[LoadedBatch]):
