@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -13,13 +14,14 @@ from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
 from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
-from finetune.steps import Batches, StepMetrics, take_step
+from finetune.steps import Batches, take_step
 from pretrain import distributed
 from pretrain.configfile import CommandLine
 from pretrain.data.dataset.order import random_bits
-from pretrain.data.loading.meters import describe_bottleneck
+from pretrain.data.loading.meters import describe_bottleneck, loading_metrics
 from pretrain.data.loading.workers import start_server
 from pretrain.errors import DivergedError, MachineError, UserError
+from pretrain.interval import Interval
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, outcome_of
 from pretrain.schedules import learning_rate_at
 from pretrain.stop_signal import StopSignal
@@ -91,22 +93,23 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
     evaluation_epochs = run.evaluation_epochs()
     progress = ProgressLine(total_steps, 0, enabled=distributed.is_main())
     progress.print_message(_summary(run))
-    metrics, best, ranks_stopping = StepMetrics(), None, torch.zeros((), device=device)
+    best, ranks_stopping = None, torch.zeros((), device=device)
     set_training_mode(run)
     with closing(Batches(run)) as batches:
+        interval = Interval(device, batches.accumulation_steps)
         for step in range(1, total_steps + 1):
             learning_rate = prepare_step(run, step)
-            metrics.add(*take_step(run, batches.next_step()))
+            take_step(run, batches.next_step(), interval)
             ranks_stopped = ranks_stopping  # read one step later, so that the host never waits for the current step
             ranks_stopping = distributed.sum_over_ranks(torch.full((), float(should_stop()), device=device))
 
             if step % config.logging.every_steps == 0 or step == total_steps:
-                row = metrics.reduce(run, batches, step) | {"optim/learning_rate": learning_rate}
+                row = interval_metrics(run, interval, batches, step) | {"optim/learning_rate": learning_rate}
                 report(run, row, step, tracker, progress)
                 check_finite(run, row, step, best)
-                metrics = StepMetrics()
+                interval = Interval(device, batches.accumulation_steps)
             if step in evaluation_epochs:
-                with metrics.pause():
+                with interval.pause():
                     evaluation = evaluate_run(run, should_stop)
                     if evaluation is None:
                         return Result(best, stopped_after=step)
@@ -131,6 +134,22 @@ def prepare_step(run: FinetuneRun, step: int) -> float:
         group["lr"] = learning_rate
     torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))
     return learning_rate
+
+
+def interval_metrics(run: FinetuneRun, interval: Interval, batches: Batches, step: int) -> dict[str, float]:
+    """Return the metrics of an interval, and add its unusable samples to the quarantine (collective)."""
+    config, world_size = run.config, distributed.world_size()
+    totals = interval.reduce(batches.meter.take())
+    run.quarantine.add(chain.from_iterable(distributed.gather(batches.meter.take_bad_samples())))
+    num_loaders = max(config.data.num_workers, 1) * config.data.num_threads
+    return {
+        "train/loss": totals.means["loss"],
+        "optim/grad_norm": totals.means["grad_norm"],
+        "speed/images_per_second": totals.num_steps * config.engine.global_batch_size / totals.seconds,
+        "data/samples": step * config.engine.global_batch_size,
+        "data/bad_samples": len(run.quarantine),
+        **loading_metrics(totals.counts, totals.seconds, world_size, num_loaders),
+    }
 
 
 def report(run: FinetuneRun, row: Mapping[str, float], step: int, tracker: Tracker, progress: ProgressLine) -> None:

@@ -169,7 +169,11 @@ def find_resumable_checkpoint(run_dir: Path, *, must_resume: bool) -> Path | Non
     checkpoint, faults = newest_intact(run_dir)
     if distributed.is_main():
         for fault in faults:
-            print(f"{fault}; the checkpoint was set aside and an older one is used", file=sys.stderr, flush=True)
+            print(
+                f"{fault}; the checkpoint was renamed to *.damaged and an older one is used",
+                file=sys.stderr,
+                flush=True,
+            )
     if must_resume and not checkpoint:
         raise CheckpointError(f"{run_dir}: cannot resume because the run has no checkpoint; start it without --resume")
     return checkpoint

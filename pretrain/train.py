@@ -20,10 +20,11 @@ from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_di
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
 from pretrain.health import StepResult
+from pretrain.interval import Interval
 from pretrain.outcome import Outcome, outcome_of
 from pretrain.run import Run, open_run
 from pretrain.schedules import learning_rate_at
-from pretrain.steps import Batches, Interval
+from pretrain.steps import Batches
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import STOP_TIMEOUT_SECONDS, RunDescription, Tracker
@@ -122,7 +123,7 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
         previous = health.end_step(gradient_norm(engine), step, position)
         run.objective.after_step(health.skipped)
         run.ema.update(step, health.skipped)
-        interval.end_step(health.skipped, gradient_norm(engine))
+        interval.end_step(gradient_norm(engine), health.skipped)
         run.advance()
         step = run.state.step
 

@@ -60,6 +60,7 @@ MAY_IMPORT = {
         "pretrain.run_folder",
         "pretrain.state",
     },
+    "pretrain.interval": {"pretrain.distributed"},
     "pretrain.steps": LEAVES
     | {
         "pretrain.data",
@@ -86,6 +87,7 @@ MAY_IMPORT = {
     | {
         "pretrain.evaluation",
         "pretrain.configfile",
+        "pretrain.interval",
         "pretrain.run",
         "pretrain.run_folder",
         "pretrain.steps",
@@ -110,6 +112,7 @@ MAY_IMPORT = {
         "pretrain.data",
         "pretrain.distributed",
         "pretrain.indexing",
+        "pretrain.interval",
         "pretrain.metrics",
         "pretrain.optimizers",
         "pretrain.schedules",

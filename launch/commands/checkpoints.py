@@ -29,7 +29,7 @@ def list_(run: Run) -> None:
     with report_errors():
         rows = [describe(folder) for folder in existing_checkpoints(run)]
         rows += [[folder.name, "", "", "", "incomplete: the save was interrupted"] for folder in list_unfinished(run)]
-        rows += [[folder.name, "", "", "", "damaged: set aside when the run resumed"] for folder in list_damaged(run)]
+        rows += [[folder.name, "", "", "", "damaged: renamed when the run resumed"] for folder in list_damaged(run)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

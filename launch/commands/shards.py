@@ -235,24 +235,29 @@ def check(
 
     Example: vitrail shards check shards/photos/train
     """
+    from pretrain.config import SourceConfig
+    from pretrain.data.dataset.open import find_sets, open_cache
     from pretrain.data.dataset.sharded import load_info
     from pretrain.data.shards.check import check_set, stray_files
     from pretrain.data.shards.tasks import run_tasks
     from pretrain.data.storage.remote import FetchPolicy, is_remote
 
     num_faults, policy = 0, FetchPolicy(allow_pipe=allow_pipe)
+    executor = partial(run_tasks, num_workers=workers)
     with report_errors():
+        tar_folder, found = single_set(split, find_sets(split, open_cache(SourceConfig(train=split))))
+        index = found or tar_folder
         with progress_bar("checking", None, "shards") as advance:
-            for fault in check_set(split, policy, partial(run_tasks, num_workers=workers), advance):
+            for fault in check_set(index, policy, executor, advance, tar_folder=tar_folder):
                 num_faults += 1
                 print(json.dumps(fault._asdict()) if as_json else "  ".join(filter(None, fault)))
-        for name in [] if is_remote(split) else stray_files(Path(split)):
-            print(f"{split}/{name}: does not belong to any shard", file=sys.stderr)
+        for name in [] if is_remote(split) or index != tar_folder else stray_files(Path(tar_folder)):
+            print(f"{tar_folder}/{name}: does not belong to any shard", file=sys.stderr)
     if num_faults:
         print(f"{split}: {num_faults} {'fault' if num_faults == 1 else 'faults'}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
     if not as_json:
-        print(f"{split}: {describe(load_info(split, policy))}, no faults")
+        print(f"{split}: {describe(load_info(index, policy))}, no faults")
 
 
 @app.command("stats")
@@ -377,26 +382,34 @@ def bench(
     """
     from pretrain.data.shards.bench import NUM_ROWS, compare
 
-    with report_errors(), progress_bar("measuring", NUM_ROWS, "figures") as advance:
-        for row in compare(folder, samples, workers, rounds):
-            advance(1)
-            print(
-                json.dumps(row._asdict()) if as_json else f"{row.what:<36}{row.value:<28}{row.comparison}", flush=True
-            )
+    with report_errors():
+        open_split(str(folder))  # indexes the tars if they have no index
+        with progress_bar("measuring", NUM_ROWS, "figures") as advance:
+            for row in compare(folder, samples, workers, rounds):
+                advance(1)
+                text = f"{row.what:<36}{row.value:<28}{row.comparison}"
+                print(json.dumps(row._asdict()) if as_json else text, flush=True)
 
 
 def open_split(split: str) -> "Dataset":
     """Open a local or remote split with the cache that a run uses by default; index local tars that have no index."""
     from pretrain.config import SourceConfig
     from pretrain.data.dataset.open import open_cache, open_dataset
-    from pretrain.data.shards.first_use import folders_without_index, index_folder
+    from pretrain.data.shards.first_use import index_tars, tars_without_index
 
     cache = open_cache(SourceConfig(train=split))
-    for folder in folders_without_index([split], cache.folder):
-        with progress_bar(f"indexing {folder.name}", None, "tars") as advance:
-            notes = index_folder(folder, cache.folder, labels_required=False, progress=advance)
+    for tars in tars_without_index([split], cache.folder):
+        with progress_bar(f"indexing {tars.folder.name}", None, "tars") as advance:
+            notes = index_tars(tars, cache.folder, labels_required=False, progress=advance)
         print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     return open_dataset(split, cache=cache)
+
+
+def single_set(split: str, sets: "list[tuple[str, str | None]]") -> "tuple[str, str | None]":
+    """Return the only shard set that a path means: the folder or URL of its tars, and that of its index or None."""
+    if len(sets) > 1:
+        raise UserError(f"{split}: means {len(sets)} shard sets; check one at a time")
+    return sets[0]
 
 
 def find_tars(source: str, out: Path | None) -> tuple[Path, list[str]]:

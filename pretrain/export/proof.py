@@ -77,7 +77,7 @@ class Proof:
 
     def __str__(self) -> str:
         *others, last = (f"{value:.1e} in the {name}" for name, value in self.differences.items())
-        return f"{', '.join(others)} and {last}"
+        return f"{', '.join(others)} and {last}" if others else last
 
 
 def evaluation_pixels(config: PretrainConfig, image: Image.Image) -> Tensor:

@@ -56,7 +56,7 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(tmp_path: Path, capsys:
     assert find_resumable_checkpoint(tmp_path, must_resume=True) == older
     error = capsys.readouterr().err
     assert error.startswith(f"{newer}")
-    assert error.endswith("; the checkpoint was set aside and an older one is used\n")
+    assert error.endswith("; the checkpoint was renamed to *.damaged and an older one is used\n")
 
 
 def test_a_run_without_a_checkpoint_cannot_be_forced_to_resume(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pretrain.data.dataset.folder import FolderDataset
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DATASET_FILE
-from pretrain.data.storage.index_folder import find_index
 from pretrain.data.storage.remote import FetchPolicy, expand_braces, is_remote
+from pretrain.data.storage.tar_set import local_tar_sets
 from pretrain.errors import DataError
 
 
@@ -24,6 +24,7 @@ def open_dataset(
 
     Args:
         paths: Paths or URLs of the shard sets, in which braces are expanded, or the path of one folder of images.
+            Tars that a local path names, such as `photos/train-{000..007}.tar`, form one set.
         weights: Relative frequency of each set in a mix. If None, the sets are concatenated.
         cache: Cache for remote shards.
         labeled: Whether the labels will be used. If not, sets with different classes can be combined, without labels.
@@ -32,17 +33,17 @@ def open_dataset(
         DataError: If a path cannot be used, or the sets have different classes.
     """
     given = [paths] if isinstance(paths, str | Path) else paths
-    places = [place for path in given for place in expand_braces(str(path))]
+    found = [each for path in given for each in find_sets(str(path), cache)]
+    places = [place for place, _ in found]
     if not places:
         raise DataError("the list of data paths is empty; give at least one path")
     if weights is not None and len(weights) != len(places):
         raise DataError(f"{len(weights)} weights for {len(places)} shard sets; give one weight per set")
-    index_places = [_find_index(place, cache) for place in places]
-    if len(places) == 1 and index_places[0] is None:
+    if len(found) == 1 and found[0][1] is None:
+        _refuse_tars(given[0])
         dataset: Dataset = _open_folder(Path(places[0]))
     else:
-        found = [index or place for index, place in zip(index_places, places, strict=True)]
-        dataset = ShardDataset(places, weights, cache, labeled, found)
+        dataset = ShardDataset(places, weights, cache, labeled, [index or place for place, index in found])
     for part, place in zip(dataset.parts, places, strict=False):
         if not sum(part.shard_sizes):
             raise DataError(f"{place}: contains no samples; choose another split or remove it")
@@ -59,19 +60,33 @@ def open_cache(config: SourceConfig) -> Cache:
     return Cache(config.cache_dir, config.cache_bytes, policy)
 
 
-def _find_index(place: str, cache: Cache | None) -> str | None:
-    """Return the folder or URL of a shard set's index; None for a local folder without one."""
-    if is_remote(place):
-        return place
-    index = find_index(Path(place), cache.folder if cache else None)
-    return str(index) if index else None
+def find_sets(path: str, cache: Cache | None = None) -> list[tuple[str, str | None]]:
+    """Return the shard sets that a data path means: the folder or URL of the shards, and that of their index or None.
+
+    Args:
+        path: Path or URL, in which braces are expanded.
+        cache: Cache of this machine, whose folder may have the index; None to look only next to the shards.
+
+    Raises:
+        DataError: If a tar that the path names does not exist.
+    """
+    places = expand_braces(path)
+    if is_remote(places[0]):
+        return [(place, place) for place in places]
+    sets = local_tar_sets(path)
+    indexes = [tars.find_index(cache.folder if cache else None) for tars in sets]
+    return [(str(tars.folder), str(index) if index else None) for tars, index in zip(sets, indexes, strict=True)]
+
+
+def _refuse_tars(path: str | Path) -> None:
+    for tars in local_tar_sets(str(path)):
+        if tars.names:
+            raise DataError(f"{path}: the tars have no index; run `vitrail shards index {tars.folder}` first")
 
 
 def _open_folder(folder: Path) -> FolderDataset:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE} or with one subfolder per class")
-    if list(folder.glob("*.tar")):
-        raise DataError(f"{folder}: the tars have no index; run `vitrail shards index {folder}` first")
     if (folder / "train" / DATASET_FILE).exists():
         raise DataError(f"{folder}: contains several splits; name one, such as {folder / 'train'}")
     return FolderDataset(folder)

@@ -27,9 +27,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from pretrain.config import AugmentConfig
+from pretrain.config import AugmentConfig, SourceConfig
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
-from pretrain.data.dataset.open import open_dataset
+from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
 from pretrain.data.loading.stream import TarStreamBatches, open_tar_stream
@@ -81,16 +81,21 @@ def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> It
     Raises:
         DataError: If the folder holds images instead of shards.
     """
-    dataset = open_dataset(folder)
+    dataset = _open(folder)
     if not isinstance(dataset, ShardDataset):
         raise DataError(f"{folder}: is a folder of images; create shards from it with `vitrail shards make`")
-    tars = [folder / entry.name for entry in dataset.entries]
+    tars = [Path(place) / entry.name for place, entry in zip(dataset.places, dataset.entries, strict=True)]
     locations = _locations(dataset, min(num_samples, NUM_DECODED_IMAGES))
     encoded = [dataset.fetch(shard, row) for _, shard, row in locations]
     yield from reading(dataset, tars, num_samples, rounds)
     yield from decoding(folder, [one.data for one in encoded], rounds)
     yield from writing(encoded, rounds)
     yield from whole_loaders(dataset, tars, num_samples, num_workers, rounds)
+
+
+def _open(folder: Path) -> Dataset:
+    """Open a local split with the cache folder that a run uses by default, which may have its index."""
+    return open_dataset(folder, cache=open_cache(SourceConfig(train=str(folder))))
 
 
 def reading(dataset: Dataset, tars: Sequence[Path], num_samples: int, rounds: int) -> Iterator[Row]:
@@ -369,7 +374,7 @@ def _pillow(folder: Path, count: int, tuning: dict[str, str]) -> Iterator[Callab
 
 def _serve_measurements(folder: Path, count: int) -> None:
     """Measure Pillow and print the result each time that a line is read from stdin."""
-    dataset = open_dataset(folder)
+    dataset = _open(folder)
     encoded = [dataset.fetch(shard, row).data for _, shard, row in _locations(dataset, count)]
     for _ in sys.stdin:
         print(in_turn({"pillow": lambda: len(by_pillow(encoded))}, 1)["pillow"][0], flush=True)

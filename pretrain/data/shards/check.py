@@ -58,14 +58,17 @@ def check_set(
     policy: FetchPolicy | None = None,
     executor: Executor = run_tasks,
     progress: Callable[[int, int], None] = lambda _, __: None,
+    *,
+    tar_folder: str | None = None,
 ) -> Iterator[Finding]:
     """Yield the faults of a shard set: those of each shard, then those between shards.
 
     Args:
-        location: Folder or URL of `dataset.json` and the indexes; the tars may be elsewhere.
+        location: Folder or URL of `dataset.json` and the indexes.
         policy: Timeouts and permissions for remote reads.
         executor: Function that runs the tasks, one per shard.
         progress: Function called after each shard with 1 and the total number of shards.
+        tar_folder: Folder of the tars that `dataset.json` names without a URL, if it is not `location`.
 
     Raises:
         DataError: If there is no shard set.
@@ -80,7 +83,7 @@ def check_set(
         yield Finding(DATASET_FILE, None, str(error).removeprefix(f"{location}/{DATASET_FILE}: "))
         info = DatasetInfo([], [], entries)
     keys, counts = [], [0] * len(info.class_names)
-    work = partial(_check_shard, location, len(info.class_names), policy)
+    work = partial(_check_shard, tar_folder or location, location, len(info.class_names), policy)
     with closing(executor(work, info.shards)) as results:
         for checked in results:
             yield from checked.findings
@@ -118,12 +121,14 @@ def _entries_by_indexes(folder: Path) -> list[ShardEntry]:
     return entries
 
 
-def _check_shard(location: str, num_classes: int, policy: FetchPolicy, entry: ShardEntry) -> CheckedShard:
+def _check_shard(
+    tar_folder: str, location: str, num_classes: int, policy: FetchPolicy, entry: ShardEntry
+) -> CheckedShard:
     """Check one shard: its index, the structure and checksum of its tar, and every sample."""
     findings: list[Finding] = []
     index = _load_index(location, entry, policy, findings)
     rows = {offset: row for row, offset in enumerate(index.offset)} if index else {}
-    tar = entry.name if is_remote(entry.name) else f"{location}/{entry.name}"
+    tar = entry.name if is_remote(entry.name) else f"{tar_folder}/{entry.name}"
     try:
         with open_tar(tar, policy) as stream:
             reader = TarReader(entry.name, stream)

@@ -15,8 +15,8 @@ from pretrain.data.shards.scan import IndexedShards, index_shards
 from pretrain.data.shards.tasks import run_tasks_in_threads
 from pretrain.data.storage.archive import TarReader, open_tar
 from pretrain.data.storage.index import DATASET_FILE
-from pretrain.data.storage.index_folder import cached_index_folder, find_index, list_tars
-from pretrain.data.storage.remote import FetchPolicy, expand_braces, is_remote
+from pretrain.data.storage.remote import FetchPolicy
+from pretrain.data.storage.tar_set import TarSet, local_tar_sets
 from pretrain.data.storage.webdataset import metadata_of, samples_of
 from pretrain.errors import DataError
 from pretrain.files import partial_path
@@ -30,28 +30,31 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 IndexProgress = Callable[[int, int], None]
 
 
-def folders_without_index(paths: Iterable[str | Path], cache_dir: Path) -> list[Path]:
-    """Return the local folders that contain tars but have no index, each once.
+def tars_without_index(paths: Iterable[str | Path], cache_dir: Path) -> list[TarSet]:
+    """Return the local sets of tars that have no index, each once.
 
     Args:
         paths: Paths or URLs of data, with braces; other kinds of data are skipped.
         cache_dir: Cache folder of this machine (`data.cache_dir`).
+
+    Raises:
+        DataError: If a tar that a path names does not exist.
     """
-    names = [name for path in paths for name in expand_braces(str(path))]
-    folders = dict.fromkeys(Path(name) for name in names if not is_remote(name))
-    return [folder for folder in folders if list_tars(folder) and find_index(folder, cache_dir) is None]
+    sets = dict.fromkeys(tars for path in paths for tars in local_tar_sets(str(path)))
+    return [tars for tars in sets if tars.names and tars.find_index(cache_dir) is None]
 
 
-def index_folder(
-    folder: Path, cache_dir: Path, *, labels_required: bool, progress: IndexProgress = lambda *_: None
+def index_tars(
+    tars: TarSet, cache_dir: Path, *, labels_required: bool, progress: IndexProgress = lambda *_: None
 ) -> list[str]:
-    """Index the tars of a folder, unless another process has done so meanwhile; return notes for the user.
+    """Index a set of tars, unless another process has done so meanwhile; return notes for the user.
 
-    The index is written next to the tars or, if their folder is read-only, below `cache_dir`. The names of the classes
-    come from "class" in the samples' JSON; otherwise the labels are the names, as with `vitrail shards index`.
+    The index is written next to the tars. If their folder is read-only, or if the set is only a part of its tars, it is
+    written below `cache_dir`. The names of the classes come from "class" in the samples' JSON; otherwise the labels are
+    the names, as with `vitrail shards index`.
 
     Args:
-        folder: Folder of the tars.
+        tars: Tars without an index.
         cache_dir: Cache folder of this machine (`data.cache_dir`).
         labels_required: Whether every sample must have a label. Otherwise labels are read only if the first sample has
             one.
@@ -62,38 +65,41 @@ def index_folder(
     Raises:
         DataError: If the folder is read-only and the cache folder as well.
     """
-    tars = list_tars(folder)
-    is_cached = not _is_writable(folder)
-    out = cached_index_folder(folder, cache_dir) if is_cached else folder
-    if is_cached:
+    folder, num_tars = tars.folder, len(tars.names)
+    is_read_only = not _is_writable(folder)
+    out = folder
+    if is_read_only or not tars.is_whole_folder:
+        out = tars.cached_index(cache_dir)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(
-                f"{folder}: is read-only, and its index cannot be written to {out} ({error.strerror}); "
+                f"{folder}: the index of its tars cannot be written to {out} ({error.strerror}); "
                 "set data.cache_dir to a folder that you can write to"
             ) from None
-    with _locked(out / LOCK_FILE, waiting=lambda: progress(0, len(tars))):
+    with _locked(out / LOCK_FILE, waiting=lambda: progress(0, num_tars)):
         if (out / DATASET_FILE).exists():
             return []
-        indexed = _index(folder, out, tars, labels_required, progress)
+        indexed = _index(tars, out, labels_required, progress)
     info = indexed.info
     classes = f" in {len(info.class_names)} classes" if info.class_names else " without labels"
-    location = f"; the folder is read-only, so the index is in {out}" if is_cached else ""
-    summary = f"{folder}: indexed {info.num_samples} samples{classes} in {len(tars)} tars{location}"
+    reason = "; the folder is read-only, so the index" if is_read_only else "; the index of this part of the folder"
+    location = "" if out == folder else f"{reason} is in {out}"
+    summary = f"{folder}: indexed {info.num_samples} samples{classes} in {num_tars} tars{location}"
     return [summary, *(f"{folder}: {note}" for note in indexed.notes)]
 
 
-def _index(folder: Path, out: Path, tars: list[Path], labels_required: bool, progress: IndexProgress) -> IndexedShards:
-    progress(0, len(tars))
+def _index(tars: TarSet, out: Path, labels_required: bool, progress: IndexProgress) -> IndexedShards:
+    num_tars = len(tars.names)
+    progress(0, num_tars)
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return index_shards(
-        [tar.name for tar in tars],
+        tars.names,
         out,
-        label_key=LABEL_KEY if labels_required or _has_labels(tars) else None,
-        executor=partial(run_tasks_in_threads, num_threads=num_threads, on_wait=lambda: progress(0, len(tars))),
-        progress=lambda amount: progress(amount, len(tars)),
-        tar_folder=folder,
+        label_key=LABEL_KEY if labels_required or _has_labels(tars.tars) else None,
+        executor=partial(run_tasks_in_threads, num_threads=num_threads, on_wait=lambda: progress(0, num_tars)),
+        progress=lambda amount: progress(amount, num_tars),
+        tar_folder=tars.folder,
     )
 
 

@@ -17,12 +17,12 @@ from PIL import Image
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards import first_use
-from pretrain.data.shards.first_use import LOCK_FILE, folders_without_index, index_folder
+from pretrain.data.shards.first_use import LOCK_FILE, index_tars, tars_without_index
 from pretrain.data.shards.scan import index_shards
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DATASET_FILE
-from pretrain.data.storage.index_folder import cached_index_folder
 from pretrain.data.storage.remote import FetchPolicy
+from pretrain.data.storage.tar_set import TarSet, local_tar_sets
 from pretrain.errors import BadSampleError, DataError
 
 NUM_TARS, SAMPLES_PER_TAR = 3, 4
@@ -52,10 +52,15 @@ def unlabeled(i: int) -> dict[str, Any]:
     return {"txt": f"caption {i}"}
 
 
-def index_new(folder: Path, cache_dir: Path, *, labels_required: bool = True) -> list[str]:
-    """Index a folder if it needs one; return the notes."""
-    folders = folders_without_index([folder], cache_dir)
-    return [note for each in folders for note in index_folder(each, cache_dir, labels_required=labels_required)]
+def index_new(path: Path, cache_dir: Path, *, labels_required: bool = True) -> list[str]:
+    """Index tars if they have no index; return the notes."""
+    sets = tars_without_index([path], cache_dir)
+    return [note for tars in sets for note in index_tars(tars, cache_dir, labels_required=labels_required)]
+
+
+def whole(folder: Path) -> TarSet:
+    [tars] = local_tar_sets(str(folder))
+    return tars
 
 
 def opened(folder: Path, cache_dir: Path) -> Dataset:
@@ -117,7 +122,7 @@ def test_second_use_does_not_index_again(tmp_path: Path) -> None:
     index_new(folder, tmp_path / "cache")
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert index_new(folder, tmp_path / "cache") == []
-    assert index_folder(folder, tmp_path / "cache", labels_required=True) == []
+    assert index_tars(whole(folder), tmp_path / "cache", labels_required=True) == []
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times
 
 
@@ -130,7 +135,7 @@ def test_index_of_a_read_only_folder_is_in_the_cache(tmp_path: Path, read_only: 
     read_only(folder)
     cache_dir = tmp_path / "cache"
     [note] = index_new(folder, cache_dir)
-    index = cached_index_folder(folder, cache_dir)
+    index = whole(folder).cached_index(cache_dir)
     assert note.endswith(f"; the folder is read-only, so the index is in {index}")
     assert sorted(path.name for path in folder.iterdir()) == [f"part-{number}.tar" for number in range(NUM_TARS)]
     assert index_new(folder, cache_dir) == []
@@ -140,6 +145,31 @@ def test_index_of_a_read_only_folder_is_in_the_cache(tmp_path: Path, read_only: 
     assert dataset.digest == opened(writable, cache_dir).digest  # the order does not depend on where the index is
     with pytest.raises(DataError, match=r"the tars have no index; run `vitrail shards index"):
         open_dataset(folder)  # without a cache folder
+
+
+def test_tars_that_a_path_names_are_a_set_of_their_own(tmp_path: Path) -> None:
+    folder, cache_dir = write_tars(tmp_path / "tars", labeled_by_cls), tmp_path / "cache"
+    (folder / "validation-0.tar").write_bytes((folder / "part-2.tar").read_bytes())
+    training, validation = folder / "part-{0..1}.tar", folder / "validation-0.tar"
+    [note] = index_new(training, cache_dir)
+    assert note.startswith(f"{folder}: indexed 8 samples in 3 classes in 2 tars; the index of this part of the folder")
+    index_new(validation, cache_dir)
+    assert labels_of(opened(training, cache_dir)) == [i % 3 for i in range(8)]
+    assert labels_of(opened(validation, cache_dir)) == [i % 3 for i in range(8, 12)]
+    assert index_new(training, cache_dir) == index_new(validation, cache_dir) == []
+    assert not (folder / DATASET_FILE).exists()
+
+
+def test_faults_of_named_tars(tmp_path: Path) -> None:
+    folder = write_tars(tmp_path / "tars", labeled_by_cls)
+    with pytest.raises(DataError, match=r"part-3\.tar: no such tar; correct the path .*\{0\.\.3\}\.tar"):
+        index_new(folder / "part-{0..3}.tar", tmp_path / "cache")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "part-0.tar").touch()
+    with pytest.raises(DataError, match="names tars in several folders; give one path for each folder, as a list"):
+        index_new(tmp_path / "{tars,more}" / "part-0.tar", tmp_path / "cache")
+    with pytest.raises(DataError, match=r"part-0\.tar: the tars have no index"):
+        open_dataset(folder / "part-0.tar")
 
 
 @pytest.mark.processes
@@ -169,7 +199,7 @@ def test_cached_index_of_changed_tars_is_not_used(tmp_path: Path, read_only: Cal
 def test_cache_that_cannot_be_written_is_reported(tmp_path: Path, read_only: Callable[[Path], Path]) -> None:
     folder = read_only(write_tars(tmp_path / "tars", labeled_by_cls))
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match=r"tars: is read-only, and its index cannot be written .*; set data\.cache_dir"):
+    with pytest.raises(DataError, match=r"tars: the index of its tars cannot be written .*; set data\.cache_dir"):
         index_new(folder, tmp_path / "cache")
 
 
@@ -217,14 +247,12 @@ def test_only_local_folders_of_tars_need_an_index(tmp_path: Path) -> None:
     folders = [write_tars(tmp_path / name, labeled_by_cls) for name in ("a", "b")]
     (tmp_path / "images" / "cat").mkdir(parents=True)
     paths = [f"{tmp_path}/{{a,b}}", folders[0], "s3://bucket/train", tmp_path / "images", tmp_path / "missing"]
-    assert folders_without_index(paths, tmp_path / "cache") == folders
+    assert [tars.folder for tars in tars_without_index(paths, tmp_path / "cache")] == folders
 
 
 def test_progress_counts_the_tars(tmp_path: Path) -> None:
     folder, calls = write_tars(tmp_path / "tars", labeled_by_cls), list[tuple[int, int]]()
-    index_folder(
-        folder, tmp_path / "cache", labels_required=True, progress=lambda done, total: calls.append((done, total))
-    )
+    index_tars(whole(folder), tmp_path / "cache", labels_required=True, progress=lambda *call: calls.append(call))
     assert calls[0] == (0, NUM_TARS)
     assert [call for call in calls if call[0]] == [(1, NUM_TARS)] * NUM_TARS
 
@@ -234,7 +262,7 @@ def index_slowly(folder: Path, cache_dir: Path, started: Path, notes: "multiproc
         started.touch()
         time.sleep(0.2)
 
-    notes.put(index_folder(folder, cache_dir, labels_required=True, progress=wait))
+    notes.put(index_tars(whole(folder), cache_dir, labels_required=True, progress=wait))
 
 
 @pytest.mark.processes

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pretrain.steps import Interval
+from pretrain.interval import Interval
 
 CPU = torch.device("cpu")
 APPLIED, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
@@ -12,7 +12,7 @@ APPLIED, SKIPPED = torch.tensor(0.0), torch.tensor(1.0)
 def take_step(interval: Interval, losses: list[float], weights: list[float], skipped: torch.Tensor) -> None:
     for loss, weight in zip(losses, weights, strict=True):
         interval.add({"loss": torch.tensor(loss), "half": torch.tensor(loss / 2)}, weight)
-    interval.end_step(skipped, torch.tensor(losses[0]))
+    interval.end_step(torch.tensor(losses[0]), skipped)
 
 
 def test_means_are_weighted_by_micro_batch_and_leave_out_skipped_steps() -> None:
