@@ -203,6 +203,13 @@ def test_light_modules_import_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.processes
+def test_training_does_not_import_mlflow_and_leaves_it_importable() -> None:
+    code = "import sys, pretrain.train; print('mlflow' in sys.modules); import mlflow; print(mlflow.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "mlflow"]
+
+
 @pytest.mark.parametrize("folder", ["tests", "benchmarks"])
 def test_no_test_imports_another_test_and_no_benchmark_imports_tests(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):

@@ -25,7 +25,14 @@ from pretrain.optimizers import build_optimizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed searches for a GPU and prints a warning
+# DeepSpeed's autotuner imports MLflow if it can, which costs every rank more than a second and 100 MB.
+hides_mlflow = "mlflow" not in sys.modules
+if hides_mlflow:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails as if it were not installed
 import deepspeed
+
+if hides_mlflow:
+    del sys.modules["mlflow"]
 
 # Number of elements. With DeepSpeed's default of 5e8, a whole ViT-L fits into one bucket, so nothing overlaps.
 BUCKET_SIZE = 25_000_000

@@ -7,6 +7,7 @@ when it is first asked, so that a test selected alone costs one import and its o
 import argparse
 import contextlib
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pretrain.data.shards.make import make_shards
@@ -42,6 +44,7 @@ def run_ranks(work: Work, name: str, world_size: int, folder: Path) -> list[int 
     """
     folder.mkdir(parents=True, exist_ok=True)
     context, port = multiprocessing.get_context("fork"), free_port()
+    gc.freeze()  # a collection in a rank need not look at all that is imported here, and copy it
     arguments = [(work, name, rank, world_size, port, folder) for rank in range(world_size)]
     ranks = [context.Process(target=_be_rank, args=each) for each in arguments]
     for rank in ranks:
@@ -66,6 +69,7 @@ def _be_rank(work: Work, name: str, rank: int, world_size: int, port: str, folde
         stream.flush()
         os.dup2(log, stream.fileno())
     faulthandler.enable()
+    sys.modules["__main__"] = ModuleType("__main__")  # data workers need not import the script of ranks again
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {key: str(value) for key, value in environment.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
