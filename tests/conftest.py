@@ -4,7 +4,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
-from tests.support.launching import TINY, Shell
+from tests.support.launching import ROOT, TINY, Shell
+from tests.support.ranks import RankServer, Seen, folder_of
 from tests.support.shared import once
-
-pytest.register_assert_rewrite("tests.support.training")
+from tests.support.training import IN_MLFLOW, KILLED_IN_SAVE, Trained, needs
 
 # A shell that starts something with & has it ignore Ctrl-C, and its children with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -111,6 +112,31 @@ def tiny(tmp_path: Path, digits: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(run_dir=tmp_path / "runs" / "tiny", shards=digits))
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Path, session_folder: Path, request: pytest.FixtureRequest) -> Iterator[Trained]:
+    """What the main rank of a run of `ranks_train.py` has seen, by the run's world size and name.
+
+    Each run is trained when a test first asks for it.
+    """
+    root = session_folder / "ranks_train"
+    root.mkdir(exist_ok=True)
+    recipe = TINY.format(run_dir="unused", shards=digits)
+    once(root / "tiny.yaml", lambda path: path.write_text(recipe))
+    server = RankServer(ROOT / "tests" / "pretrain" / "ranks_train.py", root)
+
+    def train(world_size: int, name: str) -> Seen:
+        if name == IN_MLFLOW:
+            folder, empty_store = folder_of(root, world_size, name), request.getfixturevalue("empty_store")
+            folder.mkdir(parents=True, exist_ok=True)
+            once(folder / "mlflow.db", partial(shutil.copy, empty_store))
+        for size, source in needs(world_size, name):
+            train(size, source)
+        return server.run(name, world_size, fails=name == KILLED_IN_SAVE)
+
+    yield train
+    server.close()
 
 
 @pytest.fixture

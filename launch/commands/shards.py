@@ -406,7 +406,11 @@ def open_split(split: str) -> "Dataset":
 
 
 def single_set(split: str, sets: "list[tuple[str, str | None]]") -> "tuple[str, str | None]":
-    """Return the only shard set that a path means: the folder or URL of its tars, and that of its index or None."""
+    """Return the only shard set that a path means: the folder or URL of its tars, and that of its index or None.
+
+    Raises:
+        UserError: If the path means several sets.
+    """
     if len(sets) > 1:
         raise UserError(f"{split}: means {len(sets)} shard sets; check one at a time")
     return sets[0]

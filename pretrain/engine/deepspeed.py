@@ -26,12 +26,11 @@ from pretrain.optimizers import build_optimizer
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed searches for a GPU and prints a warning
 # DeepSpeed's autotuner imports MLflow if it can, which costs every rank more than a second and 100 MB.
-hides_mlflow = "mlflow" not in sys.modules
-if hides_mlflow:
-    sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails as if it were not installed
-import deepspeed
+# With None in its place, Python takes it for not installed.
+sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+import deepspeed  # noqa: E402
 
-if hides_mlflow:
+if sys.modules["mlflow"] is None:
     del sys.modules["mlflow"]
 
 # Number of elements. With DeepSpeed's default of 5e8, a whole ViT-L fits into one bucket, so nothing overlaps.

@@ -157,9 +157,17 @@ class Sink:
 
 
 def main(run_dir: str, uri: str, experiment: str) -> None:
-    """Send new rows and pictures every second, and a last time after the tracker has finished or died."""
-    sink = Sink(Path(run_dir), uri, experiment)
-    messages = io.FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered, so that `select` sees every line
+    """Send what the tracker that started this process writes."""
+    serve(Sink(Path(run_dir), uri, experiment), io.FileIO(sys.stdin.fileno(), closefd=False))
+
+
+def serve(sink: Sink, messages: io.FileIO) -> None:
+    """Send new rows and pictures every second, and a last time after the tracker has finished or died.
+
+    Args:
+        sink: Run to send.
+        messages: The tracker's messages; unbuffered, so that `select` sees every line.
+    """
     status: str | None = None  # stays None if only tags are sent
     status_in_mlflow: str | None = None
     reported: set[str] = set()
@@ -187,7 +195,8 @@ def main(run_dir: str, uri: str, experiment: str) -> None:
         except Exception as error:  # training must survive any failure of the store; the run folder has all data
             if problem not in reported:
                 reason = first_line(error)[:MAX_ERROR_LENGTH]
-                print(f"MLflow at {uri} {problem} ({reason}); all data is kept in {run_dir}", file=sys.stderr)
+                where = f"MLflow at {sink.state['uri']} {problem}"
+                print(f"{where} ({reason}); all data is kept in {sink.run_dir}", file=sys.stderr)
                 reported.add(problem)
         tries_left -= 0 if is_open else 1
 

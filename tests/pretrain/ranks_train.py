@@ -6,7 +6,9 @@
 The runs are listed in tests/support/training.py. Each writes `seen.json` and a log for each rank into its own folder.
 """
 
+import contextlib
 import errno
+import io
 import math
 import os
 import shutil
@@ -24,16 +26,21 @@ import torch._dynamo
 import torch._inductor.compile_fx  # torch and DeepSpeed import both late; here every forked rank finds them imported
 from torch.optim.swa_utils import AveragedModel
 
+import pretrain.train
 from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import Manifest, SavedFile
 from pretrain.checkpoint.pieces import Reader, load_weights, write_file
 from pretrain.checkpoint.restore import newest_intact
 from pretrain.config import PretrainConfig
-from pretrain.configfile import load_config
+from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
 from pretrain.data.loading.meters import STAGES as STAGES_OF_INPUT
+from pretrain.data.shards.make import make_shards
+from pretrain.data.shards.plan import ShardOptions
+from pretrain.data.sources.digits import list_digits
+from pretrain.data.sources.source import keep_classes
 from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.partitions import count_optimizer_steps
@@ -55,6 +62,8 @@ from tests.support.training import (
     IN_MLFLOW,
     KILLED_IN_SAVE,
     LAST,
+    LONG,
+    LONG_RUN,
     MIDDLE,
     NEW_TARS,
     NEW_TARS_SETTING,
@@ -62,6 +71,7 @@ from tests.support.training import (
     RECIPE,
     RECIPES,
     REFERENCES,
+    REFUSED,
     SETTINGS,
     STARTS,
     STOPPED,
@@ -97,6 +107,11 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     elif name in (STOPPED, FULL_DISK, KILLED_IN_SAVE):
         fault = {STOPPED: stop_in_evaluation, FULL_DISK: fail_in_save, KILLED_IN_SAVE: die_in_save}[name]
         seen = fault(recipe, folder)
+    elif name == LONG:
+        run_to_end(load(recipe, *LONG_RUN, f"run_dir={folder / 'run'}"))
+        seen = {"rows": rows_of(folder / "run")}
+    elif name == REFUSED:
+        seen = start_wrongly(recipe, folder)
     elif name == NEW_TARS:
         seen = train_from_new_tars(recipe, folder)
     elif name == STREAM:
@@ -182,6 +197,25 @@ def train_and_resume(recipe: Path, folder: Path, setting: Setting, *, in_mlflow:
         "rounded": torch.equal(weights[WEIGHT], weights[WEIGHT].bfloat16().float()),
         "finite": all(bool(weight.isfinite().all()) for weight in weights.values()),
     }
+
+
+def start_wrongly(recipe: Path, folder: Path) -> dict[str, Any]:
+    """Start runs that must be refused; return the exit code and the output of each."""
+    begun, other = folder / "begun", folder / "other"
+    run_to_end(load(recipe, "schedule.total_steps=1", "schedule.warmup_steps=0", f"run_dir={begun}"))
+    make_shards(keep_classes(list_digits(), ["4", "5"]), other, ShardOptions(validation_fraction=0.1, seed=0))
+    starts: dict[str, tuple[list[str], bool]] = {
+        "no checkpoint": ([f"run_dir={folder / 'never'}"], True),
+        "another seed": ([f"run_dir={begun}", "seed=4", f"init_from={folder / 'nowhere'}"], False),
+        "no weights": ([f"run_dir={folder / 'new'}", f"init_from={folder / 'nowhere'}"], False),
+        "other classes": ([f"run_dir={folder / 'new'}", f"data.validation={other / 'train'}"], False),
+    }
+    seen = {}
+    for name, (overrides, resume) in starts.items():
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            code = pretrain.train.main(CommandLine(load(recipe, *overrides), "", resume))
+        seen[name] = [code, printed.getvalue()]
+    return seen
 
 
 def train_from_new_tars(recipe: Path, folder: Path) -> dict[str, Any]:

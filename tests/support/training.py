@@ -148,6 +148,8 @@ STARTS = {"start": [], "start-distillation": DISTILLATION}  # weights before the
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))}
 
 STOPPED, FULL_DISK, KILLED_IN_SAVE = "stopped-in-evaluation", "full-disk", "killed-in-save"
+LONG, LONG_RUN = "long", ["schedule.total_steps=150", "checkpoint.every_steps=20"]
+REFUSED = "refused"  # starts that end with a sentence
 STREAM = "stream"  # tars without an index, then again from where it stopped
 CONTINUED, OWED, RECIPE = "continued/", "owed-evaluation/", "recipe/"
 NEW_TARS, NEW_TARS_SETTING = "new-tars", "zero2"  # the setting is trained from tars without an index
@@ -158,7 +160,7 @@ def all_runs() -> list[tuple[int, str]]:
     """Return the world size and the name of every run."""
     runs = [(size, name) for name, setting in SETTINGS.items() for size in setting.world_sizes]
     runs += [(1, name) for name in [*REFERENCES, *STARTS, *(RECIPE + name for name in RECIPES)]]
-    runs.append((2, NEW_TARS))
+    runs += [(2, NEW_TARS), (2, LONG), (1, REFUSED)]
     for size in WORLD_SIZES:
         runs += [(size, name) for name in (STOPPED, FULL_DISK, KILLED_IN_SAVE, STREAM)]
         runs += [(size, OWED + name) for name in OWED_EVALUATIONS]

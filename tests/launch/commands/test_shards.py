@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.commands.shards import find_tars
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.errors import UserError
@@ -44,6 +46,13 @@ def test_make_from_a_table_and_again_from_its_shards(tmp_path: Path, shell: Shel
     assert f"again/train: {info.num_samples} images, 1 shard" in again.out
     checked = shell([tool("vitrail"), "shards", "check", "again/train"])
     assert checked.code == 0, checked.err
+
+
+@pytest.mark.slow
+def test_make_keeps_only_the_named_classes(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["shards", "make", "digits", str(tmp_path / "out"), "--classes", "4,5"])
+    assert done.exit_code == 0, done.output
+    assert DatasetInfo.load(tmp_path / "out" / "train").class_names == ["4", "5"]
 
 
 @pytest.mark.parametrize(("how", "times"), [(signal.SIGKILL, 2), (signal.SIGINT, 1)])

@@ -1,10 +1,13 @@
 """Tracking: the local file first, then MLflow. A resumed run stays one run; a dead server costs no time and no row."""
 
+import io
 import json
+import os
 import socket
 import sqlite3
 import subprocess
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from mlflow import MlflowClient
@@ -13,7 +16,7 @@ from PIL import Image
 
 from pretrain.config import TrackingConfig
 from pretrain.journal import read_rows
-from pretrain.tracking.mlflow_sink import Sink
+from pretrain.tracking.mlflow_sink import Sink, serve
 from pretrain.tracking.tracker import ROOT, RunDescription, Tracker, default_uri, git_commit, picture_name, tag_run
 from tests.support.launching import wait_for
 
@@ -44,6 +47,27 @@ def track(
                 Image.new("RGB", (4, 4), (grayscale,) * 3).save(path)
         tracker.finish(status)
     return default_uri(run_dir)
+
+
+class SinkInThread:
+    """Stands for the sink's process: importing MLflow again takes seconds."""
+
+    def __init__(self, run_dir: Path, uri: str, experiment: str) -> None:
+        reading, writing = os.pipe()
+        self.stdin = os.fdopen(writing, "w")
+        self._thread = Thread(target=serve, args=(Sink(run_dir, uri, experiment), io.FileIO(reading)), daemon=True)
+        self._thread.start()
+
+    def communicate(self, timeout: float) -> None:
+        self.stdin.close()
+        self._thread.join(timeout)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def in_thread(monkeypatch: pytest.MonkeyPatch, stores: None) -> None:
+    """Let the tracker start a thread instead of a process."""
+    monkeypatch.setattr("pretrain.tracking.tracker._start_sink", SinkInThread)
 
 
 def only_run(uri: str) -> Run:
@@ -82,8 +106,8 @@ def test_rows_before_the_resume_step_are_kept(tmp_path: Path) -> None:
     assert start_tracker(tmp_path / "a", "off", resume_step=20, enabled=False).kept_rows == []
 
 
-@pytest.mark.processes
-@pytest.mark.usefixtures("stores")
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_thread")
 def test_each_picture_is_sent_once_at_its_step(tmp_path: Path) -> None:
     """A picture that is drawn again is sent again; pictures after the resume step are removed."""
     run_dir = tmp_path / "runs" / "a"
@@ -135,21 +159,21 @@ def test_an_incomplete_last_line_is_not_a_row(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "none") == []
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "status"), [(ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "KILLED")])
-@pytest.mark.usefixtures("stores")
+@pytest.mark.usefixtures("in_thread")
 def test_an_exception_decides_the_status(
     tmp_path: Path, error: type[BaseException], status: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.tracking.tracker.STOP_TIMEOUT_SECONDS", 600.0)  # MLflow may start slowly
+    monkeypatch.setattr("pretrain.tracking.tracker.STOP_TIMEOUT_SECONDS", 600.0)  # the machine may be busy
     with pytest.raises(error), start_tracker(tmp_path / "runs" / "a"):
         raise error
     assert only_run(default_uri(tmp_path / "runs" / "a")).info.status == status
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["KILLED", "RUNNING"])
-@pytest.mark.usefixtures("stores")
+@pytest.mark.usefixtures("in_thread")
 def test_mlflow_shows_the_status_with_which_a_run_finished(tmp_path: Path, status: str) -> None:
     """A run that is about to roll back finishes as RUNNING, which is not the end of the MLflow run."""
     run = only_run(track(tmp_path / "runs" / "a", steps=(1,), status=status))
@@ -206,8 +230,8 @@ def test_the_store_of_an_older_mlflow_is_not_changed(tmp_path: Path, capfd: pyte
     assert (tmp_path / "mlflow.db").read_bytes() == before
 
 
-@pytest.mark.processes
-@pytest.mark.usefixtures("stores")
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_thread")
 def test_a_new_run_in_an_old_folder_is_a_new_mlflow_run(tmp_path: Path) -> None:
     uri = track(tmp_path / "runs" / "a", steps=(10, 20))
     track(tmp_path / "runs" / "a", steps=(5,))
@@ -246,8 +270,8 @@ def test_a_sink_that_is_too_slow_is_killed_after_the_timeout(tmp_path: Path, cap
     assert f"MLflow: not all metrics arrived in time; every row is in {path}" in capfd.readouterr().err
 
 
-@pytest.mark.processes
-@pytest.mark.usefixtures("stores")
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_thread")
 def test_a_store_that_cannot_store_pictures_gets_everything_else(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

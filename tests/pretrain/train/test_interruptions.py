@@ -8,6 +8,7 @@ from tests.support.training import (
     KILLED_IN_SAVE,
     OWED,
     OWED_EVALUATIONS,
+    REFUSED,
     STOPPED,
     WORLD_SIZES,
     Trained,
@@ -56,3 +57,23 @@ def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(trained: Traine
     run_dir = trained(world_size, KILLED_IN_SAVE)["folder"] / "run"
     assert (run_dir / "checkpoints" / "step-00000008.partial").exists()
     assert [path.name for path in list_checkpoints(run_dir)] == ["step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("start", "sentence"),
+    [
+        ("no checkpoint", "cannot resume because the run has no checkpoint; start it without --resume"),
+        ("another seed", "seed was 3, is 4"),
+        ("no weights", "nowhere: no checkpoint here; expected a run folder or one of its checkpoints/step-*"),
+        (
+            "other classes",
+            "other/train: validation classes differ from training classes: "
+            "only in training: 0, 1, 2; only in validation: 4, 5",
+        ),
+    ],
+)
+def test_a_start_that_cannot_succeed_is_refused_with_a_sentence(trained: Trained, start: str, sentence: str) -> None:
+    code, printed = trained(1, REFUSED)[start]
+    assert code == 2
+    assert sentence in printed
+    assert "Traceback" not in printed

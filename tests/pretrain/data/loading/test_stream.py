@@ -154,9 +154,9 @@ def test_a_pipe_runs_only_where_it_is_allowed(tars: Path) -> None:
     plan = BatchPlan(0, 1, global_batch_size=2)
     names = [f"pipe:cat {tars / '001.tar'}"]
     with pytest.raises(DataError, match="allow_pipe"):
-        batches_of(open_tar_stream(names, [], 4, FetchPolicy()), plan, steps=2)
-    allowed = open_tar_stream(names, [], 4, FetchPolicy(allow_pipe=True))
-    assert set(numbers_of(batches_of(allowed, plan, steps=6))) == set(range(1, 8))
+        batches_of(open_tar_stream(names, [], 1, FetchPolicy()), plan, steps=2)
+    allowed = open_tar_stream(names, [], 1, FetchPolicy(allow_pipe=True))
+    assert numbers_of(batches_of(allowed, plan, steps=4)) == [1, 2, 3, 4, 5, 6, 7, 1]
 
 
 def test_augmentation_differs_between_epochs(tars: Path) -> None:
