@@ -1,6 +1,6 @@
 PYTHON ?= python3
-# One more than the 2 cores of the smallest machine, because many tests wait.
-WORKERS ?= 3
+# Twice the 2 cores of the smallest machine, because many tests wait.
+WORKERS ?= 4
 VENV := .venv
 INSTALLED := $(VENV)/installed
 # Without an NVIDIA driver, install the torch that the tests use; with one, the newest that pip finds.
@@ -18,7 +18,7 @@ check: $(INSTALLED)  ## lint, types and the quick tests that start no processes,
 	$(MAKE) --jobs 2 --output-sync=target lint quick-test
 
 test: $(INSTALLED)  ## every test, on the CPU
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: quick-test
 quick-test: $(INSTALLED)

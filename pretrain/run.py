@@ -30,7 +30,7 @@ from pretrain.errors import CheckpointError, DivergedError
 from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
 from pretrain.indexing import index_new_tars
-from pretrain.model.vit import ViT, compile_blocks
+from pretrain.model.vit import Block, ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
 from pretrain.run_folder import claim_run_dir
@@ -236,7 +236,7 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
     """
     if config.engine.compile:
         compile_blocks(objective)
-    engine = build_engine(objective, config.engine, config.optimizer)
+    engine = build_engine(objective, config.engine, config.optimizer, [Block] if config.engine.compile else [])
     identity = Manifest(
         state=TrainState(),
         world_size=distributed.world_size(),

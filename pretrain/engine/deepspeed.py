@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,19 +56,29 @@ def start_distributed() -> None:
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
-def build_engine(objective: nn.Module, config: EngineConfig, optimizer: OptimizerConfig) -> TrainingEngine:
+def build_engine(
+    objective: nn.Module,
+    config: EngineConfig,
+    optimizer: OptimizerConfig,
+    compiled: Sequence[type[nn.Module]] = (),
+) -> TrainingEngine:
     """Wrap a model in a DeepSpeed engine, with an optimizer for all trainable parameters (collective).
 
     Args:
         objective: Model whose forward pass returns losses.
         config: ZeRO stage, precision, batch sizes and clipping.
         optimizer: Optimizer and its hyperparameters.
+        compiled: Classes of modules that are compiled. ZeRO 3 gathers the parameters of such a module all at once. Its
+            hooks would otherwise run inside of the module, where torch.compile follows them: 95 graph breaks, and the
+            error "Global grad_mode state changed while dynamo tracing" on a busy machine.
 
     Returns:
         The engine. Its optimizer already knows how ZeRO has partitioned the parameters.
     """
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
     inner = build_optimizer(objective, optimizer)
+    if config.zero_stage == 3 and compiled:
+        deepspeed.utils.set_z3_leaf_modules(objective, list(compiled))
     with _without_steps(inner):
         engine, *_ = deepspeed.initialize(model=objective, optimizer=inner, config=settings)
     if config.zero_stage == 0 and config.precision == "fp32":

@@ -135,7 +135,7 @@ class Block(nn.Module):
 
 
 def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile each block of `module` in place. ZeRO's hooks run around blocks, so they stay outside the graphs.
+    """Compile the forward pass of each block of `module` in place; hooks of the blocks stay outside the graphs.
 
     All blocks share torch's limit on recompilations, which is raised here: beyond it torch silently stops compiling.
 
@@ -146,7 +146,7 @@ def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "induc
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
     for block in module.modules():
         if isinstance(block, Block):
-            block.compile(backend=backend)
+            block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
 
 
 class Attention(nn.Module):

@@ -176,6 +176,8 @@ def train_and_resume(recipe: Path, folder: Path, setting: Setting, *, in_mlflow:
         "rows": rows_of(whole_dir),
         "num_distinct_samples": len(set(positions)),
         "image_sizes": image_sizes,
+        "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "weights": {name: digest(weight) for name, weight in weights.items()},
         "averages": {name: digest(average) for name, average in averages.items()},
     }

@@ -389,7 +389,7 @@ def load_batches(
     iterator = iter(loader)
     try:
         yield from iterator
-    except (OSError, RuntimeError):
+    except (OSError, EOFError, RuntimeError):  # EOFError: a worker was killed while it handed over shared memory
         if num_workers:
             check_workers(iterator._workers)  # type: ignore[attr-defined]
         raise

@@ -12,5 +12,13 @@ def test_losses_equal_a_plain_torch_loop(trained: Trained, world_size: int, name
 
 
 @pytest.mark.parametrize(("world_size", "name"), resumed(COMPILED))
+def test_a_block_is_one_graph_at_every_zero_stage(trained: Trained, world_size: int, name: str) -> None:
+    """DeepSpeed's hooks stay outside: torch.compile would break its graphs at each of them."""
+    seen = trained(world_size, name)
+    assert seen["graph_breaks"] == 0
+    assert 2 <= seen["graphs"] <= 4  # training and evaluation, for a first shape and for any shape
+
+
+@pytest.mark.parametrize(("world_size", "name"), resumed(COMPILED))
 def test_resume_repeats_every_row_and_weight_exactly(trained: Trained, world_size: int, name: str) -> None:
     assert_resumed_exactly(trained(world_size, name), 8 * 16 / world_size)
