@@ -1,5 +1,5 @@
 PYTHON ?= python3
-# Twice the 2 cores of the smallest machine, because many tests wait.
+# Two workers per core on a machine with 2 cores, because many tests spend their time waiting.
 WORKERS ?= 4
 VENV := .venv
 INSTALLED := $(VENV)/installed

@@ -84,7 +84,9 @@ def load_preprocessor(folder: Path) -> Preprocessor:
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: no usable preprocessor_config.json: {first_line(error)}") from None
+        raise ModelError(
+            f"{folder}: no usable preprocessor_config.json: {first_line(error)}; export the run again"
+        ) from None
     return Preprocessor(processor)
 
 
@@ -128,7 +130,9 @@ def new_classifier(folder: Path, class_names: list[str], *, from_scratch: bool, 
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, **labels)
         fresh = transformers.AutoModelForImageClassification.from_config(config)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {first_line(error)}") from None
+        raise ModelError(
+            f"{folder}: transformers cannot load it: {first_line(error)}; export or download it again"
+        ) from None
     head = _head_prefixes(config)
     model: nn.Module = fresh
     if not from_scratch:
@@ -171,7 +175,9 @@ def save_folder(model: Any, preprocessor: Preprocessor, card: str, out: Path) ->
             preprocessor.processor.save_pretrained(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise MachineError(f"{out}: the model cannot be saved: {first_line(error)}") from None
+        raise MachineError(
+            f"{out}: the model cannot be saved: {first_line(error)}; free disk space or choose another run_dir"
+        ) from None
 
 
 def _head_prefixes(config: Any) -> tuple[str, ...]:
@@ -205,7 +211,9 @@ def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
             **options,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: {first_line(error)}") from None
+        raise ModelError(
+            f"{folder}: transformers cannot load it: {first_line(error)}; export or download it again"
+        ) from None
     return loaded
 
 
@@ -223,7 +231,9 @@ def _check_folder(folder: Path) -> None:
     try:
         model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError) as error:
-        raise ModelError(f"{config_file}: cannot be read: {first_line(error)}") from None
+        raise ModelError(
+            f"{config_file}: cannot be read: {first_line(error)}; export or download the folder again"
+        ) from None
     if model_type == "vit_mae":
         raise ModelError(
             f"{folder}: a masked autoencoder cannot be fine-tuned as a classifier; "

@@ -141,14 +141,14 @@ def interval_metrics(run: FinetuneRun, interval: Interval, batches: Batches, ste
     config, world_size = run.config, distributed.world_size()
     totals = interval.reduce(batches.meter.take())
     run.quarantine.add(chain.from_iterable(distributed.gather(batches.meter.take_bad_samples())))
-    num_loaders = max(config.data.num_workers, 1) * config.data.num_threads
+    num_reader_threads = max(config.data.num_workers, 1) * config.data.num_threads
     return {
         "train/loss": totals.means["loss"],
         "optim/grad_norm": totals.means["grad_norm"],
         "speed/images_per_second": totals.num_steps * config.engine.global_batch_size / totals.seconds,
         "data/samples": step * config.engine.global_batch_size,
         "data/bad_samples": len(run.quarantine),
-        **loading_metrics(totals.counts, totals.seconds, world_size, num_loaders),
+        **loading_metrics(totals.counts, totals.seconds, world_size, num_reader_threads),
     }
 
 

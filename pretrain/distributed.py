@@ -151,8 +151,8 @@ def while_others_wait(
 ) -> None:
     """Run long work on some ranks while the others wait, and raise its errors on all ranks (collective).
 
-    A rank that waits in a collective fails after the timeout of the process group, usually 30 minutes. Working ranks
-    therefore report their progress, and every report is a short collective.
+    A rank that waits in a collective fails after the timeout of the process group, by default ten minutes. Working
+    ranks therefore report their progress, and every report is a short collective.
 
     Args:
         work: Function to run on this rank, or None if this rank only waits. It is given a function that it must call

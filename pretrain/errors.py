@@ -14,7 +14,7 @@ class MachineError(Exception):
 
 
 class DataError(UserError):
-    """A data set, index or image that cannot be used as it is."""
+    """A dataset, index or image that cannot be used as it is."""
 
     @property
     def summary(self) -> str:
@@ -26,7 +26,7 @@ class DataError(UserError):
 
 
 class BadSampleError(DataError):
-    """One sample that cannot be used; the rest of its data set can.
+    """One sample that cannot be used; the rest of its dataset can.
 
     Args:
         shard: Name of the shard.

@@ -39,7 +39,7 @@ class Features:
     Attributes:
         values: CLS tokens of the encoder, float [N, D], on the device.
         labels: Class of each sample, int [N], on the device.
-        positions: Row of each sample in its data set, int [N], on the CPU.
+        positions: Row of each sample in its dataset, int [N], on the CPU.
     """
 
     values: Tensor
@@ -140,14 +140,14 @@ class Evaluator:
         should_stop: ShouldStop,
         max_samples: int | None = None,
     ) -> bool:
-        """Pass this rank's share of a data set through the model (collective).
+        """Pass this rank's share of a dataset through the model (collective).
 
         Args:
             dataset: Data to evaluate.
             output: Output of the objective to compute.
             consume: Function that is called with every batch and the objective's output.
             should_stop: Tells whether this rank was asked to stop.
-            max_samples: Largest number of samples over all ranks; None for the whole data set.
+            max_samples: Largest number of samples over all ranks; None for the whole dataset.
 
         Returns:
             Whether all batches were consumed; False if any rank was asked to stop before.

@@ -40,7 +40,7 @@ from pretrain.tracking.tracker import git_commit
 
 @dataclass(frozen=True)
 class Data:
-    """The data sets of a run."""
+    """The datasets of a run."""
 
     training: Dataset | TarStream
     validation: Dataset | None
@@ -65,9 +65,9 @@ class Run:
         health: Decides which updates are applied.
         skipped_steps: Steps whose update was not applied.
         quarantine: Samples that could not be used.
-        watch: Heartbeat of this rank.
+        watch: Watch of this rank, which writes its heartbeats.
         decoder: JPEG decoder of the GPU, or None if the data workers decode.
-        identity: Manifest without state and tensors: what a checkpoint says about the run as a whole.
+        identity: Manifest without state and tensors: config, data digests and class names, as in every checkpoint.
         state: State after the latest step.
     """
 

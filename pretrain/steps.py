@@ -26,7 +26,7 @@ class Batches:
         objective: Objective, whose view transforms the images.
         state: State of the run: the position to start at and the ranges to leave out.
         decoder: JPEG decoder of the GPU, or None if the data workers decode.
-        watch: Heartbeat of this rank, which is told when it waits for data and when the forward pass begins.
+        watch: Watch of this rank; it records when the rank waits for data and when the forward pass begins.
 
     Attributes:
         accumulation_steps: Number of micro-batches per optimizer step.
@@ -107,7 +107,7 @@ class Batches:
         return 0
 
     def epochs(self, state: TrainState) -> dict[str, float]:
-        """Return how many epochs of each data set a run in this state has read, as metrics."""
+        """Return how many epochs of each dataset a run in this state has read, as metrics."""
         epochs = self._source.epochs(state.position, state.next_tar)
         return {f"data/epoch_{i}" if len(epochs) > 1 else "data/epoch": epoch for i, epoch in enumerate(epochs)}
 

@@ -245,7 +245,7 @@ def log_interval(
     run.count_images(totals.num_applied * batch_size)
     run.resume_stream_at(batches.next_tar())
     grad_norm = {"optim/grad_norm": totals.means["grad_norm"]} if totals.means else {}
-    num_threads = max(data.num_workers, 1) * data.num_threads
+    num_reader_threads = max(data.num_workers, 1) * data.num_threads
     row = {
         **{f"train/{name}": mean for name, mean in totals.means.items() if name != "grad_norm"},
         **grad_norm,
@@ -255,7 +255,7 @@ def log_interval(
         "data/samples": run.state.position,
         "data/bad_samples": len(run.quarantine),
         **batches.epochs(run.state),
-        **loading_metrics(loading_counts, totals.seconds, distributed.world_size(), num_threads),
+        **loading_metrics(loading_counts, totals.seconds, distributed.world_size(), num_reader_threads),
     }
     tracker.log(row, run.state.step)
     progress.print_metrics(row, run.state.step)

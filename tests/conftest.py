@@ -25,7 +25,7 @@ from tests.support.ranks import RankServer, Seen, folder_of
 from tests.support.shared import once
 from tests.support.training import IN_MLFLOW, KILLED_IN_SAVE, Trained, needs
 
-# A shell that starts something with & has it ignore Ctrl-C, and its children with it.
+# A shell makes background jobs (started with &) ignore SIGINT, and their children inherit this; restore the default.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("patient", deadline=None)  # a busy machine must not fail a test

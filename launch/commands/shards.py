@@ -412,7 +412,7 @@ def single_set(split: str, sets: "list[tuple[str, str | None]]") -> "tuple[str, 
         UserError: If the path means several sets.
     """
     if len(sets) > 1:
-        raise UserError(f"{split}: means {len(sets)} shard sets; check one at a time")
+        raise UserError(f"{split}: names {len(sets)} shard sets; check one at a time")
     return sets[0]
 
 

@@ -14,14 +14,14 @@ def supervise(
     ],
     max_failures: Annotated[
         int,
-        typer.Option(min=0, help="Number of failures in a row, without a new checkpoint in between, to tolerate."),
+        typer.Option(min=0, help="Number of consecutive failures to tolerate; a new checkpoint restarts the count."),
     ] = 5,
     fewer_after: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Start one rank fewer after every so many failures in a row; the global batch size stays the same. "
-            "0 always keeps the number of ranks.",
+            help="Number of consecutive failures after which the run continues with one rank fewer; every further "
+            "multiple removes another. The global batch size stays the same. 0 always keeps the number of ranks.",
         ),
     ] = 2,
 ) -> None:

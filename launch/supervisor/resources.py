@@ -75,14 +75,14 @@ def without_lost_resources(command: Sequence[str], report: Callable[[str], None]
         place = words.index("--hostfile")
         lost = list_unreachable_hosts(Path(words[place + 1]))
         if lost:
-            report(f"{', '.join(lost)}: not reachable with ssh; continuing without")
+            report(f"{', '.join(lost)}: not reachable with ssh; continuing without these machines")
             words[place:place] = ["--exclude", "@".join(lost)]
         return words
     if "--num_gpus" in words[:-1]:
         place = words.index("--num_gpus")
         working, failed = list_gpus()
         if working and failed:
-            report(f"GPU {', '.join(map(str, failed))}: not responding; continuing without")
+            report(f"GPU {', '.join(map(str, failed))}: not responding; continuing without these GPUs")
         if working and (failed or len(working) < int(words[place + 1])):
             kept = working[: int(words[place + 1])]
             words[place : place + 2] = ["--include", f"localhost:{','.join(map(str, kept))}"]

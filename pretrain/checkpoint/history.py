@@ -65,7 +65,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _has_valid_manifest(checkpoint: Path) -> bool:
-    """Say whether a manifest is valid; one of another version raises an error, so that no older one is used instead."""
+    """Return whether a manifest is valid; another version raises an error, so that no older checkpoint is used."""
     try:
         Manifest.load(checkpoint)
     except CheckpointError:

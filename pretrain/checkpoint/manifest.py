@@ -55,7 +55,7 @@ class Manifest:
     Attributes:
         state: State of the run when the checkpoint was taken.
         world_size: Number of ranks that wrote the checkpoint.
-        data_digests: Digest of the data set "training" and, if the run has one, "validation".
+        data_digests: Digest of the dataset "training" and, if the run has one, "validation".
         class_names: Names of the classes in the order of their labels; empty without labels.
         config: Resolved config of the run as JSON.
         git_commit: Commit of the code, or "unknown".

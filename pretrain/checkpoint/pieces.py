@@ -217,7 +217,7 @@ def find_faults(
 
 
 def _covers(pieces: list[list[int]], numel: int) -> bool:
-    """Say whether pieces cover a flattened tensor without a gap or an overlap."""
+    """Return whether pieces cover a flattened tensor without a gap or an overlap."""
     end = 0
     for _, start, stop in sorted(pieces, key=lambda piece: piece[1:]):
         if start != end:

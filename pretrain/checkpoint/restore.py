@@ -75,7 +75,7 @@ def restore(engine: TrainingEngine, folder: Path, expected: Manifest) -> Manifes
         The saved manifest.
 
     Raises:
-        CheckpointError: If the checkpoint belongs to another run, data set or model.
+        CheckpointError: If the checkpoint belongs to another run, dataset or model.
     """
     saved = Manifest.load(folder)
     if changes := list(_identity_changes(saved, expected)):

@@ -65,7 +65,7 @@ def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tens
     """Return the encoder of a run's checkpoint, and its other weights if the run had the same classes."""
     checkpoint = find_checkpoint(path)
     if faults := list(find_faults(checkpoint)):
-        raise CheckpointError("\n".join(faults))
+        raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
     weights = load_weights(checkpoint, averaged=True)
     encoder = {name: weight for name, weight in weights.items() if name.startswith(ENCODER)}
     if Manifest.load(checkpoint).class_names != class_names:

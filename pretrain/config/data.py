@@ -42,7 +42,8 @@ class SourceConfig(FaultBudget):
     num_threads: Count = Field(1, description="Reader threads per data worker; increase for slow or remote storage.")
     cache_dir: UserPath = Field(
         Path("~/.cache/vitrail").expanduser(),
-        description="Folder for cached remote shards; choose one on a local disk of each machine.",
+        description="Folder for cached remote shards and for indexes of read-only tars; choose one on a local disk of "
+        "each machine.",
     )
     cache_bytes: Count = Field(
         100_000_000_000, description="Size limit of the cache in bytes, shared by all runs that use the same folder."
@@ -101,4 +102,7 @@ class DataConfig(SourceConfig):
         if self.stream and self.repeats > 1:
             yield Problem(("repeats", "stream"), "a stream cannot repeat images; set repeats=1, or index the tars")
         if self.class_names is not None and not self.stream:
-            yield Problem(("class_names", "stream"), "an index has its own class names; remove it or set stream=true")
+            yield Problem(
+                ("class_names", "stream"),
+                "only a stream uses them, because an index has its own; remove class_names, or set stream=true",
+            )

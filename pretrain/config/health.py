@@ -10,8 +10,9 @@ class HealthConfig(Section):
 
     spike_threshold: NonNegative = Field(
         20.0,
-        description="Distance from the recent median, in robust deviations, beyond which a loss or gradient norm is a "
-        "spike and its step is skipped; 0 skips only values that are not finite.",
+        description="Distance above the recent median, in standard deviations (estimated from the median absolute "
+        "deviation), beyond which a loss or gradient norm is a spike and its step is skipped; 0 skips only values that "
+        "are not finite.",
     )
     max_consecutive_skips: Count = Field(
         5, description="Number of skipped steps in a row at which the run rolls back to its last checkpoint."

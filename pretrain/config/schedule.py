@@ -19,7 +19,9 @@ class ScheduleConfig(Section):
     total_steps: Count = Field(description="Number of optimizer steps of the run.")
     warmup_steps: CountOrZero = Field(0, description="Steps over which the learning rate rises to its peak.")
     cooldown_steps: CountOrZero = Field(
-        0, description="Steps at the end over which wsd lowers the learning rate as 1 - sqrt; 0 for other schedules."
+        0,
+        description="Steps at the end over which wsd lowers the learning rate as 1 - sqrt(progress); must "
+        "be 0 for other schedules.",
     )
     final_learning_rate: NonNegative = Field(0.0, description="Learning rate at the end of the run.")
     image_sizes: list[tuple[Fraction, Count]] = Field(
@@ -37,8 +39,8 @@ class ScheduleConfig(Section):
             cooldown = f" and {self.cooldown_steps} of cool-down" if self.cooldown_steps else ""
             yield Problem(
                 ("warmup_steps", "total_steps"),
-                f"{self.warmup_steps} steps of warm-up{cooldown} leave none of total_steps={self.total_steps}; "
-                "lower it or train longer",
+                f"{self.warmup_steps} steps of warm-up{cooldown} use up all of total_steps={self.total_steps}; "
+                "shorten them or increase total_steps",
             )
         shares = [share for share, _ in self.image_sizes]
         if shares != sorted(shares):

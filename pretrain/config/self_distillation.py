@@ -17,7 +17,7 @@ class SelfDistillationConfig(ObjectiveSection):
     The teacher is the moving average of the student. It needs whole weights, which ZeRO stage 3 partitions, and it
     makes a second average (section `ema`) pointless. An image is cropped many times, so the CPU decodes it once.
 
-    Both large crops are augmented in the same way; DINOv2 almost always blurs the first and rarely the second.
+    Both global crops are augmented in the same way; DINOv2 almost always blurs the first and rarely the second.
     """
 
     max_zero_stage: ClassVar[int] = 2
@@ -25,12 +25,14 @@ class SelfDistillationConfig(ObjectiveSection):
     supports_ema: ClassVar[bool] = False
 
     name: Literal["self_distillation"] = Field("self_distillation", description="Objective: self-distillation.")
-    num_local_crops: Count = Field(8, description="Number of small crops per image, which only the student processes.")
-    local_image_size: Count = Field(96, description="Side of a small crop in pixels; a multiple of model.patch_size.")
-    local_crop_scale: tuple[Fraction, Fraction] = Field(
-        (0.05, 0.32), description="Smallest and largest fraction of the image's area that a small crop keeps."
+    num_local_crops: Count = Field(
+        8, description="Number of local crops (small ones, which only the student processes) per image."
     )
-    mask_probability: Fraction = Field(0.5, description="Probability that patches of a large crop are masked.")
+    local_image_size: Count = Field(96, description="Side of a local crop in pixels; a multiple of model.patch_size.")
+    local_crop_scale: tuple[Fraction, Fraction] = Field(
+        (0.05, 0.32), description="Smallest and largest fraction of the image's area that a local crop keeps."
+    )
+    mask_probability: Fraction = Field(0.5, description="Probability that patches of a global crop are masked.")
     mask_ratios: tuple[Fraction, Fraction] = Field(
         (0.1, 0.5), description="Smallest and largest fraction of patches that are masked in such a crop."
     )

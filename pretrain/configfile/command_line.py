@@ -71,10 +71,15 @@ def build_parser(
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file with the config")
     parser.add_argument("--print-config", action="store_true", help="print every value with its origin and exit")
     if resumable:
-        resume_help = "fail if the run has no checkpoint to resume from (without it, such a run starts from step 0)"
+        resume_help = "exit with an error if the run folder has no checkpoint; by default it starts from step 0"
         parser.add_argument("--resume", action="store_true", help=resume_help)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="values that override the file's, such as optimizer.learning_rate=3e-4",
+    )
     return parser
 
 

@@ -1,1 +1,1 @@
-"""From images to shards, from shards to batches: every sample once an epoch, on any number of ranks."""
+"""From images to shards, from shards to batches: every sample once per epoch, on any number of ranks."""

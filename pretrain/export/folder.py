@@ -42,7 +42,7 @@ def export(source: Path, out: Path, overwrite: bool = False, model_type: str = "
     if out.exists() and not (out / "config.json").exists():
         raise CheckpointError(f"{out}: not a Hugging Face folder, so it is not overwritten; choose another one")
     if faults := list(find_faults(checkpoint)):
-        raise CheckpointError("\n".join(faults))
+        raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
     manifest = Manifest.load(checkpoint)
     config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
     model = MODEL_TYPES[model_type](config, load_weights(checkpoint, averaged=True), manifest.class_names)

@@ -33,8 +33,8 @@ from pretrain.heartbeat.beats import (
 from pretrain.heartbeat.diagnosis import SILENT_SECONDS, Diagnosis
 from pretrain.outcome import EXIT_FAILED, Outcome, outcome_of
 
-# A step's own work is the median of the last steps: of 8, or of fewer (at least 3) if they take 2 seconds together, so
-# that a slow rank is found soon even if steps are long.
+# A step's own work is known once 8 steps were timed. It is the median of the last 8, or of fewer (at least 3) if these
+# take 2 seconds together, so that a rank that becomes slow is found soon even if steps are long.
 MAX_STEPS_TIMED, MIN_STEPS_TIMED, SECONDS_TIMED = 8, 3, 2.0
 NUM_FRAMES = 12  # innermost frames of the stack that a heartbeat contains
 MAX_INTERVAL_SECONDS = 2.0  # a longer interval between two heartbeats means that this process was suspended

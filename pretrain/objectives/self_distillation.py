@@ -33,8 +33,9 @@ class SelfDistillationObjective(Objective):
     buffers, so no gradient or optimizer touches it, and its encoder is the one that is exported. With bf16 training the
     average follows the student's rounded working weights.
 
-    Teacher outputs are balanced over all images of a micro-step on all ranks, and KoLeo searches for nearest neighbors
-    among the same images. The losses are therefore equal on any number of ranks with the same number of micro-steps.
+    Teacher outputs are balanced over the images of one micro-batch of all ranks, and KoLeo searches for nearest
+    neighbors among the same images. The losses therefore do not depend on the number of ranks if the number of
+    micro-batches per step stays the same.
 
     Args:
         config: Crops, masks, heads, temperatures, momentum and augmentation.

@@ -101,7 +101,7 @@ def test_make_and_index_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: C
             "nowhere: no such folder; name a folder, or `digits` for the built-in source",
         ),
         (["shards", "make", "digits", "out", "--shard-size", "big"], 2, "expected a size such as 256MB, got 'big'"),
-        (["shards", "make", "digits", "out", "--classes", "ten"], 2, "no class ten; the classes are 0, 1, 2"),
+        (["shards", "make", "digits", "out", "--classes", "ten"], 2, "no class ten; its classes are 0, 1, 2"),
         (["shards", "index", "."], 2, ".: no .tar files in this folder"),
         (["shards", "index", "nowhere"], 2, "nowhere: no such folder"),
         (["export", "nowhere", "out"], 2, "nowhere: no checkpoint here; expected a run folder"),

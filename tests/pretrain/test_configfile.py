@@ -163,7 +163,7 @@ MISTAKES = [
         ["data.stream=true", "data.validation=v", "data.repeats=2"],
         "data.repeats: a stream cannot repeat images; set repeats=1",
     ),
-    ("", ["data.class_names=a.txt"], "data.class_names: an index has its own class names; remove it or"),
+    ("", ["data.class_names=a.txt"], "data.class_names: only a stream uses them, because an index has its own; remove"),
     ("", ["data.stream=true"], "data.class_names: required by data.stream=true with objective.name=supervised but"),
     (
         "",
@@ -184,7 +184,7 @@ MISTAKES = [
     (
         "",
         ["schedule.warmup_steps=100"],
-        "schedule.warmup_steps: 100 steps of warm-up leave none of total_steps=100; lower it",
+        "schedule.warmup_steps: 100 steps of warm-up use up all of total_steps=100; shorten them",
     ),
     ("", ["schedule.name=wsd"], "schedule.cooldown_steps: must be greater than 0 with name=wsd; set it or"),
     (
@@ -195,7 +195,7 @@ MISTAKES = [
     (
         "",
         ["schedule.name=wsd", "schedule.cooldown_steps=99", "schedule.warmup_steps=1"],
-        "1 steps of warm-up and 99 of cool-down leave none of total_steps=100; ",
+        "1 steps of warm-up and 99 of cool-down use up all of total_steps=100; ",
     ),
     ("", ["engine.zero_stage=9"], "command line: engine.zero_stage: must be 0, 1, 2 or 3, got 9; "),
     ("", ["seed"], "command line: cannot parse 'seed'; write it as key.path=value"),

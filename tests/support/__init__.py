@@ -1,1 +1,1 @@
-"""What tests share: launches, servers, faults."""
+"""Shared test support: launching commands and ranks, local servers and injected faults."""

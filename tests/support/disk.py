@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def full_disk(limit_bytes: int = 100) -> Iterator[None]:
-    """Let no file of this process grow beyond a limit; the write that meets it is cut, and the next one refused."""
+    """Let no file of this process grow beyond a limit: the write that reaches it is truncated, the next one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, before[1]))
     try:

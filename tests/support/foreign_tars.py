@@ -1,4 +1,4 @@
-"""Tars as strangers write them with webdataset: uneven, with captions and with pickles that must not be opened."""
+"""Tars as other tools write them with webdataset: uneven, with captions and with pickles that must not be opened."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Commands that always end, waits that do, and a pretraining recipe of seconds."""
+"""Run commands and wait for conditions without ever hanging, and a recipe that pretrains in seconds."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ SAMPLE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Limits:
-    """When a command counts as hanging. None of the first two limits depends on how busy the machine is.
+    """When a command counts as hanging. Neither of the first two limits depends on how busy the machine is.
 
     Attributes:
         idle_seconds: Longest time in which it writes nothing and uses next to no CPU time.

@@ -1,4 +1,4 @@
-"""Ranks for tests: forked from one process that has imported everything, instead of launched anew for every run.
+"""Ranks for tests: forked from one process that has imported everything, instead of being launched again for every run.
 
 A script of ranks defines named runs and calls `main`. A test asks a `RankServer` for one of them; it starts the script
 when it is first asked, so that a test selected alone costs one import and its own run.
@@ -84,7 +84,7 @@ def _be_rank(work: Work, name: str, rank: int, world_size: int, port: str, folde
 
 
 def _leave(code: int) -> None:
-    """Leave at once: what the parent process would do at its end is not the rank's to do."""
+    """Exit at once, without the exit handlers that the rank has inherited from its parent."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)

@@ -32,11 +32,14 @@ def check_classes(training: Labeled, validation: Labeled | None, config: SourceC
     if validation and validation.class_names != training.class_names:
         difference = describe_class_difference(training.class_names, validation.class_names)
         path = getattr(config, "validation", None)
-        raise DataError(f"{path}: validation classes differ from training classes: {difference}")
+        raise DataError(
+            f"{path}: validation classes differ from training classes: {difference}; make both sets with the same "
+            "class names in the same order"
+        )
 
 
 def describe_class_difference(training: Sequence[str], validation: Sequence[str]) -> str:
-    """Return which class names occur in only one of two data sets, or that only their order differs."""
+    """Return which class names occur in only one of two datasets, or that only their order differs."""
     only_training = ", ".join(name for name in training if name not in set(validation))
     only_validation = ", ".join(name for name in validation if name not in set(training))
     parts = [f"only in training: {only_training}"] * bool(only_training)

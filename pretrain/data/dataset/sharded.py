@@ -76,7 +76,10 @@ class ShardDataset(Dataset):
         for place, info in zip(places, infos, strict=True):
             if info.class_names != infos[0].class_names:
                 if labeled:
-                    raise DataError(f"{place}: its classes differ from those of {places[0]}; make them equal")
+                    raise DataError(
+                        f"{place}: its class names differ from those of {places[0]}; index or make both with the same "
+                        "--class-names file"
+                    )
                 self.class_names = []
         self.class_shares = _class_shares(infos, weights) if self.class_names else []
         self.entries = [shard for info in infos for shard in info.shards]

@@ -203,7 +203,10 @@ class _TrainingSamples(TorchDataset[LoadedSample]):
             else:
                 return sample, bad_samples, stats
         first = bad_samples[0]
-        raise DataError(f"{first.shard}: nothing near sample {first.key} can be used: {first.reason}")
+        raise DataError(
+            f"{first.shard}: sample {first.key} cannot be used ({first.reason}), nor can any of {len(bad_samples) - 1} "
+            "replacements; find the faults with `vitrail shards check`"
+        )
 
 
 class _EvaluationSamples(TorchDataset[LoadedSample]):
@@ -263,7 +266,7 @@ class BatchSource(Protocol):
         """Yield the shard and the key of the samples of the step that starts at `position`."""
 
     def epochs(self, position: int, next_tar: int) -> list[float]:
-        """Return the number of epochs of each data set before a position, or before the tar `next_tar` of a stream."""
+        """Return the number of epochs of each dataset before a position, or before the tar `next_tar` of a stream."""
 
 
 class IndexedBatches:
@@ -295,7 +298,7 @@ class IndexedBatches:
                 yield encoded.shard, encoded.key
 
     def epochs(self, position: int, next_tar: int) -> list[float]:
-        """Return the number of epochs of each data set before a position; `next_tar` is not used."""
+        """Return the number of epochs of each dataset before a position; `next_tar` is not used."""
         return self.order.epochs(position)
 
 

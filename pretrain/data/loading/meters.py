@@ -70,18 +70,20 @@ class Meter:
         return bad_samples
 
 
-def loading_metrics(totals: Sequence[float], seconds: float, world_size: int, num_loaders: int) -> dict[str, float]:
+def loading_metrics(
+    totals: Sequence[float], seconds: float, world_size: int, num_reader_threads: int
+) -> dict[str, float]:
     """Turn the sums over all ranks into metrics.
 
     Args:
         totals: Sum of `Meter.take` over the ranks.
         seconds: Duration of the interval.
         world_size: Number of ranks.
-        num_loaders: Number of reader threads per rank: workers times threads.
+        num_reader_threads: Number of reader threads per rank: workers times threads.
     """
     batches, ready, waited = totals[:3]
     stats = LoadingStats(*totals[3:])
-    loader_seconds = seconds * world_size * num_loaders
+    loader_seconds = seconds * world_size * num_reader_threads
     busy = {f"data/{stage}_busy": getattr(stats, stage) / loader_seconds for stage in STAGES}
     row = {
         "data/wait_fraction": waited / world_size / seconds,

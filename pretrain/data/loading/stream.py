@@ -254,7 +254,10 @@ class _StreamedBatches(IterableDataset[LoadedBatch]):
                 self.bad.append((tar, WHOLE_TAR, str(error).removeprefix(f"{tar}: ")))
             if without_sample > len(self.stream.tars):
                 reason = f"; the last problem: {self.bad[-1][2]}" if self.bad else ""
-                raise DataError(f"{tar}: neither this tar nor the {without_sample - 1} before it has a sample{reason}")
+                raise DataError(
+                    f"{tar}: no usable sample in this tar or in the {without_sample - 1} read before it{reason}; "
+                    "name WebDataset tars with images in data.train"
+                )
 
     def _encoded(self, tar: str, key: str, members: Mapping[str, Member]) -> EncodedSample | None:
         """Return the image and the label of a sample, or record why there is none."""
@@ -293,7 +296,10 @@ class _StreamedBatches(IterableDataset[LoadedBatch]):
             )
             return LoadedSample(fields, [], stats, (encoded.shard, encoded.key))
         tar, key, reason = self.bad[-1]
-        raise DataError(f"{tar}: the last {SUBSTITUTES_TRIED} samples cannot be used; sample {key}: {reason}")
+        raise DataError(
+            f"{tar}: {SUBSTITUTES_TRIED} samples in a row cannot be used, the last one {key}: {reason}; "
+            "repair the tars or remove them from data.train"
+        )
 
 
 def _is_read(member: str) -> bool:

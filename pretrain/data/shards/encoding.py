@@ -1,4 +1,4 @@
-"""How an image is stored: with its original bytes if training can read them, else re-encoded with 8 bits a channel."""
+"""Store an image: with its original bytes if training can read them, else re-encoded with 8 bits per channel."""
 
 import io
 from dataclasses import dataclass

@@ -70,8 +70,8 @@ def plan_shards(source: Source, options: ShardOptions, folder: Path) -> dict[str
     splits = split(source, options.validation_fraction, options.seed)
     for name, rows in zip(SPLITS, splits, strict=True):
         if len(rows):
-            mixed = rows[permutation(len(rows), options.seed, name, "mix")]
-            shards[name] = _cut(mixed, sizes[mixed], options.shard_bytes)
+            shuffled = rows[permutation(len(rows), options.seed, name, "mix")]
+            shards[name] = _cut(shuffled, sizes[shuffled], options.shard_bytes)
     return shards
 
 
@@ -95,9 +95,9 @@ def split(source: Source, validation_fraction: float, seed: int) -> tuple[Intege
         count = round(len(rows) * validation_fraction)
         if validation_fraction > 0 and len(rows) > 1:
             count = min(max(count, 1), len(rows) - 1)
-        mixed = rows[permutation(len(rows), seed, name, "split")]
-        held_out.append(mixed[:count])
-        train.append(mixed[count:])
+        shuffled = rows[permutation(len(rows), seed, name, "split")]
+        held_out.append(shuffled[:count])
+        train.append(shuffled[count:])
     return np.concatenate(train), np.concatenate(held_out)
 
 

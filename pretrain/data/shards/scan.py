@@ -19,6 +19,8 @@ from pretrain.data.storage.webdataset import image_of, label_of, metadata_of, na
 from pretrain.data.transforms.decode import DecodeError, decode
 from pretrain.errors import DataError
 
+CURE = "remove it, or make new shards without it with `vitrail shards make --skip-bad`"
+
 
 @dataclass
 class IndexedShards:
@@ -115,7 +117,8 @@ def _refuse_repeated(out: Path, entries: Sequence[ShardEntry], keys: Sequence[Di
         path = out / index_name(entries[shard].name)
         key = ShardIndex.parse(path.read_bytes(), path, entries[shard].index_sha256).key[row]
         raise DataError(
-            f"{entries[shard].name}: the key {key} is also in {entries[first].name}; keys must be unique in a split"
+            f"{entries[shard].name}: the key {key} is also in {entries[first].name}, but keys must be unique in a "
+            "split; remove one of the two samples"
         )
 
 
@@ -143,5 +146,5 @@ def _size(tar: str, key: str, data: bytes) -> tuple[int, int]:
     try:
         height, width, _ = decode(data).shape
     except DecodeError as error:
-        raise DataError(f"{tar}: sample {key} is not a usable image: {error}") from None
+        raise DataError(f"{tar}: sample {key} is not a usable image: {error}; {CURE}") from None
     return height, width

@@ -120,7 +120,7 @@ def summary(stats: Stats) -> dict[str, Any]:
         "bytes": _percentiles(stats.sizes),
         "formats": stats.extensions,
         "duplicates": sum(len(group) - 1 for group in stats.duplicates),
-        "duplicates of another class": len(stats.conflicts),
+        "duplicates across classes": len(stats.conflicts),
     }
 
 

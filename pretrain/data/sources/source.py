@@ -97,7 +97,8 @@ def keep_classes(source: Source, names: Sequence[str]) -> Source:
     """
     unknown = [name for name in names if name not in source.class_names]
     if unknown:
-        raise DataError(f"no class {', '.join(unknown)}; the classes are {', '.join(source.class_names)}")
+        choices = ", ".join(source.class_names) or "none, because the source has no labels"
+        raise DataError(f"--classes: the source has no class {', '.join(unknown)}; its classes are {choices}")
     kept = [name for name in source.class_names if name in names]
     new_labels = np.full(len(source.class_names), NO_LABEL)
     for label, name in enumerate(kept):

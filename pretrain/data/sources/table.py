@@ -78,7 +78,7 @@ def list_table(
     """
     table = _read(path)
     if not table.num_rows:
-        raise DataError(f"{path}: has no rows")
+        raise DataError(f"{path}: has no rows; check that this is the right table")
     image_column = _column(path, table, columns.image, IMAGE_COLUMNS, "--image-column")
     label_column = _column(path, table, columns.label, LABEL_COLUMNS, "--label-column") if labeled else None
     paths = table.column(image_column)
@@ -128,9 +128,9 @@ def _read(path: Path) -> "Table":
             return parquet.read_table(path)
         return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file; check the path") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a readable table ({error})") from None
+        raise DataError(f"{path}: not a readable table ({error}); save it again as .csv, .tsv or .parquet") from None
 
 
 def _column(path: Path, table: "Table", requested: str | None, defaults: Sequence[str], option: str) -> str:
@@ -155,7 +155,7 @@ def _labels(name: str, column: "ChunkedArray", class_names: Sequence[str] | None
         if class_names is not None and highest >= len(class_names):
             raise DataError(
                 f"{name}: label {highest} is out of range because there are {len(class_names)} class names; "
-                "name every class"
+                "add a line for every label to the --class-names file"
             )
         return labels, list(class_names) if class_names is not None else [str(i) for i in range(highest + 1)]
     if not _is_text(column):
@@ -164,8 +164,8 @@ def _labels(name: str, column: "ChunkedArray", class_names: Sequence[str] | None
     numbers = {class_name: number for number, class_name in enumerate(names)}
     unknown = sorted(set(column.unique().to_pylist()) - numbers.keys())
     if unknown:
-        [sentence] = summarize(unknown, "class that has no given name", "classes that have no given name")
-        raise DataError(f"{name}: {sentence}")
+        [sentence] = summarize(unknown, "class is missing from --class-names", "classes are missing from --class-names")
+        raise DataError(f"{name}: {sentence}; add a line for each")
     return np.asarray([numbers[class_name] for class_name in column.to_pylist()], np.int64), names
 
 

@@ -174,7 +174,10 @@ def _retry(request: Callable[[], Any], url: str, policy: FetchPolicy, on_retry: 
             if waited + delay > policy.stall_seconds:
                 host = urlsplit(url).netloc or url
                 reason = str(error) or type(error).__name__
-                raise StalledFetchError(f"{url}: no data from {host} for {waited:.0f} seconds ({reason})") from None
+                raise StalledFetchError(
+                    f"{url}: no data from {host} for {waited:.0f} seconds ({reason}); check the network and the host, "
+                    "or increase data.stall_seconds"
+                ) from None
         on_retry()
         time.sleep(delay * random.uniform(0.5, 1.0))
         delay = min(2 * delay, MAX_DELAY_SECONDS)

@@ -1,4 +1,4 @@
-"""Local tars that form one data set, and where their index is: next to the tars or in the cache folder."""
+"""Local tars that form one dataset, and where their index is: next to the tars or in the cache folder."""
 
 import hashlib
 import json

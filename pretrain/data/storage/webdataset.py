@@ -36,7 +36,9 @@ def samples_of(tar: TarReader, ignored: Counter[str]) -> Iterator[tuple[str, dic
                 yield key, members
             key, members = folder + slash + stem, {}
         if extension.lower() in members:
-            raise DataError(f"{tar.name}: sample {key} has two members .{extension.lower()}")
+            raise DataError(
+                f"{tar.name}: sample {key} has two members .{extension.lower()}; give each sample its own key"
+            )
         members[extension.lower()] = member
     if key is not None:
         yield key, members
@@ -104,7 +106,7 @@ def metadata_of(tar: str, key: str, member: Member | None) -> dict[str, Any]:
     try:
         content = json.loads(member.data)
     except ValueError as error:
-        raise DataError(f"{tar}: sample {key} has invalid JSON ({error})") from None
+        raise DataError(f"{tar}: sample {key} has invalid JSON ({error}); repair its .json member") from None
     return content if isinstance(content, dict) else {}
 
 
@@ -123,7 +125,8 @@ def name_classes(max_label: int, class_names: Sequence[str] | None, names_found:
         return [names_found.get(label, str(label)) for label in range(max_label + 1)]
     if max_label >= len(class_names):
         raise DataError(
-            f"label {max_label} is out of range because there are {len(class_names)} class names; name every class"
+            f"label {max_label} is out of range because there are {len(class_names)} class names; add a line for every "
+            "label to the --class-names file"
         )
     return list(class_names)
 

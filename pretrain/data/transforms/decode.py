@@ -135,4 +135,4 @@ def _has_orientation(data: bytes) -> bool:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise DecodeError(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}")
+        raise DecodeError(f"{width} x {height} pixels, more than the limit of {MAX_PIXELS}; shrink it or leave it out")

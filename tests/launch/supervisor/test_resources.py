@@ -33,7 +33,7 @@ def test_unreachable_hosts_are_excluded(fake_ssh: Path) -> None:
         ["deepspeed", "--hostfile", str(fake_ssh), "launch/pretrain.py"], reported.append, 0
     )
     assert command == ["deepspeed", "--exclude", "node-2@node-3", "--hostfile", str(fake_ssh), "launch/pretrain.py"]
-    assert reported == ["node-2, node-3: not reachable with ssh; continuing without"]
+    assert reported == ["node-2, node-3: not reachable with ssh; continuing without these machines"]
     pool = {"node-1": [0, 1], "node-2": [0, 1], "node-3": [0]}
     assert dict(parse_resource_filter(pool, exclude_str=command[2])) == {"node-1": [0, 1]}
 
@@ -53,7 +53,7 @@ def test_failed_gpus_are_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     reported: list[str] = []
     command = without_lost_resources(COMMAND, reported.append, 0)
     assert command == ["deepspeed", "--include", "localhost:0,2,3", "launch/pretrain.py"]
-    assert reported == ["GPU 1: not responding; continuing without"]
+    assert reported == ["GPU 1: not responding; continuing without these GPUs"]
     pool = {"localhost": [0, 1, 2, 3]}
     assert parse_resource_filter(pool, include_str="localhost:0,2,3") == {"localhost": [0, 2, 3]}
     assert without_lost_resources(command, reported.append, 0) == command  # a second call changes nothing

@@ -233,7 +233,7 @@ def test_edited_index_is_detected(copied: Path) -> None:
 def test_data_without_any_usable_sample_is_an_error(copied: Path) -> None:
     for path in copied.glob("*.tar"):
         path.unlink()
-    with pytest.raises(DataError, match=r"nothing near sample .* can be used: cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"sample .* cannot be used \(cannot be read: No such file.*\), nor can any of"):
         by_position(batches(open_dataset(copied), num_workers=1))
     assert not multiprocessing.active_children()
 

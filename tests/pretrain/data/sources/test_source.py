@@ -15,7 +15,7 @@ def test_kept_classes_are_renumbered_in_the_order_of_the_source() -> None:
     images = [source.image(i) for i in range(len(source))]
     assert [image.label for image in images] == source.labels.tolist()
     assert {(image.key[0], image.label) for image in images} == {("3", 0), ("8", 1)}
-    with pytest.raises(DataError, match="no class bird; the classes are 3, 8"):
+    with pytest.raises(DataError, match="the source has no class bird; its classes are 3, 8"):
         keep_classes(source, ["bird"])
 
 

@@ -119,5 +119,5 @@ def test_files_that_are_not_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a readable table"):
         listed(tmp_path / "t.parquet")
     table = write(tmp_path / "u.csv", {"path": ["a"], "label": ["owl"]})
-    with pytest.raises(DataError, match="1 class that has no given name: owl"):
+    with pytest.raises(DataError, match="1 class is missing from --class-names: owl; add a line for each"):
         listed(table, class_names=["cat"])
