@@ -18,7 +18,7 @@ check: $(INSTALLED)  ## lint, types and the quick tests that start no processes,
 	$(MAKE) --jobs 2 --output-sync=target lint quick-test
 
 test: $(INSTALLED)  ## every test, on the CPU
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: quick-test
 quick-test: $(INSTALLED)

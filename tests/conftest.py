@@ -34,18 +34,15 @@ settings.load_profile("patient")
 
 START_PROCESSES = {"shell", "tool", "trained", "run_poisoned"}  # fixtures
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}  # audit events
-LONGEST = ("test_launchers", "test_compiled", "test_zero_stages", "test_other_topology", "test_objectives")
-DIVIDED = ("test_launchers", "test_compiled")  # a worker takes one of their tests at a time, and other files as a whole
+LONGEST = ("test_restarts", "test_stages", "test_zero_stages", "test_finetune_launchers", "test_compiled")
+LONGEST += ("test_health", "test_other_topology", "test_exit_codes", "test_tracker", "test_remote_dataset")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that start processes; begin with the longest files, so that no worker is left alone with them."""
     for item in items:
         if START_PROCESSES & {*getattr(item, "fixturenames", ())}:
             item.add_marker("processes")
-        if item.path.stem not in DIVIDED:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
 
