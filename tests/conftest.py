@@ -128,7 +128,7 @@ def trained(digits: Path, session_folder: Path, request: pytest.FixtureRequest) 
     server = RankServer(ROOT / "tests" / "pretrain" / "ranks_train.py", root)
 
     def train(world_size: int, name: str) -> Seen:
-        if name == IN_MLFLOW:
+        if (world_size, name) == IN_MLFLOW:
             folder, empty_store = folder_of(root, world_size, name), request.getfixturevalue("empty_store")
             folder.mkdir(parents=True, exist_ok=True)
             once(folder / "mlflow.db", partial(shutil.copy, empty_store))

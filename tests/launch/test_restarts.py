@@ -24,7 +24,7 @@ def test_run_that_is_stopped_hangs_and_is_killed_gives_identical_losses(
     shell: Shell, tiny: Path, tool: Tool, trained: Trained, tmp_path: Path
 ) -> None:
     """One rank gets a stop signal. Then, under a supervisor, one rank is frozen by SIGSTOP, and later one is killed."""
-    settings = ["--config", tiny, *LONG_RUN, "health.hang_seconds=10"]
+    settings = ["--config", tiny, *LONG_RUN, "health.hang_seconds=10", "data.num_workers=0"]
     deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port(), PRETRAIN, *settings]
     run_dir = tmp_path / "runs" / "stopped"
     with shell.start([*deepspeed, f"run_dir={run_dir}"]) as process:

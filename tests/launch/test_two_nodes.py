@@ -56,6 +56,7 @@ def test_two_nodes_give_the_losses_of_one(
             launcher = [tool("deepspeed"), "--hostfile", hostfile, "--no_ssh", "--node_rank", str(i)]
             launcher += ["--master_addr", "10.77.0.1", "--master_port", "29631"]  # free: the namespaces are new
             command = ["ip", "netns", "exec", namespace, *launcher, PRETRAIN, "--config", tiny, "tracking.uri=off"]
+            command += ["data.num_workers=0"]
             card = f"ts{'ab'[i]}{os.getpid()}"
             nodes.append(stack.enter_context(shell.start(command, GLOO_SOCKET_IFNAME=card)))
         done = [node.finish() for node in nodes]

@@ -99,7 +99,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     recipe = root / "tiny.yaml"
     start_distributed()
     if name in SETTINGS:
-        seen = train_and_resume(recipe, folder, SETTINGS[name], in_mlflow=name == IN_MLFLOW)
+        in_mlflow = (distributed.world_size(), name) == IN_MLFLOW
+        seen = train_and_resume(recipe, folder, SETTINGS[name], in_mlflow=in_mlflow)
     elif name in REFERENCES:
         seen = train_without_deepspeed(recipe, REFERENCES[name])
     elif name in STARTS:

@@ -136,7 +136,7 @@ def test_restart_after_two_failures_excludes_failed_gpus(
     monkeypatch.setattr(resources, "list_gpus", lambda: ([0, 2], [1, 3]))
     _, seen, reported = supervised(tmp_path, config, "1 1 save5 1 0", max_failures=9, fewer_after=0)
     assert [line.split()[-1] for line in seen] == ["4", "4", *["localhost:0,2"] * 3]
-    assert "GPU 1, 3: not responding; continuing without" in reported
+    assert "GPU 1, 3: not responding; continuing without these GPUs" in reported
 
 
 @pytest.mark.parametrize(

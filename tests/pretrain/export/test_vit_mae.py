@@ -16,7 +16,7 @@ from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import DataConfig, MAEConfig, ModelConfig, PretrainConfig, ScheduleConfig, SupervisedConfig
 from pretrain.errors import UserError
 from pretrain.export.folder import export
-from pretrain.export.proof import ProofError
+from pretrain.export.proof import Proof, ProofError
 from pretrain.export.vit_mae import VitMae
 from pretrain.model.hub_names import fold_layer_scale
 from pretrain.model.vit import ViT
@@ -57,16 +57,28 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-def test_exported_autoencoder_reconstructs_the_same_patches(run_dir: Path) -> None:
-    proof = export(run_dir, run_dir / "autoencoder", model_type="vit_mae")
-    assert proof.differences.keys() == {"reconstructed patches", "pixels"}
-    assert proof.differences["reconstructed patches"] <= 1e-5
-    assert proof.differences["pixels"] == 0.0
+@pytest.fixture(scope="module")
+def autoencoder(run_dir: Path) -> Proof:
+    """Export the whole autoencoder; return its proof."""
+    return export(run_dir, run_dir / "autoencoder", model_type="vit_mae")
+
+
+@pytest.fixture(scope="module")
+def encoder(run_dir: Path) -> Proof:
+    """Export the encoder; return its proof."""
+    return export(run_dir, run_dir / "encoder")
+
+
+def test_exported_autoencoder_reconstructs_the_same_patches(run_dir: Path, autoencoder: Proof) -> None:
+    assert autoencoder.differences.keys() == {"reconstructed patches", "pixels"}
+    assert autoencoder.differences["reconstructed patches"] <= 1e-5
+    assert autoencoder.differences["pixels"] == 0.0
     card = (run_dir / "autoencoder" / "README.md").read_text()
     assert "ViTMAEForPreTraining.from_pretrained" in card
     assert "in the reconstructed patches and 0.0e+00 in the pixels" in card
 
 
+@pytest.mark.usefixtures("autoencoder")
 def test_tensor_names_are_those_of_folders_on_the_hub(run_dir: Path) -> None:
     """transformers 4.57 loads these; 5.23 would write `decoder.decoder_encoder.layer` and has other names in memory."""
     layer = (
@@ -91,9 +103,8 @@ def test_tensor_names_are_those_of_folders_on_the_hub(run_dir: Path) -> None:
     }
 
 
-def test_encoder_is_exported_as_an_ordinary_vit(run_dir: Path) -> None:
-    proof = export(run_dir, run_dir / "encoder")
-    assert proof.differences.keys() == {"features", "pixels"}
+def test_encoder_is_exported_as_an_ordinary_vit(run_dir: Path, encoder: Proof) -> None:
+    assert encoder.differences.keys() == {"features", "pixels"}
     _, report = transformers.AutoModel.from_pretrained(
         run_dir / "encoder", add_pooling_layer=False, output_loading_info=True
     )
@@ -103,6 +114,7 @@ def test_encoder_is_exported_as_an_ordinary_vit(run_dir: Path) -> None:
     assert torch.equal(model.state_dict()["vit.layers.1.mlp.fc2.weight"], trained["encoder.layers.1.mlp.fc2.weight"])
 
 
+@pytest.mark.usefixtures("autoencoder", "encoder")
 def test_neither_folder_loads_as_a_classifier(run_dir: Path) -> None:
     with pytest.raises(
         ModelError, match=r"no trained classification head \(missing: classifier.bias, .*\); fine-tune it first"
@@ -116,6 +128,7 @@ def test_neither_folder_loads_as_a_classifier(run_dir: Path) -> None:
             load(run_dir / "autoencoder")
 
 
+@pytest.mark.usefixtures("autoencoder", "encoder")
 @pytest.mark.parametrize("folder", ["autoencoder", "encoder"])
 def test_another_run_starts_from_either_folder(run_dir: Path, folder: str) -> None:
     config = PretrainConfig.model_validate_json(
@@ -132,6 +145,7 @@ def test_another_run_starts_from_either_folder(run_dir: Path, folder: str) -> No
         )  # LayerScale starts at 1
 
 
+@pytest.mark.usefixtures("autoencoder")
 @pytest.mark.parametrize("damage", ["weight", "missing", "mask", "targets"])
 def test_proof_rejects_a_damaged_folder(run_dir: Path, tmp_path: Path, damage: str) -> None:
     for path in (run_dir / "autoencoder").iterdir():

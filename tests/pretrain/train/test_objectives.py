@@ -78,7 +78,7 @@ def columns_of(page: Path) -> list[NDArray[np.int64]]:
 
 
 def test_mlflow_receives_every_probe_and_picture(trained: Trained) -> None:
-    folder = trained(2, IN_MLFLOW)["folder"]
+    folder = trained(*IN_MLFLOW)["folder"]
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
     [run] = [run for run in runs if run.info.run_name == "whole"]

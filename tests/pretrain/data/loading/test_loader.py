@@ -288,7 +288,7 @@ def test_folder_of_images_is_a_dataset(digits: Path, tmp_path: Path) -> None:
 def test_sets_with_different_classes_can_be_combined_without_labels(digits: Path, tmp_path: Path) -> None:
     make_shards(keep_classes(list_digits(), ["4", "5"]), tmp_path / "other", ShardOptions(validation_fraction=0.5))
     both = [digits / "train", tmp_path / "other" / "train"]
-    with pytest.raises(DataError, match="its classes differ from those of"):
+    with pytest.raises(DataError, match="its class names differ from those of"):
         open_dataset(both)
     samples = open_dataset(both, labeled=False)
     assert samples.class_names == []
