@@ -1,6 +1,6 @@
 PYTHON ?= python3
-# More than the 2 cores of the smallest machine, because many tests spend their time waiting.
-WORKERS ?= 5
+# Two workers per core on a machine with 2 cores, because many tests spend their time waiting.
+WORKERS ?= 4
 # Where it is set, each of the many processes that tests start would compile the project again.
 export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv

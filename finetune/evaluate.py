@@ -54,7 +54,7 @@ def evaluate(
         batch_size: Images per batch.
         num_workers: Data workers per rank.
         device: Device of the model.
-        quarantine: Ledger that unusable samples are added to; they do not count.
+        quarantine: Record of unusable samples; such samples do not count.
         should_stop: Whether this rank was asked to stop, checked before each batch. All ranks stop together.
 
     Returns:

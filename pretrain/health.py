@@ -133,8 +133,10 @@ class Health:
             limit = median + self.threshold * torch.maximum(spread, MIN_RELATIVE_SPREAD * median.abs())
             limit = torch.where((self._num_applied >= MIN_STEPS) & (self.threshold > 0), limit, torch.inf)
             is_bad = ~(seen < limit).all()  # a comparison with NaN is false
-            column = self._num_applied % WINDOW_STEPS
-            self._window[:, column] = torch.where(is_bad, self._window[:, column], seen)
+            # As an index in brackets, a number on the device would be copied to the host, which would wait for it.
+            column = (self._num_applied % WINDOW_STEPS)[None]
+            kept = torch.where(is_bad, self._window.index_select(1, column), seen[:, None])
+            self._window.index_copy_(1, column, kept)
             self._num_applied += ~is_bad
             self._skipped = is_bad.float()
             self._values = torch.cat([self._skipped[None].double(), seen, limit, self._reduced[1:]])

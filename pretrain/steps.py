@@ -117,9 +117,9 @@ class Batches:
             self._open.close()
 
     def _load(self, start: int, stop: int, image_size: int) -> Generator[LoadedBatch, None, None]:
-        """Start loading the positions from `start` to before `stop` as images of one size."""
+        """Start loading the positions from `start` to before `stop` as images of one size (collective for a stream)."""
         view = self.objective.train_view(image_size)
-        self._open = self._source.load(view, start, stop)
+        self._open = self._source.load(view, start, stop, self.next_tar())
         return self._open
 
     def _to_device(self, batch: Batch) -> Batch:

@@ -1,4 +1,4 @@
-"""A wheel holds every room of the tree."""
+"""A wheel contains every package of the tree."""
 
 import ast
 import re

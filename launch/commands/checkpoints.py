@@ -12,11 +12,11 @@ from pretrain.outcome import EXIT_FAILED
 from pretrain.tracking.progress import progress_bar
 
 app = typer.Typer(help="List, verify and prune the checkpoints of a run.", no_args_is_help=True)
-Run = Annotated[Path, typer.Argument(help="Run folder.")]
+RunFolder = Annotated[Path, typer.Argument(help="Run folder.")]
 
 
 @app.command("list")
-def list_(run: Run) -> None:
+def list_(run: RunFolder) -> None:
     """Print the step, age, size, origin and state of each checkpoint.
 
     The state is "complete" if all files exist with their full size. Checksums are compared by `vitrail checkpoints
@@ -62,7 +62,7 @@ def verify(
 
 @app.command("prune")
 def prune(
-    run: Run,
+    run: RunFolder,
     keep_last: Annotated[int, typer.Option(min=1, help="Number of newest checkpoints to keep.")] = 1,
     keep_every: Annotated[
         int, typer.Option(min=0, help="Also keep checkpoints at multiples of this many steps; 0 keeps no others.")

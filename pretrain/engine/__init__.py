@@ -1,1 +1,1 @@
-"""All that knows DeepSpeed: building the engine, its partitions, parameter placement and weight averages."""
+"""Everything that depends on DeepSpeed: building the engine, its partitions, parameter placement and weight averages."""

@@ -12,12 +12,17 @@ from pretrain.config import MAEConfig, ModelConfig, PretrainConfig
 from pretrain.errors import UserError
 from pretrain.export.proof import LOADING, Proof, ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import load_encoder
-from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub, fold_layer_scale, hub_encoder_config, pixel_order
+from pretrain.model.hub_names import (
+    decoder_name_on_hub,
+    decoder_to_hub,
+    encoder_to_hub,
+    fold_layer_scale,
+    hub_encoder_config,
+    pixel_order,
+)
 from pretrain.model.mae_decoder import MAEDecoder
 
 PREFIX = "decoder."
-# transformers 5.23 saves decoder layers under the first name; transformers 4 and folders on the Hub have the second.
-SAVED_AS, HUB_NAME = "decoder.decoder_encoder.layer.", "decoder.decoder_layers."
 
 
 class VitMae:
@@ -67,7 +72,7 @@ autoencoder = ViTMAEForPreTraining.from_pretrained("{folder}")
         model.load_state_dict(state, strict=True)
         model.save_pretrained(folder)
         (file,) = folder.glob("*.safetensors")
-        tensors = {name.replace(SAVED_AS, HUB_NAME): tensor for name, tensor in load_file(file).items()}
+        tensors = {decoder_name_on_hub(name): tensor for name, tensor in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
 
     @torch.no_grad()

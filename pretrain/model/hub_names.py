@@ -52,6 +52,8 @@ BLOCK = {
 LAYERS = "layers."
 ENCODER_LAYERS = HubName("layers.", "encoder.layer.")
 DECODER_LAYERS = HubName("decoder_layers.", "decoder_layers.")
+# transformers 5.23 saves decoder layers under the first name; transformers 4 and folders on the Hub have the second.
+SAVED_DECODER_LAYERS, DECODER_LAYERS_ON_HUB = "decoder.decoder_encoder.layer.", "decoder.decoder_layers."
 
 # Folding LayerScale multiplies each factor into the linear layer before it.
 LAYER_SCALES = {".attention_scale.weight": ".attention.o_proj", ".mlp_scale.weight": ".mlp.fc2"}
@@ -164,3 +166,8 @@ def _from_file(name: str, modules: Mapping[str, HubName], layers: HubName) -> st
     module = name.removesuffix(".weight").removesuffix(".bias")
     ours = {hub.file: ours for ours, hub in modules.items()}
     return ours[module] + name.removeprefix(module) if module in ours else name
+
+
+def decoder_name_on_hub(name: str) -> str:
+    """Return the name on the Hub of a tensor that transformers has saved; only those of decoder layers differ."""
+    return name.replace(SAVED_DECODER_LAYERS, DECODER_LAYERS_ON_HUB)

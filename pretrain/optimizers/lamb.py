@@ -27,7 +27,7 @@ class LAMB(Optimizer):
         weight_decay: Weight decay of groups that have none of their own.
     """
 
-    found_inf: Tensor | None = None  # set before a step by whoever skips steps, as for torch's fused optimizers
+    found_inf: Tensor | None = None  # set by `health.py` before a step that may be skipped, as in torch's fused ones
     _placement: Placement | None = None
 
     def __init__(

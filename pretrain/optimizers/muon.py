@@ -35,7 +35,7 @@ class Muon(Optimizer):
         eps: AdamW's term added to the root of the second moment.
     """
 
-    found_inf: Tensor | None = None  # set before a step by whoever skips steps, as for torch's fused optimizers
+    found_inf: Tensor | None = None  # set by `health.py` before a step that may be skipped, as in torch's fused ones
     _placement: Placement | None = None
 
     def __init__(

@@ -70,7 +70,7 @@ class LoadedBatch(NamedTuple):
         bad_samples: Samples that could not be used while the batch was loaded.
         stats: Work that loading the batch took.
         done_at: Time at which the batch was complete (`time.monotonic`).
-        names: Shard and key of each sample; empty for an indexed dataset, where the position tells them.
+        names: Shard and key of each sample; empty for an indexed dataset, where they follow from the position.
         next_tar: Number of the first tar that this rank has not opened yet; 0 for an indexed dataset.
     """
 
@@ -250,7 +250,7 @@ class BatchSource(Protocol):
     """The micro-batches of one rank: from an indexed dataset (`IndexedBatches`) or a stream (`TarStreamBatches`).
 
     Attributes:
-        is_stream: Whether each rank knows only its own samples, and the position in the run does not tell which.
+        is_stream: Whether each rank knows only its own samples, because they do not follow from the position.
     """
 
     is_stream: ClassVar[bool]
@@ -259,8 +259,15 @@ class BatchSource(Protocol):
     def next_tar(self) -> int:
         """Number of the first tar of a stream that this rank has not opened; 0 for an indexed dataset."""
 
-    def load(self, view: View, start: int, stop: int) -> Generator[LoadedBatch, None, None]:
-        """Yield the micro-batches of the positions from `start` to before `stop`."""
+    def load(self, view: View, start: int, stop: int, next_tar: int = 0) -> Generator[LoadedBatch, None, None]:
+        """Yield the micro-batches of the positions from `start` to before `stop`.
+
+        Args:
+            view: Transforms a decoded image and a random generator into the fields of a sample.
+            start: First position, a multiple of the global batch size.
+            stop: Position after the last one, a multiple of the global batch size.
+            next_tar: Number of the first tar of a stream that no rank has opened; the same on all ranks.
+        """
 
     def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
         """Yield the shard and the key of the samples of the step that starts at `position`."""
@@ -285,7 +292,7 @@ class IndexedBatches:
         self.plan = plan
         self.order = plan.order(dataset)
 
-    def load(self, view: View, start: int, stop: int) -> Generator[LoadedBatch, None, None]:
+    def load(self, view: View, start: int, stop: int, next_tar: int = 0) -> Generator[LoadedBatch, None, None]:
         """Yield the micro-batches of the positions from `start` to before `stop`, see `training_batches`."""
         return training_batches(self.dataset, view, self.plan, start, stop)
 

@@ -1,4 +1,4 @@
-"""Training batches from tars that nobody has indexed, read from front to back through `webdataset`.
+"""Training batches from tars without an index, read from front to back through `webdataset`.
 
 Compared with an indexed dataset, a stream has no exact order: samples are shuffled within a buffer, an epoch may repeat
 or miss samples, and a resumed run starts at the next shards. In return, training starts without reading the data first.
@@ -36,12 +36,11 @@ from pretrain.data.loading.loader import (
 from pretrain.data.storage.archive import Member, TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.remote import FetchPolicy, StalledFetchError, expand_braces, is_remote
-from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS, image_of, label_of, metadata_of, samples_of
+from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS, LABEL_KEY, image_of, label_of, metadata_of, samples_of
 from pretrain.data.transforms.decode import decode, decode_unless_jpeg
 from pretrain.data.transforms.views import View
 from pretrain.errors import BadSampleError, DataError
 
-LABEL_KEY = "label"  # key of the label in a sample's JSON, as for `vitrail shards index`
 READ_EXTENSIONS = {*IMAGE_EXTENSIONS, "cls", "json"}
 STEPS_WITH_NAMES = 3  # a step's result is known while the next step runs
 WHOLE_TAR = "(the rest of the tar)"  # in place of a sample's key, where a tar cannot be read on
@@ -70,7 +69,7 @@ class TarStream:
 
     @property
     def class_shares(self) -> list[float]:
-        """Assumed fraction of each class: equal fractions, because nobody has counted the samples."""
+        """Assumed fraction of each class: equal fractions, because the samples were not counted."""
         return [1 / len(self.class_names)] * len(self.class_names)
 
     def describe(self) -> str:
@@ -170,14 +169,17 @@ class TarStreamBatches:
             maxlen=STEPS_WITH_NAMES * plan.accumulation_steps
         )
 
-    def load(self, view: View, start: int, stop: int) -> Generator[LoadedBatch, None, None]:
+    def load(self, view: View, start: int, stop: int, next_tar: int = 0) -> Generator[LoadedBatch, None, None]:
         """Yield the micro-batches of the positions from `start` to before `stop`.
 
         Args:
             view: Transforms a decoded image and a random generator into the fields of a sample.
             start: First position, a multiple of the global batch size.
             stop: Position after the last one, a multiple of the global batch size.
+            next_tar: Number of the first tar that no rank has opened. The ranks divide the tars from there, so that
+                they would read some twice and others never if each went on after its own last tar.
         """
+        self.next_tar = max(self.next_tar, next_tar)
         batches = _StreamedBatches(self.stream, view, self.plan, start, stop, self.next_tar)
         with closing(load_batches(batches, None, self.plan.num_workers)) as loading:
             for micro_batch, loaded in zip(self.plan.micro_batches(start, stop), loading, strict=True):
@@ -192,7 +194,7 @@ class TarStreamBatches:
                 yield from names
 
     def epochs(self, position: int, next_tar: int) -> list[float]:
-        """Return the number of epochs of tars before the tar `next_tar`; the position does not tell."""
+        """Return the number of epochs of tars before the tar `next_tar`; it does not follow from the position."""
         return [next_tar / len(self.stream.tars)]
 
 
@@ -216,7 +218,7 @@ class _StreamedBatches(IterableDataset[LoadedBatch]):
         stored = self._stored_samples(worker)
         for micro_batch in islice(self.plan.micro_batches(self.start, self.stop), worker, None, num_workers):
             items = [self._next_item(stored, position) for position in micro_batch.positions]
-            bad_samples = [BadSample(micro_batch.positions[0], *bad) for bad in self.bad]
+            bad_samples = spread_over_positions(self.bad, micro_batch.positions)
             self.bad = []
             yield collate_samples(items)._replace(bad_samples=bad_samples, next_tar=self.next_tar)
 
@@ -300,6 +302,18 @@ class _StreamedBatches(IterableDataset[LoadedBatch]):
             f"{tar}: {SUBSTITUTES_TRIED} samples in a row cannot be used, the last one {key}: {reason}; "
             "repair the tars or remove them from data.train"
         )
+
+
+def spread_over_positions(bad: Sequence[tuple[str, str, str]], positions: Sequence[int]) -> list[BadSample]:
+    """Return the bad samples that were met during a micro-batch, spread evenly over its positions.
+
+    In a stream no position belongs to a bad sample, but the limits of the run count positions.
+
+    Args:
+        bad: Tar, key and reason of each.
+        positions: Positions of the micro-batch.
+    """
+    return [BadSample(positions[i * len(positions) // len(bad)], *sample) for i, sample in enumerate(bad)]
 
 
 def _is_read(member: str) -> bool:

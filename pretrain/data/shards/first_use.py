@@ -17,11 +17,10 @@ from pretrain.data.storage.archive import TarReader, open_tar
 from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.storage.tar_set import TarSet, local_tar_sets
-from pretrain.data.storage.webdataset import metadata_of, samples_of
+from pretrain.data.storage.webdataset import LABEL_KEY, metadata_of, samples_of
 from pretrain.errors import DataError
 from pretrain.files import partial_path
 
-LABEL_KEY = "label"
 LOCK_FILE = f"{DATASET_FILE}.lock"
 LOCK_SECONDS = 1.0  # pause before the next attempt to lock
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)

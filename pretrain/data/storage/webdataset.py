@@ -10,6 +10,7 @@ from pretrain.data.storage.archive import Member, TarReader
 from pretrain.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+LABEL_KEY = "label"  # key of the label in a sample's JSON
 
 
 def samples_of(tar: TarReader, ignored: Counter[str]) -> Iterator[tuple[str, dict[str, Member]]]:

@@ -27,7 +27,7 @@ class Square(nn.Module):
 
 
 def has(root: object, path: str) -> bool:
-    """Say whether a dotted name, in which `[0]` takes the first item, exists and is not None."""
+    """Return whether a dotted name, in which `[0]` takes the first item, exists and is not None."""
     value: Any = root
     for name in path.split("."):
         if name == "[0]":

@@ -9,7 +9,13 @@ import webdataset
 
 from pretrain.config import AugmentConfig
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch
-from pretrain.data.loading.stream import WHOLE_TAR, TarStream, TarStreamBatches, open_tar_stream
+from pretrain.data.loading.stream import (
+    WHOLE_TAR,
+    TarStream,
+    TarStreamBatches,
+    open_tar_stream,
+    spread_over_positions,
+)
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.transforms.views import EvalView, TrainView
 from pretrain.errors import DataError
@@ -52,6 +58,30 @@ def test_all_ranks_take_equally_many_steps_over_uneven_tars(tars: Path, num_work
         assert not any(batch.bad_samples for batch in batches)
         seen.update(numbers_of(batches))
     assert set(seen) == set(range(sum(SIZES)))
+
+
+def test_ranks_read_other_tars_after_the_loader_was_restarted(tmp_path: Path) -> None:
+    """A rollback or another image size restarts it; the ranks have then opened different numbers of tars."""
+    write_tars(tmp_path / "tars", [4] * 12, mark=tmp_path / "unpickled")
+    stream = stream_of(tmp_path / "tars", shuffle_buffer=1)
+    plans = [BatchPlan(0, 1, global_batch_size=6, rank=rank, world_size=2) for rank in range(2)]
+    sources = [TarStreamBatches(stream, plan, 0) for plan in plans]
+    seen: list[list[int]] = [[], []]
+    for start, stop in ((0, 12), (12, 24)):  # each rank takes 6 samples of 2 tars, then 6 of 2 others
+        next_tar = max(source.next_tar for source in sources)
+        for rank, source in enumerate(sources):
+            seen[rank] += numbers_of(list(source.load(EvalView(8), start, stop, next_tar)))
+    assert len(seen[0]) == len(seen[1]) == 12
+    assert len({*seen[0], *seen[1]}) == 24  # no sample twice within an epoch of 48
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "positions"), [(0, []), (1, [8]), (2, [8, 10]), (3, [8, 9, 10]), (9, [8, 9, 10, 11])]
+)
+def test_every_bad_sample_counts_toward_the_limits(num_bad: int, positions: list[int]) -> None:
+    bad = spread_over_positions([("a.tar", str(i), "broken") for i in range(num_bad)], [8, 9, 10, 11])
+    assert [sample.key for sample in bad] == [str(i) for i in range(num_bad)]
+    assert sorted({sample.position for sample in bad}) == positions
 
 
 def test_weights_of_micro_batches_are_those_of_an_indexed_dataset(tars: Path) -> None:
@@ -132,7 +162,7 @@ def test_tars_without_any_usable_sample_end_the_run_with_a_sentence(tmp_path: Pa
                 writer.write({"__key__": str(number), **({"png": image} if image else {"txt": b"words"})})
     plan = BatchPlan(0, 1, global_batch_size=4)
     with pytest.raises(
-        DataError, match="no usable sample in this .* read before it; the last problem: sample 199 has no images"
+        DataError, match=r"no usable sample in this .* read before it; the last problem: sample 199 has no images"
     ):
         batches_of(stream_of(tmp_path / "captions"), plan, steps=1)
     with pytest.raises(DataError, match="100 samples in a row cannot be used, the last one"):
