@@ -1,1 +1,1 @@
-"""Everything that depends on DeepSpeed: building the engine, its partitions, parameter placement and weight averages."""
+"""Everything that depends on DeepSpeed: the engine, its partitions, parameter placement and weight averages."""
