@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
@@ -18,10 +17,10 @@ from finetune.steps import Batches, take_step
 from pretrain import distributed
 from pretrain.configfile import CommandLine
 from pretrain.data.dataset.order import random_bits
-from pretrain.data.loading.meters import describe_bottleneck, loading_metrics
+from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
 from pretrain.errors import DivergedError, MachineError, UserError
-from pretrain.interval import Interval
+from pretrain.interval import Interval, interval_metrics
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, outcome_of
 from pretrain.schedules import learning_rate_at
 from pretrain.stop_signal import StopSignal
@@ -90,6 +89,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
         DivergedError: If the loss or the norm of its gradient is not finite.
     """
     config, device, total_steps = run.config, run.accelerator.device, run.total_steps
+    batch_size = config.engine.global_batch_size
     evaluation_epochs = run.evaluation_epochs()
     progress = ProgressLine(total_steps, 0, enabled=distributed.is_main())
     progress.print_message(_summary(run))
@@ -104,7 +104,8 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
             ranks_stopping = distributed.sum_over_ranks(torch.full((), float(should_stop()), device=device))
 
             if step % config.logging.every_steps == 0 or step == total_steps:
-                row = interval_metrics(run, interval, batches, step) | {"optim/learning_rate": learning_rate}
+                _, shared = interval_metrics(interval, batches.meter, run.quarantine, config.data, batch_size)
+                row = {**shared, "optim/learning_rate": learning_rate, "data/samples": step * batch_size}
                 report(run, row, step, tracker, progress)
                 check_finite(run, row, step, best)
                 interval = Interval(device, batches.accumulation_steps)
@@ -134,22 +135,6 @@ def prepare_step(run: FinetuneRun, step: int) -> float:
         group["lr"] = learning_rate
     torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))
     return learning_rate
-
-
-def interval_metrics(run: FinetuneRun, interval: Interval, batches: Batches, step: int) -> dict[str, float]:
-    """Return the metrics of an interval, and add its unusable samples to the quarantine (collective)."""
-    config, world_size = run.config, distributed.world_size()
-    totals = interval.reduce(batches.meter.take())
-    run.quarantine.add(chain.from_iterable(distributed.gather(batches.meter.take_bad_samples())))
-    num_reader_threads = max(config.data.num_workers, 1) * config.data.num_threads
-    return {
-        "train/loss": totals.means["loss"],
-        "optim/grad_norm": totals.means["grad_norm"],
-        "speed/images_per_second": totals.num_steps * config.engine.global_batch_size / totals.seconds,
-        "data/samples": step * config.engine.global_batch_size,
-        "data/bad_samples": len(run.quarantine),
-        **loading_metrics(totals.counts, totals.seconds, world_size, num_reader_threads),
-    }
 
 
 def report(run: FinetuneRun, row: Mapping[str, float], step: int, tracker: Tracker, progress: ProgressLine) -> None:

@@ -4,11 +4,15 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.config import SourceConfig
+from pretrain.data.loading.meters import Meter, loading_metrics
+from pretrain.data.loading.quarantine import Quarantine
 
 
 @dataclass(frozen=True)
@@ -94,3 +98,32 @@ class Interval:
             counts=totals[len(self._sums) :],
             seconds=time.perf_counter() - self._started,
         )
+
+
+def interval_metrics(
+    interval: Interval, meter: Meter, quarantine: Quarantine, data: SourceConfig, global_batch_size: int
+) -> tuple[IntervalTotals, dict[str, float]]:
+    """All-reduce an interval, and add its unusable samples to the quarantine (collective).
+
+    Args:
+        interval: Losses and gradient norms since the last row of metrics.
+        meter: Loading statistics and unusable samples since then.
+        quarantine: Record of unusable samples.
+        data: Section with the number of data workers and reader threads.
+        global_batch_size: Images per optimizer step.
+
+    Returns:
+        The totals, and the metrics that pretraining and fine-tuning share. Losses and the gradient norm are missing if
+        every step was skipped.
+    """
+    totals = interval.reduce([float(meter.num_bad_samples), *meter.take()])
+    num_bad_samples, *loading_counts = totals.counts
+    if num_bad_samples:
+        quarantine.add(chain.from_iterable(distributed.gather(meter.take_bad_samples())))
+    num_reader_threads = max(data.num_workers, 1) * data.num_threads
+    return totals, {
+        **{f"optim/{name}" if name == "grad_norm" else f"train/{name}": mean for name, mean in totals.means.items()},
+        "speed/images_per_second": totals.num_steps * global_batch_size / totals.seconds,
+        "data/bad_samples": len(quarantine),
+        **loading_metrics(loading_counts, totals.seconds, distributed.world_size(), num_reader_threads),
+    }

@@ -4,8 +4,6 @@ The loop waits for the device only when a row of metrics is due. It learns wheth
 rank was asked to stop, while the next step is running.
 """
 
-from itertools import chain
-
 import torch
 
 from pretrain import distributed
@@ -14,13 +12,13 @@ from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, flatten
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.order import random_bits
-from pretrain.data.loading.meters import describe_bottleneck, loading_metrics
+from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
 from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
 from pretrain.health import StepResult
-from pretrain.interval import Interval
+from pretrain.interval import Interval, interval_metrics
 from pretrain.outcome import Outcome, outcome_of
 from pretrain.run import Run, open_run
 from pretrain.schedules import learning_rate_at
@@ -238,24 +236,15 @@ def log_interval(
         progress: Progress line that shows them.
     """
     data, batch_size = run.config.data, run.config.engine.global_batch_size
-    totals = interval.reduce([float(batches.meter.num_bad_samples), *batches.meter.take()])
-    num_bad_samples, *loading_counts = totals.counts
-    if num_bad_samples:
-        run.quarantine.add(chain.from_iterable(distributed.gather(batches.meter.take_bad_samples())))
+    totals, shared = interval_metrics(interval, batches.meter, run.quarantine, data, batch_size)
     run.count_images(totals.num_applied * batch_size)
     run.resume_stream_at(batches.next_tar())
-    grad_norm = {"optim/grad_norm": totals.means["grad_norm"]} if totals.means else {}
-    num_reader_threads = max(data.num_workers, 1) * data.num_threads
     row = {
-        **{f"train/{name}": mean for name, mean in totals.means.items() if name != "grad_norm"},
-        **grad_norm,
+        **shared,
         "optim/learning_rate": learning_rate,
         "health/skipped_steps": run.skipped_steps.total,
-        "speed/images_per_second": totals.num_steps * batch_size / totals.seconds,
         "data/samples": run.state.position,
-        "data/bad_samples": len(run.quarantine),
         **batches.epochs(run.state),
-        **loading_metrics(loading_counts, totals.seconds, distributed.world_size(), num_reader_threads),
     }
     tracker.log(row, run.state.step)
     progress.print_metrics(row, run.state.step)

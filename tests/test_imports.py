@@ -59,7 +59,7 @@ MAY_IMPORT = {
         "pretrain.run_folder",
         "pretrain.state",
     },
-    "pretrain.interval": {"pretrain.distributed"},
+    "pretrain.interval": {"pretrain.config", "pretrain.data", "pretrain.distributed"},
     "pretrain.steps": LEAVES
     | {
         "pretrain.data",

@@ -405,7 +405,7 @@ def open_split(split: str) -> "Dataset":
     return open_dataset(split, cache=cache)
 
 
-def single_set(split: str, sets: "list[tuple[str, str | None]]") -> "tuple[str, str | None]":
+def single_set(split: str, sets: list[tuple[str, str | None]]) -> tuple[str, str | None]:
     """Return the only shard set that a path means: the folder or URL of its tars, and that of its index or None.
 
     Raises:

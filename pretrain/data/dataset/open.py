@@ -40,7 +40,6 @@ def open_dataset(
     if weights is not None and len(weights) != len(places):
         raise DataError(f"{len(weights)} weights for {len(places)} shard sets; give one weight per set")
     if len(found) == 1 and found[0][1] is None:
-        _refuse_tars(given[0])
         dataset: Dataset = _open_folder(Path(places[0]))
     else:
         dataset = ShardDataset(places, weights, cache, labeled, [index or place for place, index in found])
@@ -78,15 +77,11 @@ def find_sets(path: str, cache: Cache | None = None) -> list[tuple[str, str | No
     return [(str(tars.folder), str(index) if index else None) for tars, index in zip(sets, indexes, strict=True)]
 
 
-def _refuse_tars(path: str | Path) -> None:
-    for tars in local_tar_sets(str(path)):
-        if tars.names:
-            raise DataError(f"{path}: the tars have no index; run `vitrail shards index {tars.folder}` first")
-
-
 def _open_folder(folder: Path) -> FolderDataset:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE} or with one subfolder per class")
+    if list(folder.glob("*.tar")):
+        raise DataError(f"{folder}: the tars have no index; run `vitrail shards index {folder}` first")
     if (folder / "train" / DATASET_FILE).exists():
         raise DataError(f"{folder}: contains several splits; name one, such as {folder / 'train'}")
     return FolderDataset(folder)

@@ -16,7 +16,7 @@ from pretrain.errors import DataError
 
 BLOCK_BYTES = tarfile.BLOCKSIZE
 CHUNK_BYTES = 1 << 20
-CURE = "; copy or download the tar again"
+CURE = "copy or download the tar again"
 
 
 @dataclass(frozen=True)
@@ -79,25 +79,25 @@ class TarReader:
                     is_read = info.isfile() and self.should_read(info.name)
                     data = self._file.read(info.size) if is_read else b""
                     if is_read and len(data) < info.size:
-                        raise DataError(f"{self.name}: truncated at byte {self.num_bytes}, within {info.name}{CURE}")
+                        raise DataError(f"{self.name}: truncated at byte {self.num_bytes}, within {info.name}; {CURE}")
                     size = info.size if info.isfile() else 0
                     yield Member(info.name, info.isfile(), info.isdir(), info.offset, info.offset_data, size, data)
                     if info.isfile() and not is_read:
                         self._file.skip(info.offset_data + size)
                 end = archive.offset
         except tarfile.TarError as error:
-            raise DataError(f"{self.name}: not a readable tar ({error}){CURE}") from None
+            raise DataError(f"{self.name}: not a readable tar ({error}); {CURE}") from None
         self._check_end(end)
 
     def _check_end(self, end: int) -> None:
         """Check that the tar holds only zeros from where tarfile stopped."""
         block = self._file.last_read
         if len(block) < BLOCK_BYTES:
-            raise DataError(f"{self.name}: truncated at byte {self.num_bytes}, without the end mark{CURE}")
+            raise DataError(f"{self.name}: truncated at byte {self.num_bytes}, without the end mark; {CURE}")
         while block:
             if block.strip(b"\0"):
                 raise DataError(
-                    f"{self.name}: damaged header at byte {end}, so the members after it cannot be read{CURE}"
+                    f"{self.name}: damaged header at byte {end}, so the members after it cannot be read; {CURE}"
                 )
             block = self._file.read(CHUNK_BYTES)
 

@@ -168,7 +168,7 @@ def test_faults_of_named_tars(tmp_path: Path) -> None:
     (tmp_path / "more" / "part-0.tar").touch()
     with pytest.raises(DataError, match="names tars in several folders; give one path for each folder, as a list"):
         index_new(tmp_path / "{tars,more}" / "part-0.tar", tmp_path / "cache")
-    with pytest.raises(DataError, match=r"part-0\.tar: the tars have no index"):
+    with pytest.raises(DataError, match=r"tars: the tars have no index"):
         open_dataset(folder / "part-0.tar")
 
 
