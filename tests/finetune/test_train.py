@@ -19,12 +19,12 @@ from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
 from finetune.predict import predict
 from finetune.run import FinetuneRun, build_run, open_tracker
-from finetune.train import Result, train
-from pretrain.configfile import load_config
+from finetune.train import Result, main, train
+from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.journal import read_rows
-from pretrain.outcome import EXIT_INTERRUPTED
+from pretrain.outcome import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tests.support.classifiers import save_classifier, tiny_configs
 from tests.support.disk import full_disk
 from tests.support.launching import ROOT, Shell
@@ -235,10 +235,13 @@ def test_too_few_labels_per_class_are_an_error(recipe: Path) -> None:
         build(recipe, "data.labels_per_class=500")
 
 
-def test_a_run_folder_with_other_results_is_an_error(recipe: Path, tmp_path: Path) -> None:
+def test_a_run_folder_with_other_results_is_an_error(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
-    with pytest.raises(UserError, match="a fine-tuned model already exists here; choose another run_dir or set overw"):
-        build(recipe)
+    assert main(CommandLine(load_config(FinetuneConfig, recipe, []).config, "", False)) == EXIT_USER_ERROR
+    printed = capsys.readouterr().err
+    assert "a fine-tuned model already exists here; choose another run_dir or set overwrite=true" in printed
     assert build(recipe, "overwrite=true").num_samples == 24
     (tmp_path / "pre" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="this folder contains a pretraining run; choose another run_dir"):

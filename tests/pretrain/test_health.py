@@ -4,10 +4,11 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import HealthConfig
 from pretrain.data.storage.index import DatasetInfo
@@ -158,3 +159,22 @@ def test_skipped_steps_are_listed_and_later_ones_removed_on_resume(tmp_path: Pat
     assert (resumed.total, resumed.consecutive) == (2, [])
     rows = read_rows(tmp_path / "skipped.jsonl")
     assert [(row["step"], row["samples"]) for row in rows] == [(0, [["shard", "key-0"]]), (2, [["shard", "key-2"]])]
+
+
+def test_the_decision_never_copies_a_number_to_the_host() -> None:
+    """On a GPU the host would wait for it at every step."""
+
+    class Copies(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    health = Health(HealthConfig(), CPU)
+    with Copies() as copies:
+        health.all_reduce(torch.tensor(1.0), position=0, stop_requested=False)
+        health.should_skip(torch.tensor(1.0))
+        assert "aten._local_scalar_dense.default" not in copies.names
+        torch.tensor(1.0).item()
+    assert copies.names[-1] == "aten._local_scalar_dense.default"  # the test notices such a copy

@@ -40,3 +40,15 @@ def test_the_loss_of_the_current_step_is_its_mean() -> None:
     interval.add({"loss": torch.tensor(2.0)}, 1.0)
     interval.add({"loss": torch.tensor(4.0)}, 1.0)
     assert float(interval.step_loss()) == 3.0
+
+
+def test_the_time_of_a_pause_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10.0
+    monkeypatch.setattr("pretrain.interval.time.perf_counter", lambda: now)
+    interval = Interval(CPU, accumulation_steps=1)
+    take_step(interval, [1.0], [1.0], APPLIED)
+    now = 12.0
+    with interval.pause():
+        now = 100.0
+    now = 101.0
+    assert interval.reduce([]).seconds == 3.0

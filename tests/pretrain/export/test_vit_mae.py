@@ -78,6 +78,12 @@ def test_exported_autoencoder_reconstructs_the_same_patches(run_dir: Path, autoe
     assert "in the reconstructed patches and 0.0e+00 in the pixels" in card
 
 
+def test_a_proof_reads_as_a_sentence(tmp_path: Path) -> None:
+    assert str(Proof(tmp_path, {"features": 2e-6})) == "2.0e-06 in the features"
+    both = str(Proof(tmp_path, {"logits": 1e-6, "features": 2e-6, "pixels": 0.0}))
+    assert both == "1.0e-06 in the logits, 2.0e-06 in the features and 0.0e+00 in the pixels"
+
+
 @pytest.mark.usefixtures("autoencoder")
 def test_tensor_names_are_those_of_folders_on_the_hub(run_dir: Path) -> None:
     """transformers 4.57 loads these; 5.23 would write `decoder.decoder_encoder.layer` and has other names in memory."""

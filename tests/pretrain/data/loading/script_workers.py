@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from torch.utils.data import dataloader
 
 # Python puts the folder of this script first on the path; the workers' server must find the packages all the same.
 sys.path[0] = str(Path(__file__).resolve().parents[4])
@@ -93,6 +94,22 @@ def load(place: str) -> None:
     next(loading)
     say([each.pid for each in descendants()])
     input()
+    try:
+        say({"batches": sum(1 for _ in loading)})
+    except workers.DeadWorkerError as error:
+        say({"error": str(error)})
+
+
+def load_cut_off(place: str) -> None:
+    """Load until a worker is killed while it hands over shared memory; Python then finds the end of a file."""
+
+    def kill_worker(iterator: Any, timeout: float = 0.0) -> None:
+        iterator._workers[0].kill()
+        raise EOFError
+
+    loading = batches(place)
+    next(loading)
+    dataloader._MultiProcessingDataLoaderIter._try_get_data = kill_worker
     try:
         say({"batches": sum(1 for _ in loading)})
     except workers.DeadWorkerError as error:

@@ -102,6 +102,12 @@ def test_killed_worker_is_reported(digits: Path, num_killed: int) -> None:
 
 
 @pytest.mark.processes
+def test_worker_killed_while_it_hands_over_a_batch_is_reported(digits: Path) -> None:
+    with script("load_cut_off", digits) as process:
+        assert "ended unexpectedly with exit code -9; if memory ran out, " in answer(process)["error"]
+
+
+@pytest.mark.processes
 def test_workers_have_current_environment_and_classes_of_the_script(digits: Path) -> None:
     with script("environment", digits) as process:
         assert answer(process) == {

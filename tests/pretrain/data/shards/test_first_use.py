@@ -314,6 +314,28 @@ def test_statistics_of_new_tars(tmp_path: Path, tool: Callable[[str], str], home
     assert (again.stdout, "indexed" in again.stderr) == (done.stdout, False)
 
 
+@pytest.mark.processes
+def test_an_index_in_the_cache_folder_is_found_by_check(
+    tmp_path: Path, tool: Callable[[str], str], home: dict[str, str]
+) -> None:
+    part = write_tars(tmp_path / "tars", labeled_by_cls) / "part-{0..1}.tar"
+    answers = []
+    for verb in ("stats", "check"):
+        command = [tool("vitrail"), "shards", verb, str(part)]
+        answers.append(subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False))
+    assert [answer.returncode for answer in answers] == [0, 0], [answer.stderr for answer in answers]
+    assert answers[1].stdout == f"{part}: 8 images in 3 classes, 2 shards, 0.0 MB, no faults\n"
+    damaged = tmp_path / "tars" / "part-1.tar"
+    times = damaged.stat()
+    data = bytearray(damaged.read_bytes())
+    data[data.index(b"IDAT") + 10] ^= 0x55
+    damaged.write_bytes(data)
+    os.utime(damaged, ns=(times.st_atime_ns, times.st_mtime_ns))  # otherwise the tars count as new ones
+    broken = subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False)
+    assert broken.returncode == 1
+    assert "part-1.tar  photo004  its checksum is wrong" in broken.stdout
+
+
 def _wait(is_true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not is_true():
