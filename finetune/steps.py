@@ -2,10 +2,13 @@
 
 import contextlib
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from finetune.backbone import Preprocessor
+from finetune.config import FinetuneConfig
 from finetune.run import FinetuneRun
 from pretrain import distributed
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
@@ -64,7 +67,7 @@ def take_step(run: FinetuneRun, micro_batches: list[LoadedBatch], interval: Inte
         is_last = number == len(micro_batches)
         with contextlib.nullcontext() if is_last else run.accelerator.no_sync(run.model):
             batch = to_device(loaded.tensors, run.accelerator.device)
-            loss = batch_loss(run, batch)
+            loss = batch_loss(run.model, run.preprocessor, run.config, batch)
             run.accelerator.backward(loss * (loaded.weight / len(micro_batches)))
         interval.add({"loss": loss}, loaded.weight)
     max_norm = run.config.engine.gradient_clipping or math.inf
@@ -74,13 +77,13 @@ def take_step(run: FinetuneRun, micro_batches: list[LoadedBatch], interval: Inte
     interval.end_step(grad_norm)
 
 
-def batch_loss(run: FinetuneRun, batch: Batch) -> Tensor:
+def batch_loss(model: Any, preprocessor: Preprocessor, config: FinetuneConfig, batch: Batch) -> Tensor:
     """Augment a batch on the device and return its mean cross-entropy."""
-    images = augment(batch, run.preprocessor.mean, run.preprocessor.std)
-    labels, label_smoothing = batch["label"], run.config.label_smoothing
-    if not run.config.augment.mixes:
-        logits = run.model(pixel_values=images).logits.float()
+    images = augment(batch, preprocessor.mean, preprocessor.std)
+    labels, label_smoothing = batch["label"], config.label_smoothing
+    if not config.augment.mixes:
+        logits = model(pixel_values=images).logits.float()
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     images, own_share = mix_neighbors(images, batch)
-    logits = run.model(pixel_values=images).logits.float()
+    logits = model(pixel_values=images).logits.float()
     return mixed_loss(lambda target: cross_entropy(logits, target, label_smoothing), labels, own_share)

@@ -5,8 +5,10 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from finetune.backbone import WORKER_MODULES, save_folder
 from finetune.card import model_card
@@ -94,7 +96,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
     progress = ProgressLine(total_steps, 0, enabled=distributed.is_main())
     progress.print_message(_summary(run))
     best, ranks_stopping = None, torch.zeros((), device=device)
-    set_training_mode(run)
+    set_training_mode(run.model, freeze_backbone=config.freeze_backbone)
     with closing(Batches(run)) as batches:
         interval = Interval(device, batches.accumulation_steps)
         for step in range(1, total_steps + 1):
@@ -107,7 +109,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
                 _, shared = interval_metrics(interval, batches.meter, run.quarantine, config.data, batch_size)
                 row = {**shared, "optim/learning_rate": learning_rate, "data/samples": step * batch_size}
                 report(run, row, step, tracker, progress)
-                check_finite(run, row, step, best)
+                check_finite(row, step, best, run.model_folder)
                 interval = Interval(device, batches.accumulation_steps)
             if step in evaluation_epochs:
                 with interval.pause():
@@ -145,14 +147,14 @@ def report(run: FinetuneRun, row: Mapping[str, float], step: int, tracker: Track
     run.quarantine.check(step * run.config.engine.global_batch_size)
 
 
-def check_finite(run: FinetuneRun, row: Mapping[str, float], step: int, best: Best | None) -> None:
+def check_finite(row: Mapping[str, float], step: int, best: Best | None, model_folder: Path) -> None:
     """Check the loss and the gradient norm in a row of metrics.
 
     Raises:
         DivergedError: If one of them is not finite.
     """
     if not math.isfinite(row["train/loss"] + row["optim/grad_norm"]):
-        saved = f". The best model so far, from epoch {best.epoch}, is in {run.model_folder}" if best else ""
+        saved = f". The best model so far, from epoch {best.epoch}, is in {model_folder}" if best else ""
         raise DivergedError(
             f"step {step}: the loss or the gradient norm is NaN or infinite; lower optimizer.learning_rate{saved}"
         )
@@ -172,7 +174,7 @@ def evaluate_run(run: FinetuneRun, should_stop: Callable[[], bool]) -> Evaluatio
         quarantine=run.quarantine,
         should_stop=should_stop,
     )
-    set_training_mode(run)
+    set_training_mode(run.model, freeze_backbone=run.config.freeze_backbone)
     return evaluation
 
 
@@ -200,9 +202,9 @@ def keep_best(run: FinetuneRun, evaluation: Evaluation, epoch: int, best: Best |
     return Best(evaluation.top1, epoch)
 
 
-def set_training_mode(run: FinetuneRun) -> None:
+def set_training_mode(model: nn.Module, *, freeze_backbone: bool) -> None:
     """Put the model into training mode; with a frozen backbone it stays in evaluation mode, without dropout."""
-    run.model.train(not run.config.freeze_backbone)
+    model.train(not freeze_backbone)
 
 
 def _summary(run: FinetuneRun) -> str:

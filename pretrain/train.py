@@ -15,13 +15,16 @@ from pretrain.data.dataset.order import random_bits
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
 from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
+from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
-from pretrain.health import StepResult
+from pretrain.health import SkippedSteps, StepResult
 from pretrain.interval import Interval, interval_metrics
+from pretrain.objectives.objective import Objective
 from pretrain.outcome import Outcome, outcome_of
-from pretrain.run import Run, open_run
+from pretrain.run import Data, Run, open_run
 from pretrain.schedules import learning_rate_at
+from pretrain.state import TrainState
 from pretrain.steps import Batches
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
@@ -60,7 +63,7 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
         DONE, STOPPED, or DIVERGED if the run must roll back.
     """
     progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
-    progress.print_message(describe_run(run))
+    progress.print_message(describe_run(run.config, run.objective, run.data, run.engine, run.state))
     evaluator = Evaluator(
         run.config,
         run.data.training if isinstance(run.data.training, Dataset) else None,
@@ -71,7 +74,7 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
         run.quarantine,
         run.watch,
     )
-    with open_tracker(run, config_text) as tracker:
+    with open_tracker(run.config, run.data.digests["training"], config_text, run.state.step) as tracker:
         if evaluator.final_is_missing(tracker.kept_rows, run.state.step):
             outcome = evaluate(evaluator, run.state.step, tracker, progress, stop)
         else:
@@ -107,7 +110,7 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
     engine.train()
     while run.state.step < total_steps and outcome is Outcome.DONE:
         step, position = run.state.step, run.state.position
-        learning_rate = prepare_step(run, step)
+        learning_rate = prepare_step(config, run.objective, engine, step)
         for batch, weight, is_last in batches.next_step(step):
             losses = engine(batch)
             watch.enter("backward")
@@ -145,7 +148,7 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
             interval = Interval(engine.device, batches.accumulation_steps)
     batches.close()
     if outcome is not Outcome.DIVERGED and (last := health.flush()) is not None:
-        record_result(run, batches, last)
+        record_result(run.skipped_steps, batches, last)
     watch.enter("save")
     if not saver.finish() and outcome is not Outcome.DIVERGED:
         raise MachineError(
@@ -154,18 +157,19 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
     return outcome
 
 
-def prepare_step(run: Run, step: int) -> float:
+def prepare_step(config: PretrainConfig, objective: Objective, engine: TrainingEngine, step: int) -> float:
     """Set the learning rate and seed the step's dropout by the run's seed, the step and the rank.
 
     Args:
-        run: Open run.
+        config: Resolved run configuration.
+        objective: Model that is trained.
+        engine: DeepSpeed engine around it.
         step: Number of the step, counted from 0.
 
     Returns:
         The learning rate.
     """
-    config = run.config
-    run.objective.before_step(step / config.schedule.total_steps)
+    objective.before_step(step / config.schedule.total_steps)
     learning_rate = learning_rate_at(
         step,
         peak=config.optimizer.peak_learning_rate(config.engine.global_batch_size),
@@ -175,7 +179,7 @@ def prepare_step(run: Run, step: int) -> float:
         name=config.schedule.name,
         cooldown_steps=config.schedule.cooldown_steps,
     )
-    set_learning_rate(run.engine, learning_rate)
+    set_learning_rate(engine, learning_rate)
     torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))
     return learning_rate
 
@@ -192,7 +196,7 @@ def handle_result(run: Run, batches: Batches, saver: Saver, result: StepResult) 
     Returns:
         DONE to continue, or the outcome with which training must end: STOPPED or DIVERGED.
     """
-    record_result(run, batches, result)
+    record_result(run.skipped_steps, batches, result)
     if result.save_failed:
         saver.abandon()
     if run.has_diverged:
@@ -201,9 +205,9 @@ def handle_result(run: Run, batches: Batches, saver: Saver, result: StepResult) 
     return Outcome.STOPPED if result.stop_requested and not is_last else Outcome.DONE
 
 
-def record_result(run: Run, batches: Batches, result: StepResult) -> None:
+def record_result(skipped_steps: SkippedSteps, batches: Batches, result: StepResult) -> None:
     """Add a step to the list of skipped steps if it was skipped."""
-    run.skipped_steps.record(result, batches.sample_names(result.position) if result.is_skipped else ())
+    skipped_steps.record(result, batches.sample_names(result.position) if result.is_skipped else ())
 
 
 def evaluate(evaluator: Evaluator, step: int, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
@@ -252,24 +256,26 @@ def log_interval(
     run.quarantine.check(run.state.position)
 
 
-def open_tracker(run: Run, config_text: str) -> Tracker:
+def open_tracker(config: PretrainConfig, data_digest: str, config_text: str, resume_step: int) -> Tracker:
     """Start tracking the run; only the main rank does."""
     return Tracker(
-        run.config.run_dir,
-        run.config.tracking,
-        RunDescription("pretrain", run.identity.data_digests["training"], config_text, flatten(run.config)),
-        resume_step=run.state.step,
+        config.run_dir,
+        config.tracking,
+        RunDescription("pretrain", data_digest, config_text, flatten(config)),
+        resume_step=resume_step,
         enabled=distributed.is_main(),
     )
 
 
-def describe_run(run: Run) -> str:
+def describe_run(
+    config: PretrainConfig, objective: Objective, data: Data, engine: TrainingEngine, state: TrainState
+) -> str:
     """Describe a run in one line: model size, data, ranks, ZeRO stage, precision, batch, step and learning rate."""
-    config, num_ranks = run.config.engine, distributed.world_size()
-    num_parameters = sum(parameter.numel() for parameter in run.objective.parameters())
+    batch_size, num_ranks = config.engine.global_batch_size, distributed.world_size()
+    num_parameters = sum(parameter.numel() for parameter in objective.parameters())
     return (
-        f"{num_parameters / 1e6:.1f} M parameters, {run.data.training.describe()}, "
-        f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on {run.engine.device.type}, ZeRO {config.zero_stage}, "
-        f"{config.precision}, batch {config.global_batch_size}, from step {run.state.step}, "
-        f"{run.config.optimizer.describe_learning_rate(config.global_batch_size)}"
+        f"{num_parameters / 1e6:.1f} M parameters, {data.training.describe()}, "
+        f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on {engine.device.type}, "
+        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, batch {batch_size}, from step {state.step}, "
+        f"{config.optimizer.describe_learning_rate(batch_size)}"
     )

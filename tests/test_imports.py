@@ -81,6 +81,8 @@ MAY_IMPORT = {
     },
     "pretrain.train": LEAVES
     | {
+        "pretrain.objectives",
+        "pretrain.state",
         "pretrain.evaluation",
         "pretrain.configfile",
         "pretrain.interval",

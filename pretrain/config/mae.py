@@ -1,7 +1,7 @@
 """The `objective` section with `name: mae`."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ class MAEConfig(ObjectiveSection):
 
     Its decoder has a fixed number of positions, so the size of training images may not change during the run.
     """
+
+    export_types: ClassVar[tuple[str, ...]] = ("vit", "vit_mae")
 
     name: Literal["mae"] = Field("mae", description="Objective: masked autoencoding.")
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="Fraction of patches that are hidden.")

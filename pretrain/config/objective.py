@@ -16,6 +16,7 @@ class ObjectiveSection(Section):
         supports_image_sizes: Whether the size of training images may change during the run.
         supports_gpu_decode: Whether training JPEGs may be decoded on the GPU.
         supports_ema: Whether an average of the weights may be kept (section `ema`).
+        export_types: Model types in transformers that a run can be exported as.
     """
 
     needs_labels: ClassVar[bool] = False
@@ -23,6 +24,7 @@ class ObjectiveSection(Section):
     supports_image_sizes: ClassVar[bool] = False
     supports_gpu_decode: ClassVar[bool] = True
     supports_ema: ClassVar[bool] = True
+    export_types: ClassVar[tuple[str, ...]] = ("vit",)
 
     @property
     def needs_class_counts(self) -> bool:

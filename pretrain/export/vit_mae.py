@@ -1,6 +1,7 @@
 """Export of a masked autoencoder, including its decoder, as transformers' `vit_mae`."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -46,13 +47,13 @@ autoencoder = ViTMAEForPreTraining.from_pretrained("{folder}")
 ```"""
 
     def __init__(self, config: PretrainConfig, weights: dict[str, Tensor], class_names: list[str]) -> None:
-        if not isinstance(config.objective, MAEConfig):
+        if "vit_mae" not in config.objective.export_types:
             given = f"objective.name={config.objective.name}"
             raise UserError(f"{config.run_dir}: {given} has no decoder to export; remove --as vit_mae")
         self.config = config
-        self.objective = config.objective
+        self.objective = cast(MAEConfig, config.objective)
         self.encoder = load_encoder(config.model, weights)
-        self.decoder = MAEDecoder(config.objective.decoder_config(config.model), config.model.hidden_size).eval()
+        self.decoder = MAEDecoder(self.objective.decoder_config(config.model), config.model.hidden_size).eval()
         own = {name.removeprefix(PREFIX): weight for name, weight in weights.items() if name.startswith(PREFIX)}
         self.decoder.load_state_dict(own, strict=True)
 

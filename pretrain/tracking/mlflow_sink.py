@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import first_line
-from pretrain.files import atomic_write, partial_path
+from pretrain.files import atomic_write, partial_path, publish
 from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, SINK_STATE_FILE, picture_step
 
 # MLflow's own retries block a call to a dead server for 245.7 s. They are not needed, because the file is the queue.
@@ -216,7 +216,7 @@ def _create_store(path: Path) -> None:
     except FileExistsError:  # another run has created it in the meantime
         pass
     except OSError:  # the file system has no hard links
-        partial.replace(path)
+        publish(partial, path, durable=False)
     partial.unlink(missing_ok=True)
 
 

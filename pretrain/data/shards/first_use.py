@@ -19,7 +19,7 @@ from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.storage.tar_set import TarSet, local_tar_sets
 from pretrain.data.storage.webdataset import LABEL_KEY, metadata_of, samples_of
 from pretrain.errors import DataError
-from pretrain.files import partial_path
+from pretrain.files import PARTIAL
 
 LOCK_FILE = f"{DATASET_FILE}.lock"
 LOCK_SECONDS = 1.0  # pause before the next attempt to lock
@@ -114,7 +114,7 @@ def _has_labels(tars: list[Path]) -> bool:
 def _is_writable(folder: Path) -> bool:
     """Return whether files can be created in a folder; permission bits alone do not show a read-only mount."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{DATASET_FILE}.", suffix=partial_path(Path("x")).suffix):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{DATASET_FILE}.", suffix=PARTIAL):
             return True
     except OSError as error:
         if error.errno in READ_ONLY:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from pretrain.data.storage.remote import PIPE, FetchPolicy, MissingObjectError, fetch_range, read_pieces
 from pretrain.errors import DataError
+from pretrain.files import PARTIAL, partial_path, publish, sync
 
 POLL_SECONDS = 0.02
 PREFETCH_PAUSE_SECONDS = 0.2
@@ -206,9 +207,9 @@ class Cache:
         partial = self._partial(wanted)
         try:
             self._download_verified(wanted, descriptor)
-            os.fsync(descriptor)
+            sync(partial)
             with self._locked():
-                partial.rename(self._path(wanted))
+                publish(partial, self._path(wanted), durable=False)  # a lost name costs another download
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
         except BaseException as error:
             with self._locked():
@@ -272,7 +273,7 @@ class Cache:
         own = self._partial(wanted)
         files = [path for path in self.folder.iterdir() if path != own and path.name != "lock" and path.is_file()]
         sizes = {path: path.stat().st_size for path in files}
-        for partial in [path for path in sizes if path.suffix == ".partial"]:
+        for partial in [path for path in sizes if path.suffix == PARTIAL]:
             if _remove_if_unused(partial):  # left behind by a process that died
                 del sizes[partial]
         free = self.limit_bytes - sum(sizes.values())
@@ -314,7 +315,7 @@ class Cache:
         return self.folder / wanted.sha256
 
     def _partial(self, wanted: RemoteObject) -> Path:
-        return self.folder / f"{wanted.sha256}.partial"
+        return partial_path(self._path(wanted))
 
     def __getstate__(self) -> dict[str, object]:
         return {"folder": self.folder, "limit_bytes": self.limit_bytes, "policy": self.policy}
