@@ -84,7 +84,8 @@ def index_tars(
     classes = f" in {len(info.class_names)} classes" if info.class_names else " without labels"
     reason = "; the folder is read-only, so the index" if is_read_only else "; the index of this part of the folder"
     location = "" if out == folder else f"{reason} is in {out}"
-    summary = f"{folder}: indexed {info.num_samples} samples{classes} in {num_tars} tars{location}"
+    counted = f"{num_tars} {'tar' if num_tars == 1 else 'tars'}"
+    summary = f"{folder}: indexed {info.num_samples} samples{classes} in {counted}{location}"
     return [summary, *(f"{folder}: {note}" for note in indexed.notes)]
 
 

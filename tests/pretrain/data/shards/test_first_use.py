@@ -153,7 +153,7 @@ def test_tars_that_a_path_names_are_a_set_of_their_own(tmp_path: Path) -> None:
     training, validation = folder / "part-{0..1}.tar", folder / "validation-0.tar"
     [note] = index_new(training, cache_dir)
     assert note.startswith(f"{folder}: indexed 8 samples in 3 classes in 2 tars; the index of this part of the folder")
-    index_new(validation, cache_dir)
+    assert " in 3 classes in 1 tar; " in index_new(validation, cache_dir)[0]
     assert labels_of(opened(training, cache_dir)) == [i % 3 for i in range(8)]
     assert labels_of(opened(validation, cache_dir)) == [i % 3 for i in range(8, 12)]
     assert index_new(training, cache_dir) == index_new(validation, cache_dir) == []
