@@ -68,6 +68,15 @@ def refuse_processes(event: str, details: tuple[object, ...]) -> None:
 sys.addaudithook(refuse_processes)
 
 
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Restore the handlers that a test or a training function has installed: forked processes would inherit them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def shell(tmp_path: Path) -> Shell:
     """A shell in a folder that is not the project's."""
