@@ -1,5 +1,6 @@
 """Adapt the command of a failed run to the GPUs and machines that still respond, or to one rank fewer."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ DEFAULT_HOSTFILE = Path("/job/hostfile")  # where deepspeed looks
 
 def list_gpus(python: str = sys.executable) -> tuple[list[int], list[int]]:
     """Return the indices of this machine's GPUs that work, and of those that do not; both empty without CUDA."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return [], []  # torch would need seconds to say the same
     try:
         counted = subprocess.run([python, "-c", COUNT_GPUS], capture_output=True, timeout=PROBE_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

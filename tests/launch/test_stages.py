@@ -36,11 +36,11 @@ def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: T
 
     recipe = tmp_path / "finetune.yaml"
     recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
-    done = shell([*torchrun, "--master_port", free_port(), FINETUNE, "--config", recipe])
+    two = [*torchrun, "--master_port", free_port(), FINETUNE, "--config", recipe, "data.num_workers=0"]
+    done = shell(two)
     assert done.code == 0, done.err[-3000:]
     assert f"best top-1 {best_top1(tmp_path / 'runs' / 'finetune'):.4f}" in done.out
-    settings = [f"run_dir={tmp_path}/runs/alone", "data.num_workers=0"]
-    alone = shell([sys.executable, FINETUNE, "--config", recipe, *settings])
+    alone = shell([sys.executable, FINETUNE, "--config", recipe, f"run_dir={tmp_path}/runs/alone"])
     assert alone.code == 0, alone.err[-3000:]
     for name in ("train/loss", "validation/loss", "validation/top1"):
         one, both = (logged(tmp_path / "runs" / run, name) for run in ("alone", "finetune"))

@@ -48,6 +48,7 @@ def test_failed_gpus_are_excluded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\ncase "$*" in *count*) echo 4;; *" 1") exit 1;; esac\n')
     python.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert list_gpus(str(python)) == ([0, 2, 3], [1])
     monkeypatch.setattr(resources, "list_gpus", lambda: list_gpus(str(python)))
     reported: list[str] = []
@@ -118,6 +119,8 @@ def test_with_fewer_ranks_leaves_other_commands_unchanged(command: list[str]) ->
 
 
 @pytest.mark.processes
-def test_list_gpus_returns_nothing_without_cuda(tmp_path: Path) -> None:
+def test_list_gpus_returns_nothing_without_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list_gpus(sys.executable) == ([], [])  # CUDA_VISIBLE_DEVICES is empty, as it is for all tests
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert list_gpus(str(tmp_path / "missing")) == ([], [])
     assert list_gpus(sys.executable)[1] == []

@@ -19,7 +19,7 @@ from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import evaluation_batches
-from pretrain.data.loading.workers import CONTEXT
+from pretrain.data.loading.workers import CONTEXT, start_server
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
@@ -74,6 +74,7 @@ def test_two_runs_share_a_cache_and_each_shard_is_sent_once(digits: Path, tmp_pa
         sum(sorted(shard.num_bytes + shard.index_bytes for shard in info.shards)[-2 * window :])
         for info in totals.values()
     )
+    start_server()  # the two runs, and all data workers of the tests below, find torch imported
     everything = sum(shard.num_bytes + shard.index_bytes for info in totals.values() for shard in info.shards)
     with serve(UnreliableServer(served)) as server, watched(tmp_path / "cache", limit):
         runs = [

@@ -14,7 +14,7 @@ from pretrain.config import AugmentConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
-from pretrain.data.loading.workers import CONTEXT
+from pretrain.data.loading.workers import CONTEXT, start_server
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
@@ -82,6 +82,8 @@ def run_world(samples: Dataset, folder: Path, start: int, world_size: int, num_w
     """Run all ranks, kill them with SIGKILL meanwhile if asked to, and return the samples that they saw."""
     logs = [folder / f"{world_size}-{rank}.jsonl" for rank in range(world_size)]
     # A fork is quick and this process has no other threads, but a forked rank cannot start workers of its own.
+    if num_workers:
+        start_server()  # it imports torch once for all ranks
     context: BaseContext = CONTEXT if num_workers else multiprocessing.get_context("fork")
     ranks = [
         context.Process(target=run_rank, args=(samples, log, start, rank, world_size, num_workers))  # type: ignore[attr-defined]
