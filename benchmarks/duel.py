@@ -52,14 +52,14 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.transforms.batch import Batch, augment, to_device
-from pretrain.engine.deepspeed import build_engine, set_learning_rate, start_distributed
+from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.export.vit_mae import hub_mae_config
 from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub
 from pretrain.model.vit import ViT, compile_blocks, sincos_positions
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
 from pretrain.objectives.objective import Objective
-from pretrain.schedules import learning_rate_at
+from pretrain.schedules import learning_rate_at, set_learning_rate
 
 SMALL = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 4, "image_size": 24}
 MODELS = {
@@ -155,7 +155,7 @@ def our_step(objective: Objective, batch: int, *, compiled: bool) -> Iterator[St
     engine.train()
 
     def step(inputs: Inputs, rate: float) -> Tensor:
-        set_learning_rate(engine, rate)
+        set_learning_rate(engine.optimizer.param_groups, rate)
         loss: Tensor = engine(*inputs)
         engine.backward(loss)
         engine.step()

@@ -37,7 +37,7 @@ from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.order import Order, Part, micro_batches
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.loading.loader import BatchPlan, training_batches
-from pretrain.data.shards.bench import IMAGE_SIZE, Row, compare, loader_rate
+from pretrain.data.shards.bench import IMAGE_SIZE, Line, compare, loader_rate
 from pretrain.data.shards.check import check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
@@ -63,19 +63,19 @@ def make_photos(folder: Path, count: int) -> None:
             crop.save(folder / name / f"{i:05d}.jpg", quality=int(generator.integers(90, 96)))
 
 
-def measure_scaling(samples: Dataset, workers: int, seconds: float) -> list[Row]:
+def measure_scaling(samples: Dataset, workers: int, seconds: float) -> list[Line]:
     """Measure the running loader with one and with all workers, and its CPU time in the training process."""
     rate_of_one, rate_of_all = (loader_rate(samples, IMAGE_SIZE, count, seconds) for count in (1, workers))
     started = time.process_time()
     loader_rate(samples, IMAGE_SIZE, workers, seconds)
     seconds_per_image = (time.process_time() - started) / (rate_of_all * seconds)
     return [
-        Row(
+        Line(
             f"whole loader, 1 and {workers} workers",
             f"{rate_of_one:.0f} and {rate_of_all:.0f} images/s",
             "without start-up",
         ),
-        Row(
+        Line(
             "  CPU time in the training process",
             f"{seconds_per_image * 1e6:.0f} us per image",
             f"{seconds_per_image * rate_of_all:.0%} of one core",
@@ -91,14 +91,14 @@ class SlowDataset(ShardDataset):
         return super().fetch(shard, row)
 
 
-def measure_slow_storage(folder: Path, seconds: float) -> list[Row]:
+def measure_slow_storage(folder: Path, seconds: float) -> list[Line]:
     """Measure one worker with one and with 16 threads when every read takes 10 ms, as over a network."""
     slow = SlowDataset([str(folder)])
     rates = [loader_rate(slow, IMAGE_SIZE, 1, seconds, num_threads) for num_threads in (1, 16)]
-    return [Row("reads of 10 ms: 1 and 16 threads", f"{rates[0]:.0f} and {rates[1]:.0f} images/s", "one worker")]
+    return [Line("reads of 10 ms: 1 and 16 threads", f"{rates[0]:.0f} and {rates[1]:.0f} images/s", "one worker")]
 
 
-def measure_seek() -> list[Row]:
+def measure_seek() -> list[Line]:
     """Measure the order of 10^9 samples in 100,000 shards of three datasets that are mixed by weight."""
     parts = [Part(name, [10_000] * count) for name, count in {"a": 50_000, "b": 30_000, "c": 20_000}.items()]
     started = time.perf_counter()
@@ -110,15 +110,15 @@ def measure_seek() -> list[Row]:
         order.locate(position)
     seconds_per_position = (time.perf_counter() - sought) / 4096
     return [
-        Row("build the order of 10^9 samples", f"{built - started:.3f} s", ""),
-        Row("seek to the middle", f"{sought - built:.3f} s", "bar: 0.2 s"),
-        Row(
+        Line("build the order of 10^9 samples", f"{built - started:.3f} s", ""),
+        Line("seek to the middle", f"{sought - built:.3f} s", "bar: 0.2 s"),
+        Line(
             "  each position after that", f"{seconds_per_position * 1e6:.1f} us", "including a new window's permutation"
         ),
     ]
 
 
-def measure_first_batch(work: Path) -> list[Row]:
+def measure_first_batch(work: Path) -> list[Line]:
     """Measure the time to the first batch of 100,000 shards; it reads `dataset.json` and the indexes of one window."""
     info = DatasetInfo.load(work / "shards" / "train")
     folder = work / "many"
@@ -139,10 +139,10 @@ def measure_first_batch(work: Path) -> list[Row]:
     next(batches)
     seconds = time.perf_counter() - started
     batches.close()
-    return [Row("first batch of 64 at 100,000 shards", f"{seconds:.2f} s", "bar: 2 s")]
+    return [Line("first batch of 64 at 100,000 shards", f"{seconds:.2f} s", "bar: 2 s")]
 
 
-def flip_bytes(work: Path) -> list[Row]:
+def flip_bytes(work: Path) -> list[Line]:
     """Flip one byte in the header of a tar's middle image, or in the image; count the samples that are lost."""
     rows = []
     whole = work / "shards" / "train"
@@ -163,12 +163,12 @@ def flip_bytes(work: Path) -> list[Row]:
         findings = list(check_set(str(folder)))
         ours = f"{unusable} of {len(members)} replaced and reported; `shards check` reports {len(findings)}"
         rows.append(
-            Row(f"a flipped byte in a tar's {part}", ours, f"webdataset: {len(members) - seen} lost without an error")
+            Line(f"a flipped byte in a tar's {part}", ours, f"webdataset: {len(members) - seen} lost without an error")
         )
     return rows
 
 
-def damage_at_random(work: Path, count: int) -> list[Row]:
+def damage_at_random(work: Path, count: int) -> list[Line]:
     """Damage tars and indexes at random in the ways of `DAMAGES`, and count what is lost without a report."""
     small = make_small_set(work / "small")
     (whole, _), images = epoch(small), webdataset_images(small)
@@ -185,11 +185,11 @@ def damage_at_random(work: Path, count: int) -> list[Row]:
         shutil.rmtree(trial.victim.parent)
     ours = f"{affected} affect samples: {unreported} not reported, {incomplete} incomplete epochs"
     return [
-        Row(f"{count:,} random faults in tars and indexes", ours, f"webdataset: no error for {silent} of {tars} tars")
+        Line(f"{count:,} random faults in tars and indexes", ours, f"webdataset: no error for {silent} of {tars} tars")
     ]
 
 
-def read_from_unreliable_server(work: Path) -> list[Row]:
+def read_from_unreliable_server(work: Path) -> list[Line]:
     """Read one epoch from a server with 5 % status 503, 2 % resets and 10 % slow responses; count the bytes sent."""
     whole = work / "shards" / "train"
     server = UnreliableServer(whole, unavailable=0.05, reset=0.02, slow=0.10)
@@ -208,7 +208,7 @@ def read_from_unreliable_server(work: Path) -> list[Row]:
             seen = sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
         except Exception as raised:
             error = type(raised).__name__
-    return [Row("reading from an unreliable server", ours, f"webdataset: {seen} samples, {error}")]
+    return [Line("reading from an unreliable server", ours, f"webdataset: {seen} samples, {error}")]
 
 
 def _count_unusable(samples: Dataset, shard: int) -> int:
@@ -221,7 +221,7 @@ def _count_unusable(samples: Dataset, shard: int) -> int:
     return count
 
 
-def count_steps(work: Path) -> list[Row]:
+def count_steps(work: Path) -> list[Line]:
     """Count the steps per epoch of four ranks with batches of 16 per rank, for ten shards of different sizes."""
     sizes, tars = [40, 120, 75, 200, 33, 90, 150, 61, 110, 121], []
     for i, size in enumerate(sizes):
@@ -236,14 +236,14 @@ def count_steps(work: Path) -> list[Row]:
         theirs.append(sum(1 for _ in reader))
         shape = {"global_batch_size": 64, "accumulation_steps": 1, "rank": rank, "world_size": 4}
         ours.append(sum(1 for _ in micro_batches(0, sum(sizes) // 64 * 64, **shape)))
-    return [Row("steps on 4 ranks, 10 shards of different sizes", str(ours), f"webdataset, split by shard: {theirs}")]
+    return [Line("steps on 4 ranks, 10 shards of different sizes", str(ours), f"webdataset, split by shard: {theirs}")]
 
 
 def _every_fourth(rank: int, source: Iterator[object]) -> Iterator[object]:
     return islice(source, rank, None, 4)
 
 
-def count_classes() -> list[Row]:
+def count_classes() -> list[Line]:
     """Count the classes per batch of 256, from 1,280 shards of 1,000 samples that are sorted by their 1,000 classes."""
     labels = np.repeat(np.arange(1000), 1280)
     order = Order([Part("sorted", [1000] * 1280)], 0, 64)
@@ -259,7 +259,7 @@ def count_classes() -> list[Row]:
         buffered.append(statistics.mean(len(set(values[i : i + 256])) for i in range(0, 1024, 256)))
     theirs = f"webdataset, buffer 1000 and 5000: {buffered[0]:.1f} and {buffered[1]:.1f}"
     # 226: expected number in a uniformly shuffled set.
-    return [Row("classes per batch of 256, window 64", f"{statistics.mean(counts):.0f} of 226", theirs)]
+    return [Line("classes per batch of 256, window 64", f"{statistics.mean(counts):.0f} of 226", theirs)]
 
 
 def main() -> None:

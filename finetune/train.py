@@ -18,13 +18,13 @@ from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
 from finetune.steps import Batches, take_step
 from pretrain import distributed
 from pretrain.configfile import CommandLine
-from pretrain.data.dataset.order import random_bits
+from pretrain.data.dataset.order import dropout_seed
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.interval import Interval, interval_metrics
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, outcome_of
-from pretrain.schedules import learning_rate_at
+from pretrain.schedules import learning_rate_at, set_learning_rate
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import STOP_TIMEOUT_SECONDS, Tracker
@@ -39,7 +39,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Result:
+class FinetuneResult:
     """How training ended.
 
     Attributes:
@@ -79,7 +79,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
     return EXIT_DONE if result.stopped_after is None else EXIT_INTERRUPTED
 
 
-def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = lambda: False) -> Result:
+def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = lambda: False) -> FinetuneResult:
     """Train to the last epoch, or until any rank is asked to stop; keep the model of the best evaluation (collective).
 
     Args:
@@ -115,12 +115,12 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
                 with interval.pause():
                     evaluation = evaluate_run(run, should_stop)
                     if evaluation is None:
-                        return Result(best, stopped_after=step)
+                        return FinetuneResult(best, stopped_after=step)
                     report_evaluation(evaluation, evaluation_epochs[step], step, tracker, progress)
                     best = keep_best(run, evaluation, evaluation_epochs[step], best)
             if step < total_steps and ranks_stopped:
-                return Result(best, stopped_after=step)
-    return Result(best, stopped_after=None)
+                return FinetuneResult(best, stopped_after=step)
+    return FinetuneResult(best, stopped_after=None)
 
 
 def prepare_step(run: FinetuneRun, step: int) -> float:
@@ -133,9 +133,8 @@ def prepare_step(run: FinetuneRun, step: int) -> float:
         warmup_steps=min(run.steps_after(config.schedule.warmup_epochs), total_steps - 1),
         total_steps=total_steps,
     )
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate
-    torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))
+    set_learning_rate(run.optimizer.param_groups, learning_rate)
+    torch.manual_seed(dropout_seed(config.seed, step, distributed.rank()))
     return learning_rate
 
 
@@ -217,7 +216,7 @@ def _summary(run: FinetuneRun) -> str:
     )
 
 
-def _describe(result: Result, run: FinetuneRun) -> str:
+def _describe(result: FinetuneResult, run: FinetuneRun) -> str:
     """Return one sentence about how training ended and where the model is."""
     best, stopped = result.best, result.stopped_after
     if best is None:

@@ -186,7 +186,7 @@ def open_data(config: PretrainConfig) -> Data:
     validation = open_dataset(config.data.validation, cache=cache) if config.data.validation else None
     training: Dataset | TarStream
     if config.data.stream:
-        training = open_stream(config, cache.policy, validation)
+        training = open_training_stream(config, cache.policy, validation)
     else:
         training = open_dataset(config.data.train, config.data.weights, cache, labeled)
         training.check_cache_size(config.data.shuffle_window)
@@ -195,7 +195,7 @@ def open_data(config: PretrainConfig) -> Data:
     return Data(training, validation)
 
 
-def open_stream(config: PretrainConfig, policy: FetchPolicy, validation: Dataset | None) -> TarStream:
+def open_training_stream(config: PretrainConfig, policy: FetchPolicy, validation: Dataset | None) -> TarStream:
     """Find the tars of a stream, with the class names of `data.class_names` or else of the validation data."""
     class_names: list[str] = []
     if config.objective.needs_labels and config.data.class_names:

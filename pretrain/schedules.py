@@ -1,7 +1,8 @@
 """Schedules as pure functions of the step or of the position in the data."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 
 def learning_rate_at(
@@ -38,6 +39,12 @@ def learning_rate_at(
     progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
     left = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "wsd": 1 - math.sqrt(progress)}
     return final + (peak - final) * left[name]
+
+
+def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:
+    """Set the learning rate of an optimizer's parameter groups."""
+    for group in groups:
+        group["lr"] = learning_rate
 
 
 def split_by_image_size(

@@ -11,10 +11,10 @@ from pretrain.checkpoint.save import Saver
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, flatten
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.dataset.order import random_bits
+from pretrain.data.dataset.order import dropout_seed
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
-from pretrain.engine.deepspeed import gradient_norm, set_learning_rate, start_distributed
+from pretrain.engine.deepspeed import gradient_norm, start_distributed
 from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
@@ -23,7 +23,7 @@ from pretrain.interval import Interval, interval_metrics
 from pretrain.objectives.objective import Objective
 from pretrain.outcome import Outcome, outcome_of
 from pretrain.run import Data, Run, open_run
-from pretrain.schedules import learning_rate_at
+from pretrain.schedules import learning_rate_at, set_learning_rate
 from pretrain.state import TrainState
 from pretrain.steps import Batches
 from pretrain.stop_signal import StopSignal
@@ -179,8 +179,8 @@ def prepare_step(config: PretrainConfig, objective: Objective, engine: TrainingE
         name=config.schedule.name,
         cooldown_steps=config.schedule.cooldown_steps,
     )
-    set_learning_rate(engine, learning_rate)
-    torch.manual_seed(int(random_bits(config.seed, step, distributed.rank()).random_raw() >> 1))
+    set_learning_rate(engine.optimizer.param_groups, learning_rate)
+    torch.manual_seed(dropout_seed(config.seed, step, distributed.rank()))
     return learning_rate
 
 

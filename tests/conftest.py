@@ -20,7 +20,7 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
-from tests.support.launching import ROOT, TINY, Shell
+from tests.support.launching import ROOT, TINY, Shell, Vitrail, run_vitrail
 from tests.support.ranks import RankServer, Seen, folder_of
 from tests.support.shared import once
 from tests.support.training import IN_MLFLOW, KILLED_IN_SAVE, Trained, needs
@@ -32,7 +32,7 @@ settings.register_profile("patient", deadline=None)  # a busy machine must not f
 settings.load_profile("patient")
 
 
-START_PROCESSES = {"shell", "tool", "trained", "run_poisoned"}  # fixtures
+START_PROCESSES = {"shell", "tool", "vitrail", "trained", "run_poisoned"}  # fixtures
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}  # audit events
 LONGEST = ("test_restarts", "test_stages", "test_zero_stages", "test_finetune_launchers", "test_compiled")
 LONGEST += ("test_health", "test_other_topology", "test_exit_codes", "test_tracker", "test_remote_dataset")
@@ -147,6 +147,12 @@ def trained(digits: Path, session_folder: Path, request: pytest.FixtureRequest) 
 
     yield train
     server.close()
+
+
+@pytest.fixture
+def vitrail() -> Vitrail:
+    """The `vitrail` command, run in this process."""
+    return run_vitrail
 
 
 @pytest.fixture

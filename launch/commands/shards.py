@@ -207,7 +207,7 @@ def index(
     from pretrain.data.storage.webdataset import read_class_names
 
     with report_errors():
-        folder, tars = find_tars(source, out)
+        folder, tars = find_tars_to_index(source, out)
         names = read_class_names(class_names) if class_names else None
         with progress_bar("indexing", len(tars), "shards") as advance:
             indexed = index_shards(
@@ -416,7 +416,7 @@ def single_set(split: str, sets: list[tuple[str, str | None]]) -> tuple[str, str
     return sets[0]
 
 
-def find_tars(source: str, out: Path | None) -> tuple[Path, list[str]]:
+def find_tars_to_index(source: str, out: Path | None) -> tuple[Path, list[str]]:
     """Return the folder for the indexes, and the tars as dataset.json will name them.
 
     Args:

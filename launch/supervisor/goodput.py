@@ -66,6 +66,14 @@ class Goodput:
     attempts: list[Attempt] = field(default_factory=list)
     pause_seconds: float = 0.0
 
+    def add(self, attempt: Attempt) -> None:
+        """Count an attempt."""
+        self.attempts.append(attempt)
+
+    def add_pause(self, seconds: float) -> None:
+        """Count the time between two attempts."""
+        self.pause_seconds += seconds
+
     def shares(self) -> dict[str, float]:
         """Return the seconds spent on each kind of work; their sum is the total time."""
         total = sum(attempt.wall_seconds for attempt in self.attempts) + self.pause_seconds

@@ -65,7 +65,7 @@ class Supervisor:
             if probes_resources:
                 command = without_lost_resources(command, self._report, world_size)
             attempt = self._run_once(command, saved_step)
-            self.goodput.attempts.append(attempt)
+            self.goodput.add(attempt)
             if attempt.outcome is not Outcome.FAILED or self._stop_requests:
                 break
             num_failures = 1 if attempt.saved_step > saved_step else num_failures + 1
@@ -97,7 +97,7 @@ class Supervisor:
         started = time.monotonic()
         while time.monotonic() < started + seconds and not self._stop_requests:
             time.sleep(POLL_SECONDS)
-        self.goodput.pause_seconds += time.monotonic() - started
+        self.goodput.add_pause(time.monotonic() - started)
 
     def _run_once(self, command: list[str], first_step: int) -> Attempt:
         """Start a command and wait for its end."""

@@ -14,7 +14,7 @@ from pretrain.errors import CheckpointError
 from pretrain.model.hub_names import encoder_from_hub
 from pretrain.model.vit import resize_positions
 
-ENCODER = "encoder."
+ENCODER_PREFIX = "encoder."
 POSITIONS = "encoder.position_embedding"
 SCALES = ("attention_scale.weight", "mlp_scale.weight")
 HUB_LAYER_NORM_EPS = 1e-12  # what transformers assumes if a folder's config does not set it
@@ -67,7 +67,7 @@ def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tens
     if faults := list(find_faults(checkpoint)):
         raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
     weights = load_weights(checkpoint, averaged=True)
-    encoder = {name: weight for name, weight in weights.items() if name.startswith(ENCODER)}
+    encoder = {name: weight for name, weight in weights.items() if name.startswith(ENCODER_PREFIX)}
     if Manifest.load(checkpoint).class_names != class_names:
         return encoder, {}
     return encoder, {name: weight for name, weight in weights.items() if name not in encoder}
@@ -86,7 +86,7 @@ def _read_hub_encoder(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]:
     if not files:
         raise CheckpointError(f"{folder}: has no *.safetensors; save it again with save_pretrained")
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    return {f"{ENCODER}{name}": weight for name, weight in encoder_from_hub(tensors).items()}
+    return {f"{ENCODER_PREFIX}{name}": weight for name, weight in encoder_from_hub(tensors).items()}
 
 
 def _fit_positions(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
@@ -101,7 +101,7 @@ def _fit_positions(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[s
 
 def _add_layer_scale(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     """Add LayerScale factors of 1 in place if this model has them and the source does not."""
-    scales = {name for name in own if name.startswith(ENCODER) and name.endswith(SCALES)}
+    scales = {name for name in own if name.startswith(ENCODER_PREFIX) and name.endswith(SCALES)}
     if not scales or scales & encoder.keys():
         return []
     encoder |= {name: torch.ones_like(own[name]) for name in scales}
@@ -110,7 +110,7 @@ def _add_layer_scale(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list
 
 def _differences(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     """Return one line for each tensor of the encoder that is missing, unexpected or of another shape."""
-    expected = {name: weight for name, weight in own.items() if name.startswith(ENCODER)}
+    expected = {name: weight for name, weight in own.items() if name.startswith(ENCODER_PREFIX)}
     lines = []
     for name in sorted(expected.keys() | encoder.keys()):
         theirs, ours = (list(each[name].shape) if name in each else "missing" for each in (encoder, expected))

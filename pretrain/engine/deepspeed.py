@@ -124,12 +124,6 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
     }
 
 
-def set_learning_rate(engine: TrainingEngine, learning_rate: float) -> None:
-    """Set the learning rate of all parameter groups for the next step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
 def gradient_norm(engine: TrainingEngine) -> Tensor:
     """Return the norm of the last step's gradient over all ranks before clipping: an fp32 scalar on the device."""
     norm = getattr(engine.optimizer, "_global_grad_norm", None)

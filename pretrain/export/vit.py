@@ -10,12 +10,16 @@ from torch import Tensor
 
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.export.proof import LOADING, Proof, ProofError, evaluation_pixels, proof_images
-from pretrain.model.hub_names import encoder_to_hub, fold_layer_scale, hub_encoder_config
+from pretrain.model.hub_names import (
+    CLASSIFIER,
+    ENCODER_PREFIX,
+    encoder_to_hub,
+    fold_layer_scale,
+    hub_encoder_config,
+)
 from pretrain.model.vit import ViT
 
-HEAD = ("classifier.weight", "classifier.bias")
-
-CLASSIFIER = """As a classifier of {num_classes} classes:
+USAGE_OF_CLASSIFIER = """As a classifier of {num_classes} classes:
 
 ```python
 from transformers import pipeline
@@ -26,7 +30,7 @@ print(classify("image.jpg"))
 
 As an encoder (`add_pooling_layer=False`, because transformers' ViT would add a pooler that was never trained):
 """
-ENCODER = """```python
+USAGE_OF_ENCODER = """```python
 from transformers import AutoModel
 
 encoder = AutoModel.from_pretrained("{folder}", add_pooling_layer=False)
@@ -45,13 +49,13 @@ class Vit:
     def __init__(self, config: PretrainConfig, weights: dict[str, Tensor], class_names: list[str]) -> None:
         self.config = config
         self.encoder = load_encoder(config.model, weights)
-        self.head = [weights[name] for name in HEAD] if weights.keys() >= set(HEAD) else None
+        self.head = [weights[name] for name in CLASSIFIER] if weights.keys() >= set(CLASSIFIER) else None
         self.class_names = class_names if self.head else []
 
     @property
     def usage(self) -> str:
         """Section of the model card that shows how to load the folder."""
-        return (CLASSIFIER if self.head else "As an encoder:\n") + "\n" + ENCODER
+        return (USAGE_OF_CLASSIFIER if self.head else "As an encoder:\n") + "\n" + USAGE_OF_ENCODER
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return the encoder's tokens [B, T, D] for normalized pixels [B, C, H, W]."""
@@ -66,14 +70,14 @@ class Vit:
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors to `folder`."""
         hf_config = transformers.ViTConfig(**hub_encoder_config(self.config.model))
-        state = encoder_to_hub(fold_layer_scale(self.encoder.state_dict()), self.config.model)
+        prefix = ENCODER_PREFIX if self.head else ""
+        state = encoder_to_hub(fold_layer_scale(self.encoder.state_dict()), self.config.model, prefix)
         if self.head:
             hf_config.id2label = dict(enumerate(self.class_names))
             hf_config.label2id = {name: label for label, name in enumerate(self.class_names)}
             hf_config.problem_type = "single_label_classification"
             model: Any = transformers.ViTForImageClassification(hf_config)
-            state = {f"vit.{name}": weight for name, weight in state.items()}
-            state |= dict(zip(HEAD, self.head, strict=True))
+            state |= dict(zip(CLASSIFIER, self.head, strict=True))
         else:
             model = transformers.ViTModel(hf_config, add_pooling_layer=False)
         model.load_state_dict(state, strict=True)
@@ -97,7 +101,7 @@ class Vit:
                 raise ProofError(f"{folder}: {sentence}")
         # AutoModel loads the encoder without its head. Without add_pooling_layer=False it adds an untrained pooler.
         encoder, report = transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False, **LOADING)
-        proof.expect_strict(report, unexpected=HEAD if self.head else ())
+        proof.expect_strict(report, unexpected=CLASSIFIER if self.head else ())
         processor = transformers.AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         for image in proof_images():
             processed = processor(image, return_tensors="pt")["pixel_values"]

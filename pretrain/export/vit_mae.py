@@ -14,6 +14,7 @@ from pretrain.errors import UserError
 from pretrain.export.proof import LOADING, Proof, ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import load_encoder
 from pretrain.model.hub_names import (
+    ENCODER_PREFIX,
     decoder_name_on_hub,
     decoder_to_hub,
     encoder_to_hub,
@@ -67,8 +68,7 @@ autoencoder = ViTMAEForPreTraining.from_pretrained("{folder}")
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors to `folder`, with tensor names that transformers 4 and 5 load."""
         model = transformers.ViTMAEForPreTraining(hub_mae_config(self.config.model, self.objective))
-        encoder = encoder_to_hub(fold_layer_scale(self.encoder.state_dict()), self.config.model)
-        state = {f"vit.{name}": weight for name, weight in encoder.items()}
+        state = encoder_to_hub(fold_layer_scale(self.encoder.state_dict()), self.config.model, ENCODER_PREFIX)
         state |= decoder_to_hub(self.decoder.state_dict(), self.config.model)
         model.load_state_dict(state, strict=True)
         model.save_pretrained(folder)

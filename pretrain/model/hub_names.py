@@ -25,20 +25,20 @@ class HubName(NamedTuple):
     file: str
 
 
-ENCODER = {
+ENCODER_NAMES = {
     "cls_token": HubName("embeddings.cls_token", "embeddings.cls_token"),
     "position_embedding": HubName("embeddings.position_embeddings", "embeddings.position_embeddings"),
     "patch_embedding": HubName("embeddings.patch_embeddings.projection", "embeddings.patch_embeddings.projection"),
     "norm": HubName("layernorm", "layernorm"),
 }
-DECODER = {
+DECODER_NAMES = {
     "mask_token": HubName("mask_token", "mask_token"),
     "position_embedding": HubName("decoder_pos_embed", "decoder_pos_embed"),
     "embedding": HubName("decoder_embed", "decoder_embed"),
     "norm": HubName("decoder_norm", "decoder_norm"),
     "prediction": HubName("decoder_pred", "decoder_pred"),
 }
-BLOCK = {
+BLOCK_NAMES = {
     "norm_before": HubName("layernorm_before", "layernorm_before"),
     "attention.q_proj": HubName("attention.q_proj", "attention.attention.query"),
     "attention.k_proj": HubName("attention.k_proj", "attention.attention.key"),
@@ -48,6 +48,8 @@ BLOCK = {
     "mlp.fc1": HubName("mlp.fc1", "intermediate.dense"),
     "mlp.fc2": HubName("mlp.fc2", "output.dense"),
 }
+ENCODER_PREFIX = "vit."  # of an encoder's names in a model that also has a classifier or a decoder
+CLASSIFIER = ("classifier.weight", "classifier.bias")  # the same names as ours
 # The prefix before the number of a block.
 LAYERS = "layers."
 ENCODER_LAYERS = HubName("layers.", "encoder.layer.")
@@ -60,21 +62,22 @@ LAYER_SCALES = {".attention_scale.weight": ".attention.o_proj", ".mlp_scale.weig
 WITHOUT_COUNTERPART = ("classifier.", "pooler.", "decoder.")  # tensors of a folder that are not the encoder's
 
 
-def encoder_to_hub(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+def encoder_to_hub(weights: Mapping[str, Tensor], model: ModelConfig, prefix: str = "") -> dict[str, Tensor]:
     """Rename an encoder's weights to those of transformers' ViTModel in memory and convert them to fp32.
 
     Args:
         weights: State of a `ViT` without LayerScale (see `fold_layer_scale`).
         model: Its architecture.
+        prefix: Prefix of the names, such as `ENCODER_PREFIX`.
 
     Returns:
-        Weights by transformers' names, without the prefix "vit.".
+        Weights by transformers' names.
     """
     renamed = {}
     for name, weight in weights.items():
         if name == "patch_embedding.weight":  # a matrix over the values of a patch; transformers has a convolution
             weight = weight.reshape(-1, model.num_channels, model.patch_size, model.patch_size)  # noqa: PLW2901
-        renamed[_to_memory(name, ENCODER, ENCODER_LAYERS)] = weight.to(torch.float32)
+        renamed[prefix + _to_memory(name, ENCODER_NAMES, ENCODER_LAYERS)] = weight.to(torch.float32)
     return renamed
 
 
@@ -92,7 +95,7 @@ def decoder_to_hub(weights: Mapping[str, Tensor], model: ModelConfig) -> dict[st
     for name, weight in weights.items():
         if name.startswith("prediction."):
             weight = weight[pixel_order(model)]  # noqa: PLW2901
-        renamed[f"decoder.{_to_memory(name, DECODER, DECODER_LAYERS)}"] = weight.to(torch.float32)
+        renamed[f"decoder.{_to_memory(name, DECODER_NAMES, DECODER_LAYERS)}"] = weight.to(torch.float32)
     return renamed
 
 
@@ -107,9 +110,9 @@ def encoder_from_hub(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     renamed = {}
     for name, weight in weights.items():
-        short = name.removeprefix("vit.")
+        short = name.removeprefix(ENCODER_PREFIX)
         if not short.startswith(WITHOUT_COUNTERPART):
-            ours = _from_file(short, ENCODER, ENCODER_LAYERS)
+            ours = _from_file(short, ENCODER_NAMES, ENCODER_LAYERS)
             renamed[ours] = (weight.flatten(1) if ours == "patch_embedding.weight" else weight).float()
     return renamed
 
@@ -153,7 +156,7 @@ def _to_memory(name: str, modules: Mapping[str, HubName], layers: HubName) -> st
     """Return the name in transformers' memory of one of our tensors."""
     if name.startswith(LAYERS):
         number, _, inner = name.removeprefix(LAYERS).partition(".")
-        return f"{layers.memory}{number}.{_to_memory(inner, BLOCK, layers)}"
+        return f"{layers.memory}{number}.{_to_memory(inner, BLOCK_NAMES, layers)}"
     module = name.removesuffix(".weight").removesuffix(".bias")
     return modules[module].memory + name.removeprefix(module) if module in modules else name
 
@@ -162,7 +165,7 @@ def _from_file(name: str, modules: Mapping[str, HubName], layers: HubName) -> st
     """Return our name of a tensor in a file."""
     if name.startswith(layers.file):
         number, _, inner = name.removeprefix(layers.file).partition(".")
-        return f"{LAYERS}{number}.{_from_file(inner, BLOCK, layers)}"
+        return f"{LAYERS}{number}.{_from_file(inner, BLOCK_NAMES, layers)}"
     module = name.removesuffix(".weight").removesuffix(".bias")
     ours = {hub.file: ours for ours, hub in modules.items()}
     return ours[module] + name.removeprefix(module) if module in ours else name

@@ -11,7 +11,7 @@ from pretrain.optimizers.placement import Placement
 # The number of a block in a parameter's name, in our models and in those of transformers.
 BLOCK_NUMBER = re.compile(r"(?:^|\.)(?:layers?|blocks|stages)\.(\d+)\.")
 INPUT_LAYER = re.compile(r"embedd|cls_token|position|mask_token|stem")
-DECODER = "decoder."  # prefix of parameters after the encoder, some of which are blocks too
+DECODER_PREFIX = "decoder."  # prefix of parameters after the encoder, some of which are blocks too
 
 
 def apply_layer_decay(optimizer: Optimizer, placement: Placement, decay: float) -> None:
@@ -57,7 +57,7 @@ def layer_factors(names: list[str], decay: float) -> list[float]:
         names: Names of the parameters.
         decay: Factor from one block to the next, from 0 to 1.
     """
-    blocks = [None if name.startswith(DECODER) else BLOCK_NUMBER.search(name) for name in names]
+    blocks = [None if name.startswith(DECODER_PREFIX) else BLOCK_NUMBER.search(name) for name in names]
     depth = max((int(block[1]) + 1 for block in blocks if block), default=0)
     return [
         decay ** (depth - int(block[1])) if block else decay ** (depth + 1) if _is_input(name) else 1.0
@@ -66,4 +66,4 @@ def layer_factors(names: list[str], decay: float) -> list[float]:
 
 
 def _is_input(name: str) -> bool:
-    return not name.startswith(DECODER) and INPUT_LAYER.search(name) is not None
+    return not name.startswith(DECODER_PREFIX) and INPUT_LAYER.search(name) is not None

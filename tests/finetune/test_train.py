@@ -19,7 +19,7 @@ from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
 from finetune.predict import predict
 from finetune.run import FinetuneRun, build_run, open_tracker
-from finetune.train import Result, main, train
+from finetune.train import FinetuneResult, main, train
 from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.errors import DivergedError, MachineError, UserError
@@ -66,7 +66,7 @@ def test_new_tars_are_indexed(recipe: Path, digits: Path, tmp_path: Path) -> Non
     assert run.validation.digest == open_dataset(digits / "validation").digest
 
 
-def fit(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: False) -> Result:
+def fit(run: FinetuneRun, should_stop: Callable[[], bool] = lambda: False) -> FinetuneResult:
     with open_tracker(run, "") as tracker:
         return train(run, tracker, should_stop)
 
@@ -304,7 +304,7 @@ def test_a_full_disk_keeps_the_model_that_was_saved_before(
 def test_a_stop_before_the_first_evaluation_saves_no_model(recipe: Path, tmp_path: Path) -> None:
     calls: list[bool] = []
     result = fit(build(recipe), lambda: bool(calls.append(True)) or len(calls) == 3)
-    assert result == Result(best=None, stopped_after=4)  # requested during step 3, agreed on one step later
+    assert result == FinetuneResult(best=None, stopped_after=4)  # requested during step 3, agreed on one step later
     assert not (tmp_path / "run" / "model").exists()
 
 

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from typer.testing import CliRunner
 
-from launch.cli import app
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.journal import read_rows
 from pretrain.tracking.tracker import git_commit
-from tests.support.launching import Shell, free_port
+from tests.support.launching import Shell, free_port, run_vitrail
 from tests.support.runs import FINETUNE, FINETUNE_YAML, PRETRAIN, logged, mlflow_runs
 
 Tool = Callable[[str], str]
@@ -30,7 +28,7 @@ def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: T
     assert re.search(r"step 8/8  loss \d\.\d+  \d+ images/s  waiting for data \d+%  ETA 0:00:00", done.out)
     assert "2 ranks on cpu, ZeRO 2, fp32, batch 16, from step 0" in done.out
 
-    exported = shell([tool("vitrail"), "export", run_dir, run_dir / "export"])
+    exported = run_vitrail("export", run_dir, run_dir / "export")
     assert exported.code == 0, exported.err
     assert "loads strictly with transformers" in exported.out
 
@@ -57,12 +55,12 @@ def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: T
     for row in predicted:
         assert sum(item["probability"] for item in row["classes"]) == pytest.approx(1.0, abs=1e-4)
         assert {item["class"] for item in row["classes"]} == {"0", "1", "2"}
-    predict = ["predict", str(tmp_path / "runs" / "finetune" / "model"), str(images[0])]
-    shown = CliRunner().invoke(app, [*predict, "--top-k", "2"])
-    assert re.fullmatch(rf"{re.escape(str(images[0]))}: [012] \d+\.\d%, [012] \d+\.\d%\n", shown.stdout)
-    refused = CliRunner().invoke(app, [*predict, str(tiny)])
-    assert refused.exit_code == 2
-    assert f"{tiny}: cannot be used as an image: not an image of a known format" in refused.stderr
+    predict = ["predict", tmp_path / "runs" / "finetune" / "model", images[0]]
+    shown = run_vitrail(*predict, "--top-k", "2")
+    assert re.fullmatch(rf"{re.escape(str(images[0]))}: [012] \d+\.\d%, [012] \d+\.\d%\n", shown.out)
+    refused = run_vitrail(*predict, tiny)
+    assert refused.code == 2
+    assert f"{tiny}: cannot be used as an image: not an image of a known format" in refused.err
 
     check_mlflow(tmp_path)
 

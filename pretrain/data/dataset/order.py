@@ -82,6 +82,11 @@ def random_bits(*key: str | int) -> np.random.Philox:
     return np.random.Philox(key=int.from_bytes(digest, "little"))
 
 
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Return the seed of torch's generators, for dropout and drop path, on a rank in a step; below 2**63."""
+    return int(random_bits(seed, step, rank).random_raw() >> 1)
+
+
 def permutation(n: int, *key: str | int) -> Integers:
     """Return a permutation of 0..n-1 that depends on the key only: it uses raw bits, so no numpy release changes it."""
     return np.argsort(np.asarray(random_bits(*key).random_raw(n)), kind="stable")

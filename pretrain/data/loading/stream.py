@@ -265,16 +265,21 @@ class _StreamedBatches(IterableDataset[LoadedBatch]):
         """Return the image and the label of a sample, or record why there is none."""
         try:
             _, image = image_of(tar, key, dict(members))
-            label = NO_LABEL
-            if self.stream.class_names:
-                metadata = metadata_of(tar, key, members.get("json"))
-                label = label_of(tar, key, members.get("cls"), metadata, LABEL_KEY)
-                if label >= len(self.stream.class_names):
-                    raise DataError(f"label {label} is out of range: there are {len(self.stream.class_names)} classes")
+            label = self._label(tar, key, members)
         except DataError as error:
             self.bad.append((tar, key, str(error).removeprefix(f"{tar}: ")))
             return None
         return EncodedSample(tar, key, image.data, label)
+
+    def _label(self, tar: str, key: str, members: Mapping[str, Member]) -> int:
+        """Return the label of a sample, or NO_LABEL if the run has no class names."""
+        if not self.stream.class_names:
+            return NO_LABEL
+        metadata = metadata_of(tar, key, members.get("json"))
+        label = label_of(tar, key, members.get("cls"), metadata, LABEL_KEY)
+        if label >= len(self.stream.class_names):
+            raise DataError(f"label {label} is out of range: there are {len(self.stream.class_names)} classes")
+        return label
 
     def _next_item(self, stored: Iterator[_StoredSample], position: int) -> LoadedSample:
         """Return the next sample that can be decoded, transformed by the view."""

@@ -55,13 +55,13 @@ TUNED_MALLOC = {
 Method = Callable[[], int]  # does the work and returns the number of samples
 
 
-class Row(NamedTuple):
+class Line(NamedTuple):
     """One line of the comparison.
 
     Attributes:
         what: Name of the measurement.
         value: The measured value.
-        comparison: Comparison with our value, or a remark.
+        comparison: Line with our value, or a remark.
     """
 
     what: str
@@ -69,7 +69,7 @@ class Row(NamedTuple):
     comparison: str
 
 
-def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> Iterator[Row]:
+def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> Iterator[Line]:
     """Yield the comparison line by line.
 
     Args:
@@ -98,7 +98,7 @@ def _open(folder: Path) -> Dataset:
     return open_dataset(folder, cache=open_cache(SourceConfig(train=str(folder))))
 
 
-def reading(dataset: Dataset, tars: Sequence[Path], num_samples: int, rounds: int) -> Iterator[Row]:
+def reading(dataset: Dataset, tars: Sequence[Path], num_samples: int, rounds: int) -> Iterator[Line]:
     """Compare reading encoded samples: ours in random order, the others from start to end of each tar."""
     locations = _locations(dataset, num_samples)
 
@@ -112,13 +112,13 @@ def reading(dataset: Dataset, tars: Sequence[Path], num_samples: int, rounds: in
         return sum(1 for key, _ in zip(_tar_keys(tars), range(num_samples), strict=False) if key)
 
     seconds = in_turn({"ours": ours, "webdataset": theirs, "tarfile": by_tarfile}, rounds)
-    yield Row("read a sample, random order", f"{statistics.median(seconds['ours']) * 1e6:.1f} us", "")
+    yield Line("read a sample, random order", f"{statistics.median(seconds['ours']) * 1e6:.1f} us", "")
     for name in ("webdataset", "tarfile"):
         value = f"{statistics.median(seconds[name]) * 1e6:.0f} us"
-        yield Row(f"  {name}, sequential", value, f"ours is {_ratio(seconds, name):.1f}x as fast")
+        yield Line(f"  {name}, sequential", value, f"ours is {_ratio(seconds, name):.1f}x as fast")
 
 
-def decoding(folder: Path, encoded: list[bytes], rounds: int) -> Iterator[Row]:
+def decoding(folder: Path, encoded: list[bytes], rounds: int) -> Iterator[Line]:
     """Compare decoding and cropping on one core; Pillow with glibc's default and with tuned malloc settings."""
     errors = [
         float(np.abs(theirs.astype(int).transpose(2, 0, 1) - ours.numpy().astype(int)).mean())
@@ -134,12 +134,12 @@ def decoding(folder: Path, encoded: list[bytes], rounds: int) -> Iterator[Row]:
                 seconds[name].append(pillow())
     speeds = {name: f"{1 / statistics.median(all_):.0f} images/s per core" for name, all_ in seconds.items()}
     difference = f"mean difference {statistics.mean(errors):.3f} of 255"
-    yield Row(f"decode and crop to {IMAGE_SIZE}", speeds["ours"], difference)
+    yield Line(f"decode and crop to {IMAGE_SIZE}", speeds["ours"], difference)
     for name in tunings:
-        yield Row(f"  {name}", speeds[name], f"ours is {_ratio(seconds, name):.2f}x as fast")
+        yield Line(f"  {name}", speeds[name], f"ours is {_ratio(seconds, name):.2f}x as fast")
 
 
-def writing(encoded: Sequence[EncodedSample], rounds: int) -> Iterator[Row]:
+def writing(encoded: Sequence[EncodedSample], rounds: int) -> Iterator[Line]:
     """Compare writing a tar; ours includes the checksums of all images and of the tar, and the index."""
     images = [Image.open(io.BytesIO(one.data)) for one in encoded]
     stored = [
@@ -168,13 +168,13 @@ def writing(encoded: Sequence[EncodedSample], rounds: int) -> Iterator[Row]:
         name: f"{1 / statistics.median(all_):.0f} samples/s, {num_bytes / statistics.median(all_) / 1e6:.0f} MB/s"
         for name, all_ in seconds.items()
     }
-    yield Row("write a tar, checksums and index", speeds["ours"], "")
-    yield Row("  webdataset.TarWriter", speeds["theirs"], f"ours is {_ratio(seconds, 'theirs'):.2f}x as fast")
+    yield Line("write a tar, checksums and index", speeds["ours"], "")
+    yield Line("  webdataset.TarWriter", speeds["theirs"], f"ours is {_ratio(seconds, 'theirs'):.2f}x as fast")
 
 
 def whole_loaders(
     dataset: Dataset, tars: Sequence[Path], num_samples: int, num_workers: int, rounds: int
-) -> Iterator[Row]:
+) -> Iterator[Line]:
     """Compare loading batches of 64 crops from the disk into the training process, in elapsed time."""
     count = min(num_samples, sum(dataset.shard_sizes))
     stop = count // BATCH_SIZE * BATCH_SIZE or count
@@ -214,9 +214,9 @@ def whole_loaders(
         }
         seconds = in_turn(methods, rounds, time.perf_counter)
     speeds = {name: f"{1 / statistics.median(all_):.0f} images/s" for name, all_ in seconds.items()}
-    yield Row(f"whole loader, {num_workers} workers", speeds["ours"], "")
+    yield Line(f"whole loader, {num_workers} workers", speeds["ours"], "")
     for other in list(methods)[1:]:
-        yield Row(f"  {other}", speeds[other], f"ours is {_ratio(seconds, other):.2f}x as fast")
+        yield Line(f"  {other}", speeds[other], f"ours is {_ratio(seconds, other):.2f}x as fast")
 
 
 def _torch_loader(data: Any, num_workers: int, **options: Any) -> "DataLoader[Any]":

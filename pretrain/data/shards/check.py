@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.dataset.sharded import load_info
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
-from pretrain.data.shards.tasks import run_tasks
+from pretrain.data.shards.tasks import Executor, run_tasks
 from pretrain.data.storage.archive import Member, TarReader, open_tar
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.storage.local import read_range
@@ -50,13 +50,10 @@ class CheckedShard(NamedTuple):
     class_counts: list[int]
 
 
-Executor = Callable[[Callable[[ShardEntry], CheckedShard], Iterable[ShardEntry]], Generator[CheckedShard, None, None]]
-
-
 def check_set(
     location: str,
     policy: FetchPolicy | None = None,
-    executor: Executor = run_tasks,
+    executor: Executor[ShardEntry, CheckedShard] = run_tasks,
     progress: Callable[[int, int], None] = lambda _, __: None,
     *,
     tar_folder: str | None = None,

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 Digests = npt.NDArray[np.uint64]
-SampleLocation = tuple[int, int]  # shard, row
+ShardRow = tuple[int, int]  # shard, row
 
 
 def digest_keys(keys: Sequence[str]) -> Digests:
@@ -16,7 +16,7 @@ def digest_keys(keys: Sequence[str]) -> Digests:
     return np.frombuffer(data, np.uint64)
 
 
-def find_repeated(shards: Sequence[Digests]) -> list[tuple[SampleLocation, SampleLocation]]:
+def find_repeated(shards: Sequence[Digests]) -> list[tuple[ShardRow, ShardRow]]:
     """Return the location of each repeated digest and that of its first occurrence, ordered by location.
 
     Two different keys share a digest with a probability of 2^-64; a caller that has the keys can compare them.
@@ -34,7 +34,7 @@ def find_repeated(shards: Sequence[Digests]) -> list[tuple[SampleLocation, Sampl
     repeated = sorted(zip(order[~is_new].tolist(), first[~is_new].tolist(), strict=True))
     ends = np.cumsum([len(shard) for shard in shards])
 
-    def location(position: int) -> SampleLocation:
+    def location(position: int) -> ShardRow:
         shard = int(np.searchsorted(ends, position, side="right"))
         return shard, position - int(ends[shard] - len(shards[shard]))
 

@@ -9,7 +9,7 @@ import fcntl
 import json
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pretrain.data.shards.encoding import Encoding, StoredImage
 from pretrain.data.shards.plan import NUM_READERS, PLAN_FILE, SAMPLE_ERRORS, ShardOptions, plan_shards
-from pretrain.data.shards.tasks import run_tasks
+from pretrain.data.shards.tasks import Executor, run_tasks
 from pretrain.data.shards.writer import ShardWriter
 from pretrain.data.sources.source import MAX_NAMES_SHOWN, Content, Integers, Source, SourceImage
 from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, index_name, write_json
@@ -64,9 +64,6 @@ class WrittenShard:
     left_out: list[str]
 
 
-Executor = Callable[[Callable[[ShardTask], WrittenShard], Iterable[ShardTask]], Generator[WrittenShard, None, None]]
-
-
 @dataclass(frozen=True)
 class MadeShards:
     """The result of `make_shards`.
@@ -86,7 +83,7 @@ def make_shards(
     options: ShardOptions,
     *,
     skip_bad: bool = False,
-    executor: Executor = run_tasks,
+    executor: Executor[ShardTask, WrittenShard] = run_tasks,
     progress: Progress = lambda _: None,
 ) -> MadeShards:
     """Write the shards of `out/train` and `out/validation`.
@@ -196,7 +193,7 @@ def _write_missing(
     shards: dict[str, list[Integers]],
     folder: Path,
     skip_bad: bool,
-    executor: Executor,
+    executor: Executor[ShardTask, WrittenShard],
     progress: Progress,
 ) -> dict[str, list[WrittenShard]]:
     """Write every shard that is not written yet; return all of them by split."""

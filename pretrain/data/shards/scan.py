@@ -1,7 +1,7 @@
 """Index existing tars in WebDataset format: members that share a key form one sample."""
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +10,7 @@ from pathlib import Path
 from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
-from pretrain.data.shards.tasks import run_tasks
+from pretrain.data.shards.tasks import Executor, run_tasks
 from pretrain.data.sources.source import summarize
 from pretrain.data.storage.archive import TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, ShardIndex, index_name
@@ -54,16 +54,13 @@ class IndexedTar:
     ignored: Counter[str]
 
 
-Executor = Callable[[Callable[[str], IndexedTar], Iterable[str]], Generator[IndexedTar, None, None]]
-
-
 def index_shards(
     tars: Sequence[str],
     out: Path,
     class_names: Sequence[str] | None = None,
     label_key: str | None = "label",
     policy: FetchPolicy | None = None,
-    executor: Executor = run_tasks,
+    executor: Executor[str, IndexedTar] = run_tasks,
     progress: Callable[[int], None] = lambda _: None,
     *,
     tar_folder: Path | None = None,
@@ -137,7 +134,7 @@ def _index_tar(tar_folder: Path, out: Path, label_key: str | None, policy: Fetch
                 names_found[label] = metadata["class"]
             index.append(key, extension, image.offset, image.size, crc32(image.data), label, width, height)
             ignored.update(f"members .{other}" for other in members.keys() - {extension, "cls", "json"})
-    index.num_bytes, index.sha256 = tar.num_bytes, tar.sha256
+    index.describe_tar(tar.num_bytes, tar.sha256)
     return IndexedTar(index.save(out), digest_keys(index.key), Counter(index.label), names_found, ignored)
 
 

@@ -19,6 +19,8 @@ from pretrain.errors import DataError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+# Runs a function on each task, here or elsewhere, and yields the results in the order of the tasks.
+Executor = Callable[[Callable[[Task], Result], Iterable[Task]], Generator[Result, None, None]]
 TASKS_PER_WORKER = 4  # tasks submitted ahead per worker, so that a slow task does not hold up the others
 POLL_SECONDS = 0.2
 WAIT_SECONDS = 5.0

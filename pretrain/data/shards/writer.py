@@ -62,8 +62,7 @@ class ShardWriter:
         self._write(b"\0" * (2 * BLOCK_BYTES))
         self.file.close()
         publish(partial_path(self.path), self.path)
-        self.index.num_bytes = self.position
-        self.index.sha256 = self.hash.hexdigest()
+        self.index.describe_tar(self.position, self.hash.hexdigest())
         return self.index
 
     def abandon(self) -> None:

@@ -1,7 +1,7 @@
 """A folder of images as a source, with one subfolder per class or without labels."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def list_folder(folder: Path, labeled: bool = True, progress: Callable[[int], No
     empty = [name for label, name in enumerate(class_names) if not scan.add(name, label, progress)]
     top_level = [path.name for path in entries if path.is_file()]
     images_outside = [name for name in top_level if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    scan.not_images += [name for name in top_level if name not in images_outside]
+    scan.leave_out(name for name in top_level if name not in images_outside)
     source = scan.source(class_names)
     hidden = [name for name in folders if name not in class_names]
     source.notes += summarize(hidden, "hidden folder, skipped", "hidden folders, skipped")
@@ -102,6 +102,10 @@ class _FolderScan:
                 self.labels.append(label)
                 self.sizes.append(size)
         return len(self.names) - before
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Count files that are not images."""
+        self.not_images.extend(names)
 
     def source(self, class_names: list[str]) -> Source:
         """Return the images as a source."""

@@ -64,6 +64,10 @@ class ShardIndex:
         self.width.append(width)
         self.height.append(height)
 
+    def describe_tar(self, num_bytes: int, sha256: str) -> None:
+        """Set the size and the hash of the tar, which are known once all of it has been read or written."""
+        self.num_bytes, self.sha256 = num_bytes, sha256
+
     def save(self, folder: Path) -> "ShardEntry":
         """Write the index into the folder of `dataset.json` and return the entry for `dataset.json`."""
         size, digest = write_json(folder / index_name(self.name), {"version": FORMAT_VERSION, **asdict(self)})

@@ -1,6 +1,5 @@
-"""`vitrail checkpoints`, run as a command."""
+"""`vitrail checkpoints`."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +8,7 @@ import torch
 
 from pretrain.state import TrainState
 from tests.support.checkpoints import MANIFEST, write_checkpoint
-from tests.support.launching import Finished, Shell
-
-
-@pytest.fixture
-def vitrail(shell: Shell, tool: Callable[[str], str]) -> Callable[..., Finished]:
-    return lambda *arguments: shell([tool("vitrail"), "checkpoints", *arguments])
+from tests.support.launching import Vitrail
 
 
 @pytest.fixture
@@ -29,8 +23,8 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_complete_and_damaged_checkpoints_are_told_apart(run: Path, vitrail: Callable[..., Finished]) -> None:
-    listed = vitrail("list", run)
+def test_complete_and_damaged_checkpoints_are_told_apart(run: Path, vitrail: Vitrail) -> None:
+    listed = vitrail("checkpoints", "list", run)
     assert listed.code == 0
     assert [line.split()[0] for line in listed.out.splitlines()] == [
         *(f"step-{step:08d}" for step in (2, 4, 6, 8)),
@@ -38,22 +32,22 @@ def test_complete_and_damaged_checkpoints_are_told_apart(run: Path, vitrail: Cal
         "step-00000005.damaged",
     ]
     assert "2 ranks, ZeRO 2, fp32  complete" in listed.out
-    intact = vitrail("verify", run)
+    intact = vitrail("checkpoints", "verify", run)
     assert intact.code == 0
     assert intact.out.splitlines() == [f"step-{step:08d}: complete" for step in (2, 4, 6, 8)]
 
     victim = run / "checkpoints" / "step-00000006" / "rank-00001.safetensors"
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x99")
-    damaged = vitrail("verify", run)
+    damaged = vitrail("checkpoints", "verify", run)
     assert damaged.code == 1
     assert f"{victim}: damaged (its checksum differs)" in damaged.out
-    assert vitrail("verify", run / "checkpoints" / "step-00000008").code == 0
+    assert vitrail("checkpoints", "verify", run / "checkpoints" / "step-00000008").code == 0
     (run / "checkpoints" / "step-00000004" / "rank-00000.safetensors").unlink()
-    assert "incomplete: rank-00000.safetensors" in vitrail("list", run).out
+    assert "incomplete: rank-00000.safetensors" in vitrail("checkpoints", "list", run).out
 
 
-def test_prune_keeps_the_last_and_every_nth_checkpoint(run: Path, vitrail: Callable[..., Finished]) -> None:
-    tried = vitrail("prune", run, "--keep-every", "4", "--dry-run")
+def test_prune_keeps_the_last_and_every_nth_checkpoint(run: Path, vitrail: Vitrail) -> None:
+    tried = vitrail("checkpoints", "prune", run, "--keep-every", "4", "--dry-run")
     assert [line.split(",")[0] for line in tried.out.splitlines()[:-1]] == [
         "would remove step-00000002",
         "would remove step-00000006",
@@ -61,12 +55,12 @@ def test_prune_keeps_the_last_and_every_nth_checkpoint(run: Path, vitrail: Calla
         "would remove step-00000010.partial",
     ]
     assert len(list((run / "checkpoints").iterdir())) == 6
-    assert vitrail("prune", run, "--keep-every", "4").code == 0
+    assert vitrail("checkpoints", "prune", run, "--keep-every", "4").code == 0
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
 
 
-def test_folder_without_checkpoints_exits_with_code_2(tmp_path: Path, vitrail: Callable[..., Finished]) -> None:
+def test_folder_without_checkpoints_exits_with_code_2(tmp_path: Path, vitrail: Vitrail) -> None:
     for verb in ("list", "verify", "prune"):
-        done = vitrail(verb, tmp_path / "nowhere")
+        done = vitrail("checkpoints", verb, tmp_path / "nowhere")
         assert done.code == 2
         assert "no checkpoint here; expected a run folder" in done.err

@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from launch.cli import app
-from launch.commands.shards import find_tars
+from launch.commands.shards import find_tars_to_index
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.errors import UserError
-from tests.support.launching import Shell
+from tests.support.launching import Shell, Vitrail, run_vitrail
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_make_from_a_table_and_again_from_its_shards(tmp_path: Path, shell: Shell, tool: Callable[[str], str]) -> None:
+def test_make_from_a_table_and_again_from_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vitrail: Vitrail
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
     with (tmp_path / "t.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -31,27 +32,27 @@ def test_make_from_a_table_and_again_from_its_shards(tmp_path: Path, shell: Shel
             Image.new("RGB", (60, 40 + i), (20 * i, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
             rows.writerow([f"in/{i}.bmp", ["ibis", "heron"][i % 2], f"number {i}"])
         rows.writerow(["in/gone.jpg", "ibis", ""])
-    make = [tool("vitrail"), "shards", "make", "t.csv", "out", "--resize", "32", "--format", "jpg"]
-    refused = shell(make)
+    make = ["shards", "make", "t.csv", "out", "--resize", "32", "--format", "jpg"]
+    refused = vitrail(*make)
     assert refused.code == 2
     assert "t.csv: no column path or url or image or" in refused.err
     assert "name one of its columns with --image-column: where, species, note" in refused.err
-    done = shell([*make, "--image-column", "where", "--label-column", "species", "--skip-bad"])
+    done = vitrail(*make, "--image-column", "where", "--label-column", "species", "--skip-bad")
     assert done.code == 0, done.err
     assert "left out: in/gone.jpg: [Errno 2] No such file or directory" in done.out
     info = DatasetInfo.load(tmp_path / "out" / "train")
     assert info.class_names == ["heron", "ibis"]
-    again = shell([tool("vitrail"), "shards", "make", "out/train", "again", "--validation", "0", "--unlabeled"])
+    again = vitrail("shards", "make", "out/train", "again", "--validation", "0", "--unlabeled")
     assert again.code == 0, again.err
     assert f"again/train: {info.num_samples} images, 1 shard" in again.out
-    checked = shell([tool("vitrail"), "shards", "check", "again/train"])
+    checked = vitrail("shards", "check", "again/train")
     assert checked.code == 0, checked.err
 
 
 @pytest.mark.slow
 def test_make_keeps_only_the_named_classes(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["shards", "make", "digits", str(tmp_path / "out"), "--classes", "4,5"])
-    assert done.exit_code == 0, done.output
+    done = run_vitrail("shards", "make", "digits", tmp_path / "out", "--classes", "4,5")
+    assert done.code == 0, done.err
     assert DatasetInfo.load(tmp_path / "out" / "train").class_names == ["4", "5"]
 
 
@@ -102,11 +103,11 @@ def test_find_tars_lists_local_names_or_urls(tmp_path: Path) -> None:
     for name in ("b.tar", "a.tar", "notes.txt"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / name).touch()
-    assert find_tars(str(tmp_path / "in"), None) == (tmp_path / "in", ["a.tar", "b.tar"])
+    assert find_tars_to_index(str(tmp_path / "in"), None) == (tmp_path / "in", ["a.tar", "b.tar"])
     urls = ["http://host/0.tar", "http://host/1.tar"]
-    assert find_tars("http://host/{0..1}.tar", tmp_path / "out") == (tmp_path / "out", urls)
+    assert find_tars_to_index("http://host/{0..1}.tar", tmp_path / "out") == (tmp_path / "out", urls)
     assert (tmp_path / "out").is_dir()
     with pytest.raises(UserError, match=r"indexes cannot be written to a URL; choose a local folder with --out"):
-        find_tars("http://host/{0..1}.tar", None)
+        find_tars_to_index("http://host/{0..1}.tar", None)
     with pytest.raises(UserError, match=r"out: the indexes of a local folder are written next to its tars; remove"):
-        find_tars(str(tmp_path / "in"), tmp_path / "out")
+        find_tars_to_index(str(tmp_path / "in"), tmp_path / "out")

@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from pretrain.data.storage.remote import StalledFetchError
 from pretrain.data.transforms.views import EvalView
 from pretrain.errors import DataError
 from tests.support.disk import folder_size
+from tests.support.launching import ROOT, Shell, Vitrail
 from tests.support.reading import opened, pixels_of_two_epochs
 from tests.support.servers import serve_gs, serve_hub, serve_s3
 
@@ -200,10 +199,8 @@ def test_google_storage_gives_the_same_samples(digits: Path, tmp_path: Path, mon
         )
 
 
-@pytest.mark.processes
-def test_hugging_face_hub_gives_the_same_samples(digits: Path, tmp_path: Path) -> None:
+def test_hugging_face_hub_gives_the_same_samples(digits: Path, tmp_path: Path, shell: Shell) -> None:
     with serve_hub(digits / "train") as url:
-        environment = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}  # read when the package is imported
         program = (
             "import sys; from pathlib import Path\n"
             "from tests.support.reading import opened, pixels_of_two_epochs\n"
@@ -212,27 +209,18 @@ def test_hugging_face_hub_gives_the_same_samples(digits: Path, tmp_path: Path) -
             "assert seen == pixels_of_two_epochs(open_dataset(Path(sys.argv[1])), 0)"
         )
         command = [sys.executable, "-c", program, str(digits / "train"), str(tmp_path / "cache")]
-        subprocess.run(command, env=environment, cwd=Path(__file__).parents[4], check=True, timeout=600)
+        # huggingface_hub reads its environment variables when it is imported.
+        done = shell(command, PYTHONPATH=str(ROOT), HF_ENDPOINT=url, HF_HUB_OFFLINE="0")
+        assert done.code == 0, done.err
 
 
-@pytest.fixture
-def vitrail(tool: Callable[[str], str]) -> Callable[..., "subprocess.CompletedProcess[str]"]:
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        command = [tool("vitrail"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-
-    return run
-
-
-def test_remote_tars_can_be_indexed(
-    digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"]
-) -> None:
+def test_remote_tars_can_be_indexed(digits: Path, tmp_path: Path, vitrail: Vitrail) -> None:
     with serve(UnreliableServer(digits / "train", unavailable=0.05, reset=0.02)) as server:
         last = len(list((digits / "train").glob("*.tar"))) - 1
         url = f"{server.url}/shard-{{000000..{last:06d}}}.tar"
-        assert "choose a local folder with --out" in vitrail("shards", "index", url).stderr
+        assert "choose a local folder with --out" in vitrail("shards", "index", url).err
         done = vitrail("shards", "index", url, "--out", str(tmp_path / "indexed"))
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
         info, ours = DatasetInfo.load(tmp_path / "indexed"), DatasetInfo.load(digits / "train")
         assert [shard.sha256 for shard in info.shards] == [shard.sha256 for shard in ours.shards]
         server.sent = 0
@@ -242,29 +230,27 @@ def test_remote_tars_can_be_indexed(
 
 
 def test_check_stats_and_simulate_work_on_a_remote_set(
-    digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"], monkeypatch: Any
+    digits: Path, tmp_path: Path, vitrail: Vitrail, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # where the cache goes
     shutil.copytree(digits / "validation", tmp_path / "served")
     with serve(UnreliableServer(tmp_path / "served", unavailable=0.05)) as server:
         sound = vitrail("shards", "check", server.url)
-        assert sound.returncode == 0, sound.stderr
-        assert "no faults" in sound.stdout
+        assert sound.code == 0, sound.err
+        assert "no faults" in sound.out
         counted = vitrail("shards", "stats", server.url, "--json")
-        assert json.loads(counted.stdout)["samples"] == DatasetInfo.load(digits / "validation").num_samples
-        assert "steps per epoch" in vitrail("shards", "simulate", server.url, "--global-batch-size", "8").stdout
+        assert json.loads(counted.out)["samples"] == DatasetInfo.load(digits / "validation").num_samples
+        assert "steps per epoch" in vitrail("shards", "simulate", server.url, "--global-batch-size", "8").out
         (tmp_path / "served" / "shard-000001.tar").unlink()
         broken = vitrail("shards", "check", server.url)
-        assert (broken.returncode, broken.stdout) == (1, "shard-000001.tar  does not exist\n")
+        assert (broken.code, broken.out) == (1, "shard-000001.tar  does not exist\n")
 
 
-def test_pipe_as_a_shard(
-    digits: Path, tmp_path: Path, vitrail: Callable[..., "subprocess.CompletedProcess[str]"]
-) -> None:
+def test_pipe_as_a_shard(digits: Path, tmp_path: Path, vitrail: Vitrail) -> None:
     source = f"pipe:cat {digits}/validation/shard-000000.tar"
     refused = vitrail("shards", "index", source, "--out", str(tmp_path / "indexed"))
-    assert (refused.returncode, "allow it with" in refused.stderr) == (2, True)
-    assert vitrail("shards", "index", source, "--out", str(tmp_path / "indexed"), "--allow-pipe").returncode == 0
+    assert (refused.code, "allow it with" in refused.err) == (2, True)
+    assert vitrail("shards", "index", source, "--out", str(tmp_path / "indexed"), "--allow-pipe").code == 0
     with pytest.raises(DataError, match=r"data.allow_pipe"):
         opened(str(tmp_path / "indexed"), tmp_path / "cache").fetch(0, 0)
     samples = opened(str(tmp_path / "indexed"), tmp_path / "cache", allow_pipe=True)

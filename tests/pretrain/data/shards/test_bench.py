@@ -1,7 +1,6 @@
 """The comparison uses the same crops for all and prints every line; the values are left to benchmarks/."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.folder import list_folder
 from pretrain.errors import DataError
+from tests.support.launching import Shell
 
 
 def test_both_make_the_same_crops(digits: Path) -> None:
@@ -24,11 +24,11 @@ def test_both_make_the_same_crops(digits: Path) -> None:
         assert np.abs(ours.numpy().transpose(1, 2, 0).astype(int) - theirs).max() <= 2
 
 
-def test_command_measures_the_users_shards(digits: Path, tool: Callable[[str], str]) -> None:
-    command = [tool("vitrail"), "shards", "bench", str(digits / "train"), "--samples", "64", "--rounds", "1", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+def test_command_measures_the_users_shards(digits: Path, shell: Shell, tool: Callable[[str], str]) -> None:
+    command = [tool("vitrail"), "shards", "bench", digits / "train", "--samples", "64", "--rounds", "1", "--json"]
+    done = shell(command)
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in done.out.splitlines()]
     assert [row["what"].strip().partition(",")[0] for row in rows] == [
         "read a sample",
         "webdataset",

@@ -4,7 +4,6 @@ import hashlib
 import json
 import random
 import shutil
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
 from pretrain.data.storage.index import DatasetInfo, ShardIndex
 from pretrain.errors import DataError
+from tests.support.launching import Vitrail
 
 FAULTS = 300
 
@@ -172,28 +172,24 @@ def test_remote_tars_are_checked(digits: Path, tmp_path: Path) -> None:
         assert finding.reason == "does not exist"
 
 
-def test_command_lists_faults_and_exits_with_1(folder: Path, tool: Callable[[str], str]) -> None:
-    def run(*options: str) -> "subprocess.CompletedProcess[str]":
-        command = [tool("vitrail"), "shards", "check", str(folder), *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-
-    sound = run()
-    assert (sound.returncode, "no faults" in sound.stdout) == (0, True)
+def test_command_lists_faults_and_exits_with_1(folder: Path, vitrail: Vitrail) -> None:
+    sound = vitrail("shards", "check", folder)
+    assert (sound.code, "no faults" in sound.out) == (0, True)
     tar = folder / "shard-000000.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
     (folder / "notes.txt").write_text("stray")
-    broken = run("--json")
-    assert broken.returncode == 1
-    assert json.loads(broken.stdout.splitlines()[0])["file"] == "shard-000000.tar"
-    assert "notes.txt: does not belong to any shard" in broken.stderr
-    assert f"{folder}: {len(broken.stdout.splitlines())} faults" in broken.stderr
+    broken = vitrail("shards", "check", folder, "--json")
+    assert broken.code == 1
+    assert json.loads(broken.out.splitlines()[0])["file"] == "shard-000000.tar"
+    assert "notes.txt: does not belong to any shard" in broken.err
+    assert f"{folder}: {len(broken.out.splitlines())} faults" in broken.err
     (folder / "dataset.json").write_text("{")
-    torn = run()
-    assert torn.returncode == 1
-    assert "dataset.json  damaged" in torn.stdout
-    assert "shard-000000.tar  truncated" in torn.stdout
+    torn = vitrail("shards", "check", folder)
+    assert torn.code == 1
+    assert "dataset.json  damaged" in torn.out
+    assert "shard-000000.tar  truncated" in torn.out
     shutil.rmtree(folder)
     folder.mkdir()
-    nothing = run()
-    assert nothing.returncode == 2
-    assert "dataset.json: does not exist; `vitrail shards make` writes it for new shards" in nothing.stderr
+    nothing = vitrail("shards", "check", folder)
+    assert nothing.code == 2
+    assert "dataset.json: does not exist; `vitrail shards make` writes it for new shards" in nothing.err

@@ -3,10 +3,9 @@
 import errno
 import multiprocessing
 import os
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.storage.tar_set import TarSet, local_tar_sets
 from pretrain.errors import BadSampleError, DataError
+from tests.support.launching import Vitrail
 
 NUM_TARS, SAMPLES_PER_TAR = 3, 4
 
@@ -296,44 +296,38 @@ def test_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """An environment whose cache folder is below tmp_path."""
-    yield {**os.environ, "HOME": str(tmp_path)}
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the cache folder below tmp_path."""
+    monkeypatch.setenv("HOME", str(tmp_path))
 
 
-@pytest.mark.processes
-def test_statistics_of_new_tars(tmp_path: Path, tool: Callable[[str], str], home: dict[str, str]) -> None:
+@pytest.mark.usefixtures("home")
+def test_statistics_of_new_tars(tmp_path: Path, vitrail: Vitrail) -> None:
     folder = write_tars(tmp_path / "tars", labeled_by_json)
-    command = [tool("vitrail"), "shards", "stats", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"{folder}: indexed 12 samples in 3 classes in 3 tars" in done.stderr
-    assert "3/3" in done.stderr  # the progress bar
-    assert "samples                       12" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False)
-    assert (again.stdout, "indexed" in again.stderr) == (done.stdout, False)
+    done = vitrail("shards", "stats", folder)
+    assert done.code == 0, done.err
+    assert f"{folder}: indexed 12 samples in 3 classes in 3 tars" in done.err
+    assert "3/3" in done.err  # the progress bar
+    assert "samples                       12" in done.out
+    again = vitrail("shards", "stats", folder)
+    assert (again.out, "indexed" in again.err) == (done.out, False)
 
 
-@pytest.mark.processes
-def test_an_index_in_the_cache_folder_is_found_by_check(
-    tmp_path: Path, tool: Callable[[str], str], home: dict[str, str]
-) -> None:
+@pytest.mark.usefixtures("home")
+def test_an_index_in_the_cache_folder_is_found_by_check(tmp_path: Path, vitrail: Vitrail) -> None:
     part = write_tars(tmp_path / "tars", labeled_by_cls) / "part-{0..1}.tar"
-    answers = []
-    for verb in ("stats", "check"):
-        command = [tool("vitrail"), "shards", verb, str(part)]
-        answers.append(subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False))
-    assert [answer.returncode for answer in answers] == [0, 0], [answer.stderr for answer in answers]
-    assert answers[1].stdout == f"{part}: 8 images in 3 classes, 2 shards, 0.0 MB, no faults\n"
+    answers = [vitrail("shards", verb, part) for verb in ("stats", "check")]
+    assert [answer.code for answer in answers] == [0, 0], [answer.err for answer in answers]
+    assert answers[1].out == f"{part}: 8 images in 3 classes, 2 shards, 0.0 MB, no faults\n"
     damaged = tmp_path / "tars" / "part-1.tar"
     times = damaged.stat()
     data = bytearray(damaged.read_bytes())
     data[data.index(b"IDAT") + 10] ^= 0x55
     damaged.write_bytes(data)
     os.utime(damaged, ns=(times.st_atime_ns, times.st_mtime_ns))  # otherwise the tars count as new ones
-    broken = subprocess.run(command, capture_output=True, text=True, timeout=600, env=home, check=False)
-    assert broken.returncode == 1
-    assert "part-1.tar  photo004  its checksum is wrong" in broken.stdout
+    broken = vitrail("shards", "check", part)
+    assert broken.code == 1
+    assert "part-1.tar  photo004  its checksum is wrong" in broken.out
 
 
 def _wait(is_true: Callable[[], bool]) -> None:

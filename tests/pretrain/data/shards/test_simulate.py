@@ -1,8 +1,6 @@
 """The predictions hold: classes per batch and downloads per node."""
 
 import json
-import subprocess
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.order import Order, Part
 from pretrain.data.shards.simulate import classes_in_a_batch, downloaded_bytes, expected_classes
+from tests.support.launching import Vitrail
 
 
 def test_class_sorted_shards_mix_as_predicted() -> None:
@@ -49,10 +48,11 @@ def test_downloads_are_bounded_by_the_set_and_reduced_by_the_cache(sizes: list[i
     assert later >= total - int(share * total) - 2 * max(sizes) if len(sizes) > 2 else True
 
 
-def test_command_reports_the_actual_order(digits: Path, tool: Callable[[str], str]) -> None:
+def test_command_reports_the_actual_order(digits: Path, vitrail: Vitrail) -> None:
     def run(*options: str) -> str:
-        command = [tool("vitrail"), "shards", "simulate", str(digits / "train"), "--global-batch-size", "50", *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+        done = vitrail("shards", "simulate", digits / "train", "--global-batch-size", "50", *options)
+        assert done.code == 0, done.err
+        return done.out
 
     answer = json.loads(run("--ranks", "8", "--json", "--shuffle-window", "4"))
     samples = open_dataset(digits / "train")

@@ -3,9 +3,7 @@
 import json
 import re
 import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.shards.stats import plot, read_stats, summary
 from pretrain.data.sources.folder import list_folder
 from pretrain.errors import DataError
+from tests.support.launching import Vitrail
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +73,9 @@ def test_plot_shows_samples_and_histograms(photos: Path) -> None:
     assert len(np.unique(pixels, axis=0)) > 500
 
 
-def test_command_prints_duplicates_and_json(photos: Path, tool: Callable[[str], str]) -> None:
-    command = [tool("vitrail"), "shards", "stats", str(photos / "out" / "train")]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
+def test_command_prints_duplicates_and_json(photos: Path, vitrail: Vitrail) -> None:
+    text = vitrail("shards", "stats", photos / "out" / "train").out
     assert re.search("identical images +china/3  flower/copy", text)
     assert re.search("identical, different classes +china/3  flower/copy", text)
-    answer = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=600, check=True).stdout
-    assert json.loads(answer)["duplicates"] == 1
+    answer = vitrail("shards", "stats", photos / "out" / "train", "--json")
+    assert json.loads(answer.out)["duplicates"] == 1
