@@ -5,16 +5,16 @@ A poison maps positions of samples to factors. The loss of a batch that contains
 
 from dataclasses import dataclass, field
 
-STEPS, BATCH_SIZE = 60, 16
+STEPS, BATCH_SIZE = 48, 16
 NAN_GRADIENT = 0.0  # instead of a factor: the loss stays as it is, and its gradient becomes NaN
 NAN, INFINITY = float("nan"), float("inf")
 
 SINGLE_STEPS = {
     35 * BATCH_SIZE + 3: NAN,
-    41 * BATCH_SIZE + 12: 1e3,
-    47 * BATCH_SIZE + 9: INFINITY,
-    52 * BATCH_SIZE: 300.0,
-    55 * BATCH_SIZE + 7: NAN_GRADIENT,
+    38 * BATCH_SIZE + 12: 1e3,
+    41 * BATCH_SIZE + 9: INFINITY,
+    44 * BATCH_SIZE: 300.0,
+    46 * BATCH_SIZE + 7: NAN_GRADIENT,
 }
 FIVE_STEPS = {step * BATCH_SIZE + 5: NAN for step in range(22, 27)}
 FIVE_STEPS_AFTER_A_SAVE = {step * BATCH_SIZE + 5: NAN for step in range(20, 25)}
