@@ -14,7 +14,7 @@ from finetune.backbone import WORKER_MODULES, save_folder
 from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
-from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
+from finetune.run import MODEL_FOLDER, FinetuneRun, build_accelerator, build_run, open_tracker
 from finetune.steps import Batches, take_step
 from pretrain import distributed
 from pretrain.configfile import CommandLine
@@ -58,14 +58,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
     accelerator = build_accelerator(command.config)
     try:
-        run = build_run(command.config, accelerator)
-        with open_tracker(run, command.text) as tracker:
-            tracker.tag({"model_folder": str(run.model_folder.resolve())})
-            result = train(run, tracker, lambda: stop.is_requested)
-            if result.stopped_after is None:
-                tracker.finish("FINISHED")
-            else:
-                tracker.finish("KILLED", STOP_TIMEOUT_SECONDS)
+        result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
         return outcome_of(error).exit_code
@@ -74,9 +67,25 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     if distributed.is_main():
-        print(_describe(result, run), flush=True)
+        print(_describe(result, command.config.run_dir / MODEL_FOLDER), flush=True)
     distributed.leave_process_group()
     return EXIT_DONE if result.stopped_after is None else EXIT_INTERRUPTED
+
+
+def train_with_tracking(run: FinetuneRun, config_text: str, stop: StopSignal) -> FinetuneResult:
+    """Train and record the outcome in MLflow.
+
+    The run must not outlive this call: if torch's wrapper of its model is freed after the process group, it waits for
+    the group's threads while it holds Python's lock, for which they may be waiting.
+    """
+    with open_tracker(run, config_text) as tracker:
+        tracker.tag({"model_folder": str(run.model_folder.resolve())})
+        result = train(run, tracker, lambda: stop.is_requested)
+        if result.stopped_after is None:
+            tracker.finish("FINISHED")
+        else:
+            tracker.finish("KILLED", STOP_TIMEOUT_SECONDS)
+    return result
 
 
 def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = lambda: False) -> FinetuneResult:
@@ -216,10 +225,10 @@ def _summary(run: FinetuneRun) -> str:
     )
 
 
-def _describe(result: FinetuneResult, run: FinetuneRun) -> str:
+def _describe(result: FinetuneResult, model_folder: Path) -> str:
     """Return one sentence about how training ended and where the model is."""
     best, stopped = result.best, result.stopped_after
     if best is None:
         return f"stopped after step {stopped}, before the first evaluation: no model was saved"
-    saved = f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {run.model_folder}"
+    saved = f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {model_folder}"
     return saved if stopped is None else f"stopped after step {stopped}; {saved}"

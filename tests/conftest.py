@@ -32,9 +32,9 @@ settings.register_profile("patient", deadline=None)  # a busy machine must not f
 settings.load_profile("patient")
 
 
-START_PROCESSES = {"shell", "tool", "vitrail", "trained", "run_poisoned"}  # fixtures
+START_PROCESSES = {"shell", "tool", "vitrail", "trained", "run_poisoned", "fine_tuned"}  # fixtures
 STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}  # audit events
-LONGEST = ("test_restarts", "test_stages", "test_zero_stages", "test_finetune_launchers", "test_compiled")
+LONGEST = ("test_restarts", "test_stages", "test_zero_stages", "test_compiled", "test_two_nodes")
 LONGEST += ("test_health", "test_other_topology", "test_exit_codes", "test_tracker", "test_remote_dataset")
 
 

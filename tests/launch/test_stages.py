@@ -20,6 +20,7 @@ Tool = Callable[[str], str]
 
 
 def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: Tool, tmp_path: Path) -> None:
+    """The launchers are torchrun, deepspeed and accelerate."""
     run_dir = tmp_path / "runs" / "tiny"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     done = shell([*torchrun, "--master_port", free_port(), PRETRAIN, "--config", tiny, "checkpoint.keep_last=1"])
@@ -34,11 +35,12 @@ def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: T
 
     recipe = tmp_path / "finetune.yaml"
     recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
-    two = [*torchrun, "--master_port", free_port(), FINETUNE, "--config", recipe, "data.num_workers=0"]
-    done = shell(two)
+    deepspeed = [tool("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
+    done = shell([*deepspeed, FINETUNE, "--config", recipe, "data.num_workers=0"])
     assert done.code == 0, done.err[-3000:]
     assert f"best top-1 {best_top1(tmp_path / 'runs' / 'finetune'):.4f}" in done.out
-    alone = shell([sys.executable, FINETUNE, "--config", recipe, f"run_dir={tmp_path}/runs/alone"])
+    accelerate = [tool("accelerate"), "launch", "--cpu", "--num_processes", "1"]
+    alone = shell([*accelerate, FINETUNE, "--config", recipe, f"run_dir={tmp_path}/runs/alone"])
     assert alone.code == 0, alone.err[-3000:]
     for name in ("train/loss", "validation/loss", "validation/top1"):
         one, both = (logged(tmp_path / "runs" / run, name) for run in ("alone", "finetune"))
