@@ -1,6 +1,6 @@
 PYTHON ?= python3
-# Two workers per core on a machine with 2 cores, because many tests spend their time waiting.
-WORKERS ?= 4
+# More workers than cores, because many tests spend their time waiting.
+WORKERS ?= 3
 # Where it is set, each of the many processes that tests start would compile the project again.
 export PYTHONDONTWRITEBYTECODE :=
 VENV := .venv
