@@ -25,7 +25,7 @@ def pixels_of_two_epochs(samples: Dataset, num_workers: int = 2) -> dict[int, by
         start=0,
         stop=2 * sum(samples.shard_sizes) // 16 * 16,
     ):
-        assert not loaded.bad_samples
+        assert not loaded.bad_samples, loaded.bad_samples
         for i, position in enumerate(loaded.tensors["position"].tolist()):
             seen[position] = loaded.tensors["image"][i].numpy().tobytes()
     return seen

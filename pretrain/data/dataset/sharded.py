@@ -12,7 +12,7 @@ from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.order import Part
-from pretrain.data.storage.cache import Cache, RemoteObject
+from pretrain.data.storage.cache import Cache, CacheError, RemoteObject
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo, ShardIndex, index_name
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, MissingObjectError, StalledFetchError, fetch_bytes, is_remote
@@ -104,7 +104,7 @@ class ShardDataset(Dataset):
         tar = self._tar(shard)
         try:
             index = self.index(shard)
-        except StalledFetchError:
+        except (StalledFetchError, CacheError):
             raise
         except DataError as error:
             raise BadSampleError(tar.url, f"in row {row}", str(error)) from None

@@ -22,13 +22,24 @@ from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.storage.remote import PIPE, FetchPolicy, MissingObjectError, fetch_range, read_pieces
+from pretrain.data.storage.remote import (
+    PIPE,
+    FetchPolicy,
+    MissingObjectError,
+    StalledFetchError,
+    fetch_range,
+    read_pieces,
+)
 from pretrain.errors import DataError
 from pretrain.files import PARTIAL, partial_path, publish, sync
 
 POLL_SECONDS = 0.02
 PREFETCH_PAUSE_SECONDS = 0.2
 LEASE_SECONDS = 5.0  # time for which a file that another run needs is spared
+
+
+class CacheError(DataError):
+    """An object for which the cache has no room, or that it cannot write: no fault of the object."""
 
 
 class RemoteObject(NamedTuple):
@@ -179,8 +190,15 @@ class Cache:
             if descriptor is not None:
                 self._open[wanted.sha256] = descriptor
                 return descriptor
-            if time.time() > max(deadline, self._last_progress(wanted) + 2 * self.policy.stall_seconds):
-                raise DataError(
+            last_progress = self._last_progress(wanted)
+            if time.time() > max(deadline, last_progress + 2 * self.policy.stall_seconds):
+                if last_progress > -inf:
+                    raise StalledFetchError(
+                        f"{wanted.url}: another process downloads it, but has received nothing for "
+                        f"{time.time() - last_progress:.0f} seconds; check the network and the host, or increase "
+                        "data.stall_seconds"
+                    )
+                raise CacheError(
                     f"{self.folder}: no room for {wanted.url} ({wanted.num_bytes} bytes) because all "
                     f"{self.limit_bytes} bytes are in use; increase data.cache_bytes or decrease data.shuffle_window"
                 )
@@ -218,7 +236,7 @@ class Cache:
             if not isinstance(error, OSError):
                 raise
             fix = "move data.cache_dir to a larger disk, or decrease data.cache_bytes"
-            raise DataError(f"{self.folder}: {error.strerror}; {fix}") from None
+            raise CacheError(f"{self.folder}: {error.strerror}; {fix}") from None
         self.counts.downloads += 1
         return descriptor
 
@@ -247,7 +265,7 @@ class Cache:
     def _reserve(self, wanted: RemoteObject) -> int | None:
         """Make room and return the locked partial file; None if another process has it or there is no room now."""
         if wanted.num_bytes > self.limit_bytes:
-            raise DataError(
+            raise CacheError(
                 f"{wanted.url}: {wanted.num_bytes} bytes, more than the whole cache; increase data.cache_bytes"
             )
         self.folder.mkdir(parents=True, exist_ok=True)

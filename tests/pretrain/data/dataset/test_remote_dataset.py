@@ -22,6 +22,7 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
+from pretrain.data.storage.cache import CacheError
 from pretrain.data.storage.index import DatasetInfo
 from pretrain.data.storage.remote import StalledFetchError
 from pretrain.data.transforms.views import EvalView
@@ -161,6 +162,15 @@ def test_small_cache_keeps_its_limit_and_too_small_a_cache_is_an_error(digits: P
             DataError, match=r"data.cache_bytes: \d+ bytes cannot hold two windows of 4 shards, \d+ byt"
         ):
             opened(server.url, tmp_path / "cache", cache_bytes=6 * per_shard).check_cache_size(window=4)
+
+
+def test_a_cache_without_room_for_an_index_is_not_a_bad_sample(digits: Path, tmp_path: Path) -> None:
+    with serve(UnreliableServer(digits / "train")) as server:
+        samples = opened(server.url, tmp_path / "cache", cache_bytes=100)
+        with pytest.raises(
+            CacheError, match=r"index.json: \d+ bytes, more than the whole cache; increase data.cache_byt"
+        ):
+            samples.fetch(0, 0)
 
 
 @pytest.mark.processes

@@ -1,5 +1,6 @@
 """The cache: one download per object, a limit that always holds, and only verified files under final names."""
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import pytest
 
 from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.storage.cache import Cache, RemoteObject
-from pretrain.data.storage.remote import FetchPolicy
+from pretrain.data.storage.remote import FetchPolicy, StalledFetchError
 from pretrain.errors import DataError
 from tests.support.disk import folder_size
 
@@ -126,6 +127,18 @@ def test_open_objects_are_not_evicted(server: UnreliableServer, tmp_path: Path) 
         other.read_range(wanted[2], 0, 1)
     with pytest.raises(DataError, match=r"more than the whole cache; increase data\.cache_bytes"):
         Cache(tmp_path / "tiny", SIZE - 1, POLICY).read_range(wanted[0], 0, 1)
+
+
+def test_a_download_by_another_process_that_stalls_is_not_called_a_lack_of_room(
+    server: UnreliableServer, tmp_path: Path
+) -> None:
+    [wanted, *_] = objects(server)
+    cache = Cache(tmp_path / "cache", 10**9, FetchPolicy(stall_seconds=0.2))
+    cache.folder.mkdir()
+    with (cache.folder / f"{wanted.sha256}.partial").open("w") as partial:
+        fcntl.flock(partial, fcntl.LOCK_EX)  # what another process does for its whole download
+        with pytest.raises(StalledFetchError, match=r"00.bin: another process downloads it, but has received nothing"):
+            cache.read_range(wanted, 0, 1)
 
 
 @pytest.mark.processes
