@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -299,4 +300,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import input as this_file  # data workers import it only if they need it, as they do in a run
+
+    sys.modules["__main__"] = ModuleType("__main__")
+    this_file.main()
