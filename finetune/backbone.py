@@ -25,6 +25,8 @@ if not torch.cuda.is_available():
     # Saving a model imports deepspeed, which otherwise looks for an accelerator and prints a warning.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+PROCESSOR_FILE = "preprocessor_config.json"
+
 # Imported once by the server of the data workers, instead of by each worker that unpickles a `Preprocessor`.
 WORKER_MODULES = ("finetune.backbone", "transformers.image_processing_backends")
 
@@ -217,6 +219,21 @@ def _load(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
     return loaded
 
 
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if there is no such file.
+
+    Raises:
+        ModelError: If the file cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {first_line(error)}; export or download the folder again") from None
+    return content if isinstance(content, dict) else {}
+
+
 def _check_folder(folder: Path) -> None:
     """Check that this is a Hugging Face folder that a classifier can be built from.
 
@@ -228,12 +245,14 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder}: not a Hugging Face folder (config.json is missing); create one with `vitrail export`"
         )
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{config_file}: cannot be read: {first_line(error)}; export or download the folder again"
-        ) from None
+    content = _read_json(config_file)
+    model_type = content.get("model_type")
+    for file, settings in ((config_file, content), (folder / PROCESSOR_FILE, _read_json(folder / PROCESSOR_FILE))):
+        if "auto_map" in settings:
+            raise ModelError(
+                f"{file}: this folder needs code of its own (auto_map), which is never run; "
+                "use a model of an architecture that transformers has"
+            )
     if model_type == "vit_mae":
         raise ModelError(
             f"{folder}: a masked autoencoder cannot be fine-tuned as a classifier; "

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from finetune.backbone import load_classifier, load_preprocessor
-from pretrain.data.transforms.decode import DecodeError, ImageArray, decode
+from pretrain.data.sources.folder import list_folder
+from pretrain.data.transforms.decode import DecodeError, decode
 from pretrain.distributed import device
 from pretrain.errors import DataError
 
@@ -22,16 +23,18 @@ class Prediction:
 
     Attributes:
         path: Image file.
-        classes: Class names with their probabilities, the most probable first.
+        classes: Class names with their probabilities, the most probable first; empty if the file cannot be used.
+        error: Reason why the file cannot be used; empty if it can be.
     """
 
     path: Path
     classes: list[tuple[str, float]]
+    error: str = ""
 
 
 @torch.no_grad()
 def predict(folder: Path, images: Sequence[Path], top_k: int = 3) -> Iterator[Prediction]:
-    """Yield a prediction for each image, in the given order.
+    """Yield a prediction for each image, in the given order; a file that cannot be used has one that says why.
 
     Args:
         folder: Hugging Face folder with a trained classification head.
@@ -43,23 +46,43 @@ def predict(folder: Path, images: Sequence[Path], top_k: int = 3) -> Iterator[Pr
     names: dict[int, str] = model.config.id2label
     unused = np.random.default_rng(0)
     for start in range(0, len(images), BATCH_SIZE):
-        paths = images[start : start + BATCH_SIZE]
-        pixels = torch.stack([preprocessor(_read(path), unused)["image"] for path in paths])  # [B, 3, H, W]
-        probabilities = model(pixel_values=pixels.to(device())).logits.float().softmax(dim=1)  # [B, classes]
-        best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
-        for path, values, labels in zip(paths, best.values.tolist(), best.indices.tolist(), strict=True):
-            yield Prediction(path, [(names[label], value) for label, value in zip(labels, values, strict=True)])
+        predictions: dict[Path, Prediction] = {}
+        readable: dict[Path, torch.Tensor] = {}
+        for path in images[start : start + BATCH_SIZE]:
+            try:
+                readable[path] = preprocessor(decode(path.read_bytes(), scales=True), unused)["image"]
+            except OSError as error:
+                predictions[path] = Prediction(path, [], f"{path}: cannot be read: {error.strerror}")
+            except DecodeError as error:
+                predictions[path] = Prediction(path, [], f"{path}: cannot be used as an image: {error}")
+        if readable:
+            pixels = torch.stack([*readable.values()])  # [B, 3, H, W]
+            probabilities = model(pixel_values=pixels.to(device())).logits.float().softmax(dim=1)  # [B, classes]
+            best = probabilities.topk(min(top_k, probabilities.shape[1]), dim=1)
+            for path, values, labels in zip(readable, best.values.tolist(), best.indices.tolist(), strict=True):
+                classes = [(names[label], value) for label, value in zip(labels, values, strict=True)]
+                predictions[path] = Prediction(path, classes)
+        yield from (predictions[path] for path in images[start : start + BATCH_SIZE])
 
 
-def _read(path: Path) -> ImageArray:
-    """Read and decode an image file.
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the files that paths name: files, the images of folders at any depth, and the matches of patterns.
 
     Raises:
-        DataError: If the file cannot be read or is not an image.
+        DataError: If a folder has no images or would lose some, or nothing matches a pattern.
     """
-    try:
-        return decode(path.read_bytes(), scales=True)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    except DecodeError as error:
-        raise DataError(f"{path}: cannot be used as an image: {error}") from None
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            source = list_folder(path, labeled=False, may_have_splits=False)
+            if source.problems:
+                raise DataError("\n".join(f"{path}: {problem}" for problem in source.problems))
+            matches = [path / name for name in source.names]
+        elif any(character in str(path) for character in "*?[") and not path.exists():
+            matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        else:
+            matches = [path]
+        if not matches:
+            raise DataError(f"{path}: no images here; name image files, folders of images or patterns such as *.jpg")
+        found += matches
+    return found

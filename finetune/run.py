@@ -1,6 +1,7 @@
 """A fine-tuning run: its data, its model under Accelerate, and its run folder."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from pretrain.optimizers.layer_decay import apply_layer_decay
 from pretrain.optimizers.placement import Placement
 from pretrain.tracking.tracker import RunDescription, Tracker
 
+# Environment variables by which Accelerate would change a run.
+WRAPPERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+OVERRIDDEN = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
 MODEL_FOLDER = "model"
 PRETRAINING_FOLDER = "checkpoints"  # only a pretraining run has this folder
 
@@ -85,7 +89,15 @@ class FinetuneRun:
 
 
 def build_accelerator(config: FinetuneConfig) -> Accelerator:
-    """Start Accelerate on this rank: on its GPU if there is one, otherwise on the CPU."""
+    """Start Accelerate on this rank: on its GPU if there is one, otherwise on the CPU. The config alone decides.
+
+    Raises:
+        UserError: If a variable that `accelerate launch` sets from its own config would wrap the model.
+    """
+    for name in (name for name in WRAPPERS if os.environ.get(name, "").lower() in ("1", "true")):
+        raise UserError(f"{name} is set, as by `accelerate launch` from its config, but has no place here; unset it")
+    for name in OVERRIDDEN:
+        os.environ.pop(name, None)
     # Some architectures have parameters that classification never uses, such as DINOv2's mask token.
     unused_parameters = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
@@ -118,13 +130,20 @@ def check_run_dir(config: FinetuneConfig) -> None:
     """Check that no result of another run would be lost.
 
     Raises:
-        UserError: If the run folder contains a fine-tuned model that must not be replaced, or a pretraining run.
+        UserError: If the run folder contains a fine-tuned model that must not be replaced, or a pretraining run, or
+            cannot be written.
     """
     model_folder = config.run_dir / MODEL_FOLDER
     if model_folder.exists() and not config.overwrite:
         raise UserError(
             f"{model_folder}: a fine-tuned model already exists here; choose another run_dir or set overwrite=true"
         )
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{config.run_dir}: cannot be created ({error.strerror}); choose another run_dir") from None
+    if not os.access(config.run_dir, os.W_OK | os.X_OK):
+        raise UserError(f"{config.run_dir}: cannot be written; choose another run_dir")
     if (config.run_dir / PRETRAINING_FOLDER).exists():
         raise UserError(f"{config.run_dir}: this folder contains a pretraining run; choose another run_dir")
 
@@ -132,8 +151,8 @@ def check_run_dir(config: FinetuneConfig) -> None:
 def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
     """Open the training and the validation data."""
     cache = open_cache(config.data)
-    training = open_dataset(config.data.train, cache=cache)
-    validation = open_dataset(config.data.validation, cache=cache)
+    training = open_dataset(config.data.train, cache=cache, split="train")
+    validation = open_dataset(config.data.validation, cache=cache, split="validation")
     check_classes(training, validation, config.data, needed_by="fine-tuning")
     if config.data.labels_per_class:
         training = LabelSubset(training, config.data.labels_per_class, config.seed)

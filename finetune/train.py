@@ -56,8 +56,8 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
     stop = StopSignal()
     if command.config.data.num_workers:
         start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
-    accelerator = build_accelerator(command.config)
     try:
+        accelerator = build_accelerator(command.config)
         result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
@@ -103,6 +103,8 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
     batch_size = config.engine.global_batch_size
     evaluation_epochs = run.evaluation_epochs()
     progress = ProgressLine(total_steps, 0, enabled=distributed.is_main())
+    for note in dict.fromkeys((*run.training.notes, *run.validation.notes)):
+        progress.print_message(note)
     progress.print_message(_summary(run))
     best, ranks_stopping = None, torch.zeros((), device=device)
     set_training_mode(run.model, freeze_backbone=config.freeze_backbone)

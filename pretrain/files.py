@@ -8,6 +8,7 @@ rewritten often or can be made again: the rename is still atomic for other proce
 may be empty.
 """
 
+import codecs
 import os
 import shutil
 from collections.abc import Iterator
@@ -123,3 +124,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def text_encoding(path: Path) -> str:
+    """Return the encoding of a text file by its byte-order mark: UTF-8 if it has none."""
+    with path.open("rb") as file:
+        start = file.read(3)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig" if start == codecs.BOM_UTF8 else "utf-8"

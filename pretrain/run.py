@@ -51,6 +51,12 @@ class Data:
         sets = {"training": self.training, "validation": self.validation}
         return {name: dataset.digest for name, dataset in sets.items() if dataset}
 
+    @property
+    def notes(self) -> list[str]:
+        """Remarks about what was left out of each set, or how it was understood."""
+        sets = [dataset for dataset in (self.training, self.validation) if isinstance(dataset, Dataset)]
+        return list(dict.fromkeys(note for dataset in sets for note in dataset.notes))
+
 
 @dataclass
 class Run:
@@ -183,12 +189,16 @@ def open_data(config: PretrainConfig) -> Data:
     """Open the training and validation data, and check their labels if the objective needs them."""
     cache = open_cache(config.data)
     labeled = config.objective.needs_labels
-    validation = open_dataset(config.data.validation, cache=cache) if config.data.validation else None
+    validation = (
+        open_dataset(config.data.validation, cache=cache, labeled=labeled, split="validation")
+        if config.data.validation
+        else None
+    )
     training: Dataset | TarStream
     if config.data.stream:
         training = open_training_stream(config, cache.policy, validation)
     else:
-        training = open_dataset(config.data.train, config.data.weights, cache, labeled)
+        training = open_dataset(config.data.train, config.data.weights, cache, labeled, "train")
         training.check_cache_size(config.data.shuffle_window)
     if labeled:
         check_classes(training, validation, config.data, needed_by=f"objective.name={config.objective.name}")

@@ -63,6 +63,8 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
         DONE, STOPPED, or DIVERGED if the run must roll back.
     """
     progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
+    for note in run.data.notes:
+        progress.print_message(note)
     progress.print_message(describe_run(run.config, run.objective, run.data, run.engine, run.state))
     evaluator = Evaluator(
         run.config,

@@ -16,6 +16,7 @@ from pretrain.config.section import (
     Problem,
     Section,
     UserPath,
+    with_home,
 )
 
 
@@ -41,7 +42,7 @@ class SourceConfig(FaultBudget):
     )
     num_threads: Count = Field(1, description="Reader threads per data worker; increase for slow or remote storage.")
     cache_dir: UserPath = Field(
-        Path("~/.cache/vitrail").expanduser(),
+        Path(with_home("~/.cache/vitrail")),
         description="Folder for cached remote shards and for indexes of read-only tars; choose one on a local disk of "
         "each machine.",
     )

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pretrain.config.section import Section
+from pretrain.config.section import Section, with_home
 
 Key: TypeAlias = tuple[str | int, ...]
 
@@ -86,8 +86,9 @@ def field_at(config_class: type[Section], key: Key) -> FieldInfo | None:
 def default_text(field: FieldInfo) -> str:
     """Return a field's default as YAML on one line, or "required". A path in the home folder begins with ~."""
     default = field.default
-    if isinstance(default, Path) and default.is_relative_to(Path.home()):
-        default = Path("~") / default.relative_to(Path.home())
+    home = Path(with_home("~"))
+    if isinstance(default, Path) and default.is_relative_to(home):
+        default = Path("~") / default.relative_to(home)
     return "required" if default is PydanticUndefined else scalar(plain(default))
 
 

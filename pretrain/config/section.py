@@ -1,5 +1,7 @@
 """The base class of every config section, and the types of its values."""
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -14,8 +16,36 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
-Location = Annotated[str, AfterValidator(lambda name: str(Path(name).expanduser()) if name[:1] == "~" else name)]
+
+
+def expand(location: str) -> str:
+    """Return a path or URL with ${VARIABLE} replaced by the variable's value, and ~ by the home folder if there is one.
+
+    Raises:
+        PydanticCustomError: If a variable is not set.
+    """
+    if location.startswith("pipe:"):
+        return location  # the shell that runs the command does this
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in os.environ:
+            sentence = f"the environment variable {found[1]} is not set; set it, or write the path out"
+            raise PydanticCustomError("impossible", "{sentence}", {"sentence": sentence, "keys": ()})
+        return os.environ[found[1]]
+
+    return with_home(re.sub(r"\$\{(\w+)\}", value, location))
+
+
+def with_home(path: str) -> str:
+    """Return a path with ~ replaced by the home folder; unchanged where no home folder is known."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        return path
+
+
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(expand(str(path))))]
+Location = Annotated[str, AfterValidator(expand)]
 
 # Marks fields that a config file must not set, because they let it run programs.
 COMMAND_LINE_ONLY = "command_line_only"

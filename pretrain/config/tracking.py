@@ -2,13 +2,15 @@
 
 from pydantic import Field
 
-from pretrain.config.section import Section
+from pretrain.config.section import Location, Section
 
 
 class TrackingConfig(Section):
     """MLflow tracking. By default runs go to an SQLite database next to the run folder, without a server."""
 
-    uri: str | None = Field(
-        None, description="MLflow tracking URI; null uses the SQLite database, off writes only metrics.jsonl."
+    uri: Location | None = Field(
+        None,
+        description="MLflow tracking URI; null uses the environment variable MLFLOW_TRACKING_URI, or else an SQLite "
+        "database next to the run folder; off writes only metrics.jsonl.",
     )
     experiment: str = Field("vitrail", description="MLflow experiment of the run.")

@@ -6,6 +6,7 @@ not import mlflow.
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -169,8 +170,8 @@ def picture_step(name: str) -> int:
 
 
 def default_uri(run_dir: Path) -> str:
-    """Return the URI of the SQLite store next to the run folder, as an absolute path."""
-    return f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    """Return MLFLOW_TRACKING_URI if it is set, else that of the SQLite store next to the run folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
 
 
 def git_commit() -> str:

@@ -17,6 +17,7 @@ from tests.support.classifiers import save_classifier, tiny_configs
 from tests.support.disk import full_disk
 
 NAMES = ["cat", "dog", "owl"]
+NEW = {"from_scratch": False, "freeze_backbone": False}
 HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 
 
@@ -127,3 +128,15 @@ def test_a_folder_that_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path: 
     with full_disk(limit_bytes), pytest.raises(MachineError, match=r"out: the model cannot be saved: .*too large"):
         save_folder(model, preprocessor, "card", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_a_folder_with_code_of_its_own_is_refused(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, "auto_map": {"AutoConfig": "mine.Config"}}))
+    (folder / "mine.py").write_text("raise AssertionError('this was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on the terminal"))
+    for use in (load_classifier, load_preprocessor, lambda path: new_classifier(path, NAMES, **NEW)):
+        with pytest.raises(ModelError, match=r"needs code of its own \(auto_map\), which is never run"):
+            use(folder)

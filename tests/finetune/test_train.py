@@ -18,7 +18,7 @@ from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
 from finetune.predict import predict
-from finetune.run import FinetuneRun, build_run, open_tracker
+from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
 from finetune.train import FinetuneResult, main, train
 from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
@@ -27,7 +27,7 @@ from pretrain.journal import read_rows
 from pretrain.outcome import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tests.support.classifiers import save_classifier, tiny_configs
 from tests.support.disk import full_disk
-from tests.support.launching import ROOT, Shell
+from tests.support.launching import ROOT, Shell, Vitrail
 
 RECIPE = """
 run_dir: {folder}/run
@@ -340,3 +340,42 @@ def test_ctrl_c_loses_no_saved_model(recipe: Path, tmp_path: Path, shell: Shell)
         "2": "2",
     }
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_the_config_decides_not_the_variables_of_accelerate(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(FinetuneConfig, recipe, []).config
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    accelerator = build_accelerator(config)
+    assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (1, "no")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"ACCELERATE_USE_FSDP is set, .*; unset it"):
+        build_accelerator(config)
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_error(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    config = load_config(FinetuneConfig, recipe, [f"run_dir={tmp_path}/file/x"]).config
+    assert main(CommandLine(config, "", False)) == EXIT_USER_ERROR
+    assert f"{tmp_path}/file/x: cannot be created (Not a directory); choose another run_dir" in capsys.readouterr().err
+
+
+def test_predictions_go_on_after_a_file_that_is_no_image(tmp_path: Path, vitrail: Vitrail) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for name in ("a.png", "c.png", "deep/d.png"):
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "b.png").write_text("no image")
+    done = vitrail("predict", folder, tmp_path / "photos")
+    assert done.code == 1
+    assert [line.partition(":")[0] for line in done.out.splitlines()] == [
+        str(tmp_path / "photos" / name) for name in ("a.png", "c.png", "deep/d.png")
+    ]
+    assert done.err == f"{tmp_path}/photos/b.png: cannot be used as an image: not an image of a known format\n"
+    found = vitrail("predict", folder, tmp_path / "photos" / "[ac].png", tmp_path / "photos" / "deep" / "d.png")
+    assert (found.code, len(found.out.splitlines())) == (0, 3)
+    nothing = vitrail("predict", folder, tmp_path / "photos" / "*.jpg")
+    assert (nothing.code, "*.jpg: no images here; name image files" in nothing.err) == (2, True)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from finetune.config import FinetuneConfig
 from pretrain.config import PretrainConfig, Section
-from pretrain.config.schema import dotted, leaves
+from pretrain.config.schema import default_text, dotted, leaves
+from pretrain.config.section import expand
 from pretrain.configfile import ConfigError, flatten, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +27,11 @@ MISTAKES = [
     ("learning_rate: 1e-3", [], "x.yaml:4: learning_rate: unknown key; did you mean optimizer.learning_rate?"),
     ("optimizer: {lr: 1e-3}", [], "x.yaml:4: optimizer.lr: unknown key; did you mean learning_rate?"),
     ("logging: {q: 1}", [], "x.yaml:4: logging.q: unknown key; the valid keys are every_steps"),
+    (
+        "init_from: ${NO_SUCH_VARIABLE}/x",
+        [],
+        "x.yaml:4: init_from: the environment variable NO_SUCH_VARIABLE is not set; set it, or write the path out",
+    ),
     ("seed: x", [], 'x.yaml:4: seed: must be a whole number, got "x"; write digits only'),
     ("seed: 1e-4", [], "x.yaml:4: seed: must be a whole number, got 0.0001; write digits only"),
     ("seed: -1", [], "x.yaml:4: seed: must be greater than or equal to 0, got -1; increase it"),
@@ -376,3 +382,25 @@ def test_mistakes_and_help_need_no_torch(tmp_path: Path, script: str) -> None:
         assert ("# default" in done.stdout) == ("--print-config" in arguments)
     assert "keys and defaults:" in done.stdout
     assert "example:" in done.stdout
+
+
+def test_variables_and_the_home_folder_are_expanded_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "init_from: ~/old\ntracking: {uri: 'sqlite:///${SCRATCH}/m.db'}\n"
+    (tmp_path / "x.yaml").write_text(GOOD.replace("shards", "'${SCRATCH}/train-{000..007}.tar'") + text)
+    config = load_config(PretrainConfig, tmp_path / "x.yaml", ["run_dir=${SCRATCH}/runs/x"]).config
+    assert config.run_dir == Path("/scratch/me/runs/x")
+    assert config.data.train == "/scratch/me/train-{000..007}.tar"
+    assert config.init_from == Path("/home/me/old")
+    assert config.tracking.uri == "sqlite:////scratch/me/m.db"
+    assert expand("pipe:cat ${HERE}/x.tar") == "pipe:cat ${HERE}/x.tar"  # its shell expands it
+
+
+def test_without_a_home_folder_paths_keep_their_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert expand("~/.cache/vitrail") == "~/.cache/vitrail"
+    assert default_text(PretrainConfig.model_fields["run_dir"]) == "required"

@@ -36,12 +36,14 @@ class Dataset(ABC):
         class_shares: Share of each class among the samples that a run visits.
         parts: Parts that the order is made of: one, or several that are mixed by weight.
         weights: Relative frequency of each part in the mix.
+        notes: Remarks for the user about what was left out or how a folder was understood, one sentence each.
     """
 
     class_names: list[str]
     class_shares: list[float]
     parts: list[Part]
     weights: Sequence[float] = (1.0,)
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def fetch(self, shard: int, row: int) -> EncodedSample:

@@ -4,13 +4,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.order import Part
-from pretrain.data.sources.folder import list_folder
+from pretrain.data.sources.folder import has_classes, list_folder
 from pretrain.errors import BadSampleError, DataError
+
+Split = Literal["train", "validation"]
 
 
 class FolderDataset(Dataset):
@@ -18,19 +21,27 @@ class FolderDataset(Dataset):
 
     Args:
         folder: Path of the folder.
+        labeled: Whether the images must have classes. If not, and some stand outside of any subfolder, none has.
+        split: Split to take, if the folder has several.
 
     Raises:
-        DataError: If the folder contains images outside of any class, or none at all.
+        DataError: If images would be lost, or the folder has several splits and none is chosen.
     """
 
-    def __init__(self, folder: Path) -> None:
-        source = list_folder(folder)
+    def __init__(self, folder: Path, labeled: bool = True, split: Split | None = None) -> None:
+        source = list_folder(folder, labeled or has_classes(folder))
         if source.problems:
             raise DataError("\n".join(f"{folder}: {problem}" for problem in source.problems))
+        if source.held_out is not None:
+            if split is None:
+                raise DataError(f"{folder}: contains several splits; name the folder of one of them")
+            source = source.take(np.flatnonzero(source.held_out == (split == "validation")))
+        self.notes = source.notes
         self.folder = folder
         self.source = source
         self.class_names = source.class_names
-        self.class_shares = (np.bincount(source.labels, minlength=len(self.class_names)) / len(source)).tolist()
+        counts = np.bincount(source.labels, minlength=len(self.class_names)) if self.class_names else np.zeros(0)
+        self.class_shares = (counts / max(1, len(source))).tolist()
         content = list(zip(source.names, source.sizes.tolist(), strict=True))
         digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
         self.parts = [Part(digest, [len(source)])]

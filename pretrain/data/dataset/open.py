@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pretrain.config import SourceConfig
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.dataset.folder import FolderDataset
+from pretrain.data.dataset.folder import FolderDataset, Split
 from pretrain.data.dataset.sharded import ShardDataset
 from pretrain.data.storage.cache import Cache
 from pretrain.data.storage.index import DATASET_FILE
@@ -19,6 +19,7 @@ def open_dataset(
     weights: Sequence[float] | None = None,
     cache: Cache | None = None,
     labeled: bool = True,
+    split: Split | None = None,
 ) -> Dataset:
     """Open shard sets or a folder of images as one dataset.
 
@@ -27,12 +28,14 @@ def open_dataset(
             Tars that a local path names, such as `photos/train-{000..007}.tar`, form one set.
         weights: Relative frequency of each set in a mix. If None, the sets are concatenated.
         cache: Cache for remote shards.
-        labeled: Whether the labels will be used. If not, sets with different classes can be combined, without labels.
+        labeled: Whether the labels will be used. If not, sets with different classes can be combined, without labels,
+            and a folder of images needs no subfolders.
+        split: Split to take of a folder that has several.
 
     Raises:
         DataError: If a path cannot be used, or the sets have different classes.
     """
-    given = [paths] if isinstance(paths, str | Path) else paths
+    given = [_split_of(path, split) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     found = [each for path in given for each in find_sets(str(path), cache)]
     places = [place for place, _ in found]
     if not places:
@@ -40,7 +43,7 @@ def open_dataset(
     if weights is not None and len(weights) != len(places):
         raise DataError(f"{len(weights)} weights for {len(places)} shard sets; give one weight per set")
     if len(found) == 1 and found[0][1] is None:
-        dataset: Dataset = _open_folder(Path(places[0]))
+        dataset: Dataset = _open_folder(Path(places[0]), labeled, split)
     else:
         dataset = ShardDataset(places, weights, cache, labeled, [index or place for place, index in found])
     for part, place in zip(dataset.parts, places, strict=False):
@@ -77,11 +80,18 @@ def find_sets(path: str, cache: Cache | None = None) -> list[tuple[str, str | No
     return [(str(tars.folder), str(index) if index else None) for tars, index in zip(sets, indexes, strict=True)]
 
 
-def _open_folder(folder: Path) -> FolderDataset:
+def _split_of(path: str | Path, split: Split | None) -> str:
+    """Return the folder of a split where a path is that of all splits of a shard set."""
+    if split and not is_remote(str(path)) and (Path(path) / "train" / DATASET_FILE).exists():
+        return str(Path(path) / split)
+    return str(path)
+
+
+def _open_folder(folder: Path, labeled: bool, split: Split | None) -> FolderDataset:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with a {DATASET_FILE} or with one subfolder per class")
     if list(folder.glob("*.tar")):
         raise DataError(f"{folder}: the tars have no index; run `vitrail shards index {folder}` first")
     if (folder / "train" / DATASET_FILE).exists():
         raise DataError(f"{folder}: contains several splits; name one, such as {folder / 'train'}")
-    return FolderDataset(folder)
+    return FolderDataset(folder, labeled, split)

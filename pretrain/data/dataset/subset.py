@@ -25,6 +25,7 @@ class LabelSubset(Dataset):
     def __init__(self, dataset: Dataset, per_class: int, seed: int) -> None:
         self.dataset = dataset
         self.class_names = dataset.class_names
+        self.notes = dataset.notes
         self.class_shares = [1 / len(self.class_names)] * len(self.class_names)
         sizes = dataset.shard_sizes
         labels = np.asarray(list(chain.from_iterable(dataset.labels(shard) for shard in range(len(sizes)))))

@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pretrain.data.transforms.decode import DeepGrayscaleError, ImageArray, decode
+from pretrain.data.transforms.decode import DeepGrayscaleError, ImageArray, count_bits, decode
 
 Format = Literal["jpg", "png", "webp"]
 
@@ -21,12 +21,14 @@ class StoredImage(NamedTuple):
         extension: File name extension: jpg, png or webp.
         width: Width of the decoded image, in pixels.
         height: Height of the decoded image, in pixels.
+        scaled_from: Bits that the values of 16-bit grayscale used before they were scaled to 8; 0 for other images.
     """
 
     data: bytes
     extension: str
     width: int
     height: int
+    scaled_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,18 @@ class Encoding:
 
     def __call__(self, data: bytes) -> StoredImage:
         try:
-            pixels, is_readable = decode(data), True
+            pixels, scaled_from = decode(data), 0
         except DeepGrayscaleError:
-            pixels, is_readable = decode(data, scales=True), False
+            pixels, scaled_from = decode(data, scales=True), count_bits(data)
         height, width = pixels.shape[:2]
         known = _format_of(data)
         if self.shorter_side is not None and min(height, width) > self.shorter_side:
             pixels = _shrink(pixels, self.shorter_side)
             height, width = pixels.shape[:2]
-        elif is_readable and known is not None and self.format in (None, known):
+        elif not scaled_from and known is not None and self.format in (None, known):
             return StoredImage(data, known, width, height)
         extension = self.format or known or "png"
-        return StoredImage(_encode(pixels, extension, self.quality), extension, width, height)
+        return StoredImage(_encode(pixels, extension, self.quality), extension, width, height, scaled_from)
 
 
 def _format_of(data: bytes) -> Format | None:

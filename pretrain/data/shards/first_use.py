@@ -14,6 +14,7 @@ from pathlib import Path
 from pretrain.data.shards.scan import IndexedShards, index_shards
 from pretrain.data.shards.tasks import run_tasks_in_threads
 from pretrain.data.storage.archive import TarReader, open_tar
+from pretrain.data.storage.cache import CacheError, prepare_cache_folder
 from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.storage.tar_set import TarSet, local_tar_sets
@@ -70,12 +71,9 @@ def index_tars(
     if is_read_only or not tars.is_whole_folder:
         out = tars.cached_index(cache_dir)
         try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: the index of its tars cannot be written to {out} ({error.strerror}); "
-                "set data.cache_dir to a folder that you can write to"
-            ) from None
+            prepare_cache_folder(out)
+        except CacheError as error:
+            raise DataError(f"{folder}: the index of its tars has no place: {error}") from None
     with _locked(out / LOCK_FILE, waiting=lambda: progress(0, num_tars)):
         if (out / DATASET_FILE).exists():
             return []

@@ -57,11 +57,13 @@ class WrittenShard:
         entry: The shard's entry in `dataset.json`.
         class_counts: Number of samples by label.
         left_out: Images that could not be used, with the reason, one line each.
+        scaled_from: Number of 16-bit images that were scaled to 8 bits, by the bits that their values used.
     """
 
     entry: ShardEntry
     class_counts: dict[int, int]
     left_out: list[str]
+    scaled_from: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ class MadeShards:
     Attributes:
         splits: Content of `dataset.json` by the name of the split.
         left_out: Images that could not be used, with the reason, one line each.
+        scaled_from: Number of 16-bit images that were scaled to 8 bits, by the bits that their values used.
     """
 
     splits: dict[str, DatasetInfo]
     left_out: list[str]
+    scaled_from: dict[int, int]
 
 
 def make_shards(
@@ -133,7 +137,7 @@ def refuse_existing(out: Path) -> None:
 
 def write_shard(task: ShardTask) -> WrittenShard:
     """Write one shard, its index and its result file."""
-    left_out: list[str] = []
+    left_out, scaled_from = list[str](), Counter[int]()
     writer = ShardWriter(task.tar)
     try:
         for image, content, stored in _read_encoded(task.images, task.encoding, left_out):
@@ -141,11 +145,12 @@ def write_shard(task: ShardTask) -> WrittenShard:
             metadata = {**name, "source": image.origin, **content.metadata, **name}
             text = json.dumps(metadata, ensure_ascii=False, default=str).encode()
             writer.add(image.key, stored, image.label, {"json": text, **content.members})
+            scaled_from.update([stored.scaled_from] if stored.scaled_from else [])
     except BaseException:
         writer.abandon()
         raise
     index = writer.close()
-    written = WrittenShard(index.save(task.tar.parent), dict(Counter(index.label)), left_out)
+    written = WrittenShard(index.save(task.tar.parent), dict(Counter(index.label)), left_out, dict(scaled_from))
     write_json(task.result_file, asdict(written))
     return written
 
@@ -232,10 +237,11 @@ def _load_written(folder: Path, name: str, number: int) -> WrittenShard | None:
             ShardEntry(**content["entry"]),
             {int(label): count for label, count in content["class_counts"].items()},
             content["left_out"],
+            {int(bits): count for bits, count in content["scaled_from"].items()},
         )
         out = folder / "out" / name
         sizes = [(out / file).stat().st_size for file in (shard.entry.name, index_name(shard.entry.name))]
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return None
     return shard if sizes == [shard.entry.num_bytes, shard.entry.index_bytes] else None
 
@@ -249,7 +255,11 @@ def _summarize(class_names: list[str], written: dict[str, list[WrittenShard]]) -
             counts.update(shard.class_counts)
         class_counts = [counts[label] for label in range(len(class_names))]
         splits[name] = DatasetInfo(class_names, class_counts, [shard.entry for shard in shards])
-    return MadeShards(splits, [line for shards in written.values() for shard in shards for line in shard.left_out])
+    every = [shard for shards in written.values() for shard in shards]
+    scaled_from: Counter[int] = Counter()
+    for shard in every:
+        scaled_from.update(shard.scaled_from)
+    return MadeShards(splits, [line for shard in every for line in shard.left_out], dict(scaled_from))
 
 
 def _check(made: MadeShards, skip_bad: bool) -> None:

@@ -78,13 +78,16 @@ def plan_shards(source: Source, options: ShardOptions, folder: Path) -> dict[str
 def split(source: Source, validation_fraction: float, seed: int) -> tuple[Integers, Integers]:
     """Split each class at random into training and validation images; return the positions of both.
 
-    The random numbers of a class depend only on the seed and on its name and size, so adding a class changes no other.
+    A source that has splits keeps them. The random numbers of a class depend only on the seed and on its name and size,
+    so adding a class changes no other.
 
     Args:
         source: Images.
         validation_fraction: Fraction of each class for validation; at least one image stays on each side.
         seed: Random seed.
     """
+    if source.held_out is not None:
+        return np.flatnonzero(~source.held_out), np.flatnonzero(source.held_out)
     train, held_out = [], []
     classes = [*enumerate(source.class_names)] or [(NO_LABEL, "unlabeled")]
     order = np.argsort(source.labels, kind="stable")
@@ -113,6 +116,8 @@ def _digest(source: Source, options: ShardOptions) -> str:
     """Return a digest of everything that determines the shards, as far as the list of images shows it."""
     digest = hashlib.sha256(json.dumps([asdict(options), source.class_names, len(source)]).encode())
     digest.update(source.labels.tobytes() + source.sizes.tobytes())
+    if source.held_out is not None:
+        digest.update(source.held_out.tobytes())
     for name in source.names:
         digest.update(name.encode(errors="surrogateescape") + b"\0")
     return digest.hexdigest()

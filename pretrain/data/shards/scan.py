@@ -11,7 +11,7 @@ from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
 from pretrain.data.shards.tasks import Executor, run_tasks
-from pretrain.data.sources.source import summarize
+from pretrain.data.sources.source import summarize, summarize_faults
 from pretrain.data.storage.archive import TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.storage.remote import FetchPolicy, is_remote
@@ -45,6 +45,7 @@ class IndexedTar:
         class_counts: Number of samples by label.
         class_names: Class names found in the samples' JSON, by label.
         ignored: Number of members that are not used, by kind.
+        faults: Reasons why samples cannot be used, one sentence each.
     """
 
     entry: ShardEntry
@@ -52,6 +53,7 @@ class IndexedTar:
     class_counts: Counter[int]
     class_names: dict[int, str]
     ignored: Counter[str]
+    faults: list[str]
 
 
 def index_shards(
@@ -79,13 +81,14 @@ def index_shards(
         tar_folder: Folder of the local tars, if it is not `out`.
 
     Raises:
-        DataError: If the tars have no samples, or a key occurs twice.
+        DataError: If the tars have no samples, some cannot be used, or a key occurs twice.
     """
     entries: list[ShardEntry] = []
     keys: list[Digests] = []
     counts: Counter[int] = Counter()
     names_found: dict[int, str] = {}
     ignored: Counter[str] = Counter()
+    faults: list[str] = []
     work = partial(_index_tar, tar_folder or out, out, label_key, policy or FetchPolicy())
     with closing(executor(work, tars)) as results:
         for indexed in results:
@@ -94,7 +97,10 @@ def index_shards(
             counts.update(indexed.class_counts)
             names_found |= indexed.class_names
             ignored.update(indexed.ignored)
+            faults += indexed.faults
             progress(1)
+    if faults:
+        raise DataError("\n".join(summarize_faults(faults)))
     if not counts:
         raise DataError(
             f"{tar_folder or out}: the tars contain no samples; expected members like 0001.jpg and 0001.cls"
@@ -121,21 +127,25 @@ def _refuse_repeated(out: Path, entries: Sequence[ShardEntry], keys: Sequence[Di
 
 def _index_tar(tar_folder: Path, out: Path, label_key: str | None, policy: FetchPolicy, name: str) -> IndexedTar:
     """Read a tar from start to end and write its index."""
-    index, ignored, names_found = ShardIndex(name), Counter[str](), dict[int, str]()
+    index, ignored, names_found, faults = ShardIndex(name), Counter[str](), dict[int, str](), list[str]()
     path = name if is_remote(name) else str(tar_folder / name)
     with open_tar(path, policy) as stream:
         tar = TarReader(path, stream)
         for key, members in samples_of(tar, ignored):
-            extension, image = image_of(path, key, members)
-            height, width = _size(path, key, image.data)
-            metadata = metadata_of(path, key, members.get("json"))
-            label = label_of(path, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
+            try:
+                extension, image = image_of(path, key, members)
+                height, width = _size(path, key, image.data)
+                metadata = metadata_of(path, key, members.get("json"))
+                label = label_of(path, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
+            except DataError as error:
+                faults.append(str(error))
+                continue
             if isinstance(metadata.get("class"), str):
                 names_found[label] = metadata["class"]
             index.append(key, extension, image.offset, image.size, crc32(image.data), label, width, height)
             ignored.update(f"members .{other}" for other in members.keys() - {extension, "cls", "json"})
     index.describe_tar(tar.num_bytes, tar.sha256)
-    return IndexedTar(index.save(out), digest_keys(index.key), Counter(index.label), names_found, ignored)
+    return IndexedTar(index.save(out), digest_keys(index.key), Counter(index.label), names_found, ignored, faults)
 
 
 def _size(tar: str, key: str, data: bytes) -> tuple[int, int]:

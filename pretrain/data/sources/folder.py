@@ -1,17 +1,25 @@
 """A folder of images as a source, with one subfolder per class or without labels."""
 
+import filecmp
 import os
-from collections.abc import Callable, Iterable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pretrain.data.sources.source import Content, Integers, Source, SourceImage, summarize
 from pretrain.data.storage.index import NO_LABEL
+from pretrain.data.transforms.decode import SUFFIXES, is_image
 from pretrain.errors import DataError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
+OF_A_MAC = "__MACOSX"  # what a Mac's zip holds beside the files: not a class
+TRAIN_NAMES = ("train", "training")
+VALIDATION_NAMES = ("val", "valid", "validation", "dev", "test", "testing")  # the first that there is
 
 
 @dataclass(frozen=True)
@@ -28,41 +36,89 @@ class ReadFile:
         return Content(Path(self.path).read_bytes(), {}, {})
 
 
-def list_folder(folder: Path, labeled: bool = True, progress: Callable[[int], None] = lambda _: None) -> Source:
+class Splits(NamedTuple):
+    """The subfolders of a folder that are its splits."""
+
+    train: str
+    validation: str
+
+
+def find_splits(folder: Path) -> Splits | None:
+    """Return the splits of a folder whose subfolders have the names of splits, such as `train` and `val`."""
+    names = {path.name.lower(): path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)}
+    train = [names[name] for name in TRAIN_NAMES if name in names]
+    validation = [names[name] for name in VALIDATION_NAMES if name in names]
+    if len(train) != 1 or not validation or names.keys() - {*TRAIN_NAMES, *VALIDATION_NAMES}:
+        return None
+    return Splits(train[0], validation[0])
+
+
+def list_folder(
+    folder: Path,
+    labeled: bool = True,
+    progress: Callable[[int], None] = lambda _: None,
+    *,
+    may_have_splits: bool = True,
+) -> Source:
     """List the images of a folder: one subfolder per class or, without labels, images at any depth.
 
+    A file is an image if its content is one, whatever its name. What is left out without harm is a note of the source;
+    what would lose images is a problem, and all of them are found at once. If the subfolders are called `train` and
+    `val`, or similar, they are splits, and each has one subfolder per class.
+
     Args:
-        folder: Folder to list. Images at any depth below a class's subfolder belong to the class.
+        folder: Folder to list. Images at any depth below a class's subfolder belong to the class. A subfolder without
+            images is no class.
         labeled: Whether the subfolders are classes.
         progress: Function called with the number of files listed since the last call.
+        may_have_splits: Whether subfolders with the names of splits are splits.
 
     Raises:
         DataError: If the folder does not exist, or has no subfolders although `labeled` is true.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name a folder, or `digits` for the built-in source")
-    if not labeled:
-        scan = _FolderScan(folder)
-        scan.add("", NO_LABEL, progress)
-        return scan.source([])
-    entries = sorted(folder.iterdir())
-    folders = [path.name for path in entries if path.is_dir()]
-    class_names = [name for name in folders if not name.startswith(".")]
-    if not class_names:
-        raise DataError(
-            f"{folder}: has no subfolders; expected one per class, such as {folder}/cat/1.jpg, or --unlabeled"
-        )
-    scan = _FolderScan(folder)
-    empty = [name for label, name in enumerate(class_names) if not scan.add(name, label, progress)]
-    top_level = [path.name for path in entries if path.is_file()]
-    images_outside = [name for name in top_level if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    scan.leave_out(name for name in top_level if name not in images_outside)
+    scan, splits = _FolderScan(folder, progress), find_splits(folder) if may_have_splits else None
+    if splits is None:
+        return scan.source(scan.add_classes("") if labeled else scan.add_unlabeled(""))
+    unused = scan.look_beside(splits)
+    class_names = scan.add_classes(splits.train) if labeled else scan.add_unlabeled(splits.train)
+    num_training = len(scan.names)
+    if labeled:
+        scan.add_classes(splits.validation, class_names)
+    else:
+        scan.add_unlabeled(splits.validation)
     source = scan.source(class_names)
-    hidden = [name for name in folders if name not in class_names]
-    source.notes += summarize(hidden, "hidden folder, skipped", "hidden folders, skipped")
-    source.problems += summarize(images_outside, "image outside of the classes", "images outside of the classes")
-    source.problems += summarize(empty, "class without images", "classes without images")
+    held_out = np.arange(len(source)) >= num_training
+    copies = [row for row in np.flatnonzero(held_out).tolist() if _is_copy(folder, splits, source.names[row])]
+    source = source.take(np.setdiff1d(np.arange(len(source)), copies))
+    source.held_out = np.delete(held_out, copies)
+    both = [scan.names[row] for row in copies]
+    source.problems += summarize(both, "image of both splits", "images of both splits")
+    source.notes.append(
+        f"{folder}: {splits.train}/ and {splits.validation}/ are taken as its splits, with {num_training} training and "
+        f"{len(source) - num_training} validation images"
+    )
+    source.notes += summarize(unused, "further split, not used", "further splits, not used")
     return source
+
+
+def has_classes(folder: Path) -> bool:
+    """Return whether a folder has subfolders and no images beside them."""
+    entries = [path for path in folder.iterdir() if not is_hidden(path.name)] if folder.is_dir() else []
+    images = (path for path in entries if path.is_file() and (path.suffix.lower() in SUFFIXES or is_image(path)))
+    return any(path.is_dir() for path in entries) and not any(images)
+
+
+def _is_copy(folder: Path, splits: Splits, name: str) -> bool:
+    """Return whether a validation image has the name and the content of a training image."""
+    other = folder / splits.train / os.path.relpath(name, splits.validation)
+    return other.is_file() and filecmp.cmp(folder / name, other, shallow=False)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder is one that no user has put there to be read."""
+    return name.startswith(".") or name == OF_A_MAC
 
 
 class _FolderScan:
@@ -70,58 +126,169 @@ class _FolderScan:
 
     Args:
         folder: Folder to scan.
+        progress: Function called with the number of files found since the last call.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, progress: Callable[[int], None]) -> None:
         self.folder = folder
+        self.progress = progress
         self.names: list[str] = []
         self.labels: list[int] = []
         self.sizes: list[int] = []
         self.name_by_key: dict[str, str] = {}
+        self.other_keys: dict[str, str] = {}  # by name, where another image has the key of that name
+        self.outside: list[str] = []
+        self.empty_classes: list[str] = []
+        self.unknown_classes: list[str] = []
+        self.hidden: list[str] = []
         self.not_images: list[str] = []
-        self.repeated_keys: list[str] = []
+        self.archives: list[str] = []
+        self.dangling: list[str] = []
         self.unprintable: list[str] = []
-        self.unreadable_folders: list[str] = []
+        self.unreadable: list[str] = []
 
-    def add(self, subfolder: str, label: int, progress: Callable[[int], None]) -> int:
+    def look_beside(self, splits: Splits) -> list[str]:
+        """Count the images beside the splits; return the subfolders that are further splits."""
+        entries = list(self._entries(str(self.folder)))
+        self.outside += [entry.name for entry in entries if entry.is_file() and self._is_image(entry)]
+        return [entry.name for entry in entries if entry.is_dir() and entry.name not in splits]
+
+    def add_classes(self, inside: str, class_names: Sequence[str] | None = None) -> list[str]:
+        """Add the images of each class of a folder; return the classes.
+
+        Args:
+            inside: The folder, relative to that of the scan.
+            class_names: The classes that there are; None takes every subfolder that has images.
+
+        Raises:
+            DataError: If there are no subfolders.
+        """
+        found: list[str] = []
+        top = self.folder / inside
+        for entry in self._entries(str(top)):
+            name = os.path.relpath(entry.path, self.folder)
+            if not entry.is_dir():
+                self.outside += [name] * self._is_image(entry)
+            elif class_names is not None and entry.name not in class_names:
+                self.unknown_classes.append(name)
+            elif self.add(name, len(found) if class_names is None else class_names.index(entry.name)):
+                found.append(entry.name)
+            else:
+                self.empty_classes.append(name)
+        if not found and not self.empty_classes and not self.dangling:
+            expected = f"expected one subfolder per class, such as {top}/cat/1.jpg"
+            raise DataError(f"{top}: has no subfolders, so its images have no classes; {expected}")
+        return found if class_names is None else list(class_names)
+
+    def add_unlabeled(self, inside: str) -> list[str]:
+        """Add all images at any depth of a folder; return the classes, which are none."""
+        self.add(inside, NO_LABEL)
+        return []
+
+    def add(self, subfolder: str, label: int) -> int:
         """Add all images below a subfolder; return their number."""
         before = len(self.names)
-        for path, size in _files_below(str(self.folder / subfolder), self.unreadable_folders):
-            progress(1)
-            name = os.path.relpath(path, self.folder)
-            key, suffix = _key(name), Path(name).suffix.lower()
-            if not path.isprintable():
-                self.unprintable.append(ascii(name))
-            elif suffix not in IMAGE_SUFFIXES:
-                self.not_images.append(name)
-            elif key in self.name_by_key:
-                self.repeated_keys.append(f"{name} (same as {self.name_by_key[key]})")
-            else:
-                self.name_by_key[key] = name
+        for entry in self._files_below(str(self.folder / subfolder)):
+            if self._is_image(entry):
+                name = os.path.relpath(entry.path, self.folder)
+                self._name_key(name)
                 self.names.append(name)
                 self.labels.append(label)
-                self.sizes.append(size)
+                self.sizes.append(entry.stat().st_size)
         return len(self.names) - before
-
-    def leave_out(self, names: Iterable[str]) -> None:
-        """Count files that are not images."""
-        self.not_images.extend(names)
 
     def source(self, class_names: list[str]) -> Source:
         """Return the images as a source."""
         labels = np.asarray(self.labels, np.int64)
-        unreadable = summarize(self.unreadable_folders, "folder that cannot be listed", "folders that cannot be listed")
-        repeated = summarize(self.repeated_keys, "image whose key is taken", "images whose keys are taken")
-        unprintable = summarize(self.unprintable, "name that is not printable", "names that are not printable")
         return Source(
             class_names,
             self.names,
             labels,
             np.asarray(self.sizes, np.int64),
-            _ImageAt(self.folder, self.names, labels),
-            summarize(self.not_images, "file that is not an image, skipped", "files that are not images, skipped"),
-            [*unreadable, *repeated, *unprintable],
+            _ImageAt(self.folder, self.names, labels, self.other_keys),
+            [
+                *summarize(self.hidden, "hidden file or folder, skipped", "hidden files or folders, skipped"),
+                *summarize(self.not_images, "file that is not an image, skipped", "files that are not images, skipped"),
+            ],
+            [
+                *summarize(self.unreadable, "file or folder not readable", "files or folders not readable"),
+                *summarize(self.dangling, "link that leads nowhere", "links that lead nowhere"),
+                *summarize(self.archives, "archive whose images are not read", "archives whose images are not read"),
+                *summarize(self.unprintable, "name with control characters", "names with control characters"),
+                *summarize(self.outside, "image outside of the classes", "images outside of the classes"),
+                *summarize(self.empty_classes, "class without images", "classes without images"),
+                *summarize(
+                    self.unknown_classes,
+                    "validation class that has no training images",
+                    "validation classes that have no training images",
+                ),
+            ],
         )
+
+    def _name_key(self, name: str) -> None:
+        """Give an image a key that no other image has."""
+        key, suffix = _key(name), Path(name).suffix
+        if key in self.name_by_key:
+            others = chain([suffix.replace(".", "_")], (f"_{number}" for number in count(2)))
+            key = next(key + other for other in others if key + other not in self.name_by_key)
+            self.other_keys[name] = key
+        self.name_by_key[key] = name
+
+    def _is_image(self, entry: "os.DirEntry[str]") -> bool:
+        """Return whether a file is an image; count it if it is not."""
+        self.progress(1)
+        name = os.path.relpath(entry.path, self.folder)
+        if _has_control_characters(name):
+            self.unprintable.append(ascii(name))
+            return False
+        if entry.name.lower().endswith(ARCHIVES):
+            self.archives.append(name)
+            return False
+        try:
+            if Path(name).suffix.lower() in SUFFIXES or is_image(Path(entry.path)):
+                return True
+        except OSError as error:
+            self.unreadable.append(f"{name} ({error.strerror})")
+            return False
+        self.not_images.append(name)
+        return False
+
+    def _entries(self, folder: str) -> "Iterator[os.DirEntry[str]]":
+        """Yield the entries of a folder by name, but hidden ones, links that lead nowhere, and devices."""
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            self.unreadable.append(f"{folder} ({error.strerror})")
+            return
+        for entry in entries:
+            name = os.path.relpath(entry.path, self.folder)
+            if is_hidden(entry.name):
+                self.hidden.append(name)
+                continue
+            try:
+                entry.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                self.dangling.append(name)
+            except OSError as error:
+                self.unreadable.append(f"{name} ({error.strerror})")
+            else:
+                if entry.is_dir() or entry.is_file():
+                    yield entry
+                else:
+                    self.not_images.append(name)  # a device or a pipe
+
+    def _files_below(self, folder: str, parents: tuple[str, ...] = ()) -> "Iterator[os.DirEntry[str]]":
+        """Yield every file at any depth, following links."""
+        real_path = os.path.realpath(folder)
+        if real_path in parents:
+            self.unreadable.append(f"{folder} (links to one of its parent folders)")
+            return
+        for entry in self._entries(folder):
+            if entry.is_dir():
+                yield from self._files_below(entry.path, (*parents, real_path))
+            else:
+                yield entry
 
 
 @dataclass(frozen=True)
@@ -131,10 +298,12 @@ class _ImageAt:
     folder: Path
     names: list[str]
     labels: Integers
+    other_keys: dict[str, str]
 
     def __call__(self, i: int) -> SourceImage:
         name = self.names[i]
-        return SourceImage(_key(name), int(self.labels[i]), name, ReadFile(str(self.folder / name)))
+        key = self.other_keys.get(name) or _key(name)
+        return SourceImage(key, int(self.labels[i]), name, ReadFile(str(self.folder / name)))
 
 
 def _key(name: str) -> str:
@@ -142,32 +311,6 @@ def _key(name: str) -> str:
     return str(Path(name).with_suffix("")).replace(".", "_")
 
 
-def _files_below(folder: str, unreadable: list[str], parents: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
-    """Yield the path and size of every file at any depth, following links.
-
-    A broken link has size 0 and fails when it is read.
-    """
-    real_path = os.path.realpath(folder)
-    if real_path in parents:
-        unreadable.append(f"{folder} (links to one of its parent folders)")
-        return
-    try:
-        with os.scandir(folder) as found:
-            entries = sorted(
-                ((entry.path, entry.is_dir(), _size(entry)) for entry in found), key=lambda entry: entry[0]
-            )
-    except OSError as error:
-        unreadable.append(f"{folder} ({error.strerror})")
-        return
-    for path, is_folder, size in entries:
-        if is_folder:
-            yield from _files_below(path, unreadable, (*parents, real_path))
-        else:
-            yield path, size
-
-
-def _size(entry: "os.DirEntry[str]") -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:
-        return 0
+def _has_control_characters(name: str) -> bool:
+    """Return whether a name has characters that no list or table can hold: control characters, or invalid UTF-8."""
+    return any(unicodedata.category(character) in ("Cc", "Cs") for character in name)

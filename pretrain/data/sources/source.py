@@ -58,6 +58,7 @@ class Source:
         image: Function that returns the image at a position.
         notes: Remarks for the user, one sentence each.
         problems: Reasons why images would be lost, one sentence each; making shards refuses them unless told otherwise.
+        held_out: Whether each image belongs to the validation split of the source [N]; None if it has no splits.
     """
 
     class_names: list[str]
@@ -67,6 +68,7 @@ class Source:
     image: Callable[[int], SourceImage]
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    held_out: npt.NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,10 +81,22 @@ class Source:
             [self.names[row] for row in rows],
             self.labels[rows],
             self.sizes[rows],
-            lambda i: self.image(int(rows[i])),
+            _Taken(self.image, rows),
             self.notes,
             self.problems,
+            None if self.held_out is None else self.held_out[rows],
         )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A callable that returns the image at a position of a selection; it can be sent to loader workers."""
+
+    image: Callable[[int], SourceImage]
+    rows: Integers
+
+    def __call__(self, i: int) -> SourceImage:
+        return self.image(int(self.rows[i]))
 
 
 def keep_classes(source: Source, names: Sequence[str]) -> Source:
@@ -122,3 +136,10 @@ def summarize(names: list[str], singular: str, plural: str) -> list[str]:
         return []
     shown = ", ".join(names[:MAX_NAMES_SHOWN]) + (", ..." if len(names) > MAX_NAMES_SHOWN else "")
     return [f"{len(names)} {singular if len(names) == 1 else plural}: {shown}"]
+
+
+def summarize_faults(faults: list[str]) -> list[str]:
+    """Return one line with the number of faults of samples and tars and the first few of them; none without faults."""
+    more = "; ..." if len(faults) > MAX_NAMES_SHOWN else ""
+    number = "1 sample or tar" if len(faults) == 1 else f"{len(faults)} samples or tars"
+    return [f"{number} that cannot be used: {'; '.join(faults[:MAX_NAMES_SHOWN])}{more}"] if faults else []

@@ -12,6 +12,7 @@ from pretrain.data.sources.source import Content, Integers, Source, SourceImage,
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.remote import FetchPolicy, fetch_bytes, is_remote
 from pretrain.errors import DataError
+from pretrain.files import text_encoding
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray, Table
@@ -111,6 +112,7 @@ def list_table(
         labels,
         sizes,
         image,
+        summarize(_unused(names, labels), "class without images", "classes without images"),
         problems=[
             *summarize([f"row {row + 1}" for row in no_image], "row without an image", "rows without an image"),
             *summarize([f"row {row + 1}" for row in no_label], "row without a label", "rows without a label"),
@@ -121,16 +123,37 @@ def list_table(
 def _read(path: Path) -> "Table":
     """Read a table. pyarrow is imported here because most sources do not need it."""
     import pyarrow as pa
-    from pyarrow import csv, parquet
+    from pyarrow import parquet
 
     try:
-        if path.suffix == ".parquet":
-            return parquet.read_table(path)
-        return csv.read_csv(path, parse_options=csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ","))
+        return parquet.read_table(path) if path.suffix == ".parquet" else _read_csv(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable table ({error}); save it again as .csv, .tsv or .parquet") from None
+
+
+def _read_csv(path: Path) -> "Table":
+    """Read a .csv or .tsv file. Codes such as 01 stay text, and an empty field is a missing value."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    def read(**options: Any) -> "Table":
+        return csv.read_csv(
+            path,
+            csv.ReadOptions(encoding=text_encoding(path)),
+            csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True),
+            csv.ConvertOptions(null_values=[""], strings_can_be_null=True, **options),
+        )
+
+    table = read()
+    numbers = [field.name for field in table.schema if pa.types.is_integer(field.type)]
+    if numbers:
+        texts = read(include_columns=numbers, column_types=dict.fromkeys(numbers, pa.string()))
+        for name in numbers:
+            if not table.column(name).cast(pa.string()).equals(texts.column(name)):
+                table = table.set_column(table.column_names.index(name), name, texts.column(name))
+    return table
 
 
 def _column(path: Path, table: "Table", requested: str | None, defaults: Sequence[str], option: str) -> str:
@@ -167,6 +190,12 @@ def _labels(name: str, column: "ChunkedArray", class_names: Sequence[str] | None
         [sentence] = summarize(unknown, "class is missing from --class-names", "classes are missing from --class-names")
         raise DataError(f"{name}: {sentence}; add a line for each")
     return np.asarray([numbers[class_name] for class_name in column.to_pylist()], np.int64), names
+
+
+def _unused(names: Sequence[str], labels: Integers) -> list[str]:
+    """Return the names of the classes that no row has."""
+    used = set(labels.tolist())
+    return [name for label, name in enumerate(names) if label not in used]
 
 
 def _is_text(column: "ChunkedArray") -> bool:

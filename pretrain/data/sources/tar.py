@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.sources.source import Content, Source, SourceImage, summarize
-from pretrain.data.storage.archive import BLOCK_BYTES, TarReader, open_tar
+from pretrain.data.sources.source import Content, Source, SourceImage, summarize, summarize_faults
+from pretrain.data.storage.archive import BLOCK_BYTES, Member, TarReader, open_tar
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.local import read_range
-from pretrain.data.storage.remote import FetchPolicy, fetch_range, is_remote
+from pretrain.data.storage.remote import FetchPolicy, MissingObjectError, StalledFetchError, fetch_range, is_remote
 from pretrain.data.storage.webdataset import image_of, label_of, metadata_of, name_classes, samples_of
+from pretrain.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -60,30 +61,48 @@ def list_tars(
         label_key: JSON key of the label for samples without .cls; None if the samples have no labels.
         policy: Timeouts for remote tars.
         progress: Function called with the number of samples listed since the last call.
+
+    Raises:
+        DataError: If a tar does not exist, or its host does not answer.
     """
+    if missing := [tar for tar in tars if not is_remote(tar) and not Path(tar).exists()]:
+        raise DataError(f"{missing[0]}: no such file; check the path")
     keys: list[str] = []
     rows: list[tuple[int, int, int, int]] = []  # label, tar, offset, size
     ignored: Counter[str] = Counter()
     names_found: dict[int, str] = {}
     tar_of_key: dict[str, str] = {}
     repeated: list[str] = []
+    unusable: list[str] = []
+
+    def add(number: int, tar: str, key: str, members: dict[str, Member]) -> None:
+        image_of(tar, key, members)
+        metadata = metadata_of(tar, key, members.get("json"))
+        label = label_of(tar, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
+        if isinstance(metadata.get("class"), str):
+            names_found[label] = metadata["class"]
+        if key in tar_of_key:
+            repeated.append(f"{key} in {tar} (also in {tar_of_key[key]})")
+            return
+        tar_of_key[key] = tar
+        start = min(member.header_offset for member in members.values())
+        end = max(member.offset + member.size for member in members.values())
+        keys.append(key)
+        rows.append((label, number, start, end - start + -(end - start) % BLOCK_BYTES))
+
     for number, tar in enumerate(tars):
-        with open_tar(tar, policy) as stream:
-            for key, members in samples_of(TarReader(tar, stream, _is_label_file), ignored):
-                progress(1)
-                image_of(tar, key, members)
-                metadata = metadata_of(tar, key, members.get("json"))
-                label = label_of(tar, key, members.get("cls"), metadata, label_key) if label_key else NO_LABEL
-                if isinstance(metadata.get("class"), str):
-                    names_found[label] = metadata["class"]
-                if key in tar_of_key:
-                    repeated.append(f"{key} in {tar} (also in {tar_of_key[key]})")
-                    continue
-                tar_of_key[key] = tar
-                start = min(member.header_offset for member in members.values())
-                end = max(member.offset + member.size for member in members.values())
-                keys.append(key)
-                rows.append((label, number, start, end - start + -(end - start) % BLOCK_BYTES))
+        try:
+            with open_tar(tar, policy) as stream:
+                for key, members in samples_of(TarReader(tar, stream, _is_label_file), ignored):
+                    progress(1)
+                    try:
+                        add(number, tar, key, members)
+                    except DataError as error:
+                        unusable.append(str(error))
+        except (MissingObjectError, StalledFetchError):
+            raise
+        except DataError as error:
+            unusable.append(str(error))  # the rest of the tar
     columns = np.asarray(rows, np.int64).reshape(-1, 4)
     names = name_classes(int(columns[:, 0].max(initial=-1)), class_names, names_found) if label_key else []
 
@@ -98,7 +117,10 @@ def list_tars(
         columns[:, 3],
         image,
         [f"{count} {kind}, skipped" for kind, count in ignored.items()],
-        summarize(repeated, "sample whose key is taken", "samples whose keys are taken"),
+        [
+            *summarize(repeated, "sample whose key is taken", "samples whose keys are taken"),
+            *summarize_faults(unusable),
+        ],
     )
 
 

@@ -73,6 +73,23 @@ class CacheCounts:
     retries: int = 0
 
 
+def prepare_cache_folder(folder: Path) -> None:
+    """Create the cache folder, or a folder in it.
+
+    Raises:
+        CacheError: If no home folder is known, or the folder cannot be written.
+    """
+    fix = "set data.cache_dir to a folder that you can write to"
+    if folder.parts[:1] == ("~",):
+        raise CacheError(f"{folder}: no home folder is known, because HOME is not set; {fix}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CacheError(f"{folder}: cannot be created ({error.strerror}); {fix}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CacheError(f"{folder}: cannot be written; {fix}")
+
+
 class Cache:
     """A folder of verified copies of remote objects that never exceeds its size limit.
 
@@ -208,7 +225,7 @@ class Cache:
         """Open and lock a cached object; return None on a miss."""
         try:
             descriptor = os.open(self._path(wanted), os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_nlink == 0:  # evicted between open and lock
@@ -268,7 +285,7 @@ class Cache:
             raise CacheError(
                 f"{wanted.url}: {wanted.num_bytes} bytes, more than the whole cache; increase data.cache_bytes"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        prepare_cache_folder(self.folder)
         with self._locked():
             if self._path(wanted).exists():
                 return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.data.storage.archive import Member, TarReader
 from pretrain.errors import DataError
+from pretrain.files import text_encoding
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_KEY = "label"  # key of the label in a sample's JSON
@@ -139,7 +140,10 @@ def read_class_names(path: Path) -> list[str]:
         DataError: If the file cannot be read or has no names.
     """
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = path.read_text(encoding=text_encoding(path)).split("\n")  # no other character ends a line of a list
+        names = [name for line in lines if (name := line.strip(" \t\r"))]
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: is not text in UTF-8 or UTF-16; save it again as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot read the class names: {error.strerror}; name a text file") from None
     if not names:

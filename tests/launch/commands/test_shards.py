@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -111,3 +112,14 @@ def test_find_tars_lists_local_names_or_urls(tmp_path: Path) -> None:
         find_tars_to_index("http://host/{0..1}.tar", None)
     with pytest.raises(UserError, match=r"out: the indexes of a local folder are written next to its tars; remove"):
         find_tars_to_index(str(tmp_path / "in"), tmp_path / "out")
+
+
+def test_scaled_grayscale_is_said(tmp_path: Path, vitrail: Vitrail) -> None:
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    for name, highest in (("a", 4095), ("b", 4000), ("c", 65535)):
+        values = np.full((8, 8), highest, np.uint16)
+        Image.fromarray(values).save(tmp_path / "in" / "x" / f"{name}.png")
+    done = vitrail("shards", "make", tmp_path / "in", tmp_path / "out", "--validation", "0")
+    assert done.code == 0, done.err
+    assert "2 images of 16-bit grayscale whose values use 12 bits: scaled from 12 to 8 bits" in done.out
+    assert "1 image of 16-bit grayscale whose values use 16 bits: scaled from 16 to 8 bits" in done.out

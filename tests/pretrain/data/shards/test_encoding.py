@@ -22,7 +22,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 @pytest.mark.parametrize(("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
 def test_readable_formats_keep_their_bytes(kind: str, extension: str) -> None:
     data = encoded(PHOTO, kind)
-    assert Encoding()(data) == (data, extension, 640, 427)
+    assert Encoding()(data)[:4] == (data, extension, 640, 427)
     assert Encoding(shorter_side=427)(data).data == data  # already small enough
     assert Encoding(format=extension)(data).data == data  # type: ignore[arg-type]
 

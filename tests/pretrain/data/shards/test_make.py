@@ -110,12 +110,11 @@ def test_long_and_non_ascii_names_are_kept(tmp_path: Path) -> None:
     ("fault", "expected"),
     [
         ("empty", "1 class without images: bird"),
-        ("twice", "1 image whose key is taken: china/crop.1.png (same as china/crop.1.jpg)"),
         ("outside", "1 image outside of the classes: stray.png"),
         ("text", "china/broken.jpg"),
         ("cut", "china/cut.jpg"),
-        ("link", "china/link.jpg: [Errno 2] No such file or directory"),
-        ("name", "1 name that is not printable: 'china/new\\nline.png'"),
+        ("link", "1 link that leads nowhere: china/link.jpg"),
+        ("name", "1 name with control characters: 'china/new\\nline.png'"),
     ],
 )
 def test_lost_images_are_an_error_without_skip_bad(tmp_path: Path, photos: Path, fault: str, expected: str) -> None:
@@ -123,8 +122,6 @@ def test_lost_images_are_an_error_without_skip_bad(tmp_path: Path, photos: Path,
     image = Image.new("RGB", (8, 8))
     if fault == "empty":
         (photos / "bird").mkdir()
-    elif fault == "twice":
-        image.save(photos / "china" / "crop.1.png")
     elif fault == "outside":
         image.save(photos / "stray.png")
     elif fault == "text":

@@ -12,6 +12,7 @@ from pretrain.data.sources.source import Source
 from pretrain.data.sources.table import Columns, list_table
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.remote import FetchPolicy
+from pretrain.data.storage.webdataset import read_class_names
 from pretrain.errors import DataError
 
 
@@ -54,8 +55,7 @@ def test_rows_become_samples(images: Path, suffix: str) -> None:
     content = image.read()
     assert content.image == (images / "in" / "4.png").read_bytes()
     assert content.metadata == {"caption": "猫"}
-    missing = source.image(2).read().metadata
-    assert missing == ({"caption": ""} if suffix != "parquet" else {})  # CSV has no null for text
+    assert source.image(2).read().metadata == {}
 
 
 def test_numeric_labels_are_named_by_a_list(images: Path) -> None:
@@ -67,6 +67,30 @@ def test_numeric_labels_are_named_by_a_list(images: Path) -> None:
     unlabeled = listed(table, labeled=False)
     assert (unlabeled.class_names, unlabeled.labels.tolist()) == ([], [NO_LABEL, NO_LABEL])
     assert unlabeled.image(0).read().metadata == {"target": 3}
+
+
+def test_codes_with_leading_zeros_are_names(images: Path) -> None:
+    (images / "t.csv").write_text("path,label,code\nin/0.png,01,007\nin/1.png,01,008\nin/2.png,02,010\n")
+    source = listed(images / "t.csv")
+    assert (source.class_names, source.labels.tolist()) == (["01", "02"], [0, 0, 1])
+    assert source.image(0).read().metadata == {"code": "007"}
+    (images / "t.csv").write_text("path,label\nin/0.png,1\nin/1.png,2\n")
+    source = listed(images / "t.csv")
+    assert (source.class_names, source.labels.tolist()) == (["0", "1", "2"], [1, 2])
+    assert source.notes == ["1 class without images: 0"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_tables_and_lists_may_have_a_byte_order_mark(images: Path, encoding: str) -> None:
+    (images / "t.csv").write_text("path,label\nin/0.png,猫\nin/1.png,chat\u3000noir\n", encoding=encoding)
+    assert listed(images / "t.csv").class_names == ["chat\u3000noir", "猫"]
+    (images / "classes.txt").write_text("猫\r\nchat\u3000noir\u200d \n\n", encoding=encoding, newline="")
+    assert read_class_names(images / "classes.txt") == ["猫", "chat\u3000noir\u200d"]
+
+
+def test_an_empty_field_is_a_missing_value(images: Path) -> None:
+    (images / "t.csv").write_text("path,label\nin/0.png,owl\n,owl\nin/2.png,\n")
+    assert listed(images / "t.csv").problems == ["1 row without an image: row 2", "1 row without a label: row 3"]
 
 
 def test_rows_without_image_or_label_are_problems(images: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.unreliable_server import UnreliableServer, serve
-from pretrain.data.storage.cache import Cache, RemoteObject
+from pretrain.data.storage.cache import Cache, CacheError, RemoteObject
 from pretrain.data.storage.remote import FetchPolicy, StalledFetchError
 from pretrain.errors import DataError
 from tests.support.disk import folder_size
@@ -127,6 +127,13 @@ def test_open_objects_are_not_evicted(server: UnreliableServer, tmp_path: Path) 
         other.read_range(wanted[2], 0, 1)
     with pytest.raises(DataError, match=r"more than the whole cache; increase data\.cache_bytes"):
         Cache(tmp_path / "tiny", SIZE - 1, POLICY).read_range(wanted[0], 0, 1)
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(server: UnreliableServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder, reason in ((Path("~/.cache/vitrail"), "HOME is not set"), (tmp_path / "file" / "x", "Not a directory")):
+        with pytest.raises(CacheError, match=rf"{reason}.*; set data.cache_dir to a folder that you can write to"):
+            Cache(folder, 10**9, POLICY).read_range(objects(server)[0], 0, 1)
 
 
 def test_a_download_by_another_process_that_stalls_is_not_called_a_lack_of_room(

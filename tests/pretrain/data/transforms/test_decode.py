@@ -1,16 +1,24 @@
 """Decoding gives Pillow's pixels for every format, and refuses damaged or hostile files."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from sklearn.datasets import load_sample_image
 
 from pretrain.data.shards.encoding import Encoding
 from pretrain.data.transforms import decode as decode_module
-from pretrain.data.transforms.decode import DecodeError, DeepGrayscaleError, EncodedJpeg, decode, decode_unless_jpeg
+from pretrain.data.transforms.decode import (
+    DecodeError,
+    DeepGrayscaleError,
+    EncodedJpeg,
+    decode,
+    decode_unless_jpeg,
+    is_image,
+)
 
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[:90, :130])
 
@@ -96,3 +104,80 @@ def test_decompression_bomb_is_refused_before_decoding(
     monkeypatch.setattr(decode_module, "MAX_PIXELS", 90 * 130 - 1)
     with pytest.raises(DecodeError, match="130 x 90 pixels, more than the limit"):
         decode(encoded(PHOTO, kind))
+
+
+def segment(marker: int, payload: bytes) -> bytes:
+    """A segment of a JPEG's header."""
+    return bytes([0xFF, marker]) + struct.pack(">H", len(payload) + 2) + payload
+
+
+EXIF_6 = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+XMP_6 = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+HEADERS = {
+    "first": segment(0xE1, EXIF_6),
+    "behind others": segment(0xED, b"Photoshop 3.0\0" + bytes(60_000)) + segment(0xFE, b"note") + segment(0xE1, EXIF_6),
+    "behind fill bytes": b"\xff\xff" + segment(0xE1, EXIF_6),
+    "XMP": segment(0xE1, XMP_6),
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_orientation_is_found_wherever_it_stands(header: bytes) -> None:
+    data = encoded(PHOTO, "JPEG", quality=95)
+    data = data[:2] + header + data[2:]
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert upright.size == (90, 130)
+    assert abs(decode(data).astype(int) - np.asarray(upright).astype(int)).mean() < 0.1
+    assert not isinstance(decode_unless_jpeg(data), EncodedJpeg)
+
+
+def test_good_pixels_are_taken_whatever_is_broken_beside_them() -> None:
+    jpeg, png = encoded(PHOTO, "JPEG"), encoded(PHOTO, "PNG")
+    broken_exif, broken_profile = (
+        segment(0xE1, b"Exif\0\0II*\0\xff\xff"),
+        segment(0xE2, b"ICC_PROFILE\0\x01\x02" + bytes(40)),
+    )
+    assert np.array_equal(decode(jpeg[:-2] + bytes(99) + jpeg[-2:]), decode(jpeg))
+    for broken in (broken_exif, broken_profile):
+        assert np.array_equal(decode(jpeg[:2] + broken + jpeg[2:]), decode(jpeg))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * (2 << 20), zip=True)
+    assert np.array_equal(decode(encoded(PHOTO, "PNG", pnginfo=text)), decode(png))
+    assert np.array_equal(decode(encoded(PHOTO, "PNG", icc_profile=bytes(2 << 20))), decode(png))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    assert decode(encoded(PHOTO, "PNG", exif=turned, pnginfo=text)).shape == (130, 90, 3)
+
+
+def test_damaged_pixels_are_still_refused() -> None:
+    data = bytearray(encoded(PHOTO, "JPEG"))
+    start = data.index(b"\xff\xda") + 40
+    data[start : start + 200] = bytes(200)
+    with pytest.raises(DecodeError):
+        decode(bytes(data))
+    png = bytearray(encoded(PHOTO, "PNG"))
+    png[png.index(b"IDAT") + 20] ^= 0x55
+    with pytest.raises(DecodeError):
+        decode(bytes(png))
+
+
+@pytest.mark.parametrize(("highest", "bits"), [(200, 8), (1023, 10), (4095, 12), (5000, 14), (65535, 16)])
+def test_deep_grayscale_is_scaled_by_the_bits_that_it_uses(highest: int, bits: int) -> None:
+    values = np.linspace(0, highest, 4 * 5).round().astype(np.uint16).reshape(4, 5)
+    data = encoded(Image.fromarray(values), "PNG")
+    assert np.array_equal(decode(data, scales=True)[..., 0], values >> (bits - 8))
+
+
+def test_an_image_that_cannot_be_read_here_is_named() -> None:
+    with pytest.raises(DecodeError, match="JPEG XL image, which Pillow cannot read; convert it to PNG or JPEG"):
+        decode(b"\xff\x0a" + bytes(40))
+    with pytest.raises(DecodeError, match="not an image of a known format"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would start Ghostscript
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "TGA", "PPM"])
+def test_every_format_is_an_image(kind: str, tmp_path: Path) -> None:
+    picture = PHOTO.resize((64, 64))
+    (tmp_path / "image").write_bytes(encoded(picture, kind))
+    assert is_image(tmp_path / "image")
+    assert decode(encoded(picture, kind)).shape == (64, 64, 3)
