@@ -175,7 +175,9 @@ def test_an_image_that_cannot_be_read_here_is_named() -> None:
         decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would start Ghostscript
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "TGA", "PPM"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "TGA", "PPM", "HEIF"]
+)
 def test_every_format_is_an_image(kind: str, tmp_path: Path) -> None:
     picture = PHOTO.resize((64, 64))
     (tmp_path / "image").write_bytes(encoded(picture, kind))
