@@ -20,6 +20,7 @@ from pretrain.data.dataset.subset import LabelSubset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import UserError
+from pretrain.files import make_writable
 from pretrain.indexing import index_new_tars
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import apply_layer_decay
@@ -95,7 +96,7 @@ def build_accelerator(config: FinetuneConfig) -> Accelerator:
         UserError: If a variable that `accelerate launch` sets from its own config would wrap the model.
     """
     for name in (name for name in WRAPPERS if os.environ.get(name, "").lower() in ("1", "true")):
-        raise UserError(f"{name} is set, as by `accelerate launch` from its config, but has no place here; unset it")
+        raise UserError(f"{name} is set, perhaps by `accelerate launch`, but fine-tuning does not support it; unset it")
     for name in OVERRIDDEN:
         os.environ.pop(name, None)
     # Some architectures have parameters that classification never uses, such as DINOv2's mask token.
@@ -138,12 +139,8 @@ def check_run_dir(config: FinetuneConfig) -> None:
         raise UserError(
             f"{model_folder}: a fine-tuned model already exists here; choose another run_dir or set overwrite=true"
         )
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{config.run_dir}: cannot be created ({error.strerror}); choose another run_dir") from None
-    if not os.access(config.run_dir, os.W_OK | os.X_OK):
-        raise UserError(f"{config.run_dir}: cannot be written; choose another run_dir")
+    if reason := make_writable(config.run_dir):
+        raise UserError(f"{config.run_dir}: {reason}; choose another run_dir")
     if (config.run_dir / PRETRAINING_FOLDER).exists():
         raise UserError(f"{config.run_dir}: this folder contains a pretraining run; choose another run_dir")
 

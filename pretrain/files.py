@@ -133,3 +133,12 @@ def text_encoding(path: Path) -> str:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     return "utf-8-sig" if start == codecs.BOM_UTF8 else "utf-8"
+
+
+def make_writable(folder: Path) -> str:
+    """Create a folder unless it exists; return why files cannot be written to it, or an empty string."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot be created ({error.strerror})"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else "cannot be written"

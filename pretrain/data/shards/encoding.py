@@ -21,7 +21,7 @@ class StoredImage(NamedTuple):
         extension: File name extension: jpg, png or webp.
         width: Width of the decoded image, in pixels.
         height: Height of the decoded image, in pixels.
-        scaled_from: Bits that the values of 16-bit grayscale used before they were scaled to 8; 0 for other images.
+        scaled_from: Number of bits that the values of 16-bit grayscale used before scaling to 8 bits; 0 for others.
     """
 
     data: bytes

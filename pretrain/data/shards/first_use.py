@@ -73,7 +73,7 @@ def index_tars(
         try:
             prepare_cache_folder(out)
         except CacheError as error:
-            raise DataError(f"{folder}: the index of its tars has no place: {error}") from None
+            raise DataError(f"{folder}: the index of its tars cannot be stored: {error}") from None
     with _locked(out / LOCK_FILE, waiting=lambda: progress(0, num_tars)):
         if (out / DATASET_FILE).exists():
             return []

@@ -79,22 +79,20 @@ def list_folder(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name a folder, or `digits` for the built-in source")
     scan, splits = _FolderScan(folder, progress), find_splits(folder) if may_have_splits else None
+    add = scan.add_classes if labeled else scan.add_unlabeled
     if splits is None:
-        return scan.source(scan.add_classes("") if labeled else scan.add_unlabeled(""))
+        return scan.source(add(""))
     unused = scan.look_beside(splits)
-    class_names = scan.add_classes(splits.train) if labeled else scan.add_unlabeled(splits.train)
+    class_names = add(splits.train)
     num_training = len(scan.names)
-    if labeled:
-        scan.add_classes(splits.validation, class_names)
-    else:
-        scan.add_unlabeled(splits.validation)
+    add(splits.validation, class_names)
     source = scan.source(class_names)
     held_out = np.arange(len(source)) >= num_training
     copies = [row for row in np.flatnonzero(held_out).tolist() if _is_copy(folder, splits, source.names[row])]
     source = source.take(np.setdiff1d(np.arange(len(source)), copies))
     source.held_out = np.delete(held_out, copies)
     both = [scan.names[row] for row in copies]
-    source.problems += summarize(both, "image of both splits", "images of both splits")
+    source.problems += summarize(both, "image that is in both splits", "images that are in both splits")
     source.notes.append(
         f"{folder}: {splits.train}/ and {splits.validation}/ are taken as its splits, with {num_training} training and "
         f"{len(source) - num_training} validation images"
@@ -175,13 +173,13 @@ class _FolderScan:
                 found.append(entry.name)
             else:
                 self.empty_classes.append(name)
-        if not found and not self.empty_classes and not self.dangling:
+        if not (found or self.empty_classes or self.unknown_classes or self.dangling):
             expected = f"expected one subfolder per class, such as {top}/cat/1.jpg"
             raise DataError(f"{top}: has no subfolders, so its images have no classes; {expected}")
         return found if class_names is None else list(class_names)
 
-    def add_unlabeled(self, inside: str) -> list[str]:
-        """Add all images at any depth of a folder; return the classes, which are none."""
+    def add_unlabeled(self, inside: str, class_names: Sequence[str] | None = None) -> list[str]:
+        """Add all images at any depth of a folder, without classes; takes and returns what `add_classes` does."""
         self.add(inside, NO_LABEL)
         return []
 

@@ -31,7 +31,7 @@ from pretrain.data.storage.remote import (
     read_pieces,
 )
 from pretrain.errors import DataError
-from pretrain.files import PARTIAL, partial_path, publish, sync
+from pretrain.files import PARTIAL, make_writable, partial_path, publish, sync
 
 POLL_SECONDS = 0.02
 PREFETCH_PAUSE_SECONDS = 0.2
@@ -82,12 +82,8 @@ def prepare_cache_folder(folder: Path) -> None:
     fix = "set data.cache_dir to a folder that you can write to"
     if folder.parts[:1] == ("~",):
         raise CacheError(f"{folder}: no home folder is known, because HOME is not set; {fix}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CacheError(f"{folder}: cannot be created ({error.strerror}); {fix}") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CacheError(f"{folder}: cannot be written; {fix}")
+    if reason := make_writable(folder):
+        raise CacheError(f"{folder}: {reason}; {fix}")
 
 
 class Cache:

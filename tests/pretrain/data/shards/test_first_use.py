@@ -200,7 +200,7 @@ def test_cache_that_cannot_be_written_is_reported(tmp_path: Path, read_only: Cal
     folder = read_only(write_tars(tmp_path / "tars", labeled_by_cls))
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(
-        DataError, match=r"tars: the index of its tars has no place: .*cannot be created .*; set data\.cache_dir"
+        DataError, match=r"tars: the index of its tars cannot be stored: .*cannot be created .*; set data\.cache_dir"
     ):
         index_new(folder, tmp_path / "cache")
 

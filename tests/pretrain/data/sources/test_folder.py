@@ -188,6 +188,11 @@ def test_splits_of_a_folder_are_kept(animals: Path, tmp_path: Path) -> None:
     assert list_folder(tmp_path / "whole").problems == [
         "1 validation class that has no training images: val/bird",
     ]
+    for name in ("cat", "dog"):
+        (tmp_path / "whole" / "val" / name).rename(tmp_path / name)
+    assert list_folder(tmp_path / "whole").problems == ["1 validation class that has no training images: val/bird"]
+    for name in ("cat", "dog"):
+        (tmp_path / name).rename(tmp_path / "whole" / "val" / name)
     shutil.rmtree(tmp_path / "whole" / "val" / "bird")
     (tmp_path / "whole" / "test").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "whole" / "beside.png")
@@ -198,7 +203,7 @@ def test_splits_of_a_folder_are_kept(animals: Path, tmp_path: Path) -> None:
     (tmp_path / "whole" / "beside.png").unlink()
     shutil.copy(tmp_path / "whole" / "train" / "cat" / "2.jpg", tmp_path / "whole" / "val" / "cat" / "2.jpg")
     copied = list_folder(tmp_path / "whole")
-    assert copied.problems == ["1 image of both splits: val/cat/2.jpg"]
+    assert copied.problems == ["1 image that is in both splits: val/cat/2.jpg"]
     assert (len(copied), int(copied.held_out.sum())) == (9, 3)  # type: ignore[union-attr]
 
 
