@@ -93,7 +93,8 @@ class Dataset(ABC):
 
     def describe(self) -> str:
         """Return the number of images and classes in words."""
-        return f"{sum(self.shard_sizes)} images in {len(self.class_names)} classes"
+        classes = f"in {len(self.class_names)} classes" if self.class_names else "without labels"
+        return f"{sum(self.shard_sizes)} images {classes}"
 
     def order(self, seed: int, window: int, repeats: RepeatedAugmentation = NO_REPEATS) -> Order:
         """Return the order in which a run visits the samples.

@@ -210,6 +210,7 @@ def test_splits_of_a_folder_are_kept(animals: Path, tmp_path: Path) -> None:
 def test_a_flat_folder_needs_no_classes_where_no_labels_are_used(animals: Path) -> None:
     dataset = open_dataset(animals / "cat", labeled=False)
     assert (sum(dataset.shard_sizes), dataset.class_names) == (3, [])
+    assert dataset.describe() == "3 images without labels"
     (animals / "README.txt").write_text("two classes")
     assert open_dataset(animals, labeled=False).class_names == ["cat", "dog"]
     with pytest.raises(DataError, match="has no subfolders, so its images have no classes"):
