@@ -157,7 +157,7 @@ def plot(dataset: Dataset, stats: Stats, path: Path) -> None:
         )
         axes["mosaic"].imshow(_mosaic(dataset))
         axes["mosaic"].set_axis_off()
-        axes["mosaic"].set_title(f"{len(stats.sizes):,} images in {len(stats.class_names)} classes", fontsize=15)
+        axes["mosaic"].set_title(dataset.describe(), fontsize=15)
         _plot_classes(axes["classes"], stats)
         # Start at 0.4, so that a single image is visible.
         shades = ListedColormap(mpl.colormaps["GnBu"](np.linspace(0.4, 1.0, 256)))
