@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from pretrain import distributed
 from pretrain.checkpoint.manifest import Manifest
@@ -26,7 +27,7 @@ from pretrain.distributed import on_all_ranks
 from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
 from pretrain.engine.protocol import TrainingEngine
-from pretrain.errors import CheckpointError, DivergedError
+from pretrain.errors import CheckpointError, DivergedError, UserError
 from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
 from pretrain.indexing import index_new_tars
@@ -50,6 +51,11 @@ class Data:
         """Digest of the content of each set."""
         sets = {"training": self.training, "validation": self.validation}
         return {name: dataset.digest for name, dataset in sets.items() if dataset}
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Number of training samples; 0 if it is unknown, because they are streamed."""
+        return sum(self.training.shard_sizes) if isinstance(self.training, Dataset) else 0
 
     @property
     def notes(self) -> list[str]:
@@ -157,6 +163,7 @@ def open_run(config: PretrainConfig, *, must_resume: bool = False) -> Iterator[R
             on_progress=lambda: watch.enter("index"),
         )
         data = on_all_ranks(lambda: open_data(config))
+        config = on_all_ranks(lambda: with_schedule_in_steps(config, data))
         checkpoint = find_resumable_checkpoint(config.run_dir, must_resume=must_resume)
         objective = on_all_ranks(lambda: build_model(config, data, is_new=checkpoint is None))
         yield build_run(config, watch, data, objective, checkpoint)
@@ -203,6 +210,22 @@ def open_data(config: PretrainConfig) -> Data:
     if labeled:
         check_classes(training, validation, config.data, needed_by=f"objective.name={config.objective.name}")
     return Data(training, validation)
+
+
+def with_schedule_in_steps(config: PretrainConfig, data: Data) -> PretrainConfig:
+    """Return the config with the epochs of its schedule converted to optimizer steps.
+
+    Raises:
+        UserError: If so few steps result that the warm-up and the cool-down use up all of them.
+    """
+    if not data.samples_per_epoch:
+        return config
+    samples_per_epoch = data.samples_per_epoch * config.data.repeats
+    try:
+        schedule = config.schedule.in_steps(samples_per_epoch, config.engine.global_batch_size)
+    except ValidationError as error:
+        raise UserError(f"schedule.epochs={config.schedule.epochs:g}: {error.errors()[0]['msg']}") from None
+    return config.model_copy(update={"schedule": schedule})
 
 
 def open_training_stream(config: PretrainConfig, policy: FetchPolicy, validation: Dataset | None) -> TarStream:

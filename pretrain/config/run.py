@@ -84,6 +84,10 @@ class PretrainConfig(Section):
             sentence = f"required by data.stream=true with objective.name={self.objective.name} but missing; set it"
             yield Problem(("data.class_names", "data.stream"), sentence)
 
+        if self.data.stream and self.schedule.epochs:
+            sentence = "the number of samples of a stream is unknown; set total_steps instead, or index the tars"
+            yield Problem(("schedule.epochs", "data.stream"), sentence)
+
     def _image_size_problems(self) -> Iterator[Problem]:
         for _, pixels in self.schedule.image_sizes:
             if pixels % self.model.patch_size:

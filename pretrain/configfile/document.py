@@ -5,7 +5,7 @@ Scalars follow YAML 1.2: `1e-4` is a number, `no` is text, `12:30` is text, and 
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pretrain.config.schema import Key, dotted
 from pretrain.errors import UserError
 
 COMMAND_LINE = "command line"
+TEXT = "tag:yaml.org,2002:str"
 
 
 class ConfigError(UserError):
@@ -55,7 +56,7 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "tag:yaml.org,2002:bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
     "tag:yaml.org,2002:int": (r"[-+]?[0-9]+", int),
     "tag:yaml.org,2002:float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", float),
-    "tag:yaml.org,2002:str": (r"(?!)", str),
+    TEXT: (r"(?!)", str),
 }
 _Yaml.yaml_implicit_resolvers = {}
 for _tag, (_pattern, _) in _SCALARS.items():
@@ -67,13 +68,15 @@ class Document:
 
     Args:
         path: YAML file to read.
+        named_sections: Keys of the sections that have a `name`; `objective: mae` is short for `objective: {name: mae}`.
 
     Raises:
         ConfigError: If the file cannot be read, is not valid YAML, or does not contain keys.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, named_sections: Collection[Key] = ()) -> None:
         self.path = path
+        self._named_sections = named_sections
         self.places: dict[Key, str] = {}
         self.mistakes: list[Mistake] = []
         self.values: dict[str, Any] = {}
@@ -140,6 +143,9 @@ class Document:
             sentence = f"the YAML tag {node.tag} is not supported; write the value without a tag"
             self.mistakes.append(Mistake(place(node), key, sentence))
             return None
+        if key in self._named_sections and node.tag == TEXT:
+            self.places[(*key, "name")] = place(node)
+            return {"name": node.value}
         try:
             return _SCALARS[node.tag][1](node.value)
         except ValueError:
