@@ -26,8 +26,8 @@ from pretrain.interval import Interval, interval_metrics
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, outcome_of
 from pretrain.schedules import learning_rate_at, set_learning_rate
 from pretrain.stop_signal import StopSignal
-from pretrain.tracking.progress import ProgressLine
-from pretrain.tracking.tracker import STOP_TIMEOUT_SECONDS, Tracker
+from pretrain.tracking.progress import ProgressLine, summary
+from pretrain.tracking.tracker import METRICS_FILE, STOP_TIMEOUT_SECONDS, Tracker, viewing_command
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     if distributed.is_main():
-        print(_describe(result, command.config.run_dir / MODEL_FOLDER), flush=True)
+        print(_describe(result, command.config), flush=True)
     distributed.leave_process_group()
     return EXIT_DONE if result.stopped_after is None else EXIT_INTERRUPTED
 
@@ -108,6 +108,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
     progress.print_message(_summary(run))
     best, ranks_stopping = None, torch.zeros((), device=device)
     set_training_mode(run.model, freeze_backbone=config.freeze_backbone)
+    progress.begin_first_step(compiles=False)
     with closing(Batches(run)) as batches:
         interval = Interval(device, batches.accumulation_steps)
         for step in range(1, total_steps + 1):
@@ -116,7 +117,8 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
             ranks_stopped = ranks_stopping  # read one step later, so that the host never waits for the current step
             ranks_stopping = distributed.sum_over_ranks(torch.full((), float(should_stop()), device=device))
 
-            if step % config.logging.every_steps == 0 or step == total_steps:
+            progress.end_step()
+            if config.logging.is_due(step) or step == total_steps:
                 _, shared = interval_metrics(interval, batches.meter, run.quarantine, config.data, batch_size)
                 row = {**shared, "optim/learning_rate": learning_rate, "data/samples": step * batch_size}
                 report(run, row, step, tracker, progress)
@@ -227,10 +229,16 @@ def _summary(run: FinetuneRun) -> str:
     )
 
 
-def _describe(result: FinetuneResult, model_folder: Path) -> str:
-    """Return one sentence about how training ended and where the model is."""
-    best, stopped = result.best, result.stopped_after
+def _describe(result: FinetuneResult, config: FinetuneConfig) -> str:
+    """Return how training ended, where its model is, and what to do next."""
+    best, stopped, model_folder = result.best, result.stopped_after, config.run_dir / MODEL_FOLDER
     if best is None:
         return f"stopped after step {stopped}, before the first evaluation: no model was saved"
     saved = f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {model_folder}"
-    return saved if stopped is None else f"stopped after step {stopped}; {saved}"
+    if stopped is not None:
+        return f"stopped after step {stopped}; {saved}"
+    facts = {"metrics": str(config.run_dir / METRICS_FILE)}
+    if view := viewing_command(config.run_dir, config.tracking):
+        facts["MLflow"] = view
+    facts["next"] = f"vitrail predict {model_folder} IMAGE..."
+    return summary(f"done: {saved}", facts)

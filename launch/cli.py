@@ -5,11 +5,13 @@ from typing import Annotated
 
 import typer
 
-import pretrain
 from launch.commands import checkpoints, shards
 from launch.commands.export import export
+from launch.commands.init import init
 from launch.commands.predict import predict
 from launch.commands.supervise import supervise
+from launch.commands.train import finetune, pretrain
+from pretrain import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,8 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: faster, and it can be copied
 )
+app.command("init")(init)
 app.add_typer(shards.app, name="shards")
+app.command("pretrain")(pretrain)
 app.command("export")(export)
+app.command("finetune")(finetune)
 app.command("predict")(predict)
 app.add_typer(checkpoints.app, name="checkpoints")
 app.command("supervise")(supervise)
@@ -27,7 +32,7 @@ app.command("supervise")(supervise)
 def print_version(wanted: bool) -> None:
     """Print the version and exit, if `--version` was given."""
     if wanted:
-        print(f"vitrail {pretrain.__version__}")
+        print(f"vitrail {__version__}")
         sys.exit(0)
 
 
@@ -39,7 +44,7 @@ def vitrail(
 ) -> None:
     """Pretrain Vision Transformers on your images, export them to Hugging Face, and use them.
 
-    Training itself is started by a launcher: deepspeed launch/pretrain.py --help
+    From images to a classifier: init, shards make, pretrain, export, finetune, predict.
 
     Example: vitrail shards make photos/ shards/photos
     """

@@ -109,6 +109,14 @@ class Run:
         self.state = self.state.count_images(num_images)
 
     @property
+    def num_epochs(self) -> float:
+        """Number of passes over the training data in the whole run; 0 if it is unknown, because they are streamed."""
+        if not self.data.samples_per_epoch:
+            return 0.0
+        num_positions = self.config.schedule.total_steps * self.config.engine.global_batch_size
+        return num_positions / (self.data.samples_per_epoch * self.config.data.repeats)
+
+    @property
     def has_diverged(self) -> bool:
         """Whether so many consecutive steps were skipped that the run must roll back."""
         return len(self.skipped_steps.consecutive) >= self.config.health.max_consecutive_skips

@@ -20,11 +20,11 @@ from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
 from pretrain.health import SkippedSteps, StepResult
 from pretrain.interval import Interval, interval_metrics
+from pretrain.messages import describe_end, describe_long_schedule, describe_run
 from pretrain.objectives.objective import Objective
 from pretrain.outcome import Outcome, outcome_of
-from pretrain.run import Data, Run, open_run
+from pretrain.run import Run, open_run
 from pretrain.schedules import learning_rate_at, set_learning_rate
-from pretrain.state import TrainState
 from pretrain.steps import Batches
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
@@ -63,9 +63,9 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
         DONE, STOPPED, or DIVERGED if the run must roll back.
     """
     progress = ProgressLine(run.config.schedule.total_steps, run.state.step, enabled=distributed.is_main())
-    for note in run.data.notes:
-        progress.print_message(note)
-    progress.print_message(describe_run(run.config, run.objective, run.data, run.engine, run.state))
+    for message in (*run.data.notes, describe_run(run), describe_long_schedule(run)):
+        if message:
+            progress.print_message(message)
     evaluator = Evaluator(
         run.config,
         run.data.training if isinstance(run.data.training, Dataset) else None,
@@ -80,10 +80,13 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
         if evaluator.final_is_missing(tracker.kept_rows, run.state.step):
             outcome = evaluate(evaluator, run.state.step, tracker, progress, stop)
         else:
+            progress.begin_first_step(compiles=run.config.engine.compile)
             outcome = train(run, evaluator, tracker, progress, stop)
+        if outcome is Outcome.STOPPED:
+            progress.print_message("stopped as requested; the same command continues the run")
         tracker.finish(MLFLOW_STATUS[outcome], STOP_TIMEOUT_SECONDS if outcome is Outcome.STOPPED else None)
-    if outcome is Outcome.STOPPED and distributed.is_main():
-        print("stopped as requested; the same command continues the run", flush=True)
+    if outcome is Outcome.DONE:
+        progress.print_message(describe_end(run.config))
     return outcome
 
 
@@ -129,6 +132,7 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
         interval.end_step(gradient_norm(engine), health.skipped)
         run.advance()
         step = run.state.step
+        progress.end_step()
 
         if previous is not None:
             outcome = handle_result(run, batches, saver, previous)
@@ -137,7 +141,7 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
         # A run that skips steps needs its older checkpoint to roll back to, so it saves only at its end.
         saves = save_is_due and outcome is not Outcome.DIVERGED and (ends or not run.skipped_steps.consecutive)
         evaluates = outcome is Outcome.DONE and evaluator.is_due(step)
-        if ends or saves or evaluates or step % config.logging.every_steps == 0:
+        if ends or saves or evaluates or config.logging.is_due(step):
             watch.enter("report")
             log_interval(run, interval, batches, learning_rate, tracker, progress)
             if saves:
@@ -266,18 +270,4 @@ def open_tracker(config: PretrainConfig, data_digest: str, config_text: str, res
         RunDescription("pretrain", data_digest, config_text, flatten(config)),
         resume_step=resume_step,
         enabled=distributed.is_main(),
-    )
-
-
-def describe_run(
-    config: PretrainConfig, objective: Objective, data: Data, engine: TrainingEngine, state: TrainState
-) -> str:
-    """Describe a run in one line: model size, data, ranks, ZeRO stage, precision, batch, step and learning rate."""
-    batch_size, num_ranks = config.engine.global_batch_size, distributed.world_size()
-    num_parameters = sum(parameter.numel() for parameter in objective.parameters())
-    return (
-        f"{num_parameters / 1e6:.1f} M parameters, {data.training.describe()}, "
-        f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'} on {engine.device.type}, "
-        f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, batch {batch_size}, from step {state.step}, "
-        f"{config.optimizer.describe_learning_rate(batch_size)}"
     )

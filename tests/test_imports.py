@@ -79,10 +79,17 @@ MAY_IMPORT = {
         "pretrain.tracking",
         "pretrain.distributed",
     },
+    "pretrain.messages": {
+        "pretrain.config",
+        "pretrain.objectives",
+        "pretrain.run",
+        "pretrain.tracking",
+        "pretrain.distributed",
+    },
     "pretrain.train": LEAVES
     | {
         "pretrain.objectives",
-        "pretrain.state",
+        "pretrain.messages",
         "pretrain.evaluation",
         "pretrain.configfile",
         "pretrain.interval",

@@ -11,4 +11,5 @@ def test_every_package_is_named() -> None:
     listed = re.search(r"^packages = (\[.*?\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert listed  # read as Python's, since 3.10 has no tomllib
     folders = [path.parent for top in ("finetune", "launch", "pretrain") for path in (ROOT / top).rglob("__init__.py")]
-    assert ast.literal_eval(listed[1]) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    packages = [".".join(folder.relative_to(ROOT).parts) for folder in folders]
+    assert ast.literal_eval(listed[1]) == sorted([*packages, "launch.recipes"])  # a folder of YAML files

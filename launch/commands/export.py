@@ -42,8 +42,13 @@ def export(
         checkpoint = find_checkpoint(run)
         # Slow imports, so a wrong path is reported before them.
         from pretrain.export.folder import export as export_checkpoint
+        from pretrain.tracking.progress import summary
         from pretrain.tracking.tracker import tag_run
 
         proof = export_checkpoint(checkpoint, out, overwrite, model_type)
     tag_run(checkpoint.parents[1], {"exported_folder": str(out.resolve())})
-    print(f"{out}: loads strictly with transformers and matches the checkpoint to within {proof}")
+    next_command = f"vitrail finetune --config FILE model={out}"
+    if proof.has_classifier:
+        next_command = f"vitrail predict {out} IMAGE..."
+    title = f"{out}: loads strictly with transformers and matches the checkpoint to within {proof}"
+    print(summary(title, {"next": next_command}))

@@ -1,6 +1,10 @@
 """`vitrail supervise`: keep a run going through crashes and hangs."""
 
+import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,17 +35,29 @@ def supervise(
     A mistake in the config or a diverged run is not restarted. goodput.json in the run folder has the time of each
     attempt.
 
+    Example: vitrail supervise -- vitrail pretrain --config my.yaml
+
     Example: vitrail supervise -- deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml
     """
     from launch.supervisor.supervisor import Supervisor
     from pretrain.tracking.tracker import tag_run
 
     with report_errors():
-        supervisor = Supervisor(command, max_failures, fewer_after, report=print_line)
+        supervisor = Supervisor(launcher_command(command), max_failures, fewer_after, report=print_line)
     code = supervisor.run()
     shares = {f"goodput.{name}": f"{seconds:.1f} s" for name, seconds in supervisor.goodput.shares().items()}
     tag_run(supervisor.run_dir, shares)
     sys.exit(code)
+
+
+def launcher_command(command: Sequence[str]) -> list[str]:
+    """Return the launcher's command for `vitrail pretrain`; any other command is returned as it is."""
+    if [Path(word).name for word in command[:2]] != ["vitrail", "pretrain"]:
+        return list(command)
+    printed = subprocess.run([*command, "--print-command"], stdout=subprocess.PIPE, text=True, check=False)
+    if printed.returncode:
+        sys.exit(printed.returncode)
+    return shlex.split(printed.stdout)
 
 
 def print_line(sentence: str) -> None:

@@ -53,7 +53,7 @@ def model_card(manifest: Manifest, config: PretrainConfig, usage: str, proof: Pr
     """
     return CARD.format(
         title=config.run_dir.name,
-        task="image-classification" if "logits" in proof.differences else "image-feature-extraction",
+        task="image-classification" if proof.has_classifier else "image-feature-extraction",
         usage=usage.format(folder="path/to/this/folder", num_classes=len(manifest.class_names)),
         layers=config.model.num_hidden_layers,
         width=config.model.hidden_size,

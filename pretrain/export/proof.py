@@ -43,6 +43,11 @@ class Proof:
     folder: Path
     differences: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def has_classifier(self) -> bool:
+        """Whether the folder predicts classes."""
+        return "logits" in self.differences
+
     def compare(self, name: str, exported: Tensor, trained: Tensor) -> None:
         """Record the largest absolute difference between an output of the folder and of our model.
 

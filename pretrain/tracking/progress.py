@@ -1,5 +1,6 @@
 """Show progress: that of a run as a line of metrics, that of other long work as a bar."""
 
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,22 +28,33 @@ class ProgressLine:
         self.total_steps = total_steps
         self.start_step = start_step
         self.enabled = enabled
-        self._started = time.monotonic()
+        self._first_step_ended: float | None = None
+        self._first_step_began = time.monotonic()
         self._bottleneck: str | None = None
         self._is_terminal = sys.stdout.isatty()
+
+    def begin_first_step(self, *, compiles: bool) -> None:
+        """Start to time the first step; if it compiles the model, say so, because this can take minutes."""
+        self._first_step_began = time.monotonic()
+        if compiles:
+            self.print_message("compiling the model in the first step; this can take some minutes ...")
+
+    def end_step(self) -> None:
+        """Print the duration of the first step; a no-op for later ones, from which the time left is estimated."""
+        if self._first_step_ended is None:
+            self._first_step_ended = time.monotonic()
+            self.start_step += 1
+            self.print_message(f"first step after {self._first_step_ended - self._first_step_began:.1f} s")
 
     def print_metrics(self, row: Mapping[str, float], step: int) -> None:
         """Print a row of metrics on the line that is rewritten."""
         if not self.enabled:
             return
-        steps_done = step - self.start_step
-        elapsed = time.monotonic() - self._started
-        seconds_left = (self.total_steps - step) * elapsed / steps_done if steps_done else 0.0
         loss = f"loss {row['train/loss']:.4f}" if "train/loss" in row else "all steps skipped"
         line = (
             f"step {step}/{self.total_steps}  {loss}  "
             f"{row['speed/images_per_second']:.0f} images/s  waiting for data {row['data/wait_fraction']:.0%}  "
-            f"ETA {duration(seconds_left)}"
+            f"ETA {self._time_left(step)}"
         )
         self._write(line, end="" if self._is_terminal and step < self.total_steps else "\n")
 
@@ -59,17 +71,32 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
 
     def print_bottleneck(self, bottleneck: str | None) -> None:
-        """Print what limits data loading whenever that changes.
+        """Print what limits data loading whenever that changes; other percentages of the same are no change.
 
         Args:
             bottleneck: Sentence that names the slowest stage, or None if the run is not input-bound.
         """
-        if bottleneck != self._bottleneck:
-            self._bottleneck = bottleneck
+        kind = bottleneck and re.sub(r"\d+%", "", bottleneck)
+        if kind != self._bottleneck:
+            self._bottleneck = kind
             self.print_message(bottleneck or "no longer input-bound")
+
+    def _time_left(self, step: int) -> str:
+        steps_done = step - self.start_step
+        if step == self.total_steps:
+            return duration(0)
+        if self._first_step_ended is None or steps_done < 1:
+            return "unknown"
+        return duration((self.total_steps - step) * (time.monotonic() - self._first_step_ended) / steps_done)
 
     def _write(self, line: str, end: str) -> None:
         print(f"\r\x1b[K{line}" if self._is_terminal else line, end=end, flush=True)
+
+
+def summary(title: str, facts: Mapping[str, str]) -> str:
+    """Return what a finished stage prints: a title, and below it one line per fact with the names aligned."""
+    width = max(map(len, facts)) + 2
+    return "\n".join([title, *(f"  {name:<{width}}{fact}" for name, fact in facts.items())])
 
 
 def duration(seconds: float) -> str:

@@ -174,6 +174,14 @@ def default_uri(run_dir: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
 
 
+def viewing_command(run_dir: Path, config: TrackingConfig) -> str | None:
+    """Return the command that opens a run's MLflow store, or the address of its server; None without MLflow."""
+    if config.uri == "off":
+        return None
+    uri = config.uri or default_uri(run_dir)
+    return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {uri}"
+
+
 def git_commit() -> str:
     """Return the commit of this code, with "-dirty" if it was modified; "unknown" outside a git repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

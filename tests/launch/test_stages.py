@@ -44,7 +44,7 @@ def test_all_stages_on_two_ranks(shell: Shell, tiny: Path, digits: Path, tool: T
     assert alone.code == 0, alone.err[-3000:]
     for name in ("train/loss", "validation/loss", "validation/top1"):
         one, both = (logged(tmp_path / "runs" / run, name) for run in ("alone", "finetune"))
-        assert len(one) == (2 if name.startswith("validation") else 7)  # two epochs of 483 images, 32 a step
+        assert len(one) == (2 if name.startswith("validation") else 8)  # two epochs of 483 images, 32 a step
         assert one == pytest.approx(both, abs=1e-4), name
 
     image = next((digits / "validation").glob("*.tar"))

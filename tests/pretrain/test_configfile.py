@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from finetune.config import FinetuneConfig
-from pretrain.config import PretrainConfig, Section
+from pretrain.config import MAEConfig, PretrainConfig, ScheduleConfig, Section
 from pretrain.config.schema import default_text, dotted, leaves
 from pretrain.config.section import expand
 from pretrain.configfile import ConfigError, flatten, load_config
@@ -225,7 +225,11 @@ MISTAKES = [
         ["schedule.total_steps=0", "schedule.epochs=3", "data.stream=true"],
         "schedule.epochs: the number of samples of a stream is unknown; set total_steps instead, or index the tars",
     ),
-    ("objective: mea", [], 'objective.name: must be supervised, mae or self_distillation, got "mea"; did you mean mae?'),
+    (
+        "objective: mea",
+        [],
+        'objective.name: must be supervised, mae or self_distillation, got "mea"; did you mean mae?',
+    ),
     ("model: tiny", [], 'model: must be a section, got "tiny"; write its keys below it'),
     ("", ["engine.zero_stage=9"], "command line: engine.zero_stage: must be 0, 1, 2 or 3, got 9; "),
     ("", ["seed"], "command line: cannot parse 'seed'; write it as key.path=value"),
@@ -387,9 +391,13 @@ def test_every_recipe_begins_with_its_command_hardware_and_result(path: Path) ->
     assert all(line.startswith("#") for line in header.splitlines())
     name = path.relative_to(ROOT).as_posix()
     script = "finetune" if "finetune" in name else "pretrain"
-    assert f" launch/{script}.py --config {name}" in header
+    assert f" launch/{script}.py --config {name}" in header or f" vitrail {script} --config {name}" in header
     assert "\n# Hardware: " in header
     assert "\n# Result: " in header
+    if path.name.startswith("photos"):
+        assert "\n# Images: " in header
+        assert " Epochs: " in header
+        assert "\n# Time: " in header
 
 
 @pytest.mark.processes
@@ -406,6 +414,31 @@ def test_mistakes_and_help_need_no_torch(tmp_path: Path, script: str) -> None:
         assert ("# default" in done.stdout) == ("--print-config" in arguments)
     assert "keys and defaults:" in done.stdout
     assert "example:" in done.stdout
+
+
+def test_a_name_stands_for_a_section_that_has_one(tmp_path: Path) -> None:
+    path = write(tmp_path, GOOD + "objective: mae\noptimizer: lamb\n")
+    config = load_config(PretrainConfig, path, ["objective.mask_ratio=0.5"]).config
+    assert isinstance(config.objective, MAEConfig)
+    assert (config.objective.mask_ratio, config.optimizer.name) == (0.5, "lamb")
+    loaded = load_config(PretrainConfig, path, ["objective=self_distillation", "optimizer=muon"])
+    assert (loaded.config.objective.name, loaded.config.optimizer.name) == ("self_distillation", "muon")
+    assert re.search(r"\n  name: muon +# command line\n", loaded.text)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "samples", "batch", "expected"),
+    [(3, 0.5, 483, 32, (46, 8)), (1, 0, 64, 32, (2, 0)), (1.5, 0, 65, 32, (4, 0)), (400, 20, 1_281_167, 4096, None)],
+)
+def test_epochs_become_steps(
+    epochs: float, warmup: float, samples: int, batch: int, expected: tuple[int, int] | None
+) -> None:
+    schedule = ScheduleConfig(epochs=float(epochs), warmup_epochs=float(warmup)).in_steps(samples, batch)
+    if expected:
+        assert (schedule.total_steps, schedule.warmup_steps) == expected
+    assert batch * (schedule.total_steps - 1) < epochs * samples <= batch * schedule.total_steps
+    assert (schedule.epochs, schedule.warmup_epochs) == (0, 0)
+    assert schedule.in_steps(samples, batch) is schedule
 
 
 def test_variables_and_the_home_folder_are_expanded_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,160 @@
+"""`vitrail pretrain` and `vitrail finetune`: start a stage under a launcher, from any directory."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from launch.commands.terminal import report_errors
+from pretrain.errors import UserError
+
+SCRIPTS = Path(__file__).resolve().parents[1]  # contains pretrain.py and finetune.py
+
+# Fine-tuning needs nothing of DeepSpeed, and accelerate starts only one process where there are no GPUs.
+DEFAULT_LAUNCHERS = {"pretrain": "deepspeed", "finetune": "torchrun"}
+
+Launcher = Literal["deepspeed", "torchrun", "accelerate", "python"]
+ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file with the config; `vitrail init` writes one.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that override the file's, such as seed=1."),
+]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, show_default="one per GPU, or 1", help="Number of processes that train together.")
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print every value of the config with its origin, and exit.")
+]
+PrintCommand = Annotated[
+    bool, typer.Option("--print-command", help="Print the launcher's command, for scripts of your own, and exit.")
+]
+
+
+def pretrain(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    launcher: Annotated[
+        Launcher | None,
+        typer.Option(show_default="deepspeed, or python for one process", help="Program that starts the processes."),
+    ] = None,
+    ranks: Ranks = None,
+    hostfile: Annotated[
+        Path | None,
+        typer.Option(help="Machines to train on, one `HOST slots=GPUS` per line; only with --launcher deepspeed."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Fail if the run folder has no checkpoint, instead of starting a new run.")
+    ] = False,
+    print_config: PrintConfig = False,
+    print_command: PrintCommand = False,
+) -> None:
+    """Pretrain a Vision Transformer. If the run folder has a checkpoint, the run resumes from it.
+
+    Checks the config, finds the GPUs, prints the launcher's command and runs it. Ctrl-C, SIGTERM and SIGUSR1 save a
+    checkpoint and end the run with exit code 75; the same command resumes it. All keys of the config are listed in
+    docs/config.md.
+
+    Example: vitrail pretrain --config my.yaml optimizer.learning_rate=3e-4
+
+    Example: vitrail pretrain --config my.yaml --launcher torchrun --ranks 4 run_dir=runs/second
+    """
+    from pretrain.config import PretrainConfig
+    from pretrain.configfile import load_config
+
+    with report_errors():
+        text = load_config(PretrainConfig, find_config(config), overrides or []).text
+        options = ["--resume"] if resume else []
+        command = build_command("pretrain", launcher, ranks, hostfile)
+    start([*command, "--config", str(config), *options, *(overrides or [])], text, print_config, print_command)
+
+
+def finetune(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    launcher: Annotated[
+        Launcher | None,
+        typer.Option(show_default="torchrun, or python for one process", help="Program that starts the processes."),
+    ] = None,
+    ranks: Ranks = None,
+    print_config: PrintConfig = False,
+    print_command: PrintCommand = False,
+) -> None:
+    """Fine-tune a Hugging Face folder of an image model on your classes.
+
+    Checks the config, finds the GPUs, prints the launcher's command and runs it. Ctrl-C ends the run and keeps the best
+    model so far. All keys of the config are listed in docs/config.md.
+
+    Example: vitrail finetune --config my.yaml model=runs/photos/export run_dir=runs/classes
+    """
+    from finetune.config import FinetuneConfig
+    from pretrain.configfile import load_config
+
+    with report_errors():
+        text = load_config(FinetuneConfig, find_config(config), overrides or []).text
+        command = build_command("finetune", launcher, ranks, None)
+    start([*command, "--config", str(config), *(overrides or [])], text, print_config, print_command)
+
+
+def find_config(config: Path) -> Path:
+    """Return the path of a config file.
+
+    Raises:
+        UserError: If there is no such file, but a recipe of this name.
+    """
+    from launch.commands.init import find_recipes
+
+    if not config.exists() and str(config) in find_recipes():
+        raise UserError(f"{config}: a recipe, not a file; write it with: vitrail init {config}")
+    return config
+
+
+def build_command(stage: str, launcher: Launcher | None, ranks: int | None, hostfile: Path | None) -> list[str]:
+    """Return the command that starts a stage, up to its launch script.
+
+    Args:
+        stage: "pretrain" or "finetune".
+        launcher: Program that starts the processes; None chooses one that suits the stage and the number of ranks.
+        ranks: Number of ranks on this machine; None starts one per GPU, or a single one without GPUs.
+        hostfile: DeepSpeed hostfile. One that names only this machine is read here, and needs no ssh.
+
+    Raises:
+        UserError: If the options contradict each other, or the launcher cannot start so many ranks.
+    """
+    from launch.launchers import DEEPSPEED, LAUNCHERS, count_gpus, is_this_machine, read_hostfile
+
+    script = str(SCRIPTS / f"{stage}.py")
+    if hostfile is not None:
+        if launcher not in (None, "deepspeed"):
+            raise UserError(f"--hostfile needs --launcher deepspeed, got {launcher}; remove one of the two")
+        slots = read_hostfile(hostfile)
+        if not all(map(is_this_machine, slots)):
+            if ranks is not None:
+                raise UserError(f"--ranks: conflicts with {hostfile}, whose slots give the number of ranks; remove it")
+            return [*DEEPSPEED, "--hostfile", str(hostfile), script]
+        ranks = ranks or sum(slots.values())
+    num_gpus = count_gpus()
+    ranks = ranks or num_gpus or 1
+    default = "python" if ranks == 1 else DEFAULT_LAUNCHERS[stage]
+    return [*LAUNCHERS[launcher or default](ranks, num_gpus > 0), script]
+
+
+def start(command: list[str], config_text: str, print_config: bool, print_command: bool) -> None:
+    """Run a launcher's command and exit with the code of the run, or only print the config or the command."""
+    from launch.launchers import count_gpus, run_launcher
+
+    if print_config:
+        print(config_text, end="")
+        return
+    if print_command:
+        print(shlex.join(command))
+        return
+    print(f"$ {shlex.join(command)}", flush=True)
+    if not count_gpus():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would search for an accelerator and print warnings
+    script = next(word for word in command if Path(word).parent == SCRIPTS)
+    if command[0] == sys.executable:
+        os.execv(command[0], command)  # a single process needs nobody to pass on its signals
+    sys.exit(run_launcher(command, Path(script)))

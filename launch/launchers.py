@@ -1,0 +1,194 @@
+"""The command lines of the launchers, and running one so that Ctrl-C reaches the ranks instead of the launcher."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from pretrain.errors import UserError
+from pretrain.outcome import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED
+
+BIN = Path(sys.executable).parent
+DEEPSPEED = (str(BIN / "deepspeed"), "--log_level", "error")  # otherwise it prints how it starts each process
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+POLL_SECONDS = 0.1
+
+
+def deepspeed_command(num_ranks: int, on_gpu: bool) -> list[str]:
+    """Return the words before the script that start ranks on this machine with deepspeed."""
+    return [*DEEPSPEED, "--num_gpus", str(num_ranks), "--master_port", free_port()]
+
+
+def torchrun_command(num_ranks: int, on_gpu: bool) -> list[str]:
+    """Return the words before the script that start ranks on this machine with torchrun."""
+    return [str(BIN / "torchrun"), "--nproc_per_node", str(num_ranks), "--master_port", free_port()]
+
+
+def accelerate_command(num_ranks: int, on_gpu: bool) -> list[str]:
+    """Return the words before the script that start ranks on this machine with accelerate.
+
+    The options leave nothing to the answers that `accelerate config` has saved.
+
+    Raises:
+        UserError: If several ranks are wanted without GPUs, for which accelerate would start a single one.
+    """
+    words = [str(BIN / "accelerate"), "launch", "--num_machines", "1", "--num_processes", str(num_ranks)]
+    words += ["--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if not on_gpu and num_ranks > 1:
+        raise UserError("--launcher accelerate starts only one process without GPUs; choose torchrun")
+    if not on_gpu:
+        return [*words, "--cpu"]
+    return [*words, "--multi_gpu"] if num_ranks > 1 else words
+
+
+def python_command(num_ranks: int, on_gpu: bool) -> list[str]:
+    """Return the words before the script that start a single process.
+
+    Raises:
+        UserError: If more than one rank is wanted.
+    """
+    if num_ranks > 1:
+        raise UserError(f"--launcher python starts one process, not {num_ranks}; choose another launcher")
+    return [sys.executable]
+
+
+LAUNCHERS: dict[str, Callable[[int, bool], list[str]]] = {
+    "deepspeed": deepspeed_command,
+    "torchrun": torchrun_command,
+    "accelerate": accelerate_command,
+    "python": python_command,
+}
+
+
+def count_gpus() -> int:
+    """Return the number of NVIDIA GPUs that the driver lists and CUDA_VISIBLE_DEVICES does not hide."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or not shutil.which("nvidia-smi"):
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    num_gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    return num_gpus if visible is None else min(num_gpus, len([each for each in visible.split(",") if each.strip()]))
+
+
+def free_port() -> str:
+    """Return a port of this machine on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Return the number of slots of each host in a DeepSpeed hostfile.
+
+    Raises:
+        UserError: If the file cannot be read, or a line is not of the form `HOST slots=NUMBER`.
+    """
+    slots: dict[str, int] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read the hostfile ({error}); check the path") from None
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        count = words[1].removeprefix("slots=") if len(words) == 2 and words[1].startswith("slots=") else ""
+        if not count.isdigit() or words[0] in slots:
+            raise UserError(f"{path}:{number}: must name each machine once, as HOST slots=NUMBER, got {line.strip()!r}")
+        slots[words[0]] = int(count)
+    if not slots:
+        raise UserError(f"{path}: names no machine; add a line such as gpu-node-01 slots=8")
+    return slots
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether a name in a hostfile is this machine, which therefore needs no ssh."""
+    name = socket.gethostname()
+    return host in (*LOCAL_NAMES, name, name.partition(".")[0], socket.getfqdn())
+
+
+def run_launcher(command: Sequence[str], script: Path) -> int:
+    """Run a launcher's command and return the exit code of the run that it started.
+
+    Ctrl-C, SIGTERM and SIGUSR1 are sent to the ranks alone. Launchers answer them with tracebacks, and end ranks that
+    are still saving. A second Ctrl-C ends everything at once.
+
+    Args:
+        command: Command of the launcher.
+        script: Launch script of the ranks.
+    """
+    with tempfile.TemporaryDirectory(prefix="vitrail-") as folder:
+        code_file = Path(folder) / "exit-code"
+        environment = {**os.environ, EXIT_CODE_FILE: str(code_file)}
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        requests: list[int] = []
+
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            requests.append(number)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, request_stop)
+        num_handled = 0
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if len(requests) > num_handled:
+                num_handled = len(requests)
+                if num_handled > 1 or not ask_to_stop(process.pid, script):
+                    kill_tree(process)
+                    print("interrupted", file=sys.stderr)
+                    return EXIT_INTERRUPTED
+        if code_file.exists():
+            return int(code_file.read_text(encoding="utf-8"))
+    return process.returncode if process.returncode >= 0 else EXIT_FAILED
+
+
+def ask_to_stop(launcher: int, script: Path) -> bool:
+    """Send SIGTERM to the ranks; return False if none of them trains yet, so that there is nothing to save."""
+    ranks = [each for each in descendants(launcher) if runs_script(each, script) and catches(each.pid, signal.SIGUSR1)]
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.terminate()
+    return bool(ranks)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Return a process and all that it started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return []
+
+
+def runs_script(process: psutil.Process, script: Path) -> bool:
+    """Return whether a process is Python running a script, not a launcher with the script among its arguments."""
+    try:
+        words = process.cmdline()[1:]
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
+    return next((word for word in words if not word.startswith("-")), "") == str(script)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Return whether a process has a handler for a signal."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return False
+
+
+def kill_tree(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and all that it started; torchrun puts its ranks into sessions of their own."""
+    for each in descendants(process.pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()

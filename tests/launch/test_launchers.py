@@ -1,0 +1,172 @@
+"""`vitrail pretrain` and `vitrail finetune`: the launcher's command, the hostfile, and Ctrl-C under each launcher."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.launchers import catches, count_gpus, is_this_machine, read_hostfile
+from pretrain.errors import UserError
+from pretrain.outcome import EXIT_CODE_FILE, exit_rank
+from tests.support.classifiers import save_classifier, tiny_configs
+from tests.support.launching import Finished, Shell, Vitrail
+from tests.support.runs import FINETUNE_YAML, PRETRAIN, losses
+
+Tool = Callable[[str], str]
+
+
+def words(printed: Finished) -> list[str]:
+    """Return the printed command without the folder of the programs and the port, which is a free one."""
+    assert printed.code == 0, printed.err
+    found = printed.out.split()
+    port = next((i for i, word in enumerate(found) if word.endswith("_port")), None)
+    if port is not None:
+        assert found.pop(port + 1).isdigit()
+    return [Path(found[0]).name, *found[1:]]
+
+
+def test_each_launcher_starts_the_same_script(vitrail: Vitrail, tiny: Path) -> None:
+    pretrain = ["pretrain", "--config", tiny, "seed=1", "--print-command"]
+    script = [str(PRETRAIN), "--config", str(tiny)]
+    assert words(vitrail(*pretrain)) == [Path(sys.executable).name, *script, "seed=1"]
+    two = [*pretrain, "--ranks", "2", "--resume"]
+    deepspeed = ["deepspeed", "--log_level", "error", "--num_gpus", "2", "--master_port"]
+    assert words(vitrail(*two)) == [*deepspeed, *script, "--resume", "seed=1"]
+    torchrun = ["torchrun", "--nproc_per_node", "2", "--master_port"]
+    assert words(vitrail(*two, "--launcher", "torchrun")) == [*torchrun, *script, "--resume", "seed=1"]
+    accelerate = words(vitrail(*pretrain, "--launcher", "accelerate"))
+    assert accelerate[:6] == ["accelerate", "launch", "--num_machines", "1", "--num_processes", "1"]
+    assert accelerate[-5:] == ["--cpu", *script, "seed=1"]
+
+
+def test_what_a_launcher_cannot_do_is_refused(vitrail: Vitrail, tiny: Path, tmp_path: Path) -> None:
+    two = ["pretrain", "--config", tiny, "--ranks", "2", "--launcher"]
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("elsewhere slots=2\n")
+    for options, sentence in (
+        ([*two, "python"], "--launcher python starts one process, not 2; choose another launcher"),
+        ([*two, "accelerate"], "--launcher accelerate starts only one process without GPUs; choose torchrun"),
+        (
+            [*two, "torchrun", "--hostfile", hostfile],
+            "--hostfile needs --launcher deepspeed, got torchrun; remove one of the two",
+        ),
+        (
+            [*two[:-1], "--hostfile", hostfile],
+            f"--ranks: conflicts with {hostfile}, whose slots give the number of ranks; remove it",
+        ),
+    ):
+        refused = vitrail(*options)
+        assert (refused.code, refused.err) == (2, f"{sentence}\n")
+
+
+def test_mistakes_in_the_config_are_found_before_a_launcher_starts(vitrail: Vitrail, tiny: Path) -> None:
+    done = vitrail("pretrain", "--config", tiny, "sed=1", "--launcher", "torchrun", "--ranks", "2")
+    assert (done.code, done.out, done.err) == (2, "", "command line: sed: unknown key; did you mean seed?\n")
+    done = vitrail("pretrain", "--config", "photos_mae_ti16")
+    assert done.err == "photos_mae_ti16: a recipe, not a file; write it with: vitrail init photos_mae_ti16\n"
+    printed = vitrail("pretrain", "--config", tiny, "seed=1", "--print-config")
+    assert "seed: 1 " in printed.out
+
+
+def test_a_hostfile_that_names_only_this_machine_needs_no_ssh(vitrail: Vitrail, tiny: Path, tmp_path: Path) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(f"# one machine\n{socket.gethostname()} slots=3  # its GPUs\n\n")
+    run = ["pretrain", "--config", tiny, "--print-command", "--hostfile", hostfile]
+    assert words(vitrail(*run))[3:6] == ["--num_gpus", "3", "--master_port"]
+    hostfile.write_text("localhost slots=1\ngpu-node-17 slots=2\n")
+    assert words(vitrail(*run))[3:5] == ["--hostfile", str(hostfile)]
+    assert read_hostfile(hostfile) == {"localhost": 1, "gpu-node-17": 2}
+    assert is_this_machine("localhost")
+    assert not is_this_machine("gpu-node-17")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a slots=2\nb\n", ":2: must name each machine once, as HOST slots=NUMBER, got 'b'"),
+        ("a slots=2\na slots=2\n", ":2: must name each machine once, as HOST slots=NUMBER, got 'a slots=2'"),
+        ("a slots=x\n", ":1: must name each machine once, as HOST slots=NUMBER, got 'a slots=x'"),
+        ("# nothing\n", ": names no machine; add a line such as gpu-node-01 slots=8"),
+    ],
+)
+def test_a_wrong_hostfile_is_explained(tmp_path: Path, text: str, sentence: str) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(text)
+    with pytest.raises(UserError) as refused:
+        read_hostfile(hostfile)
+    assert str(refused.value) == f"{hostfile}{sentence}"
+    with pytest.raises(UserError, match=r"cannot read the hostfile \(.*\); check the path"):
+        read_hostfile(tmp_path / "none")
+
+
+@pytest.mark.processes
+def test_gpus_are_counted_by_the_driver_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert count_gpus() == 0  # the tests run without GPUs
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: A\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert count_gpus() == 2
+    for visible, expected in (("", 0), ("1", 1), ("0,1,2", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert count_gpus() == expected
+
+
+def test_a_stop_is_reported_in_a_file_because_launchers_answer_it_with_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "code"
+    monkeypatch.setenv(EXIT_CODE_FILE, str(file))
+    for code, ends_with in ((1, 1), (2, 2), (0, 0), (75, 0), (130, 0)):
+        with pytest.raises(SystemExit) as ended:
+            exit_rank(code)
+        assert ended.value.code == ends_with
+        assert (file.read_text() if file.exists() else "") == (str(code) if ends_with != code else "")
+    monkeypatch.delenv(EXIT_CODE_FILE)
+    with pytest.raises(SystemExit) as ended:
+        exit_rank(75)
+    assert ended.value.code == 75
+
+
+@pytest.mark.processes
+def test_whether_a_process_handles_a_signal(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    program = f"import signal, time; signal.signal(10, print); open({str(ready)!r}, 'w'); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        while not ready.exists():
+            assert process.poll() is None
+        assert catches(process.pid, signal.SIGUSR1)
+        assert not catches(process.pid, signal.SIGUSR2)
+        process.kill()
+    assert not catches(process.pid, signal.SIGUSR1)
+
+
+def test_ctrl_c_ends_with_one_sentence_under_each_launcher(
+    shell: Shell, tiny: Path, digits: Path, tool: Tool, tmp_path: Path
+) -> None:
+    """The terminal sends Ctrl-C to `vitrail` alone; it saves what there is and stays quiet about the launcher."""
+    recipe = tmp_path / "finetune.yaml"
+    recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
+    model = save_classifier(tiny_configs()["vit"], tmp_path / "model")
+    pretrain = ["pretrain", "--config", tiny, "schedule.total_steps=5000", "--launcher", "torchrun"]
+    finetune = ["finetune", "--config", recipe, "schedule.epochs=500", f"model={model}", "--launcher", "deepspeed"]
+    for command, name, code, sentence in (
+        (pretrain, "stopped", 75, "stopped as requested; the same command continues the run"),
+        (finetune, "halted", 130, "stopped after step"),
+    ):
+        run_dir = tmp_path / name
+        options = ["--ranks", "2", "data.num_workers=0", "tracking.uri=off", f"run_dir={run_dir}"]
+        with shell.start([tool("vitrail"), *command, *options]) as running:
+            running.wait_until(lambda run_dir=run_dir: len(losses(run_dir)) >= 2)
+            os.killpg(running.process.pid, signal.SIGINT)
+            done = running.finish()
+        assert done.code == code, done.err[-3000:]
+        assert done.out.splitlines()[-1].startswith(sentence)
+        assert done.out.startswith(f"$ {tool(str(command[-1]))} ")
+        assert not done.err
