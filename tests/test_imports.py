@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "pretrain.stop_signal": set(),
     "pretrain.distributed": {"pretrain.errors"},
     "pretrain.state": set(),
+    "pretrain.hub": {"pretrain.errors"},
     "pretrain.metrics": set(),
     "pretrain.data": LEAVES,
     "pretrain.model": LEAVES,
@@ -40,7 +41,8 @@ MAY_IMPORT = {
     "pretrain.heartbeat": {"pretrain.outcome"},
     "pretrain.health": {"pretrain.config", "pretrain.distributed", "pretrain.journal"},
     "pretrain.engine": {"pretrain.config", "pretrain.distributed", "pretrain.optimizers"},
-    "pretrain.checkpoint": LEAVES | {"pretrain.engine", "pretrain.distributed", "pretrain.model", "pretrain.state"},
+    "pretrain.checkpoint": LEAVES
+    | {"pretrain.engine", "pretrain.distributed", "pretrain.hub", "pretrain.model", "pretrain.state"},
     "pretrain.export": LEAVES | {"pretrain.checkpoint", "pretrain.model", "pretrain.data.transforms"},
     "pretrain.indexing": LEAVES | {"pretrain.data", "pretrain.distributed", "pretrain.tracking"},
     "pretrain.run_folder": LEAVES | {"pretrain.checkpoint", "pretrain.distributed", "pretrain.heartbeat"},

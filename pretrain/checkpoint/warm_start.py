@@ -11,6 +11,7 @@ from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import find_faults, load_weights
 from pretrain.errors import CheckpointError
+from pretrain.hub import find_model
 from pretrain.model.hub_names import encoder_from_hub
 from pretrain.model.vit import resize_positions
 
@@ -30,7 +31,7 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
 
     Args:
         objective: Objective of this run, with an `encoder`.
-        path: Run folder, checkpoint folder or Hugging Face folder.
+        path: Run folder, checkpoint folder, Hugging Face folder, or the id of a Hub model in the local cache.
         class_names: Class names of this run.
         layer_norm_eps: Epsilon of this run's LayerNorms.
 
@@ -40,6 +41,7 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
     Raises:
         CheckpointError: If there are no usable weights, or if the encoder's tensors differ; the message names them.
     """
+    path = find_model(path)
     own = objective.state_dict()
     others: dict[str, Tensor] = {}
     if (path / "config.json").exists():

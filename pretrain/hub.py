@@ -1,0 +1,31 @@
+"""Models of the Hugging Face Hub that are already on this machine. Nothing is ever downloaded."""
+
+import re
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")  # also the form of a relative path of two parts
+
+
+def find_model(path: Path) -> Path:
+    """Return the folder of a model: `path` itself, or the copy of a Hub model of this name in the local cache.
+
+    Args:
+        path: Folder, or the id of a model on the Hub, such as google/vit-base-patch16-224.
+
+    Raises:
+        UserError: If there is neither; the message has the command that downloads a model.
+    """
+    if path.exists() or not HUB_ID.fullmatch(str(path)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        raise UserError(
+            f"{path}: no such folder; create it first, or, for a model of the Hugging Face Hub, download it with: "
+            f"hf download {path} --local-dir {path}"
+        ) from None
