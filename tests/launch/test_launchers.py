@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.commands.supervise import launcher_command
 from launch.launchers import catches, count_gpus, is_this_machine, read_hostfile
 from pretrain.errors import UserError
 from pretrain.outcome import EXIT_CODE_FILE, exit_rank
@@ -132,6 +133,22 @@ def test_a_stop_is_reported_in_a_file_because_launchers_answer_it_with_a_traceba
     with pytest.raises(SystemExit) as ended:
         exit_rank(75)
     assert ended.value.code == 75
+
+
+@pytest.mark.processes
+def test_the_supervisor_runs_what_vitrail_pretrain_would_run(
+    tiny: Path, tool: Tool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pretrain = [tool("vitrail"), "pretrain", "--config", str(tiny)]
+    command = launcher_command([*pretrain, "--ranks", "2"])
+    assert Path(command[0]).name == "deepspeed"
+    assert command[-3:] == [str(PRETRAIN), "--config", str(tiny)]
+    other = ["torchrun", "pretrain.py", "--config", "x"]
+    assert launcher_command(other) == other
+    with pytest.raises(SystemExit) as refused:
+        launcher_command([*pretrain, "sed=1"])
+    assert refused.value.code == 2
+    assert capfd.readouterr().err == "command line: sed: unknown key; did you mean seed?\n"
 
 
 @pytest.mark.processes
