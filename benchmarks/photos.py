@@ -1,7 +1,7 @@
 """Measure how fast the recipes for folders of photos train here, and what that means for 2,000 photos.
 
-The photos are crops of the two that scikit-learn ships. They have the size and the JPEG quality of real ones, so the speed
-is real; the accuracy means nothing. `--folder-only` makes only the folder, to try the README's commands on.
+The photos are crops of the two that scikit-learn ships. They have the size and the JPEG quality of real ones, so the
+speed is real; the accuracy means nothing. `--folder-only` makes only the folder, to try the README's commands on.
 """
 
 import argparse
