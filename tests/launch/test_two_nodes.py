@@ -50,7 +50,10 @@ def two_nodes() -> Iterator[tuple[str, str]]:
 def test_pods_stop_together_and_nodes_without_ssh_continue_with_the_losses_of_one(
     shell: Shell, tiny: Path, tool: Tool, two_nodes: tuple[str, str], trained: Trained, tmp_path: Path
 ) -> None:
-    run_dir, config = tmp_path / "runs" / "tiny", ["--config", tiny, *LONG_RUN, "tracking.uri=off", "data.num_workers=0"]
+    run_dir, config = (
+        tmp_path / "runs" / "tiny",
+        ["--config", tiny, *LONG_RUN, "tracking.uri=off", "data.num_workers=0"],
+    )
 
     def start(stack: ExitStack, commands: list[list[str | Path]]) -> list[Running]:
         nodes = zip(two_nodes, commands, strict=True)
