@@ -1,8 +1,11 @@
-"""A wheel contains every package of the tree."""
+"""A wheel contains every package of the tree, and the files to copy for a cluster."""
 
 import ast
 import re
 from pathlib import Path
+
+import pytest
+from setuptools import Distribution
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -12,3 +15,14 @@ def test_every_package_is_named() -> None:
     assert listed  # read as Python's, since 3.10 has no tomllib
     folders = [path.parent for top in ("finetune", "launch", "pretrain") for path in (ROOT / top).rglob("__init__.py")]
     assert ast.literal_eval(listed[1]) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+
+
+def test_files_for_a_cluster_are_in_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    wheel = Distribution()
+    wheel.parse_config_files(["pyproject.toml"])
+    wheel.include_package_data = False  # it would look for files of git, which an archive of the project lacks
+    build = wheel.get_command_obj("build_py")
+    build.ensure_finalized()
+    files = {Path(folder) / name for _, folder, _, names in build.data_files for name in names}
+    assert {path.relative_to(ROOT) for path in (ROOT / "launch" / "cluster").iterdir()} <= files

@@ -1,5 +1,6 @@
 """A real Slurm on this machine: its daemons, with two nodes of one CPU each, and its commands."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -11,11 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.support.launching import POLL_SECONDS, free_port
+from tests.support.launching import POLL_SECONDS, free_port, wait_for
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "squeue", "scancel")
 START_SECONDS = 60.0
 NODES = ("node1", "node2")
 # The nodes are one machine, so each slurmd needs a port and a folder of its own. A requeued job waits until its
@@ -85,9 +87,10 @@ def start_slurm(folder: Path) -> Iterator[Slurm]:
         for command in daemons(folder):
             stack.enter_context(daemon(command, folder, slurm.env))
         wait_for_nodes(slurm, folder)
-        yield slurm
-        for number in slurm("squeue", "--noheader", "--format=%A").split():
-            slurm("scancel", "--signal=KILL", "--full", number)
+        try:
+            yield slurm
+        finally:
+            end_jobs(slurm)
 
 
 def write_config(folder: Path) -> Path:
@@ -122,6 +125,21 @@ def daemon(command: Sequence[str], folder: Path, env: dict[str, str]) -> Iterato
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def end_jobs(slurm: Slurm) -> None:
+    """Kill the processes of all jobs, which know the path of slurm.conf, and wait until the cluster has noticed.
+
+    Slurm itself would not find the ranks, because torchrun puts them into sessions of their own.
+    """
+    jobs = slurm("squeue", "--noheader", "--format=%A").split()
+    if jobs:
+        slurm("scancel", *jobs)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name() not in PROGRAMS and process.environ().get("SLURM_CONF") == slurm.env["SLURM_CONF"]:
+                process.kill()
+    wait_for(lambda: not slurm("squeue", "--noheader"), timeout=120)
 
 
 def wait_for_nodes(slurm: Slurm, folder: Path) -> None:
