@@ -20,7 +20,6 @@ from pretrain.outcome import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED
 
 BIN = Path(sys.executable).parent
 DEEPSPEED = (str(BIN / "deepspeed"), "--log_level", "error")  # otherwise it prints how it starts each process
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 POLL_SECONDS = 0.1
 
 
@@ -109,12 +108,6 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not slots:
         raise UserError(f"{path}: names no machine; add a line such as gpu-node-01 slots=8")
     return slots
-
-
-def is_this_machine(host: str) -> bool:
-    """Return whether a name in a hostfile is this machine, which therefore needs no ssh."""
-    name = socket.gethostname()
-    return host in (*LOCAL_NAMES, name, name.partition(".")[0], socket.getfqdn())
 
 
 def run_launcher(command: Sequence[str], script: Path) -> int:

@@ -123,7 +123,8 @@ def build_command(stage: str, launcher: Launcher | None, ranks: int | None, host
     Raises:
         UserError: If the options contradict each other, or the launcher cannot start so many ranks.
     """
-    from launch.launchers import DEEPSPEED, LAUNCHERS, count_gpus, is_this_machine, read_hostfile
+    from launch.launchers import DEEPSPEED, LAUNCHERS, count_gpus, read_hostfile
+    from launch.supervisor.resources import is_this_machine
 
     script = str(SCRIPTS / f"{stage}.py")
     if hostfile is not None:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +15,7 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 TOUCH_GPU = "import sys, torch; torch.ones(1, device=f'cuda:{sys.argv[1]}').item()"
 NUM_RANKS_OPTION = re.compile(r"--num_gpus|--nproc[_-]per[_-]node")
+NUM_NODES_OPTION = re.compile(r"--nnodes[= ](\S+)")
 PLACEMENT_OPTIONS = ("--hostfile", "--include", "--exclude")
 DEFAULT_HOSTFILE = Path("/job/hostfile")  # where deepspeed looks
 
@@ -31,25 +34,46 @@ def list_gpus(python: str = sys.executable) -> tuple[list[int], list[int]]:
 
 
 def list_unreachable_hosts(hostfile: Path) -> list[str]:
-    """Return the hosts of a DeepSpeed hostfile that ssh cannot reach; none if the file cannot be read."""
+    """Return the hosts of a DeepSpeed hostfile that ssh cannot reach; this machine is not probed.
+
+    None are returned if the file cannot be read, or if ssh is not installed.
+    """
+    if shutil.which(SSH[0]) is None:
+        return []
     try:
         text = hostfile.read_text(encoding="utf-8")
     except OSError:
         return []  # the launcher reports it
     lines = (line.split() for line in text.splitlines())
-    hosts = [words[0] for words in lines if words and not words[0].startswith("#")]
+    named = [words[0] for words in lines if words and not words[0].startswith("#")]
+    hosts = [host for host in named if not is_this_machine(host)]
     reached = _run_all([[*SSH, host, "true"] for host in hosts])
     return [host for host, is_reached in zip(hosts, reached, strict=True) if not is_reached]
 
 
+def is_this_machine(host: str) -> bool:
+    """Return whether a host name or an address belongs to this machine."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)  # the system refuses addresses of other machines
+    except OSError:
+        return False
+    return True
+
+
 def with_fewer_ranks(command: Sequence[str], report: Callable[[str], None], world_size: int) -> list[str]:
-    """Return the command with one rank fewer; unchanged if it has only one rank or a hostfile decides.
+    """Return the command with one rank fewer.
+
+    It is unchanged if it has only one rank, if a hostfile decides, or if every machine runs a command of its own.
 
     Args:
         command: Command that starts a run with deepspeed or torchrun.
         report: Function that is called with a sentence about a change.
         world_size: Number of ranks of the last attempt, used if the command leaves the number to the launcher.
     """
+    if _is_one_of_several(command):
+        return list(command)
     words = _with_explicit_ranks(command, world_size)
     place = next((i for i, word in enumerate(words[:-1]) if NUM_RANKS_OPTION.fullmatch(word)), None)
     if place is None or not words[place + 1].isdigit() or int(words[place + 1]) < 2:
@@ -63,8 +87,8 @@ def with_fewer_ranks(command: Sequence[str], report: Callable[[str], None], worl
 def without_lost_resources(command: Sequence[str], report: Callable[[str], None], world_size: int) -> list[str]:
     """Return the command without the GPUs and hosts that no longer respond.
 
-    The command is unchanged if everything responds, if nothing can be probed, or if the user chose the resources with
-    --include or --exclude.
+    The command is unchanged if everything responds, if nothing can be probed, if the user chose the resources with
+    --include or --exclude, or if every machine runs a command of its own.
 
     Args:
         command: Command that starts a run with deepspeed or torchrun.
@@ -72,7 +96,7 @@ def without_lost_resources(command: Sequence[str], report: Callable[[str], None]
         world_size: Number of ranks of the last attempt, used if the command leaves the number to the launcher.
     """
     words = _with_explicit_ranks(command, world_size)
-    if any(word in ("--include", "--exclude") for word in words):
+    if _is_one_of_several(command) or any(word in ("--include", "--exclude") for word in words):
         return list(command)
     if "--hostfile" in words[:-1]:
         place = words.index("--hostfile")
@@ -90,6 +114,12 @@ def without_lost_resources(command: Sequence[str], report: Callable[[str], None]
             kept = working[: int(words[place + 1])]
             words[place : place + 2] = ["--include", f"localhost:{','.join(map(str, kept))}"]
     return words
+
+
+def _is_one_of_several(command: Sequence[str]) -> bool:
+    """Return whether other machines run the same command, which a change of this one would no longer fit."""
+    num_nodes = NUM_NODES_OPTION.search(" ".join(command))
+    return "--no_ssh" in command or (num_nodes is not None and num_nodes[1] not in ("1", "1:1"))
 
 
 def _with_explicit_ranks(command: Sequence[str], world_size: int) -> list[str]:

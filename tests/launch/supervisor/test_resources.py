@@ -1,5 +1,6 @@
 """A command is changed only to leave out GPUs and machines that do not respond, or one rank."""
 
+import socket
 import sys
 from pathlib import Path
 
@@ -7,7 +8,13 @@ import pytest
 from deepspeed.launcher.runner import parse_resource_filter
 
 from launch.supervisor import resources
-from launch.supervisor.resources import list_gpus, list_unreachable_hosts, with_fewer_ranks, without_lost_resources
+from launch.supervisor.resources import (
+    is_this_machine,
+    list_gpus,
+    list_unreachable_hosts,
+    with_fewer_ranks,
+    without_lost_resources,
+)
 
 COMMAND = ["deepspeed", "--num_gpus", "4", "launch/pretrain.py"]
 
@@ -36,6 +43,31 @@ def test_unreachable_hosts_are_excluded(fake_ssh: Path) -> None:
     assert reported == ["node-2, node-3: not reachable with ssh; continuing without these machines"]
     pool = {"node-1": [0, 1], "node-2": [0, 1], "node-3": [0]}
     assert dict(parse_resource_filter(pool, exclude_str=command[2])) == {"node-1": [0, 1]}
+
+
+def test_this_machine_needs_no_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(map(is_this_machine, ("localhost", "127.0.0.1", socket.gethostname())))
+    assert not any(map(is_this_machine, ("192.0.2.1", "no-such-host.invalid")))  # an address reserved for examples
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text(f"{socket.gethostname()} slots=2\n")
+    monkeypatch.setattr(resources, "SSH", ("false",))
+    assert list_unreachable_hosts(hostfile) == []
+    hostfile.write_text("192.0.2.1 slots=2\n")
+    monkeypatch.setattr(resources, "SSH", (str(tmp_path / "missing"),))
+    assert list_unreachable_hosts(hostfile) == []
+
+
+EACH_ITS_OWN = [
+    ["deepspeed", "--hostfile", "hosts", "--no_ssh", "--node_rank", "1", "launch/pretrain.py"],
+    ["torchrun", "--nnodes", "2", "--nproc_per_node", "gpu", "launch/pretrain.py"],
+    ["srun", "torchrun", "--nnodes=2", "--nproc_per_node=8", "launch/pretrain.py"],
+]
+
+
+@pytest.mark.parametrize("command", EACH_ITS_OWN, ids=["no_ssh", "torchrun", "srun"])
+def test_command_that_several_machines_run_is_unchanged(command: list[str]) -> None:
+    assert without_lost_resources(command, print, 16) == command
+    assert with_fewer_ranks(command, print, 16) == command
 
 
 def test_missing_hostfile_leaves_the_command_unchanged(tmp_path: Path) -> None:
@@ -100,6 +132,7 @@ def test_number_of_ranks_is_added_if_the_launcher_would_count_gpus(monkeypatch: 
         (DEEPSPEED, ["deepspeed", "--num_gpus", "7", "launch/pretrain.py"]),
         (TORCHRUN, ["torchrun", "--nproc_per_node", "7", "launch/pretrain.py"]),
         (["torchrun", "--nproc-per-node=2", "x.py"], ["torchrun", "--nproc-per-node", "1", "x.py"]),
+        (["torchrun", "--nproc_per_node=2", "--nnodes=1"], ["torchrun", "--nproc_per_node", "1", "--nnodes=1"]),
     ],
 )
 def test_with_fewer_ranks_removes_one_rank(command: list[str], fewer: list[str]) -> None:
