@@ -17,6 +17,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from launch.launchers import count_gpus
+
 BIN = Path(sys.executable).parent
 RUNS = Path("runs")
 SHARDS = RUNS / "quickstart-shards"
@@ -165,14 +169,6 @@ def extract_images() -> None:
 def store_uri() -> str:
     """Return the URI of the MLflow store that all runs share."""
     return f"sqlite:///{(RUNS / 'mlflow.db').resolve()}"
-
-
-def count_gpus() -> int:
-    """Return the number of NVIDIA GPUs that the driver lists."""
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
 
 
 if __name__ == "__main__":
