@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.backbone import load_classifier, load_preprocessor
+from finetune.backbone import check_input, load_classifier
+from finetune.preprocessor import load_preprocessor
 from pretrain.data.sources.folder import list_folder
 from pretrain.data.transforms.decode import DecodeError, decode
 from pretrain.distributed import device
@@ -41,8 +42,10 @@ def predict(folder: Path, images: Sequence[Path], top_k: int = 3) -> Iterator[Pr
         images: Image files in any format that training reads.
         top_k: Number of classes per image.
     """
-    model: Any = load_classifier(folder).to(device()).eval()
     preprocessor = load_preprocessor(folder)
+    model: Any = load_classifier(folder).eval()
+    check_input(model, preprocessor)
+    model.to(device())
     names: dict[int, str] = model.config.id2label
     unused = np.random.default_rng(0)
     for start in range(0, len(images), BATCH_SIZE):
