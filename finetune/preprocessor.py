@@ -117,7 +117,7 @@ def measure_normalization(preprocessor: Preprocessor) -> Normalization:
         black, rise = black.flip(0), rise.flip(1)
     std = 1 / rise.diagonal()
     normalization = Normalization(_channels(-black * std), _channels(std), is_bgr)
-    for shape in ((side, side), *SHAPES):
+    for shape in ((side, side), (side // 2, side // 2), *SHAPES):
         _compare_views(preprocessor, normalization, quadrants(*shape))
     return normalization
 

@@ -159,7 +159,11 @@ def check_run_dir(config: FinetuneConfig) -> None:
 
 
 def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
-    """Open the training and the validation data."""
+    """Open the training and the validation data.
+
+    Raises:
+        DataError: If their classes differ, or there is only one.
+    """
     cache = open_cache(config.data)
     training = open_dataset(config.data.train, cache=cache, split="train")
     validation = open_dataset(config.data.validation, cache=cache, split="validation")

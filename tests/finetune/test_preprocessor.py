@@ -94,7 +94,7 @@ def test_a_processor_without_square_pixels_is_refused(
 BORDERS = {
     "padding": ("Donut", {"size": SQUARE}, "60 x 160"),
     "crop of a smaller image": ("MobileViT", {"size": {"shortest_edge": 28}, "crop_size": SQUARE}, "32 x 32"),
-    "no resize": ("CLIP", {"do_resize": False, "crop_size": {"height": 224, "width": 224}}, "64 x 64"),
+    "no resize": ("CLIP", {"do_resize": False, "crop_size": SQUARE}, "16 x 16"),
 }
 
 
