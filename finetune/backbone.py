@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from finetune.folder import LOADING, ModelError, check_folder, errors_of_transformers
+from finetune.folder import LOADING, ModelError, check_folder, errors_of_transformers, first_sentence
 from finetune.preprocessor import Preprocessor
 from pretrain.errors import MachineError, first_line
 from pretrain.files import atomic_folder
@@ -97,7 +97,7 @@ def check_input(model: Any, preprocessor: Preprocessor) -> None:
         named = ", ".join(f"{name}={value}" for name, value in wanted.items() if value is not None)
         raise ModelError(
             f"{preprocessor.file}: the model cannot use the images that the processor makes, 3 channels of {side} x "
-            f"{side} pixels: {first_line(error).rstrip('.')}; make it agree with config.json ({named})"
+            f"{side} pixels: {first_sentence(error)}; make it agree with config.json ({named})"
         ) from None
     finally:
         model.train(was_training)

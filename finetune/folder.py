@@ -69,14 +69,14 @@ def errors_of_transformers(folder: Path) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ModelError(f"{folder}: a package is not installed: {_reason(error)}; install it") from None
+        raise ModelError(f"{folder}: a package is not installed: {first_sentence(error)}; install it") from None
     except Exception as error:
         raise ModelError(
-            f"{folder}: transformers cannot load it: {_reason(error)}; export or download it again"
+            f"{folder}: transformers cannot load it: {first_sentence(error)}; export or download it again"
         ) from None
 
 
-def _reason(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """Return the first sentence of an error's message."""
     return first_line(error).partition(". ")[0].rstrip(" .:;")
 

@@ -10,13 +10,12 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from finetune.folder import LOADING, PROCESSOR_FILE, ModelError, check_folder, errors_of_transformers
+from finetune.folder import LOADING, PROCESSOR_FILE, ModelError, check_folder, errors_of_transformers, first_sentence
 from pretrain.config import AugmentConfig
 from pretrain.data.transforms.batch import Batch, augment
 from pretrain.data.transforms.color import Channels
 from pretrain.data.transforms.decode import ImageArray
 from pretrain.data.transforms.views import TrainView
-from pretrain.errors import first_line
 
 # Imported once by the server of the data workers, instead of by each worker that unpickles a `Preprocessor`.
 WORKER_MODULES = ("finetune.preprocessor", "transformers.image_processing_backends")
@@ -140,7 +139,7 @@ def _output_size(processor: Any, file: Path, shape: tuple[int, int]) -> tuple[in
     try:
         features = processor(Image.fromarray(quadrants(*shape)), return_tensors="pt")
     except Exception as error:  # settings that others wrote can fail in any way
-        raise ModelError(f"{file}: {kind} cannot process a color image: {first_line(error)}; {other}") from None
+        raise ModelError(f"{file}: {kind} cannot process a color image: {first_sentence(error)}; {other}") from None
     if "pixel_values" not in features:
         raise ModelError(f"{file}: {kind} returns {', '.join(features)} in place of pixels; {other}")
     pixels = torch.as_tensor(features["pixel_values"][0])
