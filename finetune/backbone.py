@@ -30,6 +30,11 @@ def load_classifier(folder: Path) -> nn.Module:
         raise ModelError(
             f"{folder}: this folder has no trained classification head (missing: {missing}); fine-tune it first"
         )
+    num_labels = model.config.num_labels
+    if model.config.id2label.keys() != {*range(num_labels)}:
+        raise ModelError(
+            f"{folder / 'config.json'}: id2label does not number its classes from 0 to {num_labels - 1}; fix it"
+        )
     classifier: nn.Module = model
     return classifier
 
@@ -152,6 +157,8 @@ def _read_config(folder: Path, **labels: Any) -> Any:
     """Read a folder's config.json; the encoder of a masked autoencoder is an ordinary ViT."""
     with errors_of_transformers(folder):
         config = transformers.AutoConfig.from_pretrained(folder, **LOADING, **labels)
+        if config.model_type == "timm_wrapper" and config.model_args:
+            config.model_args.pop("num_classes", None)  # transformers 5.24 passes it twice, and fails
         if config.model_type == "vit_mae":
             shared = config.to_dict().keys() & transformers.ViTConfig().to_dict().keys() - {"model_type"}
             config = transformers.ViTConfig(**{name: getattr(config, name) for name in shared} | labels)

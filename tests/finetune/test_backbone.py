@@ -200,3 +200,19 @@ def test_checking_the_input_changes_nothing(tmp_path: Path, architecture: str) -
     check_input(model, load_preprocessor(folder))
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_folder_of_timm_is_fine_tuned_if_timm_is_installed(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    timm.models.save_for_hf(source, tmp_path / "model", safe_serialization=True)
+    preprocessor = load_preprocessor(tmp_path / "model")
+    model: Any = new_classifier(tmp_path / "model", NAMES, from_scratch=False, freeze_backbone=True).eval()
+    check_input(model, preprocessor)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["timm_model.head.weight", "timm_model.head.bias"]
+    save_folder(model, preprocessor, "card", tmp_path / "out")
+    images = torch.rand(2, 3, 224, 224)
+    assert torch.equal(load_classifier(tmp_path / "out")(images).logits, model(images).logits)
+    assert load_preprocessor(tmp_path / "out").image_size == 224

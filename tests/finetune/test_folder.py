@@ -70,6 +70,12 @@ def test_a_config_that_transformers_cannot_use_is_an_error(folder: Path, setting
         load_classifier(folder)
 
 
+def test_classes_without_a_number_of_the_head_are_an_error(folder: Path) -> None:
+    change_config(folder, id2label={"1": "cat", "2": "dog", "3": "owl"})
+    with pytest.raises(ModelError, match=r"config\.json: id2label does not number its classes from 0 to 2; fix it"):
+        load_classifier(folder)
+
+
 def test_damaged_weights_are_an_error(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
