@@ -70,6 +70,12 @@ def test_a_config_that_transformers_cannot_use_is_an_error(folder: Path, setting
         load_classifier(folder)
 
 
+def test_a_package_that_the_folder_needs_is_named(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ModelError, match=r"vit: a package is not installed: .*bitsandbytes.*; install it"):
+        load_classifier(folder)
+
+
 def test_classes_without_a_number_of_the_head_are_an_error(folder: Path) -> None:
     change_config(folder, id2label={"1": "cat", "2": "dog", "3": "owl"})
     with pytest.raises(ModelError, match=r"config\.json: id2label does not number its classes from 0 to 2; fix it"):
