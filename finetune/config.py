@@ -55,7 +55,9 @@ class FinetuneConfig(Section):
     """A fine-tuning run."""
 
     run_dir: UserPath = Field(description="Run folder for the fine-tuned model, its metrics and its report.")
-    model: UserPath = Field(description="Hugging Face folder of the model to fine-tune.")
+    model: UserPath = Field(
+        description="Model to fine-tune: a Hugging Face folder, or the id of a Hub model in the local cache."
+    )
     from_scratch: bool = Field(
         False, description="Whether to start from random weights in the model's architecture, as a baseline."
     )

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.backbone import load_classifier, load_preprocessor
+from finetune.backbone import check_input, load_classifier
+from finetune.preprocessor import load_preprocessor
 from pretrain.data.sources.folder import list_folder
 from pretrain.data.transforms.decode import DecodeError, decode
 from pretrain.distributed import device
 from pretrain.errors import DataError
+from pretrain.hub import find_model
 
 BATCH_SIZE = 32
 
@@ -37,12 +39,15 @@ def predict(folder: Path, images: Sequence[Path], top_k: int = 3) -> Iterator[Pr
     """Yield a prediction for each image, in the given order; a file that cannot be used has one that says why.
 
     Args:
-        folder: Hugging Face folder with a trained classification head.
+        folder: Hugging Face folder with a trained classification head, or the id of a Hub model in the local cache.
         images: Image files in any format that training reads.
         top_k: Number of classes per image.
     """
-    model: Any = load_classifier(folder).to(device()).eval()
+    folder = find_model(folder)
     preprocessor = load_preprocessor(folder)
+    model: Any = load_classifier(folder).eval()
+    check_input(model, preprocessor)
+    model.to(device())
     names: dict[int, str] = model.config.id2label
     unused = np.random.default_rng(0)
     for start in range(0, len(images), BATCH_SIZE):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from finetune.backbone import Preprocessor, load_preprocessor, new_classifier
+from finetune.backbone import check_input, new_classifier
 from finetune.config import FinetuneConfig
+from finetune.preprocessor import Normalization, Preprocessor, load_preprocessor, measure_normalization
 from pretrain import distributed
 from pretrain.configfile import flatten
 from pretrain.data.dataset.classes import check_classes
@@ -19,8 +20,9 @@ from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.subset import LabelSubset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.distributed import on_all_ranks
-from pretrain.errors import UserError
+from pretrain.errors import DataError, UserError
 from pretrain.files import make_writable
+from pretrain.hub import find_model
 from pretrain.indexing import index_new_tars
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import apply_layer_decay
@@ -45,6 +47,7 @@ class FinetuneRun:
         model: The same model, wrapped for training on all ranks.
         optimizer: Optimizer of the trainable parameters, wrapped by Accelerate.
         preprocessor: Preprocessing of the model's folder.
+        normalization: Normalization of training images, which equals that of the preprocessor.
         training: Training data.
         validation: Validation data.
         quarantine: List of unusable samples.
@@ -56,6 +59,7 @@ class FinetuneRun:
     model: Any
     optimizer: Any
     preprocessor: Preprocessor
+    normalization: Normalization
     training: Dataset
     validation: Dataset
     quarantine: Quarantine
@@ -114,8 +118,10 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     index_new_tars(config.data, config.data.train, config.data.validation, labels_required=True)
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)
-    classifier = on_all_ranks(lambda: build_classifier(config, training.class_names))
-    preprocessor = on_all_ranks(lambda: load_preprocessor(config.model))
+    folder = on_all_ranks(lambda: find_model(config.model))
+    preprocessor = on_all_ranks(lambda: load_preprocessor(folder))
+    normalization = on_all_ranks(lambda: measure_normalization(preprocessor))
+    classifier = on_all_ranks(lambda: build_classifier(config, folder, training.class_names, preprocessor))
     optimizer = build_optimizer(classifier, config.optimizer)
     if config.optimizer.layer_decay < 1:
         placement = Placement.unpartitioned(classifier.named_parameters())
@@ -123,7 +129,16 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     model, optimizer = accelerator.prepare(classifier, optimizer)
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
     return FinetuneRun(
-        config, accelerator, classifier, model, optimizer, preprocessor, training, validation, quarantine
+        config,
+        accelerator,
+        classifier,
+        model,
+        optimizer,
+        preprocessor,
+        normalization,
+        training,
+        validation,
+        quarantine,
     )
 
 
@@ -146,21 +161,31 @@ def check_run_dir(config: FinetuneConfig) -> None:
 
 
 def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
-    """Open the training and the validation data."""
+    """Open the training and the validation data.
+
+    Raises:
+        DataError: If their classes differ, or there is only one.
+    """
     cache = open_cache(config.data)
     training = open_dataset(config.data.train, cache=cache, split="train")
     validation = open_dataset(config.data.validation, cache=cache, split="validation")
     check_classes(training, validation, config.data, needed_by="fine-tuning")
+    if len(training.class_names) < 2:
+        raise DataError(
+            f"{config.data.train}: all images have the class {training.class_names[0]}; fine-tuning needs two classes"
+        )
     if config.data.labels_per_class:
         training = LabelSubset(training, config.data.labels_per_class, config.seed)
     return training, validation
 
 
-def build_classifier(config: FinetuneConfig, class_names: list[str]) -> Any:
-    """Load the folder's backbone under a new head."""
-    return new_classifier(
-        config.model, class_names, from_scratch=config.from_scratch, freeze_backbone=config.freeze_backbone
+def build_classifier(config: FinetuneConfig, folder: Path, class_names: list[str], preprocessor: Preprocessor) -> Any:
+    """Load a folder's backbone under a new head, and check that it can use the preprocessor's images."""
+    classifier = new_classifier(
+        folder, class_names, from_scratch=config.from_scratch, freeze_backbone=config.freeze_backbone
     )
+    check_input(classifier, preprocessor)
+    return classifier
 
 
 def open_tracker(run: FinetuneRun, config_text: str, *, enabled: bool = True) -> Tracker:

@@ -7,13 +7,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.backbone import Preprocessor
 from finetune.config import FinetuneConfig
+from finetune.preprocessor import Normalization
 from finetune.run import FinetuneRun
 from pretrain import distributed
 from pretrain.data.loading.loader import BatchPlan, LoadedBatch, training_batches
 from pretrain.data.loading.meters import Meter
-from pretrain.data.transforms.batch import Batch, augment, to_device
+from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.data.transforms.mixup import cross_entropy, mix_neighbors, mixed_loss
 from pretrain.data.transforms.views import TrainView
 from pretrain.interval import Interval
@@ -67,7 +67,7 @@ def take_step(run: FinetuneRun, micro_batches: list[LoadedBatch], interval: Inte
         is_last = number == len(micro_batches)
         with contextlib.nullcontext() if is_last else run.accelerator.no_sync(run.model):
             batch = to_device(loaded.tensors, run.accelerator.device)
-            loss = batch_loss(run.model, run.preprocessor, run.config, batch)
+            loss = batch_loss(run.model, run.normalization, run.config, batch)
             run.accelerator.backward(loss * (loaded.weight / len(micro_batches)))
         interval.add({"loss": loss}, loaded.weight)
     max_norm = run.config.engine.gradient_clipping or math.inf
@@ -77,9 +77,9 @@ def take_step(run: FinetuneRun, micro_batches: list[LoadedBatch], interval: Inte
     interval.end_step(grad_norm)
 
 
-def batch_loss(model: Any, preprocessor: Preprocessor, config: FinetuneConfig, batch: Batch) -> Tensor:
+def batch_loss(model: Any, normalization: Normalization, config: FinetuneConfig, batch: Batch) -> Tensor:
     """Augment a batch on the device and return its mean cross-entropy."""
-    images = augment(batch, preprocessor.mean, preprocessor.std)
+    images = normalization(batch)
     labels, label_smoothing = batch["label"], config.label_smoothing
     if not config.augment.mixes:
         logits = model(pixel_values=images).logits.float()

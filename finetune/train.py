@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetune.backbone import WORKER_MODULES, save_folder
+from finetune.backbone import save_folder
 from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
+from finetune.preprocessor import WORKER_MODULES
 from finetune.run import MODEL_FOLDER, FinetuneRun, build_accelerator, build_run, open_tracker
 from finetune.steps import Batches, take_step
 from pretrain import distributed

@@ -258,7 +258,13 @@ def build_model(config: PretrainConfig, data: Data, *, is_new: bool) -> Objectiv
     encoder = ViT(config.model, config.engine.activation_checkpointing)
     objective = build_objective(config.objective, encoder, data.training.class_shares, config.preprocessing)
     if config.init_from and is_new:
-        summary = warm_start(objective, config.init_from, data.training.class_names, config.model.layer_norm_eps)
+        summary = warm_start(
+            objective,
+            config.init_from,
+            data.training.class_names,
+            config.model.layer_norm_eps,
+            config.preprocessing,
+        )
         objective.after_warm_start()
         if distributed.is_main():
             print(summary, flush=True)

@@ -114,6 +114,7 @@ MAY_IMPORT = {
         "pretrain.tracking",
         "pretrain.data",
         "pretrain.distributed",
+        "pretrain.hub",
         "pretrain.indexing",
         "pretrain.interval",
         "pretrain.optimizers",

@@ -167,7 +167,7 @@ def make(
             sys.exit(EXIT_RESUMABLE)
     for bits, count in sorted(made.scaled_from.items()):
         number = "1 image" if count == 1 else f"{count} images"
-        print(f"{number} of 16-bit grayscale whose values use {bits} bits: scaled from {bits} to 8 bits")
+        print(f"{number} of 16-bit values that use {bits} bits: scaled from {bits} to 8 bits")
     left_out = [*(images.problems if skip_bad else []), *made.left_out[:NUM_SHOWN]]
     print("".join(f"left out: {line}\n" for line in left_out), end="")
     if len(made.left_out) > NUM_SHOWN:

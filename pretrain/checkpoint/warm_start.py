@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import find_faults, load_weights
-from pretrain.errors import CheckpointError
+from pretrain.config import PreprocessingConfig
+from pretrain.errors import CheckpointError, first_line
 from pretrain.hub import find_model
 from pretrain.model.hub_names import encoder_from_hub
 from pretrain.model.vit import resize_positions
@@ -18,10 +21,17 @@ from pretrain.model.vit import resize_positions
 ENCODER_PREFIX = "encoder."
 POSITIONS = "encoder.position_embedding"
 SCALES = ("attention_scale.weight", "mlp_scale.weight")
+PROCESSOR_FILE = "preprocessor_config.json"
 HUB_LAYER_NORM_EPS = 1e-12  # what transformers assumes if a folder's config does not set it
 
 
-def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_norm_eps: float) -> str:
+def warm_start(
+    objective: nn.Module,
+    path: Path,
+    class_names: list[str],
+    layer_norm_eps: float,
+    preprocessing: PreprocessingConfig | None = None,
+) -> str:
     """Copy the weights at `path` into an objective, before DeepSpeed takes it over.
 
     All tensors of the encoder must match, with two exceptions: positions are interpolated to this model's number of
@@ -34,9 +44,11 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
         path: Run folder, checkpoint folder, Hugging Face folder, or the id of a Hub model in the local cache.
         class_names: Class names of this run.
         layer_norm_eps: Epsilon of this run's LayerNorms.
+        preprocessing: Normalization of this run's images, to be compared with that of the source.
 
     Returns:
-        Sentence for the log that says what was changed and which weights start from random values.
+        Sentence for the log that says what was changed, which weights start from random values, and whether the source
+        was trained on images that were normalized otherwise.
 
     Raises:
         CheckpointError: If there are no usable weights, or if the encoder's tensors differ; the message names them.
@@ -60,7 +72,52 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
     random = sorted(own.keys() - copied.keys())
     if random:
         changes.append(f"random values for {', '.join(random)}")
+    if preprocessing is not None:
+        changes += _compare_normalization(_read_normalization(path), preprocessing)
     return "; ".join([f"started from {path}", *changes])
+
+
+def _read_normalization(path: Path) -> dict[str, list[float]]:
+    """Return the mean and the standard deviation with which a source normalizes images; empty if it names none."""
+    if (path / "config.json").exists():
+        processor = path / PROCESSOR_FILE
+        settings = _read_json(processor) if processor.exists() else {}
+    else:
+        settings = Manifest.load(find_checkpoint(path)).config.get("preprocessing", {})
+    values = {name: settings.get(name) for name in ("image_mean", "image_std")}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, list) and len(value) == 3 and all(isinstance(each, int | float) for each in value)
+    }
+
+
+def _compare_normalization(source: dict[str, list[float]], preprocessing: PreprocessingConfig) -> list[str]:
+    """Return a sentence if a source normalizes images in another way than this run."""
+    others = [
+        f"preprocessing.{name}={values}"
+        for name, values in source.items()
+        if not np.allclose(values, getattr(preprocessing, name), atol=1e-4)
+    ]
+    if not others:
+        return []
+    settings = " ".join(others)
+    return [f"the source normalizes images otherwise; set {settings} so that it sees the images that it knows"]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: If the file cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {first_line(error)}; download the folder again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: is not a JSON object; download the folder again")
+    return content
 
 
 def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -77,7 +134,7 @@ def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tens
 
 def _read_hub_encoder(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]:
     """Return the encoder of a Hugging Face folder by its names in an objective."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(folder / "config.json")
     if config.get("model_type") not in ("vit", "vit_mae"):
         found = f"has model type {config.get('model_type')}, but init_from reads vit and vit_mae"
         raise CheckpointError(f"{folder}: {found}; choose a folder of one of these")

@@ -43,7 +43,9 @@ class PretrainConfig(Section):
         description="Run folder for checkpoints, metrics and logs; it must be visible to all machines."
     )
     init_from: UserPath | None = Field(
-        None, description="Initial weights: a run, a checkpoint or a Hugging Face ViT folder; null starts from scratch."
+        None,
+        description="Initial weights: a run, a checkpoint, a Hugging Face ViT folder or the id of a Hub model in the "
+        "local cache; null starts from scratch.",
     )
     seed: CountOrZero = Field(0, description="Random seed for weights, data order and augmentation.")
     data: DataConfig

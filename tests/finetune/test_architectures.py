@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.backbone import load_classifier, load_preprocessor
+from finetune.backbone import load_classifier
 from finetune.evaluate import evaluate
+from finetune.preprocessor import load_preprocessor
 from pretrain.config import FaultBudget
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.quarantine import Quarantine

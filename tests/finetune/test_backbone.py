@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -11,13 +12,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
-from finetune.backbone import ModelError, load_classifier, load_preprocessor, new_classifier, save_folder
+from finetune.backbone import check_input, load_classifier, new_classifier, save_folder
+from finetune.folder import ModelError
+from finetune.preprocessor import load_preprocessor
 from pretrain.errors import MachineError
-from tests.support.classifiers import save_classifier, tiny_configs
+from tests.support.classifiers import SMALL, save_classifier, tiny_configs
 from tests.support.disk import full_disk
 
 NAMES = ["cat", "dog", "owl"]
-NEW = {"from_scratch": False, "freeze_backbone": False}
 HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.")
 
 
@@ -82,19 +84,6 @@ def test_an_encoder_without_a_head_can_be_fine_tuned(tmp_path: Path) -> None:
         assert torch.equal(model.state_dict()[f"vit.{name}"], value)
 
 
-def test_folders_that_are_not_classifiers_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"not a Hugging Face folder \(config.json is missing\); create one with"):
-        new_classifier(tmp_path, NAMES, from_scratch=False, freeze_backbone=False)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ModelError, match=r"model\.safetensors"):
-        load_classifier(tmp_path)
-    with pytest.raises(ModelError, match=r"no usable preprocessor_config.json"):
-        load_preprocessor(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ModelError, match="Unrecognized configuration class"):
-        new_classifier(tmp_path, NAMES, from_scratch=False, freeze_backbone=False)
-
-
 def test_pickled_weights_are_an_error(tmp_path: Path) -> None:
     folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
     weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -107,7 +96,7 @@ def test_pickled_weights_are_an_error(tmp_path: Path) -> None:
 def test_preprocessor_matches_transformers_and_survives_saving(tmp_path: Path) -> None:
     folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
     preprocessor = load_preprocessor(folder)
-    assert (preprocessor.image_size, preprocessor.mean, preprocessor.std) == (32, (0.5,) * 3, (0.5,) * 3)
+    assert preprocessor.image_size == 32
     photo = load_sample_image("china.jpg")
     theirs = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")(
         Image.fromarray(photo), return_tensors="pt"
@@ -130,13 +119,100 @@ def test_a_folder_that_cannot_be_saved_is_an_error_and_leaves_nothing(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_a_folder_with_code_of_its_own_is_refused(tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("from_scratch", [False, True])
+def test_the_precision_of_the_folder_does_not_matter(tmp_path: Path, dtype: torch.dtype, from_scratch: bool) -> None:
+    folder = save_classifier(tiny_configs()["siglip"], tmp_path / "model")
+    transformers.AutoModelForImageClassification.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    assert str(dtype) == f"torch.{json.loads((folder / 'config.json').read_text())['dtype']}"
+    model: Any = new_classifier(folder, NAMES, from_scratch=from_scratch, freeze_backbone=False)
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert not torch.equal(model.classifier.weight, model.classifier.weight.to(dtype).float())  # drawn in float32
+    save_folder(model, load_preprocessor(folder), "card", tmp_path / "out")
+    saved = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["vision_config"]["dtype"] == "float32"
+    assert next(load_classifier(folder).parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [transformers.ViTMAEForPreTraining, transformers.ViTMAEModel])
+def test_the_encoder_of_a_masked_autoencoder_is_an_ordinary_vit(tmp_path: Path, kind: Any) -> None:
+    torch.manual_seed(0)
+    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    source = kind(transformers.ViTMAEConfig(**SMALL, **decoder, intermediate_size=64, layer_norm_eps=1e-3))
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    source.save_pretrained(tmp_path)
+    model: Any = new_classifier(tmp_path, NAMES, from_scratch=False, freeze_backbone=False).eval()
+    images = torch.rand(2, 3, 32, 32)
+    order = torch.arange(16.0).expand(2, -1)  # keeps the patches in their order
+    encoder = transformers.ViTMAEModel.from_pretrained(tmp_path, mask_ratio=0.0)
+    with torch.no_grad():
+        expected = encoder(images, noise=order).last_hidden_state
+        torch.testing.assert_close(model.vit(images).last_hidden_state, expected)
+    assert model.vit.embeddings.position_embeddings.requires_grad
+    assert model.config.model_type == "vit"
+    assert not hasattr(model.config, "mask_ratio")
+    with pytest.raises(ModelError, match=r"no trained classification head \(missing: classifier.bias"):
+        load_classifier(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "image_size",
+            r"3 channels of 32 x 32 pixels: .*; make it agree with config.json \(image_size=64, num_channels=3",
+        ),
+        (
+            "num_channels",
+            r"the model cannot use the images that the processor makes, .*\(image_size=32, num_channels=1\)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["vit", "siglip"])
+def test_a_model_that_cannot_use_the_images_of_its_processor_is_refused(
+    tmp_path: Path, architecture: str, setting: str, message: str
+) -> None:
+    config = tiny_configs()[architecture]
+    setattr(getattr(config, "vision_config", config), setting, {"image_size": 64, "num_channels": 1}[setting])
+    folder = save_classifier(config, tmp_path / "model")
+    with pytest.raises(ModelError, match=message):
+        check_input(load_classifier(folder), load_preprocessor(folder))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
-    content = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps({**content, "auto_map": {"AutoConfig": "mine.Config"}}))
-    (folder / "mine.py").write_text("raise AssertionError('this was run')")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks on the terminal"))
-    for use in (load_classifier, load_preprocessor, lambda path: new_classifier(path, NAMES, **NEW)):
-        with pytest.raises(ModelError, match=r"needs code of its own \(auto_map\), which is never run"):
-            use(folder)
+    model: Any = load_classifier(folder)
+    check_input(model, load_preprocessor(folder))
+    model.classifier.bias.data[0] = torch.inf
+    with pytest.raises(ModelError, match="output for a gray image is not finite; download or export the folder again"):
+        check_input(model, load_preprocessor(folder))
+
+
+@pytest.mark.parametrize("architecture", tiny_configs())
+def test_checking_the_input_changes_nothing(tmp_path: Path, architecture: str) -> None:
+    folder = save_classifier(tiny_configs()[architecture], tmp_path / "model")
+    model = new_classifier(folder, NAMES, from_scratch=True, freeze_backbone=False).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_input(model, load_preprocessor(folder))
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_folder_of_timm_is_fine_tuned_if_timm_is_installed(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    timm.models.save_for_hf(source, tmp_path / "model", safe_serialization=True)
+    preprocessor = load_preprocessor(tmp_path / "model")
+    model: Any = new_classifier(tmp_path / "model", NAMES, from_scratch=False, freeze_backbone=True).eval()
+    check_input(model, preprocessor)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["timm_model.head.weight", "timm_model.head.bias"]
+    save_folder(model, preprocessor, "card", tmp_path / "out")
+    images = torch.rand(2, 3, 224, 224)
+    assert torch.equal(load_classifier(tmp_path / "out")(images).logits, model(images).logits)
+    assert load_preprocessor(tmp_path / "out").image_size == 224

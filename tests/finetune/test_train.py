@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -19,6 +21,7 @@ from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
 from finetune.predict import predict
 from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
+from finetune.steps import batch_loss
 from finetune.train import FinetuneResult, main, train
 from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
@@ -207,7 +210,7 @@ def test_bf16_trains(recipe: Path) -> None:
 def test_metrics_cover_training_loading_and_validation(recipe: Path, tmp_path: Path) -> None:
     fit(build(recipe, "logging.every_steps=4"))
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == [4, 6, 8, 12, 12]
+    assert [row["step"] for row in rows] == [1, 4, 6, 8, 12, 12]
     training = {
         "train/loss",
         "optim/grad_norm",
@@ -222,7 +225,7 @@ def test_metrics_cover_training_loading_and_validation(recipe: Path, tmp_path: P
         is_validation = "validation/top1" in row
         assert is_validation == (row["step"] in (6, 12) and "train/loss" not in row)
         assert {"validation/loss", "train/epoch"} <= row.keys() if is_validation else training <= row.keys()
-    assert [row["data/samples"] for row in rows if "data/samples" in row] == [48, 96, 144]
+    assert [row["data/samples"] for row in rows if "data/samples" in row] == [12, 48, 96, 144]
 
 
 def test_mixed_neighbors_need_an_even_batch_size(recipe: Path) -> None:
@@ -361,6 +364,63 @@ def test_a_run_folder_that_cannot_be_made_is_an_error(
     config = load_config(FinetuneConfig, recipe, [f"run_dir={tmp_path}/file/x"]).config
     assert main(CommandLine(config, "", False)) == EXIT_USER_ERROR
     assert f"{tmp_path}/file/x: cannot be created (Not a directory); choose another run_dir" in capsys.readouterr().err
+
+
+def fails(recipe: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """Return what fine-tuning prints when it refuses to start."""
+    assert main(CommandLine(load_config(FinetuneConfig, recipe, overrides).config, "", False)) == EXIT_USER_ERROR
+    return capsys.readouterr().err
+
+
+def test_data_of_one_class_is_refused(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "photos" / "cat" / "1.png")
+    photos = str(tmp_path / "photos")
+    printed = fails(recipe, capsys, f"data.train={photos}", f"data.validation={photos}")
+    assert printed == f"{photos}: all images have the class cat; fine-tuning needs two classes\n"
+
+
+def test_folders_that_do_not_fit_are_refused_before_the_first_step(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], vitrail: Vitrail
+) -> None:
+    file = tmp_path / "model" / "preprocessor_config.json"
+    image = tmp_path / "red.png"
+    Image.new("RGB", (40, 40), "red").save(image)
+    changes: dict[str, dict[str, object]] = {
+        "the model cannot use the images that the processor makes": {"size": {"height": 16, "width": 16}},
+        "cannot process a color image": {"image_mean": [0.5], "image_std": [0.5]},
+        "in place of 3 x height x width": {"image_processor_type": "Siglip2ImageProcessor"},
+        "puts a border around": {"do_resize": False, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}},
+    }
+    original = json.loads(file.read_text())
+    for message, change in changes.items():
+        file.write_text(json.dumps({**original, **change}))
+        assert f"{file}: " in (printed := fails(recipe, capsys)), message
+        assert message in printed
+        done = vitrail("predict", tmp_path / "model", image)
+        if message == "puts a border around":  # which predictions may have
+            continue
+        assert (done.code, message in done.err) == (2, True)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_training_gives_the_model_the_channel_order_of_the_processor(recipe: Path, tmp_path: Path) -> None:
+    square = {"height": 32, "width": 32}
+    processor = transformers.MobileViTImageProcessorPil(size={"shortest_edge": 32}, crop_size=square)
+    processor.save_pretrained(tmp_path / "model")
+    run = build(recipe)
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    image[:, 0] = 255  # red
+    seen: list[torch.Tensor] = []
+
+    def model(pixel_values: torch.Tensor) -> Any:
+        seen.append(pixel_values)
+        return run.model(pixel_values=pixel_values)
+
+    batch_loss(model, run.normalization, run.config, {"image": image, "label": torch.zeros(1, dtype=torch.int64)})
+    evaluated = run.preprocessor(image[0].permute(1, 2, 0).numpy(), np.random.default_rng(0))["image"]
+    assert torch.equal(seen[0][0], evaluated)
+    assert evaluated[:, 0, 0].tolist() == [0, 0, 1]
 
 
 def test_predictions_go_on_after_a_file_that_is_no_image(tmp_path: Path, vitrail: Vitrail) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pretrain.data.transforms.decode import DeepGrayscaleError, ImageArray, count_bits, decode
+from pretrain.data.transforms.decode import DeepImageError, ImageArray, count_bits, decode
 
 Format = Literal["jpg", "png", "webp"]
 
@@ -21,7 +21,7 @@ class StoredImage(NamedTuple):
         extension: File name extension: jpg, png or webp.
         width: Width of the decoded image, in pixels.
         height: Height of the decoded image, in pixels.
-        scaled_from: Number of bits that the values of 16-bit grayscale used before scaling to 8 bits; 0 for others.
+        scaled_from: Number of bits that the 16-bit values used before they were scaled to 8 bits; 0 for others.
     """
 
     data: bytes
@@ -54,7 +54,7 @@ class Encoding:
     def __call__(self, data: bytes) -> StoredImage:
         try:
             pixels, scaled_from = decode(data), 0
-        except DeepGrayscaleError:
+        except DeepImageError:
             pixels, scaled_from = decode(data, scales=True), count_bits(data)
         height, width = pixels.shape[:2]
         known = _format_of(data)

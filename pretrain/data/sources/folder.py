@@ -239,16 +239,13 @@ class _FolderScan:
         if _has_control_characters(name):
             self.unprintable.append(ascii(name))
             return False
-        if entry.name.lower().endswith(ARCHIVES):
-            self.archives.append(name)
-            return False
         try:
             if Path(name).suffix.lower() in SUFFIXES or is_image(Path(entry.path)):
                 return True
         except OSError as error:
             self.unreadable.append(f"{name} ({error.strerror})")
             return False
-        self.not_images.append(name)
+        (self.archives if entry.name.lower().endswith(ARCHIVES) else self.not_images).append(name)
         return False
 
     def _entries(self, folder: str) -> "Iterator[os.DirEntry[str]]":

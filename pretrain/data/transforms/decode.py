@@ -1,9 +1,9 @@
 """Decode images to RGB pixels, identically for training, evaluation and the exported image processor.
 
 libjpeg-turbo (simplejpeg) decodes JPEG, Pillow everything else. The orientation in EXIF or XMP is applied, transparency
-is blended with white (as in transformers 5), and Pillow converts the other modes. Grayscale of 16 bits or more is
-refused, because Pillow, and with it any exported processor, would turn nearly all of it white. `vitrail shards make`
-scales 16 bits to 8.
+is blended with white (as in transformers 5), and Pillow converts the other modes. Values of 16 bits that Pillow, and
+with it any exported processor, would turn white (grayscale) or nearly black (color of fewer bits in 16-bit values) are
+refused. `vitrail shards make` scales them to 8 bits.
 
 What is broken beside good pixels is ignored: oversized text or color profiles of a PNG, unreadable EXIF, stray bytes
 before a JPEG's end. That the bytes are those that were once stored is proven by their checksum, not here.
@@ -14,7 +14,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 ImageArray = npt.NDArray[np.uint8]
+Values = npt.NDArray[np.uint16]
 
 # Small files can decode to huge images (a 164 kB PNG to 507 MB), and Pillow itself only warns.
 MAX_PIXELS = 64_000_000
@@ -42,6 +43,9 @@ SUFFIXES |= {".heic", ".heif", ".jxl"}  # images, whether or not they can be rea
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # what the pixels and their orientation need
+ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of text chunks
+MAX_TEXT_BYTES = 1 << 19
+DEEP_COLOR = ("RGB;16", "RGBA;16")  # how Pillow names color of 16-bit values
 # libjpeg's warnings about bytes that belong to nothing, and about a color profile that nobody needs
 STRAY_BYTES, BAD_PROFILE = "extraneous bytes before marker", "bad ICC marker"
 JPEG_XL = (b"\xff\n", b"\0\0\0\x0cJXL \r\n\x87\n")
@@ -62,13 +66,8 @@ class DecodeError(Exception):
     """Bytes that are not a usable image; the message is the reason."""
 
 
-class DeepGrayscaleError(DecodeError):
-    """A 16-bit grayscale image, which must be scaled to 8 bits before training."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "16-bit grayscale, which transformers would turn white; convert it to 8 bits with vitrail shards make"
-        )
+class DeepImageError(DecodeError):
+    """An image of 16-bit values, which must be scaled to 8 bits before training."""
 
 
 def decode(data: bytes, *, scales: bool = False) -> ImageArray:
@@ -76,22 +75,29 @@ def decode(data: bytes, *, scales: bool = False) -> ImageArray:
 
     Args:
         data: Content of an image file.
-        scales: Whether to scale 16-bit grayscale to 8 bits.
+        scales: Whether to scale 16-bit values to 8 bits, from the bits that they use.
 
     Returns:
         RGB pixels, uint8 [height, width, 3].
 
     Raises:
         DecodeError: If the image is damaged, has an unknown format, more than MAX_PIXELS, or more than 8 bits.
+        DeepImageError: If it has 16-bit values that Pillow cannot show, and `scales` is False.
     """
     try:
         if _plain_jpeg(data):
             return _decode_jpeg(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(_without_extra_chunks(data)), formats=FORMATS)
-            _check_size(image.width, image.height)
-            return np.array(to_rgb(scale_grayscale(image) if scales else image))
+            image, values = _open(data)
+            if values is None:
+                return np.array(to_rgb(image))
+            if not scales:
+                kind = "grayscale, which transformers would turn white"
+                if values.ndim == 3:
+                    kind = f"color of {bits_used(values)} bits, which transformers would turn nearly black"
+                raise DeepImageError(f"16-bit {kind}; convert it to 8 bits with vitrail shards make")
+            return np.array(to_rgb(Image.fromarray(_scale_to_bytes(values))))
     except DecodeError:
         raise
     except UnidentifiedImageError:
@@ -142,38 +148,29 @@ def is_image(path: Path) -> bool:
         return True
 
 
-def scale_grayscale(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grayscale to 8 bits, from the bits that its values use; return other images unchanged."""
-    if not image.mode.startswith("I;16"):
-        return image
-    pixels = np.asarray(_upright(image))
-    return Image.fromarray((pixels >> (bits_used(pixels) - 8)).astype(np.uint8))
-
-
 def count_bits(data: bytes) -> int:
-    """Return how many bits the values of an encoded 16-bit image use; see `bits_used`."""
-    return bits_used(np.asarray(Image.open(io.BytesIO(_without_extra_chunks(data)), formats=FORMATS)))
+    """Return how many bits the values of an encoded image use; see `bits_used`."""
+    values = _open(data)[1]
+    return 8 if values is None else bits_used(values)
 
 
-def bits_used(pixels: npt.NDArray[np.uint16]) -> int:
-    """Return how many bits the values of a 16-bit image use: 8, 10, 12, 14 or 16. Cameras store fewer than 16."""
-    highest = int(pixels.max(initial=0))
+def bits_used(pixels: Values) -> int:
+    """Return how many bits the values of a 16-bit image use: 8, 10, 12, 14 or 16. Cameras store fewer than 16.
+
+    Args:
+        pixels: Values [H, W] or [H, W, C]; transparency does not count.
+    """
+    highest = int(pixels[..., :3].max(initial=0) if pixels.ndim == 3 else pixels.max(initial=0))
     return next(bits for bits in (8, 10, 12, 14, 16) if highest < 1 << bits)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to RGB as a viewer would show it: EXIF orientation applied, transparency on white.
 
-    Args:
-        image: Image of any mode.
-
     Raises:
-        DecodeError: If the image has more than 8 bits per channel.
-        DeepGrayscaleError: If it has 16-bit grayscale.
+        DecodeError: If the image has 32 bits per channel.
     """
     image = _upright(image)
-    if image.mode.startswith("I;16"):
-        raise DeepGrayscaleError
     if image.mode in ("I", "F"):
         raise DecodeError("grayscale of 32 bits, whose range of values is unknown; convert it to 8 bits")
     if image.has_transparency_data:
@@ -248,14 +245,65 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _open(data: bytes) -> tuple[Image.Image, Values | None]:
+    """Open and load an image that is no plain JPEG.
+
+    Returns:
+        The image, and its upright 16-bit values [H, W] or [H, W, C] if Pillow would not show its 8 bits. Of color that
+        uses all 16 bits, Pillow takes the upper 8, so it has no such values.
+
+    Raises:
+        DecodeError: If the image has too many pixels.
+    """
+    data = _without_extra_chunks(data)
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image.width, image.height)
+    raw_mode = str(_raw_mode(image))
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return image, np.asarray(_upright(image)).astype(np.uint16)
+    if not raw_mode.startswith(DEEP_COLOR):
+        return image, None
+    upper = np.asarray(_upright(image)).astype(np.uint16) << np.uint16(8)
+    if bits_used(upper) == 16:
+        return image, None
+    again: Any = Image.open(io.BytesIO(data), formats=FORMATS)
+    # Pillow reads one byte of each value: the lower one, if it takes the values to be in the other byte order.
+    swapped = raw_mode[:-1] + ("L" if raw_mode.endswith("B") else "B")
+    again.tile = [tile._replace(args=_with_raw_mode(tile.args, swapped)) for tile in again.tile]
+    values = upper | np.asarray(_upright(again))
+    return image, values if values.any() else None
+
+
+def _scale_to_bytes(values: Values) -> ImageArray:
+    """Scale 16-bit values [H, W] or [H, W, C] to 8 bits; transparency by the bits that it uses itself."""
+    if values.ndim == 3 and values.shape[2] == 4:
+        return np.concatenate([_scale_to_bytes(values[..., :3]), _scale_to_bytes(values[..., 3:])], axis=2)
+    return (values >> (bits_used(values) - 8)).astype(np.uint8)
+
+
+def _raw_mode(image: Any) -> Any:
+    """Return Pillow's name for how the file stores the values of pixels, or None if the format has none."""
+    args = image.tile[0].args if getattr(image, "tile", None) else None
+    return args[0] if isinstance(args, tuple) and args else args
+
+
+def _with_raw_mode(args: Any, raw_mode: str) -> Any:
+    return (raw_mode, *args[1:]) if isinstance(args, tuple) else raw_mode
+
+
 def _without_extra_chunks(data: bytes) -> bytes:
-    """Return a PNG without text, color profiles and other extras, which may be larger than Pillow takes."""
+    """Return a PNG without color profiles, text and other extras, which may be larger than Pillow takes.
+
+    Text that may contain the orientation is kept, unless it is large.
+    """
     if not data.startswith(PNG_SIGNATURE):
         return data
     kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while place + 12 <= len(data):
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
-        if data[place + 4 : place + 8] in PNG_CHUNKS:
+        is_orientation = data[place + 8 : end].startswith(ORIENTATION_TEXTS) and end - place < MAX_TEXT_BYTES
+        if data[place + 4 : place + 8] in PNG_CHUNKS or is_orientation:
             kept.append(data[place:end])
         place = end
     return b"".join(kept)

@@ -121,5 +121,5 @@ def test_scaled_grayscale_is_said(tmp_path: Path, vitrail: Vitrail) -> None:
         Image.fromarray(values).save(tmp_path / "in" / "x" / f"{name}.png")
     done = vitrail("shards", "make", tmp_path / "in", tmp_path / "out", "--validation", "0")
     assert done.code == 0, done.err
-    assert "2 images of 16-bit grayscale whose values use 12 bits: scaled from 12 to 8 bits" in done.out
-    assert "1 image of 16-bit grayscale whose values use 16 bits: scaled from 16 to 8 bits" in done.out
+    assert "2 images of 16-bit values that use 12 bits: scaled from 12 to 8 bits" in done.out
+    assert "1 image of 16-bit values that use 16 bits: scaled from 16 to 8 bits" in done.out

@@ -116,3 +116,33 @@ def test_unusable_weights_are_explained(tmp_path: Path) -> None:
     transformers.ViTConfig(layer_norm_eps=1e-6).save_pretrained(tmp_path / "empty")
     with pytest.raises(CheckpointError, match=r"has no \*.safetensors; save it again with save_pretrained"):
         warm_start(objective(), tmp_path / "empty", NAMES, 1e-6)
+
+
+def test_another_normalization_of_the_source_is_named(tmp_path: Path) -> None:
+    theirs = transformers.ViTModel(hf_config(), add_pooling_layer=False)
+    theirs.save_pretrained(tmp_path / "hub")
+    ours, usual = objective(), PreprocessingConfig()
+    sentence = f"started from {tmp_path / 'hub'}; random values for classifier.bias, classifier.weight"
+    assert warm_start(ours, tmp_path / "hub", NAMES, 1e-6, usual) == sentence  # without a processor
+    (tmp_path / "hub" / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": ["a", 1, 2]}')
+    assert warm_start(ours, tmp_path / "hub", NAMES, 1e-6, usual) == sentence
+    transformers.ViTImageProcessorPil().save_pretrained(tmp_path / "hub")
+    assert warm_start(ours, tmp_path / "hub", NAMES, 1e-6, usual) == (
+        f"{sentence}; the source normalizes images otherwise; set preprocessing.image_mean=[0.5, 0.5, 0.5] "
+        "preprocessing.image_std=[0.5, 0.5, 0.5] so that it sees the images that it knows"
+    )
+    half = PreprocessingConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+    assert warm_start(ours, tmp_path / "hub", NAMES, 1e-6, half) == sentence
+
+    folder = tmp_path / "run" / "checkpoints" / "step-00000004"
+    config = {**MANIFEST.config, "preprocessing": half.model_dump(mode="json")}
+    write_checkpoint(folder, replace(MANIFEST, class_names=NAMES, config=config), ours.state_dict())
+    assert warm_start(ours, folder, NAMES, 1e-6, half) == f"started from {folder}"
+    assert "; set preprocessing.image_mean=[0.5, 0.5, 0.5] prepro" in warm_start(ours, folder, NAMES, 1e-6, usual)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_config_is_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json: .*; download the folder again"):
+        warm_start(objective(), tmp_path, NAMES, 1e-6)

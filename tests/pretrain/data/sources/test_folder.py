@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -16,6 +16,7 @@ from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.folder import find_splits, list_folder
 from pretrain.data.storage.index import DatasetInfo
+from pretrain.data.transforms.decode import SUFFIXES
 from pretrain.errors import DataError
 
 
@@ -147,6 +148,40 @@ def test_any_name_is_kept_or_named(tmp_path_factory: pytest.TempPathFactory, nam
     counted = sum(int(line.split()[0]) for line in named)
     assert len(source) + counted == len(list((folder / "class").iterdir()))
     assert all(name.isprintable() or "\n" not in name for name in source.names)
+
+
+CHARACTERS = st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="/")
+ENDINGS = st.sampled_from(["", ".png", ".JPG", ".txt", ".csv", ".tar", ".zip", ".json", ".webp ", ".x.y"])
+FORMATS = st.sampled_from(["PNG", "BMP", "GIF", "TIFF", "WEBP", ""])  # "": not an image
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(st.tuples(st.text(CHARACTERS, min_size=1, max_size=20), ENDINGS), FORMATS, max_size=6))
+def test_content_decides_whatever_the_name(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[tuple[str, str], str]
+) -> None:
+    folder = tmp_path_factory.mktemp("names")
+    (folder / "a class").mkdir()
+    colors = {}
+    for number, ((stem, suffix), kind) in enumerate({("first", ".png"): "PNG", **files}.items()):
+        name = f"a class/{stem}{suffix}"
+        if stem.startswith(".") or f"{stem}{suffix}" == "__MACOSX" or (folder / name).exists():
+            continue
+        if kind:
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(
+                folder / name, kind, **({"lossless": True} if kind == "WEBP" else {})
+            )
+            colors[name] = number
+        elif Path(name).suffix.lower() not in SUFFIXES:  # else it is an image that is damaged
+            (folder / name).write_text("no image")
+    source = list_folder(folder)
+    assert set(source.names) == colors.keys()
+    source.problems.clear()  # archives, which a user would have to unpack or remove
+    make_shards(source, folder / "set", ShardOptions(validation_fraction=0.0))
+    dataset = open_dataset(folder / "set" / "train")
+    samples = [dataset.read(0, row) for row in range(dataset.shard_sizes[0])]
+    assert sorted(int(sample.image[0, 0, 0]) for sample in samples) == sorted(colors.values())
+    assert len({sample.key for sample in samples}) == len(samples)
 
 
 @pytest.mark.parametrize(

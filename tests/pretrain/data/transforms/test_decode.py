@@ -2,10 +2,14 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 from sklearn.datasets import load_sample_image
 
@@ -13,13 +17,15 @@ from pretrain.data.shards.encoding import Encoding
 from pretrain.data.transforms import decode as decode_module
 from pretrain.data.transforms.decode import (
     DecodeError,
-    DeepGrayscaleError,
+    DeepImageError,
     EncodedJpeg,
+    count_bits,
     decode,
     decode_unless_jpeg,
     is_image,
 )
 
+Deep = npt.NDArray[np.uint16]
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[:90, :130])
 
 
@@ -54,7 +60,7 @@ def test_all_modes_decode_to_rgb() -> None:
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_deep_grayscale_is_refused_or_scaled(kind: str) -> None:
     deep = encoded(Image.fromarray(np.full((4, 5), 0x8000, dtype=np.uint16)), kind)
-    with pytest.raises(DeepGrayscaleError, match="convert it to 8 bits with vitrail shards make"):
+    with pytest.raises(DeepImageError, match="convert it to 8 bits with vitrail shards make"):
         decode(deep)
     assert np.unique(decode(deep, scales=True)).tolist() == [0x80]
     stored = Encoding()(deep)
@@ -166,6 +172,74 @@ def test_deep_grayscale_is_scaled_by_the_bits_that_it_uses(highest: int, bits: i
     values = np.linspace(0, highest, 4 * 5).round().astype(np.uint16).reshape(4, 5)
     data = encoded(Image.fromarray(values), "PNG")
     assert np.array_equal(decode(data, scales=True)[..., 0], values >> (bits - 8))
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def deep_png(values: Deep) -> bytes:
+    """Encode 16-bit values [H, W, 3 or 4] as a PNG, which Pillow cannot."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def deep_tiff(values: Deep, order: str) -> bytes:
+    """Encode 16-bit values [H, W, 3] as a TIFF of a byte order, which Pillow cannot."""
+    height, width, channels = values.shape
+    pixels = values.astype(f"{order}u2").tobytes()
+    offset = 8 + 2 + 9 * 12 + 4  # of what follows the header: the bits of each channel, then the pixels
+    fields = [(256, 3, width), (257, 3, height), (258, offset, channels), (259, 3, 1), (262, 3, 2)]
+    fields += [(273, 4, offset + 2 * channels), (277, 3, channels), (278, 3, height), (279, 4, len(pixels))]
+    entries = [
+        struct.pack(f"{order}HHII", tag, 3, value, kind)
+        if tag == 258
+        else struct.pack(f"{order}HHIHH" if kind == 3 else f"{order}HHII", tag, kind, 1, value, *[0] * (kind == 3))
+        for tag, kind, value in fields
+    ]
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(fields))
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
+    return start + b"".join(entries) + struct.pack(f"{order}I", 0) + bits + pixels
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([8, 10, 12, 14, 16]), st.sampled_from(["gray", "PNG", "II", "MM"]), st.integers(0, 10**6))
+def test_values_of_any_depth_in_16_bits_are_scaled_by_their_range(bits: int, kind: str, seed: int) -> None:
+    shape = (3, 4) if kind == "gray" else (3, 4, 3)
+    values = np.random.default_rng(seed).integers(0, 1 << bits, shape).astype(np.uint16)
+    values[0, 0] = (1 << bits) - 1
+    if kind == "gray":
+        data = encoded(Image.fromarray(values), "PNG")
+    else:
+        data = deep_png(values) if kind == "PNG" else deep_tiff(values, {"II": "<", "MM": ">"}[kind])
+    expected = np.broadcast_to((values >> (bits - 8)).reshape(3, 4, -1), (3, 4, 3))
+    assert np.array_equal(decode(data, scales=True), expected)
+    assert count_bits(data) == (8 if bits == 16 and kind != "gray" else bits)
+    if bits < 16:  # of color that uses all bits, Pillow and transformers take the upper 8
+        with pytest.raises(DeepImageError, match="convert it to 8 bits with vitrail shards make"):
+            decode(data)
+        assert np.array_equal(decode(Encoding()(data).data), expected)
+
+
+def test_transparency_of_16_bits_is_scaled_by_itself() -> None:
+    values = np.full((2, 2, 4), 4095, np.uint16)
+    values[..., 3] = 65535
+    values[0, 0] = (4095, 0, 0, 32768)
+    assert decode(deep_png(values), scales=True)[0].tolist() == [[255, 127, 127], [255, 255, 255]]
+    assert decode(deep_png(np.zeros((2, 2, 3), np.uint16))).tolist() == np.zeros((2, 2, 3)).tolist()
+
+
+def test_a_gray_map_of_16_bits_is_scaled() -> None:
+    """Pillow opens it as 32 bits, scaled from the range that the file states."""
+    values = np.arange(0, 4096, 205, np.uint16)
+    data = b"P5 20 1 4095\n" + values.astype(">u2").tobytes()
+    assert abs(decode(data, scales=True)[0, :, 0] - values / 4095 * 255).max() < 1
+    with pytest.raises(DeepImageError, match="16-bit grayscale, which transformers would turn white"):
+        decode(data)
 
 
 def test_an_image_that_cannot_be_read_here_is_named() -> None:
