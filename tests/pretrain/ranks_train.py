@@ -411,6 +411,8 @@ def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
         "model.image_size=64",
         "schedule.total_steps=3",
         "schedule.warmup_steps=1",
+        "schedule.epochs=0",
+        "schedule.warmup_epochs=0",
         "engine.global_batch_size=12",
         "engine.micro_batch_size=4",
         "engine.compile=false",
@@ -419,7 +421,7 @@ def try_recipe(path: Path, folder: Path, recipe: Path) -> list[float]:
     ]
     if path.stem.startswith("dinov2"):
         settings += ["objective.num_prototypes=64", "objective.head_hidden_size=24", "objective.local_image_size=32"]
-    if path.stem.startswith("mae"):
+    if "mae" in path.stem:
         settings += ["objective.decoder_hidden_size=16", "objective.decoder_num_hidden_layers=1"]
         settings += ["objective.decoder_num_attention_heads=2", "objective.decoder_intermediate_size=32"]
     config = load_config(PretrainConfig, path, settings).config
