@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ class Preprocessor:
             "image", float [3, H, W] with the size and the normalization of the folder.
         """
         return {"image": self.processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]}
+
+    def batch(self, images: Sequence[ImageArray]) -> torch.Tensor:
+        """Preprocess decoded images of any sizes; return float [B, 3, H, W]."""
+        unused = np.random.default_rng(0)
+        return torch.stack([self(image, unused)["image"] for image in images])
 
     @property
     def image_size(self) -> int:

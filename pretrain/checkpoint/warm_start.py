@@ -7,9 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pretrain.checkpoint.history import find_checkpoint
-from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.pieces import find_faults, load_weights
+from pretrain.checkpoint.pieces import load_verified
 from pretrain.errors import CheckpointError
 from pretrain.model.hub_names import encoder_from_hub
 from pretrain.model.vit import resize_positions
@@ -63,12 +61,9 @@ def warm_start(objective: nn.Module, path: Path, class_names: list[str], layer_n
 
 def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the encoder of a run's checkpoint, and its other weights if the run had the same classes."""
-    checkpoint = find_checkpoint(path)
-    if faults := list(find_faults(checkpoint)):
-        raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
-    weights = load_weights(checkpoint, averaged=True)
+    manifest, weights = load_verified(path)
     encoder = {name: weight for name, weight in weights.items() if name.startswith(ENCODER_PREFIX)}
-    if Manifest.load(checkpoint).class_names != class_names:
+    if manifest.class_names != class_names:
         return encoder, {}
     return encoder, {name: weight for name, weight in weights.items() if name not in encoder}
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import transformers
 
 from pretrain.checkpoint.history import find_checkpoint
-from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.pieces import find_faults, load_weights
+from pretrain.checkpoint.pieces import load_verified
 from pretrain.config import PretrainConfig
 from pretrain.errors import CheckpointError
 from pretrain.export.card import model_card
@@ -41,11 +40,9 @@ def export(source: Path, out: Path, overwrite: bool = False, model_type: str = "
         raise CheckpointError(f"{out}: output folder already exists; choose another one or pass --overwrite")
     if out.exists() and not (out / "config.json").exists():
         raise CheckpointError(f"{out}: not a Hugging Face folder, so it is not overwritten; choose another one")
-    if faults := list(find_faults(checkpoint)):
-        raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
-    manifest = Manifest.load(checkpoint)
+    manifest, weights = load_verified(checkpoint)
     config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
-    model = MODEL_TYPES[model_type](config, load_weights(checkpoint, averaged=True), manifest.class_names)
+    model = MODEL_TYPES[model_type](config, weights, manifest.class_names)
     with atomic_folder(out, overwrite=overwrite) as folder:
         model.save(folder)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private

@@ -15,14 +15,12 @@ from sklearn.datasets import load_sample_image
 
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_weights
-from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
+from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.errors import CheckpointError
 from pretrain.export.folder import export
 from pretrain.export.proof import ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import Vit
-from pretrain.model.vit import ViT
-from pretrain.state import TrainState
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_run
 
 NAMES = ["tabby cat", "dog", "鳥"]
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
@@ -36,22 +34,7 @@ MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, 
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("run")
-    model = MODEL.model_copy(update=request.param)
-    config = PretrainConfig(
-        run_dir=folder,
-        data=DataConfig(train=str(folder)),
-        model=model,
-        preprocessing=PreprocessingConfig(resize_ratio=1.25),
-        schedule=ScheduleConfig(total_steps=9),
-    )
-    torch.manual_seed(1)
-    weights = {f"encoder.{name}": weight for name, weight in ViT(model).state_dict().items()}
-    weights |= {"classifier.weight": torch.randn(3, 48), "classifier.bias": torch.randn(3)}
-    weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    resolved = json.loads(config.model_dump_json())
-    manifest = Manifest(TrainState(9, 99, 72), 1, {"training": "digest"}, NAMES, resolved, "commit")
-    write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
-    return folder
+    return write_run(folder, MODEL.model_copy(update=request.param), NAMES)
 
 
 def trained(run_dir: Path) -> Vit:
