@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "pretrain.journal": {"pretrain.files"},
     "pretrain.outcome": {"pretrain.errors"},
     "pretrain.config": set(),
+    "pretrain.card": {"pretrain", "pretrain.config"},
     "pretrain.configfile": {"pretrain.config", "pretrain.errors", "pretrain.outcome"},
     "pretrain.schedules": set(),
     "pretrain.stop_signal": set(),
@@ -41,7 +42,8 @@ MAY_IMPORT = {
     "pretrain.health": {"pretrain.config", "pretrain.distributed", "pretrain.journal"},
     "pretrain.engine": {"pretrain.config", "pretrain.distributed", "pretrain.optimizers"},
     "pretrain.checkpoint": LEAVES | {"pretrain.engine", "pretrain.distributed", "pretrain.model", "pretrain.state"},
-    "pretrain.export": LEAVES | {"pretrain.checkpoint", "pretrain.model", "pretrain.data.transforms"},
+    "pretrain.export": LEAVES
+    | {"pretrain.card", "pretrain.checkpoint", "pretrain.model", "pretrain.data.transforms", "pretrain.tracking"},
     "pretrain.indexing": LEAVES | {"pretrain.data", "pretrain.distributed", "pretrain.tracking"},
     "pretrain.run_folder": LEAVES | {"pretrain.checkpoint", "pretrain.distributed", "pretrain.heartbeat"},
     "pretrain.run": LEAVES
@@ -100,6 +102,7 @@ MAY_IMPORT = {
     },
     "finetune": LEAVES
     | {
+        "pretrain.card",
         "pretrain.configfile",
         "pretrain.outcome",
         "pretrain.tracking",

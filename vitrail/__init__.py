@@ -15,11 +15,6 @@ from typing import TYPE_CHECKING
 from pretrain import __version__
 from pretrain.errors import MachineError, UserError
 
-if TYPE_CHECKING:
-    from finetune.predict import Classifier
-    from vitrail.dataset import ImageDataset, open_dataset
-    from vitrail.models import Encoder, embed, load_classifier, load_encoder, predict
-
 __all__ = [
     "Classifier",
     "Encoder",
@@ -45,14 +40,19 @@ _MODULES = {
     "predict": "vitrail.models",
 }
 
+if TYPE_CHECKING:
+    from finetune.predict import Classifier
+    from vitrail.dataset import ImageDataset, open_dataset
+    from vitrail.models import Encoder, embed, load_classifier, load_encoder, predict
+else:
 
-def __getattr__(name: str) -> object:
-    """Import a name when it is first used."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'vitrail' has no attribute '{name}'; it has {', '.join(__all__)}")
-    value: object = getattr(import_module(_MODULES[name]), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        """Import a name when it is first used."""
+        if name not in _MODULES:
+            raise AttributeError(f"module 'vitrail' has no attribute '{name}'; it has {', '.join(__all__)}")
+        value: object = getattr(import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -15,6 +15,8 @@ from pretrain.export.proof import Proof
 from pretrain.export.vit import Vit
 from pretrain.export.vit_mae import VitMae
 from pretrain.files import atomic_folder
+from pretrain.journal import Row, read_rows
+from pretrain.tracking.tracker import METRICS_FILE
 
 MODEL_TYPES: dict[str, type[Vit | VitMae]] = {"vit": Vit, "vit_mae": VitMae}
 
@@ -48,8 +50,16 @@ def export(source: Path, out: Path, overwrite: bool = False, model_type: str = "
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private
         build_processor(config).save_pretrained(folder)
         proof = model.prove(folder)
-        (folder / "README.md").write_text(model_card(manifest, config, model.usage, proof), encoding="utf-8")
+        measured = read_measured(checkpoint.parents[1], manifest.state.step)
+        card = model_card(manifest, config, model.usage, proof, measured)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return proof
+
+
+def read_measured(run_dir: Path, step: int) -> Row:
+    """Return all metrics that a run has logged for a step; several rows may share it."""
+    rows = (row for row in read_rows(run_dir / METRICS_FILE) if row["step"] == step)
+    return {name: value for row in rows for name, value in row.items()}
 
 
 def build_processor(config: PretrainConfig) -> transformers.BitImageProcessorPil:

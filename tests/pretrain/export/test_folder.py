@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
@@ -22,6 +23,7 @@ from pretrain.export.proof import ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import Vit
 from tests.support.checkpoints import write_run
 
+TOP1, KNN = "validation/top1", "probe/knn_top1"
 NAMES = ["tabby cat", "dog", "鳥"]
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
 
@@ -86,18 +88,54 @@ def test_pipeline_and_code_of_the_model_card_work(
     image = Image.fromarray(load_sample_image("flower.jpg")[:200])
     image.save(tmp_path / "image.jpg", quality=100)
     card = (folder / "README.md").read_text()
-    assert "| images seen | 72 |" in card
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(snippets) == 2
     monkeypatch.chdir(tmp_path)
     for snippet in snippets:
         code = snippet.replace("path/to/this/folder", str(folder))
-        space: dict[str, object] = {}
+        space: dict[str, torch.Tensor] = {}
         exec(code, space)
+    assert space["features"].shape == (1, 48)
     classify = transformers.pipeline("image-classification", model=str(folder))
     scores = {row["label"]: row["score"] for row in classify(image)}
     expected = trained(run_dir).logits(evaluation_pixels(trained(run_dir).config, image)).softmax(dim=1)[0]
     assert scores == {name: pytest.approx(float(p), abs=1e-5) for name, p in zip(NAMES, expected, strict=True)}
+
+
+def test_the_model_card_has_what_the_run_knows_and_no_path(run_dir: Path, folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    for line in (
+        "It classifies images into 3 classes: `tabby cat`, `dog`, `鳥`.",
+        "| on the validation data `none`, at step 9 | value |",
+        "| top-1 accuracy | not measured |",
+        "| top-1 accuracy of k-NN on the frozen features | not measured |",
+        "| images seen | 72 |",
+        "| data digest | `digest` |",
+        "| code of the run | `commit` |",
+        f"| written by | vitrail 0.1.0, torch {torch.__version__}, transformers {transformers.__version__} |",
+        '  "seed": 0,',
+    ):
+        assert line in card.splitlines(), line
+    assert "model-index" not in card
+    rows = [{"step": 8, TOP1: 0.5}, {"step": 9, "validation/loss": 0.25}, {"step": 9, TOP1: 0.75, KNN: 0.625}]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    export(run_dir, folder, overwrite=True)
+    (run_dir / "metrics.jsonl").unlink()
+    card = (folder / "README.md").read_text()
+    for line in (
+        "| top-1 accuracy | 0.7500 |",
+        "| top-1 accuracy of k-NN on the frozen features | 0.6250 |",
+        "| top-1 accuracy of a linear probe of the frozen features | not measured |",
+        "| loss | 0.2500 |",
+    ):
+        assert line in card.splitlines(), line
+    metadata = ModelCard(card).data
+    assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
+    [result] = metadata.eval_results or []
+    assert (result.metric_type, result.metric_value, result.task_type) == ("accuracy", 0.75, "image-classification")
+    for path in folder.iterdir():
+        assert str(run_dir.parent).encode() not in path.read_bytes(), path
+        assert b"cache_dir" not in path.read_bytes()
 
 
 def test_tensor_names_are_those_that_transformers_4_and_5_load(folder: Path) -> None:
