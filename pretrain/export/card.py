@@ -73,7 +73,7 @@ def model_card(
         proof: Differences between the folder and our model.
         measured: Metrics that the run has logged for the checkpoint's step.
     """
-    is_classifier = "logits" in proof.differences
+    is_classifier, names = "logits" in proof.differences, manifest.class_names
     validation = data_names(config.data.validation)
     return CARD.format(
         front_matter=front_matter(
@@ -81,7 +81,7 @@ def model_card(
         ),
         title=config.run_dir.name,
         usage=usage,
-        classes=f"It classifies images into {class_list(manifest.class_names)}" if is_classifier else "It has no classifier.",
+        classes=f"It classifies images into {class_list(names)}" if is_classifier else "It has no classifier.",
         layers=config.model.num_hidden_layers,
         width=config.model.hidden_size,
         patch=config.model.patch_size,

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
-from pretrain.tracking.pictures import GAP
+from pretrain.tracking.pictures import GAP, MARGIN
 from pretrain.tracking.tracker import picture_name
 from tests.support.training import (
     IN_MLFLOW,
@@ -68,9 +68,13 @@ def test_masked_autoencoding_writes_pictures_of_images_masks_and_reconstructions
 
 
 def columns_of(page: Path) -> list[NDArray[np.int64]]:
-    """Return the columns of a page of pictures, [8 images, 32, 32, 3] each; both their size and the gaps are known."""
-    pixels = np.asarray(Image.open(page)).astype(int)
-    padded = np.pad(pixels, ((0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    """Return the columns of a page of pictures, [8 images, 32, 32, 3] each, without the captions around them."""
+    pixels = np.asarray(Image.open(page)).astype(int)[:-MARGIN, :-MARGIN]
+    is_white = (pixels == 255).all(axis=2)
+    height = 8 * (96 + GAP) - GAP
+    is_gap = is_white[-height:].all(axis=0)  # the columns between pictures, and those around the names of the rows
+    width = next(width for width in (496, 296) if not is_gap[-width] and is_gap[-width - MARGIN : -width].all())
+    padded = np.pad(pixels[-height:, -width:], ((0, GAP), (0, GAP), (0, 0)), constant_values=255)
     tiles = padded.reshape(8, 96 + GAP, -1, 96 + GAP, 3).swapaxes(1, 2)
     assert (tiles[:, :, 96:] == 255).all()
     assert (tiles[:, :, :, 96:] == 255).all()
