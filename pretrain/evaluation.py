@@ -269,5 +269,5 @@ class Evaluator:
             for label, weight in zip(labels, weights, strict=True)
             if validation.class_names
         ]
-        title = f"{self.config.run_dir.name}, step {step}: validation images"
+        title = f"{self.config.run_dir.name}, step {step} ({self.config.objective.name}): validation images"
         return add_captions(make_grid(pictures[:count]), title, self.objective.picture_headings(), names)

@@ -106,8 +106,8 @@ class MAEObjective(Objective):
         return torch.cat([torch.stack(columns, dim=1), super().pictures(batch)[:, 1:]], dim=1)
 
     def picture_headings(self) -> list[str]:
-        image, *attention = super().picture_headings()
-        return [image, "visible patches", "reconstruction", *attention]
+        original, *attention = super().picture_headings()
+        return [original, "visible patches", "reconstruction", *attention]
 
     def _initialize(self) -> None:
         """Initialize all linear layers with Xavier's uniform distribution (appendix A.1 of the paper).

@@ -100,7 +100,7 @@ class Objective(nn.Module, ABC):
 
     def picture_headings(self) -> list[str]:
         """Return the heading of each column of `pictures`."""
-        return ["image", *(f"head {head + 1} attention" for head in range(self.encoder.config.num_attention_heads))]
+        return ["original", *(f"head {head + 1} attention" for head in range(self.encoder.config.num_attention_heads))]
 
     def after_warm_start(self) -> None:  # only a teacher and its student need it
         """Update whatever depends on the encoder's weights after they were loaded from `init_from`."""

@@ -126,8 +126,8 @@ def test_pictures_say_what_they_show(build_evaluator: Build, monkeypatch: pytest
     monkeypatch.setattr(three, "fetch", lambda shard, row: fetch(shard, row) if row != 1 else fail(three, shard, row))
     replace(evaluator, validation=three).evaluate(4, Stop())
     titles, headings, names = ([page[i] for page in pages] for i in (1, 2, 3))
-    assert titles == ["tiny, step 4: validation images"] * 3
-    assert headings == [["image", "head 1 attention", "head 2 attention"]] * 3
+    assert titles == ["tiny, step 4 (supervised): validation images"] * 3
+    assert headings == [["original", "head 1 attention", "head 2 attention"]] * 3
     assert names == [["0", "1", "2"], [], ["0", "unusable image", "2"]]
     assert [page[0].size for page in pages] == [(3 * 96 + 2 * GAP, 3 * 96 + 2 * GAP)] * 3  # no image is repeated
 
