@@ -48,7 +48,7 @@ def add_captions(
     names = row_names or []
     width, height = (grid.width + GAP) // len(headings), (grid.height + GAP) // max(1, len(names))
     size = min(22, max(12, width // 10))
-    heads = [fit(heading, width - 2 * GAP, size) for heading in headings]
+    heads = [fit(heading, width - 4 * GAP, size) for heading in headings]
     labels = [fit(name, width, size, height - GAP) for name in names]
     label_width = max((label.width for label in labels), default=0)
     left = MARGIN + label_width + (MARGIN if label_width else 0)
