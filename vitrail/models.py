@@ -1,6 +1,5 @@
 """Encoders and classifiers for single images, and the functions that apply them to many."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +18,6 @@ from finetune.embed import embed as embed_batch
 from finetune.predict import BATCH_SIZE, Classes, Classifier, read_image
 from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.pieces import load_verified
-from pretrain.config import PretrainConfig
 from pretrain.config.section import with_home
 from pretrain.data.transforms.decode import DecodeError, ImageArray, scale_grayscale, to_rgb
 from pretrain.distributed import device
@@ -116,7 +114,7 @@ def load_encoder(path: str | Path) -> Encoder:
             "checkpoints/step-*"
         ) from None
     manifest, weights = load_verified(checkpoint)
-    config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
+    config = manifest.parse_config(checkpoint)
     preprocessor = Preprocessor(build_processor(config))
     return Encoder(ClsToken(load_vit(config.model, weights)), preprocessor)
 

@@ -1,6 +1,5 @@
 """Export of a checkpoint as a Hugging Face folder, which is written aside, proved and then renamed."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def export(source: Path, out: Path, overwrite: bool = False, model_type: str = "
     if out.exists() and not (out / "config.json").exists():
         raise CheckpointError(f"{out}: not a Hugging Face folder, so it is not overwritten; choose another one")
     manifest, weights = load_verified(checkpoint)
-    config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
+    config = manifest.parse_config(checkpoint)
     model = MODEL_TYPES[model_type](config, weights, manifest.class_names)
     with atomic_folder(out, overwrite=overwrite) as folder:
         model.save(folder)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from sklearn.datasets import load_sample_image
 
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_weights
-from pretrain.config import ModelConfig, PretrainConfig
-from pretrain.errors import CheckpointError
+from pretrain.config import ModelConfig
+from pretrain.errors import CheckpointError, VersionError
 from pretrain.export.folder import export
 from pretrain.export.proof import ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import Vit
@@ -41,8 +42,7 @@ def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def trained(run_dir: Path) -> Vit:
     checkpoint = run_dir / "checkpoints" / "step-00000009"
-    config = PretrainConfig.model_validate_json(json.dumps(Manifest.load(checkpoint).config))
-    return Vit(config, load_weights(checkpoint), NAMES)
+    return Vit(Manifest.load(checkpoint).parse_config(checkpoint), load_weights(checkpoint), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +200,11 @@ def test_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"rank-00001.safetensors: damaged \(its checksum differs\)"):
         export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_config_of_another_version_is_named(run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(run_dir / "checkpoints" / "step-00000009", tmp_path / "step-00000009"))
+    manifest = Manifest.load(checkpoint)
+    replace(manifest, config={**manifest.config, "model": {**manifest.config["model"], "depth": 3}}).save(checkpoint)
+    with pytest.raises(VersionError, match=r"step-00000009: this version .* config of the run \(model\.depth\); use"):
+        export(checkpoint, tmp_path / "out")
