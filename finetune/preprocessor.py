@@ -1,5 +1,6 @@
 """The image processor of a Hugging Face folder, and what training must do to give the model the same pixels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class Preprocessor:
             "image", float [3, H, W] with the size and the normalization of the folder.
         """
         return {"image": process(self.processor, image)}
+
+    def batch(self, images: Sequence[ImageArray]) -> Tensor:
+        """Preprocess decoded images of any sizes: float [B, 3, H, W]."""
+        return torch.stack([process(self.processor, image) for image in images])
 
 
 @dataclass(frozen=True)

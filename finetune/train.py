@@ -202,14 +202,10 @@ def keep_best(run: FinetuneRun, evaluation: Evaluation, epoch: int, best: Best |
     """Save the model if it is better than the best one so far, and return the best one (collective)."""
     if best is not None and evaluation.top1 <= best.top1:
         return best
-    num_classes = len(run.training.class_names)
-    card = model_card(
-        run.config, num_images=run.num_samples, num_classes=num_classes, evaluation=evaluation, epoch=epoch
-    )
 
     def save_on_main() -> None:
         if distributed.is_main():
-            save_folder(run.classifier, run.preprocessor, card, run.model_folder)
+            save_folder(run.classifier, run.preprocessor, model_card(run, evaluation, epoch), run.model_folder)
 
     distributed.on_all_ranks(save_on_main)
     return Best(evaluation.top1, epoch)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pretrain import distributed
+from pretrain.captions import caption_of_class
 from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import BadSample, LoadedBatch, evaluation_batches
@@ -24,7 +26,7 @@ from pretrain.metrics.feature_rank import effective_rank, feature_spread
 from pretrain.metrics.knn import predict_knn
 from pretrain.metrics.linear_probe import predict_linear_probe
 from pretrain.objectives.objective import Objective, Output
-from pretrain.tracking.pictures import make_grid, save_picture
+from pretrain.tracking.pictures import add_captions, make_grid, save_picture
 
 NUM_PICTURES = 8  # images of the validation set that pictures are made of
 PROBES = {"knn_top1": predict_knn, "linear_top1": predict_linear_probe}
@@ -252,7 +254,20 @@ class Evaluator:
         for loaded in batches:
             outputs = self.engine(to_device(loaded.tensors, self.engine.device), output="pictures")
             if distributed.is_main():
+                page = self._captioned(outputs["pictures"].cpu(), loaded, validation, step)
                 try:
-                    save_picture(make_grid(outputs["pictures"].cpu()), self.config.run_dir, step)
+                    save_picture(page, self.config.run_dir, step)
                 except OSError as error:  # a full disk must not end the run
                     print(f"step {step}: the picture could not be saved: {error}", file=sys.stderr, flush=True)
+
+    def _captioned(self, pictures: Tensor, loaded: LoadedBatch, validation: Dataset, step: int) -> Image.Image:
+        """Arrange pictures under a title, with headings and, if the data has labels, the class of each image."""
+        count = min(len(pictures), sum(validation.shard_sizes))  # a batch that is too large repeats its last image
+        labels, weights = loaded.tensors["label"][:count].tolist(), loaded.tensors["weight"][:count].tolist()
+        names = [
+            caption_of_class(validation.class_names[label], label) if weight else "unusable image"
+            for label, weight in zip(labels, weights, strict=True)
+            if validation.class_names
+        ]
+        title = f"{self.config.run_dir.name}, step {step} ({self.config.objective.name}): validation images"
+        return add_captions(make_grid(pictures[:count]), title, self.objective.picture_headings(), names)

@@ -20,7 +20,9 @@ from pretrain.config import PretrainConfig, Section
 from pretrain.config.schema import dotted, leaves
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [path for package in ("pretrain", "finetune", "launch") for path in sorted((ROOT / package).rglob("*.py"))]
+FILES = [
+    path for package in ("pretrain", "finetune", "launch", "vitrail") for path in sorted((ROOT / package).rglob("*.py"))
+]
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 PREPOSITIONS = """about above across after against along alongside among around as at before behind below beneath beside

@@ -1,4 +1,4 @@
-"""A wheel contains every package of the tree, and the files to copy for a cluster."""
+"""A wheel contains every package and the files to copy, and an editable install finds the packages from any folder."""
 
 import ast
 import re
@@ -8,14 +8,14 @@ import pytest
 from setuptools import Distribution
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("finetune", "launch", "pretrain", "vitrail")
 
 
 def test_every_package_is_named() -> None:
     listed = re.search(r"^packages = (\[.*?\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
     assert listed  # read as Python's, since 3.10 has no tomllib
-    folders = [path.parent for top in ("finetune", "launch", "pretrain") for path in (ROOT / top).rglob("__init__.py")]
-    packages = [".".join(folder.relative_to(ROOT).parts) for folder in folders]
-    assert ast.literal_eval(listed[1]) == sorted([*packages, "launch.recipes"])  # a folder of YAML files
+    folders = [path.parent for top in PACKAGES for path in (ROOT / top).rglob("__init__.py")]
+    assert ast.literal_eval(listed[1]) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
 
 
 def test_recipes_and_files_for_a_cluster_are_in_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,5 +26,6 @@ def test_recipes_and_files_for_a_cluster_are_in_the_wheel(monkeypatch: pytest.Mo
     build = wheel.get_command_obj("build_py")
     build.ensure_finalized()
     files = {Path(folder) / name for _, folder, _, names in build.data_files for name in names}
-    copied = [*(ROOT / "launch" / "cluster").iterdir(), *(ROOT / "configs").rglob("*.yaml")]
-    assert {path.relative_to(ROOT) for path in copied} <= files
+    launch = ROOT / "launch"
+    recipes = [launch / "recipes" / path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")]
+    assert {path.relative_to(ROOT) for path in (*(launch / "cluster").iterdir(), *recipes)} <= files

@@ -9,9 +9,7 @@ import typer
 from launch.commands.terminal import report_errors
 from pretrain.errors import UserError
 
-LAUNCH = Path(__file__).resolve().parents[1]
-# A wheel has the recipes inside the package, a checkout beside it.
-RECIPES = next((folder for folder in (LAUNCH / "recipes", LAUNCH.parent / "configs") if folder.is_dir()), LAUNCH)
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"  # a link to configs/, and a folder in the wheel
 STAGES = ("pretrain", "finetune")
 
 

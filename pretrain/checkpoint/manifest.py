@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from pretrain.config import PretrainConfig
 from pretrain.errors import CheckpointError, VersionError
 from pretrain.files import atomic_write
 from pretrain.state import TrainState
@@ -80,6 +83,24 @@ class Manifest:
         """Write the manifest into the folder of its checkpoint and flush it to the disk."""
         content = {"version": VERSION, **asdict(self)}
         atomic_write(folder / MANIFEST, json.dumps({**content, "sha256": _digest(content)}))
+
+    def parse_config(self, folder: Path) -> PretrainConfig:
+        """Return the config of the run.
+
+        Args:
+            folder: Folder of the checkpoint, for the error message.
+
+        Raises:
+            VersionError: If another version of Vitrail wrote it, whose keys this one does not know.
+        """
+        try:
+            return PretrainConfig.model_validate_json(json.dumps(self.config))
+        except ValidationError as error:
+            keys = ", ".join(".".join(map(str, fault["loc"])) for fault in error.errors())
+            raise VersionError(
+                f"{folder}: this version of Vitrail cannot read the config of the run ({keys}); use the version that "
+                "wrote it"
+            ) from None
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.manifest import Manifest, SavedFile
 from pretrain.engine.partitions import EMA, WEIGHT
 from pretrain.errors import CheckpointError
@@ -185,6 +186,21 @@ def load_weights(folder: Path, *, averaged: bool = False) -> dict[str, Tensor]:
     reader = Reader(folder, manifest)
     kinds = {name: EMA if averaged and EMA in tensor.kinds else WEIGHT for name, tensor in manifest.tensors.items()}
     return {name: reader.read_tensor(name, kind) for name, kind in kinds.items()}
+
+
+def load_verified(source: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """Verify every byte of a checkpoint; return its manifest and its weights, averaged ones where the run has them.
+
+    Args:
+        source: Run folder, whose newest checkpoint is read, or a checkpoint folder.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, or it is damaged.
+    """
+    checkpoint = find_checkpoint(source)
+    if faults := list(find_faults(checkpoint)):
+        raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
+    return Manifest.load(checkpoint), load_weights(checkpoint, averaged=True)
 
 
 def find_faults(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.pieces import find_faults, load_weights
+from pretrain.checkpoint.pieces import load_verified
 from pretrain.config import PreprocessingConfig
 from pretrain.errors import CheckpointError, first_line
 from pretrain.hub import find_model
@@ -122,12 +122,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the encoder of a run's checkpoint, and its other weights if the run had the same classes."""
-    checkpoint = find_checkpoint(path)
-    if faults := list(find_faults(checkpoint)):
-        raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
-    weights = load_weights(checkpoint, averaged=True)
+    manifest, weights = load_verified(path)
     encoder = {name: weight for name, weight in weights.items() if name.startswith(ENCODER_PREFIX)}
-    if Manifest.load(checkpoint).class_names != class_names:
+    if manifest.class_names != class_names:
         return encoder, {}
     return encoder, {name: weight for name, weight in weights.items() if name not in encoder}
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, get_args
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from pretrain.config.section import Section, with_home
+from pretrain.config.section import Location, Section, with_home
 
 Key: TypeAlias = tuple[str | int, ...]
 
@@ -53,6 +53,15 @@ def alternatives(field: FieldInfo) -> list[type[Section]]:
     """Return the section classes that a field may hold: none, one, or several for a union."""
     candidates = [getattr(one, "__origin__", one) for one in (field.annotation, *get_args(field.annotation))]
     return [one for one in candidates if isinstance(one, type) and issubclass(one, Section)]
+
+
+def holds_path(field: FieldInfo) -> bool:
+    """Return whether a field's value is a path or URL, or may be one, or a list of them."""
+
+    def found(annotation: Any) -> bool:
+        return annotation in (Path, Location) or any(map(found, get_args(annotation)))
+
+    return found(field.rebuild_annotation())
 
 
 def union_name(section: type[Section]) -> str:

@@ -1,14 +1,12 @@
 """Export of a checkpoint as a Hugging Face folder, which is written aside, proved and then renamed."""
 
-import json
 import shutil
 from pathlib import Path
 
 import transformers
 
 from pretrain.checkpoint.history import find_checkpoint
-from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.pieces import find_faults, load_weights
+from pretrain.checkpoint.pieces import load_verified
 from pretrain.config import PretrainConfig
 from pretrain.errors import CheckpointError
 from pretrain.export.card import model_card
@@ -16,6 +14,8 @@ from pretrain.export.proof import Proof
 from pretrain.export.vit import Vit
 from pretrain.export.vit_mae import VitMae
 from pretrain.files import atomic_folder
+from pretrain.journal import Row, read_rows
+from pretrain.tracking.tracker import METRICS_FILE
 
 MODEL_TYPES: dict[str, type[Vit | VitMae]] = {"vit": Vit, "vit_mae": VitMae}
 
@@ -41,18 +41,24 @@ def export(source: Path, out: Path, overwrite: bool = False, model_type: str = "
         raise CheckpointError(f"{out}: output folder already exists; choose another one or pass --overwrite")
     if out.exists() and not (out / "config.json").exists():
         raise CheckpointError(f"{out}: not a Hugging Face folder, so it is not overwritten; choose another one")
-    if faults := list(find_faults(checkpoint)):
-        raise CheckpointError("\n".join([*faults, f"{checkpoint}: cannot be used; name another checkpoints/step-*"]))
-    manifest = Manifest.load(checkpoint)
-    config = PretrainConfig.model_validate_json(json.dumps(manifest.config))
-    model = MODEL_TYPES[model_type](config, load_weights(checkpoint, averaged=True), manifest.class_names)
+    manifest, weights = load_verified(checkpoint)
+    config = manifest.parse_config(checkpoint)
+    model = MODEL_TYPES[model_type](config, weights, manifest.class_names)
     with atomic_folder(out, overwrite=overwrite) as folder:
         model.save(folder)
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors makes it private
         build_processor(config).save_pretrained(folder)
         proof = model.prove(folder)
-        (folder / "README.md").write_text(model_card(manifest, config, model.usage, proof), encoding="utf-8")
+        measured = read_measured(checkpoint.parents[1], manifest.state.step)
+        card = model_card(manifest, config, model.usage, proof, measured)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return proof
+
+
+def read_measured(run_dir: Path, step: int) -> Row:
+    """Return all metrics that a run has logged for a step; several rows may share it."""
+    rows = (row for row in read_rows(run_dir / METRICS_FILE) if row["step"] == step)
+    return {name: value for row in rows for name, value in row.items()}
 
 
 def build_processor(config: PretrainConfig) -> transformers.BitImageProcessorPil:

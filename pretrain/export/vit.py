@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from pretrain.card import USAGE_OF_CLASSIFIER
 from pretrain.config import ModelConfig, PretrainConfig
 from pretrain.export.proof import LOADING, Proof, ProofError, evaluation_pixels, proof_images
 from pretrain.model.hub_names import (
@@ -19,21 +20,16 @@ from pretrain.model.hub_names import (
 )
 from pretrain.model.vit import ViT
 
-USAGE_OF_CLASSIFIER = """As a classifier of {num_classes} classes:
+USAGE_OF_ENCODER = """As an encoder, without the pooler that transformers' ViT would add, which was never trained:
 
 ```python
-from transformers import pipeline
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
 
-classify = pipeline("image-classification", model="{folder}")
-print(classify("image.jpg"))
-```
-
-As an encoder (`add_pooling_layer=False`, because transformers' ViT would add a pooler that was never trained):
-"""
-USAGE_OF_ENCODER = """```python
-from transformers import AutoModel
-
-encoder = AutoModel.from_pretrained("{folder}", add_pooling_layer=False)
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+encoder = AutoModel.from_pretrained("path/to/this/folder", add_pooling_layer=False)
+pixels = processor(Image.open("image.jpg"), return_tensors="pt")
+features = encoder(**pixels).last_hidden_state[:, 0]  # the CLS token
 ```"""
 
 
@@ -55,7 +51,7 @@ class Vit:
     @property
     def usage(self) -> str:
         """Section of the model card that shows how to load the folder."""
-        return (USAGE_OF_CLASSIFIER if self.head else "As an encoder:\n") + "\n" + USAGE_OF_ENCODER
+        return f"As a classifier:\n\n{USAGE_OF_CLASSIFIER}\n\n{USAGE_OF_ENCODER}" if self.head else USAGE_OF_ENCODER
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return the encoder's tokens [B, T, D] for normalized pixels [B, C, H, W]."""

@@ -42,9 +42,13 @@ class VitMae:
     usage = """As a masked autoencoder, to reconstruct images or to continue pretraining:
 
 ```python
-from transformers import ViTMAEForPreTraining
+from PIL import Image
+from transformers import AutoImageProcessor, ViTMAEForPreTraining
 
-autoencoder = ViTMAEForPreTraining.from_pretrained("{folder}")
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+autoencoder = ViTMAEForPreTraining.from_pretrained("path/to/this/folder")
+pixels = processor(Image.open("image.jpg"), return_tensors="pt")
+reconstructed = autoencoder.unpatchify(autoencoder(**pixels).logits)
 ```"""
 
     def __init__(self, config: PretrainConfig, weights: dict[str, Tensor], class_names: list[str]) -> None:

@@ -105,6 +105,10 @@ class MAEObjective(Objective):
         columns = [denormalize(column, *channels).clamp(0, 1) for column in (images, visible, reconstructed)]
         return torch.cat([torch.stack(columns, dim=1), super().pictures(batch)[:, 1:]], dim=1)
 
+    def picture_headings(self) -> list[str]:
+        original, *attention = super().picture_headings()
+        return [original, "visible patches", "reconstruction", *attention]
+
     def _initialize(self) -> None:
         """Initialize all linear layers with Xavier's uniform distribution (appendix A.1 of the paper).
 

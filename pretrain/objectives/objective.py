@@ -98,6 +98,10 @@ class Objective(nn.Module, ABC):
         columns = [images, *(one[:, None].expand_as(images) for one in maps.unbind(dim=1))]
         return torch.stack(columns, dim=1)
 
+    def picture_headings(self) -> list[str]:
+        """Return the heading of each column of `pictures`."""
+        return ["original", *(f"head {head + 1} attention" for head in range(self.encoder.config.num_attention_heads))]
+
     def after_warm_start(self) -> None:  # only a teacher and its student need it
         """Update whatever depends on the encoder's weights after they were loaded from `init_from`."""
 

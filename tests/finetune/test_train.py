@@ -1,6 +1,8 @@
 """The fine-tuning loop: which parameters are trained, which model is kept, and how a run ends."""
 
+import ast
 import json
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +16,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from finetune.backbone import load_classifier
@@ -101,7 +104,9 @@ def saved_head(run_dir: Path) -> torch.Tensor:
 
 
 @pytest.mark.processes
-def test_the_saved_model_has_the_accuracy_of_its_card(recipe: Path, digits: Path, tmp_path: Path) -> None:
+def test_the_saved_model_has_the_accuracy_of_its_card(
+    recipe: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = build(recipe)
     top1, epoch = fit_to_the_end(run)
     assert run.total_steps == 12
@@ -123,10 +128,27 @@ def test_the_saved_model_has_the_accuracy_of_its_card(recipe: Path, digits: Path
         correct += prediction.classes[0][0] == path.name[0]
     assert correct / len(paths) == pytest.approx(top1)
     card = (folder / "README.md").read_text()
-    assert f"backbone of `{tmp_path}/model`" in card
-    assert "on 24 images of 3 classes" in card
-    assert f"| top-1 accuracy on {len(paths)} validation images | {top1:.4f} |" in card
-    assert f"| epoch | {epoch} of 6, the one with the best accuracy |" in card
+    for line in (
+        "This model has the backbone of `model`, of type `vit` in transformers. It was fine-tuned with Vitrail on",
+        "24 images.",
+        "It classifies images into 3 classes: `0`, `1`, `2`.",
+        "| on the validation data `digits` | value |",
+        f"| top-1 accuracy on {len(paths)} images | {top1:.4f} |",
+        f"| epoch | {epoch} of 6, the one with the best accuracy |",
+        f"| data digest | `{run.training.digest}` |",
+        f"| written by | vitrail 0.1.0, torch {torch.__version__}, transformers {transformers.__version__} |",
+    ):
+        assert line in card.splitlines(), line
+    [result] = ModelCard(card).data.eval_results or []
+    assert (result.metric_type, result.metric_value) == ("accuracy", pytest.approx(top1, abs=1e-4))
+    for path in folder.iterdir():
+        for place in (tmp_path, digits.parent):
+            assert str(place).encode() not in path.read_bytes(), path
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code.replace("path/to/this/folder", str(folder)).replace("image.jpg", str(paths[0])), {})
+    shown = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    [prediction] = predict(folder, paths[:1])
+    assert [(row["label"], pytest.approx(row["score"], abs=1e-4)) for row in shown] == prediction.classes
 
 
 @pytest.mark.processes

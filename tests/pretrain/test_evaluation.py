@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
+from pretrain.data.dataset.subset import LabelSubset
 from pretrain.data.loading.quarantine import Quarantine
 from pretrain.engine.ema import Ema
 from pretrain.errors import BadSampleError, DataError
@@ -21,6 +23,7 @@ from pretrain.evaluation import Evaluator
 from pretrain.heartbeat.watch import Watch
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
+from pretrain.tracking.pictures import GAP, add_captions
 from tests.support.checkpoints import PlainEngine
 
 Build = Callable[..., Evaluator]
@@ -65,6 +68,10 @@ def _build_evaluator(recipe: Path, stack: ExitStack, *overrides: str) -> Evaluat
     return Evaluator(config, training, validation, objective, engine, Ema(engine, 0.0), quarantine, watch)
 
 
+def fail(dataset: Dataset, shard: int, row: int) -> EncodedSample:
+    raise BadSampleError("shard", f"key-{row}", "damaged")
+
+
 class Stop:
     """Asks to stop when it is called for the given time; never for 0."""
 
@@ -106,6 +113,25 @@ def test_evaluation_returns_losses_and_probes_and_saves_pictures(build_evaluator
     assert replace(evaluator, validation=None).evaluate(STEPS, Stop()) == {}
 
 
+def test_pictures_say_what_they_show(build_evaluator: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = build_evaluator("evaluation.probe_every_steps=4")
+    assert evaluator.validation is not None
+    three = LabelSubset(evaluator.validation, 1, seed=0)
+    pages = []
+    monkeypatch.setattr("pretrain.evaluation.add_captions", lambda *page: pages.append(page) or add_captions(*page))
+    replace(evaluator, validation=three).evaluate(4, Stop())
+    with mock.patch.object(three, "class_names", []):
+        replace(evaluator, validation=three).evaluate(4, Stop())
+    fetch = three.fetch
+    monkeypatch.setattr(three, "fetch", lambda shard, row: fetch(shard, row) if row != 1 else fail(three, shard, row))
+    replace(evaluator, validation=three).evaluate(4, Stop())
+    titles, headings, names = ([page[i] for page in pages] for i in (1, 2, 3))
+    assert titles == ["tiny, step 4 (supervised): validation images"] * 3
+    assert headings == [["original", "head 1 attention", "head 2 attention"]] * 3
+    assert names == [["0", "1", "2"], [], ["0", "unusable image", "2"]]
+    assert [page[0].size for page in pages] == [(3 * 96 + 2 * GAP, 3 * 96 + 2 * GAP)] * 3  # no image is repeated
+
+
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
 def test_a_stop_request_ends_the_evaluation_without_a_result(build_evaluator: Build, share: float) -> None:
     """In the validation, or while the features of training or validation images are computed for the probes."""
@@ -133,10 +159,6 @@ def test_a_validation_set_without_usable_samples_is_refused(
     build_evaluator: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluator = build_evaluator()
-
-    def fail(dataset: Dataset, shard: int, row: int) -> EncodedSample:
-        raise BadSampleError("shard", f"key-{row}", "damaged")
-
     monkeypatch.setattr(type(evaluator.validation), "fetch", fail)
     with pytest.raises(DataError, match=r"validation: no sample of the validation set is usable; see .*quarantine"):
         evaluator.evaluate(STEPS, Stop())

@@ -1,5 +1,6 @@
 """A manifest, an engine without DeepSpeed, and checkpoints of tensors that no run has trained."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch.optim import AdamW, Optimizer
 
 from pretrain.checkpoint.manifest import Manifest, SavedTensor
 from pretrain.checkpoint.pieces import Layout, Piece, write_file
+from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
 from pretrain.engine.partitions import WEIGHT
+from pretrain.model.vit import ViT
 from pretrain.state import TrainState
 
 MANIFEST = Manifest(
@@ -50,6 +53,26 @@ class PlainEngine:
         loss(self.module).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def write_run(folder: Path, model: ModelConfig, class_names: list[str]) -> Path:
+    """Write a run folder with one checkpoint, of a supervised classifier with random weights; return the folder."""
+    config = PretrainConfig(
+        run_dir=folder,
+        data=DataConfig(train=str(folder)),
+        model=model,
+        preprocessing=PreprocessingConfig(resize_ratio=1.25),
+        schedule=ScheduleConfig(total_steps=9),
+    )
+    torch.manual_seed(1)
+    weights = {f"encoder.{name}": weight for name, weight in ViT(model).state_dict().items()}
+    size = (len(class_names), model.hidden_size)
+    weights |= {"classifier.weight": torch.randn(size), "classifier.bias": torch.randn(size[0])}
+    weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
+    resolved = json.loads(config.model_dump_json())
+    manifest = Manifest(TrainState(9, 99, 72), 1, {"training": "digest"}, class_names, resolved, "commit")
+    write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
+    return folder
 
 
 def write_checkpoint(folder: Path, manifest: Manifest, weights: dict[str, Tensor], num_files: int = 1) -> Path:

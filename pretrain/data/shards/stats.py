@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from pretrain.captions import caption_of_class, fit
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.order import permutation
 from pretrain.data.dataset.sharded import ShardDataset
@@ -17,7 +18,9 @@ from pretrain.errors import DataError
 
 MAX_SHOWN = 5
 PERCENTILES = {"smallest": 0, "5%": 5, "median": 50, "95%": 95, "largest": 100}
-MOSAIC_ROWS, MOSAIC_COLUMNS, TILE = 6, 16, 96
+MOSAIC_ROWS, MOSAIC_COLUMNS, TILE = 6, 14, 124
+CAPTION, CAPTION_SIZE = 34, 13  # pixels: height below a tile, for two lines, and size of the font
+MAX_NAME = 24  # characters of a class name below its bar
 INK, ACCENT = "#22303c", "#2a7f9e"
 
 
@@ -134,7 +137,7 @@ def _percentiles(values: npt.NDArray[Any]) -> dict[str, Any]:
 
 
 def plot(dataset: Dataset, stats: Stats, path: Path) -> None:
-    """Plot a mosaic of samples above histograms of classes, image sizes and file sizes.
+    """Plot a mosaic of samples with their classes above histograms of classes, image sizes and file sizes.
 
     Args:
         dataset: Shard set.
@@ -151,13 +154,15 @@ def plot(dataset: Dataset, stats: Stats, path: Path) -> None:
     with plt.rc_context({**style, "xtick.color": INK, "ytick.color": INK}):
         figure, axes = plt.subplot_mosaic(
             [["mosaic"] * 3, ["classes", "shape", "bytes"]],
-            figsize=(16, 10.5),
-            height_ratios=[2.05, 1],
+            figsize=(16, 13),
+            height_ratios=[2.6, 1],
             layout="constrained",
         )
         axes["mosaic"].imshow(_mosaic(dataset))
         axes["mosaic"].set_axis_off()
-        axes["mosaic"].set_title(dataset.describe(), fontsize=15)
+        axes["mosaic"].set_title("images chosen at random from all shards, each cropped to a square")
+        figure.set_layout_engine("constrained", h_pad=0.1)
+        figure.suptitle(f"{_name(dataset)}: {dataset.describe()}".replace("$", r"\$"), fontsize=15)
         _plot_classes(axes["classes"], stats)
         # Start at 0.4, so that a single image is visible.
         shades = ListedColormap(mpl.colormaps["GnBu"](np.linspace(0.4, 1.0, 256)))
@@ -177,7 +182,7 @@ def _plot_classes(axes: Any, stats: Stats) -> None:
     axes.bar(np.arange(len(counts)), counts[order], width=1.0 if len(counts) > 60 else 0.8, color=ACCENT)
     axes.set(title="images per class, largest first", ylabel="images", xlabel="classes")
     if len(counts) <= 30:
-        names = [stats.class_names[label].replace("$", r"\$") if stats.class_names else "" for label in order]
+        names = [_short(stats.class_names[label]) if stats.class_names else "" for label in order]
         longest = max(map(len, names))
         axes.set_xticks(
             np.arange(len(counts)), names, rotation=0 if longest < 4 else 60, ha="center" if longest < 4 else "right"
@@ -185,15 +190,32 @@ def _plot_classes(axes: Any, stats: Stats) -> None:
         axes.set_xlabel("")
 
 
+def _short(name: str) -> str:
+    """Return a class name that leaves room for the plot, and that matplotlib does not read as a formula."""
+    return (name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…").replace("$", r"\$")
+
+
+def _name(dataset: Dataset) -> str:
+    """Return the last two parts of the path or URL of a shard set, such as photos/train."""
+    assert isinstance(dataset, ShardDataset)  # `read_stats` refuses a folder
+    return "/".join(dataset.places[0].rstrip("/").split("/")[-2:])
+
+
 def _mosaic(dataset: Dataset) -> npt.NDArray[np.uint8]:
-    """Return tiles of random samples of all shards, each cropped to a square [height, width, 3]."""
+    """Return random samples of all shards, each cropped to a square over its class [height, width, 3]."""
     ends = np.cumsum(dataset.shard_sizes)
     chosen = permutation(int(ends[-1]), "mosaic")[: MOSAIC_ROWS * MOSAIC_COLUMNS].tolist()
-    canvas = np.full((MOSAIC_ROWS * TILE, MOSAIC_COLUMNS * TILE, 3), 255, np.uint8)
+    caption_height = CAPTION if dataset.class_names else 0
+    canvas = Image.new("RGB", (MOSAIC_COLUMNS * TILE, MOSAIC_ROWS * (TILE + caption_height)), "white")
     for tile_number, position in enumerate(chosen):
         shard = int(np.searchsorted(ends, position, side="right"))
         sample = dataset.read(shard, position - int(ends[shard]) + dataset.shard_sizes[shard])
         tile = ImageOps.fit(Image.fromarray(sample.image), (TILE - 4, TILE - 4), Image.Resampling.BICUBIC)
-        top, left = tile_number // MOSAIC_COLUMNS * TILE + 2, tile_number % MOSAIC_COLUMNS * TILE + 2
-        canvas[top : top + TILE - 4, left : left + TILE - 4] = np.asarray(tile)
-    return canvas
+        row, column = divmod(tile_number, MOSAIC_COLUMNS)
+        left, top = column * TILE + 2, row * (TILE + caption_height) + 2
+        canvas.paste(tile, (left, top))
+        if dataset.class_names:
+            name = caption_of_class(dataset.class_names[sample.label], sample.label)
+            caption = fit(name, TILE - 4, CAPTION_SIZE, CAPTION)
+            caption.draw(canvas, left, top + TILE - 4, TILE - 4, caption.height)
+    return np.asarray(canvas)

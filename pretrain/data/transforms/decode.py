@@ -148,6 +148,13 @@ def is_image(path: Path) -> bool:
         return True
 
 
+def scale_grayscale(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale to 8 bits, from the bits that its values use; return other images unchanged."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(_scale_to_bytes(np.asarray(_upright(image)).astype(np.uint16)))
+
+
 def count_bits(data: bytes) -> int:
     """Return how many bits the values of an encoded image use; see `bits_used`."""
     values = _open(data)[1]

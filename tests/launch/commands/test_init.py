@@ -13,7 +13,7 @@ from tests.support.launching import ROOT, Vitrail
 def test_the_list_describes_every_recipe(vitrail: Vitrail) -> None:
     listed = vitrail("init")
     assert listed.code == 0
-    assert set(find_recipes().values()) == {
+    assert {path.resolve() for path in find_recipes().values()} == {
         *(ROOT / "configs" / "pretrain").glob("*.yaml"),
         *(ROOT / "configs" / "finetune").glob("*.yaml"),
     }

@@ -3,27 +3,28 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_weights
-from pretrain.config import DataConfig, ModelConfig, PreprocessingConfig, PretrainConfig, ScheduleConfig
-from pretrain.errors import CheckpointError
+from pretrain.config import ModelConfig
+from pretrain.errors import CheckpointError, VersionError
 from pretrain.export.folder import export
 from pretrain.export.proof import ProofError, evaluation_pixels, proof_images
 from pretrain.export.vit import Vit
-from pretrain.model.vit import ViT
-from pretrain.state import TrainState
-from tests.support.checkpoints import write_checkpoint
+from tests.support.checkpoints import write_run
 
+TOP1, KNN = "validation/top1", "probe/knn_top1"
 NAMES = ["tabby cat", "dog", "鳥"]
 MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=8, image_size=32)
 
@@ -36,28 +37,12 @@ MODEL = ModelConfig(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, 
 def run_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with one checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("run")
-    model = MODEL.model_copy(update=request.param)
-    config = PretrainConfig(
-        run_dir=folder,
-        data=DataConfig(train=str(folder)),
-        model=model,
-        preprocessing=PreprocessingConfig(resize_ratio=1.25),
-        schedule=ScheduleConfig(total_steps=9),
-    )
-    torch.manual_seed(1)
-    weights = {f"encoder.{name}": weight for name, weight in ViT(model).state_dict().items()}
-    weights |= {"classifier.weight": torch.randn(3, 48), "classifier.bias": torch.randn(3)}
-    weights = {name: weight + 0.05 * torch.randn_like(weight) for name, weight in weights.items()}
-    resolved = json.loads(config.model_dump_json())
-    manifest = Manifest(TrainState(9, 99, 72), 1, {"training": "digest"}, NAMES, resolved, "commit")
-    write_checkpoint(folder / "checkpoints" / "step-00000009", manifest, weights, num_files=2)
-    return folder
+    return write_run(folder, MODEL.model_copy(update=request.param), NAMES)
 
 
 def trained(run_dir: Path) -> Vit:
     checkpoint = run_dir / "checkpoints" / "step-00000009"
-    config = PretrainConfig.model_validate_json(json.dumps(Manifest.load(checkpoint).config))
-    return Vit(config, load_weights(checkpoint), NAMES)
+    return Vit(Manifest.load(checkpoint).parse_config(checkpoint), load_weights(checkpoint), NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +88,54 @@ def test_pipeline_and_code_of_the_model_card_work(
     image = Image.fromarray(load_sample_image("flower.jpg")[:200])
     image.save(tmp_path / "image.jpg", quality=100)
     card = (folder / "README.md").read_text()
-    assert "| images seen | 72 |" in card
     snippets = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(snippets) == 2
     monkeypatch.chdir(tmp_path)
     for snippet in snippets:
         code = snippet.replace("path/to/this/folder", str(folder))
-        space: dict[str, object] = {}
+        space: dict[str, torch.Tensor] = {}
         exec(code, space)
+    assert space["features"].shape == (1, 48)
     classify = transformers.pipeline("image-classification", model=str(folder))
     scores = {row["label"]: row["score"] for row in classify(image)}
     expected = trained(run_dir).logits(evaluation_pixels(trained(run_dir).config, image)).softmax(dim=1)[0]
     assert scores == {name: pytest.approx(float(p), abs=1e-5) for name, p in zip(NAMES, expected, strict=True)}
+
+
+def test_the_model_card_has_what_the_run_knows_and_no_path(run_dir: Path, folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    for line in (
+        "It classifies images into 3 classes: `tabby cat`, `dog`, `鳥`.",
+        "| on the validation data `none`, at step 9 | value |",
+        "| top-1 accuracy | not measured |",
+        "| top-1 accuracy of k-NN on the frozen features | not measured |",
+        "| images seen | 72 |",
+        "| data digest | `digest` |",
+        "| code of the run | `commit` |",
+        f"| written by | vitrail 0.1.0, torch {torch.__version__}, transformers {transformers.__version__} |",
+        '  "seed": 0,',
+    ):
+        assert line in card.splitlines(), line
+    assert "model-index" not in card
+    rows = [{"step": 8, TOP1: 0.5}, {"step": 9, "validation/loss": 0.25}, {"step": 9, TOP1: 0.75, KNN: 0.625}]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    export(run_dir, folder, overwrite=True)
+    (run_dir / "metrics.jsonl").unlink()
+    card = (folder / "README.md").read_text()
+    for line in (
+        "| top-1 accuracy | 0.7500 |",
+        "| top-1 accuracy of k-NN on the frozen features | 0.6250 |",
+        "| top-1 accuracy of a linear probe of the frozen features | not measured |",
+        "| loss | 0.2500 |",
+    ):
+        assert line in card.splitlines(), line
+    metadata = ModelCard(card).data
+    assert (metadata.library_name, metadata.pipeline_tag) == ("transformers", "image-classification")
+    [result] = metadata.eval_results or []
+    assert (result.metric_type, result.metric_value, result.task_type) == ("accuracy", 0.75, "image-classification")
+    for path in folder.iterdir():
+        assert str(run_dir.parent).encode() not in path.read_bytes(), path
+        assert b"cache_dir" not in path.read_bytes()
 
 
 def test_tensor_names_are_those_that_transformers_4_and_5_load(folder: Path) -> None:
@@ -179,3 +200,11 @@ def test_damaged_checkpoint_is_not_exported(run_dir: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"rank-00001.safetensors: damaged \(its checksum differs\)"):
         export(checkpoint, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_config_of_another_version_is_named(run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(run_dir / "checkpoints" / "step-00000009", tmp_path / "step-00000009"))
+    manifest = Manifest.load(checkpoint)
+    replace(manifest, config={**manifest.config, "model": {**manifest.config["model"], "depth": 3}}).save(checkpoint)
+    with pytest.raises(VersionError, match=r"step-00000009: this version .* config of the run \(model\.depth\); use"):
+        export(checkpoint, tmp_path / "out")

@@ -1,11 +1,13 @@
 """A masked autoencoder is exported and proved as `vit_mae` and `vit`, with names that transformers 4 and 5 load."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune.backbone import load_classifier, new_classifier
@@ -74,7 +76,14 @@ def test_exported_autoencoder_reconstructs_the_same_patches(run_dir: Path, autoe
     assert autoencoder.differences["reconstructed patches"] <= 1e-5
     assert autoencoder.differences["pixels"] == 0.0
     card = (run_dir / "autoencoder" / "README.md").read_text()
-    assert "ViTMAEForPreTraining.from_pretrained" in card
+    assert "It has no classifier." in card
+    assert "pipeline_tag: image-feature-extraction\n" in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    Image.new("RGB", (50, 40), "orange").save(run_dir / "image.jpg")
+    code = code.replace("path/to/this/folder", str(run_dir / "autoencoder"))
+    space: dict[str, torch.Tensor] = {}
+    exec(code.replace("image.jpg", str(run_dir / "image.jpg")), space)
+    assert space["reconstructed"].shape == (1, 3, MODEL.image_size, MODEL.image_size)
     assert "in the reconstructed patches and 0.0e+00 in the pixels" in card
 
 

@@ -57,5 +57,9 @@ def test_output_selects_what_forward_computes(name: str) -> None:
     torch.testing.assert_close(features["features"], cls_tokens)
     columns = {"supervised": 3, "mae": 5, "self_distillation": 3}[name]  # two attention heads; MAE adds two pictures
     assert pictures["pictures"].shape == (4, columns, 3, 32, 32)
+    original, *others = objective.picture_headings()
+    assert (original, len(others)) == ("original", columns - 1)
+    assert (others[:2] == ["visible patches", "reconstruction"]) == (name == "mae")
+    assert others[-2:] == ["head 1 attention", "head 2 attention"]
     assert 0 <= float(pictures["pictures"].min()) <= float(pictures["pictures"].max()) <= 1
     torch.testing.assert_close(pictures["pictures"][:, 0], batch["image"] / 255, rtol=0, atol=1e-5)

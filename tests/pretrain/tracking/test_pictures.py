@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pretrain.tracking.pictures import GAP, MIN_HEIGHT, make_grid, save_picture
+from pretrain.tracking.pictures import GAP, MARGIN, MIN_HEIGHT, add_captions, make_grid, save_picture
 
 
-@pytest.mark.parametrize(("size", "scale"), [(8, 12), (MIN_HEIGHT, 1), (2 * MIN_HEIGHT, 1)])
+@pytest.mark.parametrize(("size", "scale"), [(8, 12), (64, 2), (MIN_HEIGHT, 1), (2 * MIN_HEIGHT, 1)])
 def test_a_grid_has_white_gaps_and_enlarges_small_pictures(size: int, scale: int) -> None:
     torch.manual_seed(0)
     pictures = torch.rand(2, 3, 3, size, size)
@@ -25,6 +25,27 @@ def test_a_grid_has_white_gaps_and_enlarges_small_pictures(size: int, scale: int
             expected = (pictures[row, column].permute(1, 2, 0) * 255).round().numpy()
             assert (tile == expected[:, None, :, None]).all()
     assert (grid[:, side : side + GAP] == 255).all()
+
+
+@pytest.mark.parametrize(("size", "columns", "rows"), [(8, 7, 8), (64, 3, 2), (224, 2, 3), (96, 1, 1)])
+def test_captions_surround_the_grid_and_leave_it_as_it_is(size: int, columns: int, rows: int) -> None:
+    grid = make_grid(torch.rand(rows, columns, 3, size, size))
+    headings, names = [f"heading {i}" for i in range(columns)], [f"name of row {i}" for i in range(rows)]
+    page = np.asarray(add_captions(grid, "title", headings, names))
+    height, width = page.shape[0] - grid.height - MARGIN, page.shape[1] - grid.width - MARGIN
+    assert (page[height:-MARGIN, width:-MARGIN] == np.asarray(grid)).all()
+    assert (page[:MARGIN] == 255).all()
+    assert (page[-MARGIN:] == 255).all()
+    assert (page[:, -MARGIN:] == 255).all()
+    side = (grid.width + GAP) // columns
+    is_dark = page.min(axis=2) < 128
+    for column in range(columns):
+        assert is_dark[height // 2 : height, width + column * side : width + (column + 1) * side].any()
+    for row in range(rows):
+        assert is_dark[height + row * side : height + (row + 1) * side - GAP, :width].any()
+    assert is_dark[: height // 2].any()
+    without_names = add_captions(grid, "title", headings)
+    assert without_names.width == grid.width + 2 * MARGIN
 
 
 def test_a_saved_picture_replaces_the_one_of_the_same_step(tmp_path: Path) -> None:

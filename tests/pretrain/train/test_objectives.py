@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from numpy.typing import NDArray
 from PIL import Image
 
-from pretrain.tracking.pictures import GAP
+from pretrain.tracking.pictures import GAP, MARGIN
 from pretrain.tracking.tracker import picture_name
 from tests.support.training import (
     IN_MLFLOW,
@@ -54,24 +54,24 @@ def test_masked_autoencoding_writes_pictures_of_images_masks_and_reconstructions
     for stage in MAE:
         pictures = trained(2, stage)["folder"] / "whole" / "pictures"
         assert sorted(path.name for path in pictures.iterdir()) == ["step-00000004.png", "step-00000008.png"]
-        (image, visible, _, *_), (*later, rebuilt, _, _) = (columns_of(path) for path in sorted(pictures.iterdir()))
+        (image, visible, _, *_), (*later, rebuilt, _, _) = (columns_of(path, 5) for path in sorted(pictures.iterdir()))
         assert np.array_equal([image, visible], later)  # the same images with the same masks
         changed, filled = (np.abs(image - other).reshape(8, 4, 8, 4, 8, 3) for other in (visible, rebuilt))
         masked = changed.max(axis=(2, 4, 5)) > 1
         assert masked.mean() == 0.5
         assert filled.max(axis=(2, 4, 5))[~masked].max() <= 1
         assert np.median(filled.max(axis=(2, 4, 5))[masked]) > 10  # not the image itself
-    picture, *heads = columns_of(trained(2, "zero0")["folder"] / "whole" / "pictures" / "step-00000008.png")
+    picture, *heads = columns_of(trained(2, "zero0")["folder"] / "whole" / "pictures" / "step-00000008.png", 3)
     assert np.abs(picture - image).max() <= 1
     assert len(heads) == 2
     assert all(head.max() == 255 for head in heads)
 
 
-def columns_of(page: Path) -> list[NDArray[np.int64]]:
-    """Return the columns of a page of pictures, [8 images, 32, 32, 3] each; both their size and the gaps are known."""
-    pixels = np.asarray(Image.open(page)).astype(int)
-    padded = np.pad(pixels, ((0, GAP), (0, GAP), (0, 0)), constant_values=255)
-    tiles = padded.reshape(8, 96 + GAP, -1, 96 + GAP, 3).swapaxes(1, 2)
+def columns_of(page: Path, count: int) -> list[NDArray[np.int64]]:
+    """Return the columns of a page of pictures, [8 images, 32, 32, 3] each, without the captions around them."""
+    side = 96 + GAP
+    pixels = np.asarray(Image.open(page)).astype(int)[: GAP - MARGIN, : GAP - MARGIN]
+    tiles = pixels[-8 * side :, -count * side :].reshape(8, side, count, side, 3).swapaxes(1, 2)
     assert (tiles[:, :, 96:] == 255).all()
     assert (tiles[:, :, :, 96:] == 255).all()
     return [*tiles[:, :, :96:3, :96:3].swapaxes(0, 1)]

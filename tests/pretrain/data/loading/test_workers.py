@@ -156,6 +156,8 @@ def test_forks_are_found_in_code(code: str) -> None:
 @pytest.mark.processes
 def test_no_package_forks_its_process() -> None:
     root = Path(__file__).parents[4]
-    files = [path for package in ("pretrain", "finetune", "launch") for path in (root / package).rglob("*.py")]
+    files = [
+        path for package in ("pretrain", "finetune", "launch", "vitrail") for path in (root / package).rglob("*.py")
+    ]
     assert len(files) > 100
     assert {str(path): found for path in files if (found := forks_in(path.read_text(encoding="utf-8")))} == {}

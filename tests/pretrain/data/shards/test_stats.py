@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from pretrain.captions import fit
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
-from pretrain.data.shards.stats import plot, read_stats, summary
+from pretrain.data.shards.stats import CAPTION, MOSAIC_COLUMNS, MOSAIC_ROWS, TILE, _mosaic, plot, read_stats, summary
 from pretrain.data.sources.folder import list_folder
 from pretrain.errors import DataError
 from tests.support.launching import Vitrail
@@ -63,11 +64,23 @@ def test_statistics_match_the_image_files(photos: Path) -> None:
         read_stats(open_dataset(photos / "in"))
 
 
+def test_tiles_are_named_by_their_classes(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("pretrain.data.shards.stats.fit", lambda text, *box: drawn.append(text) or fit(text, *box))
+    mosaic = _mosaic(open_dataset(photos / "out" / "train"))
+    assert Counter(drawn) == {"china": 40, "flower": 26}
+    assert mosaic.shape == (MOSAIC_ROWS * (TILE + CAPTION), MOSAIC_COLUMNS * TILE, 3)
+    names = mosaic.reshape(MOSAIC_ROWS, TILE + CAPTION, MOSAIC_COLUMNS, TILE, 3)[:, TILE:]
+    has_name = (names.min(axis=(1, 3, 4)) < 128).flatten()
+    assert has_name.sum() == has_name[:66].sum() == 66
+
+
 @pytest.mark.slow
 def test_plot_shows_samples_and_histograms(photos: Path) -> None:
     samples = open_dataset(photos / "out" / "train")
     plot(samples, read_stats(samples), photos / "stats.png")
     with Image.open(photos / "stats.png") as picture:
+        assert (np.asarray(picture.convert("RGB"))[[0, -1]] == 255).all()  # nothing is cut off
         assert picture.width > 1500
         pixels = np.asarray(picture.convert("RGB").resize((64, 64))).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 500
