@@ -12,8 +12,7 @@ happens when one of its names is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from pretrain import __version__
-from pretrain.errors import MachineError, UserError
+from vitrail.shadowing import check_packages
 
 __all__ = [
     "Classifier",
@@ -33,6 +32,9 @@ _MODULES = {
     "Classifier": "finetune.predict",
     "Encoder": "vitrail.models",
     "ImageDataset": "vitrail.dataset",
+    "MachineError": "pretrain.errors",
+    "UserError": "pretrain.errors",
+    "__version__": "pretrain",
     "embed": "vitrail.models",
     "load_classifier": "vitrail.models",
     "load_encoder": "vitrail.models",
@@ -42,6 +44,8 @@ _MODULES = {
 
 if TYPE_CHECKING:
     from finetune.predict import Classifier
+    from pretrain import __version__
+    from pretrain.errors import MachineError, UserError
     from vitrail.dataset import ImageDataset, open_dataset
     from vitrail.models import Encoder, embed, load_classifier, load_encoder, predict
 else:
@@ -50,6 +54,7 @@ else:
         """Import a name when it is first used."""
         if name not in _MODULES:
             raise AttributeError(f"module 'vitrail' has no attribute '{name}'; it has {', '.join(__all__)}")
+        check_packages()
         value: object = getattr(import_module(_MODULES[name]), name)
         globals()[name] = value
         return value

@@ -1,8 +1,11 @@
 """The names of the package, and the code of its guide."""
 
 import inspect
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,22 @@ def test_every_name_exists_and_is_documented() -> None:
     assert vitrail.__version__ == pretrain.__version__
     with pytest.raises(AttributeError, match="module 'vitrail' has no attribute 'train'"):
         vitrail.train  # noqa: B018
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("module", ["pretrain.py", "launch/__init__.py", "finetune.py"])
+def test_a_module_that_hides_a_package_is_named(tmp_path: Path, module: str) -> None:
+    (tmp_path / module).parent.mkdir(exist_ok=True)
+    (tmp_path / module).write_text("raise SystemExit('mine was imported')\n")
+    package = module.partition(".")[0].partition("/")[0]
+    sentence = f"{tmp_path / module}: hides the package `{package}` of Vitrail; rename it"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    for words in (["-m", "vitrail", "--version"], ["-c", "import vitrail; vitrail.open_dataset"]):
+        command = [sys.executable, *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.stderr.splitlines()[-1].removeprefix("ImportError: ").startswith(sentence)
+        assert done.returncode == (2 if "-m" in words else 1)
+        assert ("Traceback" in done.stderr) == ("-c" in words)
 
 
 @pytest.mark.processes
