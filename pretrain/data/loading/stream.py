@@ -34,8 +34,9 @@ from pretrain.data.loading.loader import (
     load_batches,
 )
 from pretrain.data.storage.archive import Member, TarReader, open_tar
-from pretrain.data.storage.index import NO_LABEL
+from pretrain.data.storage.index import DATASET_FILE, NO_LABEL, DatasetInfo
 from pretrain.data.storage.remote import FetchPolicy, StalledFetchError, expand_braces, is_remote
+from pretrain.data.storage.tar_set import tar_names
 from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS, LABEL_KEY, image_of, label_of, metadata_of, samples_of
 from pretrain.data.transforms.decode import decode, decode_unless_jpeg
 from pretrain.data.transforms.views import View
@@ -136,7 +137,9 @@ def _local_tars(path: Path) -> list[str]:
     """Return the absolute path of a tar, or of all tars of a folder."""
     if path.is_file():
         return [str(path.resolve())]
-    found = sorted(str(tar) for tar in path.resolve().glob("*.tar"))
+    found = [str(path.resolve() / tar) for tar in tar_names(path)]
+    if not found and (path / DATASET_FILE).exists():
+        found = DatasetInfo.load(path).tar_paths(str(path))
     if not found:
         reason = "has no *.tar files" if path.is_dir() else "does not exist"
         raise DataError(f"{path}: {reason}; with data.stream=true, name tars, folders of tars, or URLs of tars")

@@ -84,7 +84,7 @@ def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> It
     dataset = _open(folder)
     if not isinstance(dataset, ShardDataset):
         raise DataError(f"{folder}: is a folder of images; create shards from it with `vitrail shards make`")
-    tars = [Path(place) / entry.name for place, entry in zip(dataset.places, dataset.entries, strict=True)]
+    tars = [Path(tar) for tar in dataset.tars]
     locations = _locations(dataset, min(num_samples, NUM_DECODED_IMAGES))
     encoded = [dataset.fetch(shard, row) for _, shard, row in locations]
     yield from reading(dataset, tars, num_samples, rounds)

@@ -20,12 +20,11 @@ from pretrain.data.shards.plan import NUM_READERS, PLAN_FILE, SAMPLE_ERRORS, Sha
 from pretrain.data.shards.tasks import Executor, run_tasks
 from pretrain.data.shards.writer import ShardWriter
 from pretrain.data.sources.source import MAX_NAMES_SHOWN, Content, Integers, Source, SourceImage
-from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, index_name, write_json
+from pretrain.data.storage.index import LEFT_OUT_FILE, NO_LABEL, DatasetInfo, ShardEntry, index_name, write_json
 from pretrain.errors import DataError
 from pretrain.files import partial_path, publish
 
 READ_AHEAD = 32
-LEFT_OUT_FILE = "left_out.txt"
 
 Progress = Callable[[int], None]
 
