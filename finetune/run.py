@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import UserError
 from pretrain.files import make_writable
+from pretrain.heartbeat.watch import Watch
 from pretrain.indexing import index_new_tars
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import apply_layer_decay
 from pretrain.optimizers.placement import Placement
+from pretrain.run_folder import claim_run_dir
 from pretrain.tracking.tracker import RunDescription, Tracker
 
 # Environment variables by which Accelerate would change a run.
@@ -108,9 +112,21 @@ def build_accelerator(config: FinetuneConfig) -> Accelerator:
     )
 
 
+@contextmanager
+def claim(config: FinetuneConfig) -> Iterator[Watch]:
+    """Claim the run folder for this run until the block ends; heartbeats show that it is in use (collective).
+
+    Raises:
+        UserError: If another run uses the folder, or a result in it would be lost.
+    """
+    on_all_ranks(lambda: check_run_dir(config))
+    claim_run_dir(config.run_dir)
+    with Watch(config.run_dir, distributed.rank(), distributed.world_size()) as watch:
+        yield watch
+
+
 def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     """Open the data, load the backbone under a new head, and prepare both for training on all ranks (collective)."""
-    on_all_ranks(lambda: check_run_dir(config))
     index_new_tars(config.data, config.data.train, config.data.validation, labels_required=True)
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)

@@ -18,16 +18,18 @@ from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
 from finetune.predict import predict
-from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
+from finetune.run import FinetuneRun, build_accelerator, build_run, check_run_dir, open_tracker
 from finetune.train import FinetuneResult, main, train
 from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.errors import DivergedError, MachineError, UserError
+from pretrain.heartbeat.beats import read_beats
 from pretrain.journal import read_rows
 from pretrain.outcome import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tests.support.classifiers import save_classifier, tiny_configs
 from tests.support.disk import full_disk
 from tests.support.launching import ROOT, Shell, Vitrail
+from tests.support.runs import FINETUNE
 
 RECIPE = """
 run_dir: {folder}/run
@@ -245,7 +247,22 @@ def test_a_run_folder_with_other_results_is_an_error(
     assert build(recipe, "overwrite=true").num_samples == 24
     (tmp_path / "pre" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="this folder contains a pretraining run; choose another run_dir"):
-        build(recipe, f"run_dir={tmp_path}/pre")
+        check_run_dir(load_config(FinetuneConfig, recipe, [f"run_dir={tmp_path}/pre"]).config)
+
+
+def test_a_folder_that_another_fine_tuning_is_using_is_refused(
+    recipe: Path, tmp_path: Path, shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a model yet, nothing but the heartbeats shows that the folder is in use."""
+    config = load_config(FinetuneConfig, recipe, ["overwrite=true"]).config
+    with shell.start([sys.executable, FINETUNE, "--config", recipe, "schedule.epochs=100000"]) as running:
+        running.wait_until(lambda: read_beats(tmp_path / "run"))
+        assert main(CommandLine(config, "", False)) == EXIT_USER_ERROR
+        assert "is training into this folder; end that run or choose another run_dir" in capsys.readouterr().err
+        running.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.finish().code == EXIT_INTERRUPTED
+    assert [beat.outcome for beat in read_beats(tmp_path / "run")] == ["stopped"]
 
 
 @pytest.mark.parametrize(
