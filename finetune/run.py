@@ -21,6 +21,7 @@ from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.subset import LabelSubset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.distributed import on_all_ranks
+from pretrain.environment import check_environment
 from pretrain.errors import UserError
 from pretrain.files import make_writable
 from pretrain.heartbeat.watch import Watch
@@ -32,8 +33,19 @@ from pretrain.run_folder import claim_run_dir
 from pretrain.tracking.tracker import RunDescription, Tracker
 
 # Environment variables by which Accelerate would change a run.
-WRAPPERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
-OVERRIDDEN = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
+WRAPPERS = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+OVERRIDDEN = (
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_TORCH_DEVICE",
+    "ACCELERATE_USE_CPU",
+)
 MODEL_FOLDER = "model"
 PRETRAINING_FOLDER = "checkpoints"  # only a pretraining run has this folder
 
@@ -119,6 +131,7 @@ def claim(config: FinetuneConfig) -> Iterator[Watch]:
     Raises:
         UserError: If another run uses the folder, or a result in it would be lost.
     """
+    on_all_ranks(check_environment)
     on_all_ranks(lambda: check_run_dir(config))
     claim_run_dir(config.run_dir)
     with Watch(config.run_dir, distributed.rank(), distributed.world_size()) as watch:

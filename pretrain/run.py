@@ -26,6 +26,7 @@ from pretrain.distributed import on_all_ranks
 from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
 from pretrain.engine.protocol import TrainingEngine
+from pretrain.environment import check_environment
 from pretrain.errors import CheckpointError, DivergedError
 from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
@@ -146,6 +147,7 @@ def open_run(config: PretrainConfig, *, must_resume: bool = False) -> Iterator[R
         config: Resolved run configuration.
         must_resume: Whether to refuse a run that has no checkpoint.
     """
+    on_all_ranks(check_environment)
     claim_run_dir(config.run_dir)
     rank, world_size, on_gpu = distributed.rank(), distributed.world_size(), torch.cuda.is_available()
     with Watch(config.run_dir, rank, world_size, hang_seconds=config.health.hang_seconds, on_gpu=on_gpu) as watch:

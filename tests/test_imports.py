@@ -44,9 +44,11 @@ MAY_IMPORT = {
     "pretrain.export": LEAVES | {"pretrain.checkpoint", "pretrain.model", "pretrain.data.transforms"},
     "pretrain.indexing": LEAVES | {"pretrain.data", "pretrain.distributed", "pretrain.tracking"},
     "pretrain.run_folder": LEAVES | {"pretrain.checkpoint", "pretrain.distributed", "pretrain.heartbeat"},
+    "pretrain.environment": {"pretrain.errors"},
     "pretrain.run": LEAVES
     | {
         "pretrain.engine",
+        "pretrain.environment",
         "pretrain.checkpoint",
         "pretrain.health",
         "pretrain.heartbeat",
@@ -105,6 +107,7 @@ MAY_IMPORT = {
         "pretrain.tracking",
         "pretrain.data",
         "pretrain.distributed",
+        "pretrain.environment",
         "pretrain.heartbeat",
         "pretrain.indexing",
         "pretrain.interval",

@@ -364,8 +364,10 @@ def test_the_config_decides_not_the_variables_of_accelerate(recipe: Path, monkey
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     accelerator = build_accelerator(config)
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (1, "no")
+    assert accelerator.device.type == "cpu"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"ACCELERATE_USE_FSDP is set, .*; unset it"):
         build_accelerator(config)

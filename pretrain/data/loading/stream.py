@@ -35,7 +35,7 @@ from pretrain.data.loading.loader import (
 )
 from pretrain.data.storage.archive import Member, TarReader, open_tar
 from pretrain.data.storage.index import DATASET_FILE, NO_LABEL, DatasetInfo
-from pretrain.data.storage.remote import FetchPolicy, StalledFetchError, expand_braces, is_remote
+from pretrain.data.storage.remote import PIPE, FetchPolicy, StalledFetchError, expand_braces, is_remote
 from pretrain.data.storage.tar_set import tar_names
 from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS, LABEL_KEY, image_of, label_of, metadata_of, samples_of
 from pretrain.data.transforms.decode import decode, decode_unless_jpeg
@@ -65,8 +65,9 @@ class TarStream:
 
     @property
     def digest(self) -> str:
-        """Digest of the list of tars; their content is not known."""
-        return hashlib.sha256(json.dumps(list(self.tars)).encode()).hexdigest()
+        """Digest of the names of the tars, wherever they are; their content is not known."""
+        names = [tar if tar.startswith(PIPE) else tar.rpartition("/")[2] for tar in self.tars]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     @property
     def class_shares(self) -> list[float]:
