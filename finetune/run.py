@@ -15,7 +15,7 @@ from finetune.backbone import Preprocessor, load_preprocessor, new_classifier
 from finetune.config import FinetuneConfig
 from pretrain import distributed
 from pretrain.configfile import flatten
-from pretrain.data.dataset.classes import check_classes
+from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.subset import LabelSubset
@@ -179,6 +179,7 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
     cache = open_cache(config.data)
     training = open_dataset(config.data.train, cache=cache, split="train")
     validation = open_dataset(config.data.validation, cache=cache, split="validation")
+    leave_out_empty_classes(training, validation)
     check_classes(training, validation, config.data, needed_by="fine-tuning")
     if config.data.labels_per_class:
         training = LabelSubset(training, config.data.labels_per_class, config.seed)

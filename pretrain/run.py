@@ -14,7 +14,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import PretrainConfig
-from pretrain.data.dataset.classes import check_classes
+from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
@@ -202,6 +202,8 @@ def open_data(config: PretrainConfig) -> Data:
     else:
         training = open_dataset(config.data.train, config.data.weights, cache, labeled, "train")
         training.check_cache_size(config.data.shuffle_window)
+        if labeled:
+            leave_out_empty_classes(training, validation)
     if labeled:
         check_classes(training, validation, config.data, needed_by=f"objective.name={config.objective.name}")
     return Data(training, validation)

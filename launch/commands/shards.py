@@ -169,6 +169,8 @@ def make(
     for bits, count in sorted(made.scaled_from.items()):
         number = "1 image" if count == 1 else f"{count} images"
         print(f"{number} of 16-bit grayscale whose values use {bits} bits: scaled from {bits} to 8 bits")
+    for note in made.notes:
+        print(note)
     for problem in images.problems:
         print(f"left out: {problem}")
     print_left_out(made.left_out, out)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pretrain.config import SourceConfig
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.sources.source import summarize
 from pretrain.errors import DataError
 
 
@@ -13,6 +15,33 @@ class Labeled(Protocol):
     @property
     def class_names(self) -> Sequence[str]:
         """Names of the classes in the order of the labels; empty without labels."""
+
+
+def leave_out_empty_classes(training: Dataset, validation: Dataset | None) -> None:
+    """Leave out the classes of which the training data has no samples: a model cannot learn them.
+
+    Args:
+        training: Training data; it gets a remark about the classes.
+        validation: Validation data, or None if there is none. Other classes than those of the training data are left
+            to `check_classes`.
+
+    Raises:
+        DataError: If the validation data has samples of such a class.
+    """
+    empty = [name for name, share in zip(training.class_names, training.class_shares, strict=True) if not share]
+    if not empty:
+        return
+    if validation and validation.class_names == training.class_names:
+        validation.leave_out_classes(empty)
+    training.leave_out_classes(empty)
+    training.notes = [
+        *training.notes,
+        *summarize(
+            empty,
+            "class without training images, which the model has no output for",
+            "classes without training images, which the model has no outputs for",
+        ),
+    ]
 
 
 def check_classes(training: Labeled, validation: Labeled | None, config: SourceConfig, *, needed_by: str) -> None:

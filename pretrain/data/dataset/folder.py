@@ -49,10 +49,11 @@ class FolderDataset(Dataset):
     def fetch(self, shard: int, row: int) -> EncodedSample:
         image = self.source.image(row)
         try:
-            return EncodedSample(str(self.folder), image.origin, image.read().image, image.label)
+            label = image.label if self.new_labels is None else self.new_labels[image.label]
+            return EncodedSample(str(self.folder), image.origin, image.read().image, label)
         except OSError as error:
             raise BadSampleError(str(self.folder), image.origin, f"cannot be read: {error}") from None
 
     def labels(self, shard: int) -> Sequence[int]:
         labels: list[int] = self.source.labels.tolist()
-        return labels
+        return labels if self.new_labels is None else [self.new_labels[label] for label in labels]

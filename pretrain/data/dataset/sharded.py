@@ -122,14 +122,16 @@ class ShardDataset(Dataset):
             raise BadSampleError(tar.url, key, f"truncated: the shard should have {index.num_bytes} bytes")
         if crc32(data) != index.crc32[row]:
             raise BadSampleError(tar.url, key, "damaged: its checksum is off")
-        if not 0 <= label < len(self.class_names) and self.class_names:
+        known = self.class_of(label) if self.class_names else label
+        if known is None:
             raise BadSampleError(
                 tar.url, key, f"label {label} is out of range: there are {len(self.class_names)} classes"
             )
-        return EncodedSample(tar.url, key, data, label)
+        return EncodedSample(tar.url, key, data, known)
 
     def labels(self, shard: int) -> Sequence[int]:
-        return self.index(shard).label
+        labels = self.index(shard).label
+        return labels if self.new_labels is None else [self.new_labels[label] for label in labels]
 
     def set_read_schedule(self, distance: Callable[[int], float], upcoming: Callable[[], Iterable[int]]) -> None:
         if self.cache is None or not any(is_remote(self._tar(shard).url) for shard in range(len(self.entries))):
