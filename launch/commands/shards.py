@@ -424,7 +424,7 @@ def open_split(split: str) -> "Dataset":
         with progress_bar(f"indexing {tars.folder.name}", None, "tars") as advance:
             notes = index_tars(tars, cache.folder, labels_required=False, progress=advance)
         print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
-    return open_dataset(split, cache=cache)
+    return open_dataset(split, cache=cache, labeled=False)
 
 
 def single_set(split: str, sets: list[Set]) -> Set:

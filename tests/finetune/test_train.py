@@ -388,13 +388,17 @@ def test_predictions_go_on_after_a_file_that_is_no_image(tmp_path: Path, vitrail
     for name in ("a.png", "c.png", "deep/d.png"):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "b.png").write_text("no image")
+    shutil.copy(tmp_path / "photos" / "a.png", tmp_path / "photos" / ".b.png")
     done = vitrail("predict", folder, tmp_path / "photos")
     assert done.code == 1
     assert [line.partition(":")[0] for line in done.out.splitlines()] == [
         str(tmp_path / "photos" / name) for name in ("a.png", "c.png", "deep/d.png")
     ]
-    assert done.err == f"{tmp_path}/photos/b.png: cannot be used as an image: not an image of a known format\n"
-    found = vitrail("predict", folder, tmp_path / "photos" / "[ac].png", tmp_path / "photos" / "deep" / "d.png")
+    assert done.err == (
+        f"{tmp_path}/photos: 1 hidden file or folder, skipped: .b.png\n"
+        f"{tmp_path}/photos/b.png: cannot be used as an image: not an image of a known format\n"
+    )
+    found = vitrail("predict", folder, tmp_path / "photos" / "[.ac]*.png", tmp_path / "photos" / "deep" / "d.png")
     assert (found.code, len(found.out.splitlines())) == (0, 3)
     nothing = vitrail("predict", folder, tmp_path / "photos" / "*.jpg")
     assert (nothing.code, "*.jpg: no images here; name image files" in nothing.err) == (2, True)

@@ -95,7 +95,7 @@ def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> It
 
 def _open(folder: Path) -> Dataset:
     """Open a local split with the cache folder that a run uses by default, which may have its index."""
-    return open_dataset(folder, cache=open_cache(SourceConfig(train=str(folder))))
+    return open_dataset(folder, cache=open_cache(SourceConfig(train=str(folder))), labeled=False)
 
 
 def reading(dataset: Dataset, tars: Sequence[Path], num_samples: int, rounds: int) -> Iterator[Line]:

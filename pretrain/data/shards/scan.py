@@ -17,6 +17,7 @@ from pretrain.data.sources.source import summarize, summarize_faults
 from pretrain.data.storage.archive import TarReader, open_tar
 from pretrain.data.storage.index import LEFT_OUT_FILE, NO_LABEL, DatasetInfo, ShardEntry, ShardIndex, index_name
 from pretrain.data.storage.remote import FetchPolicy, MissingObjectError, StalledFetchError, is_remote
+from pretrain.data.storage.tar_set import describe_hidden
 from pretrain.data.storage.webdataset import image_of, label_of, metadata_of, name_classes, samples_of
 from pretrain.data.transforms.decode import DecodeError, decode
 from pretrain.errors import DataError
@@ -84,7 +85,7 @@ def index_shards(
         progress: Function called with 1 after each tar.
         tar_folder: Folder of the local tars, if it is not `out`.
         skip_bad: Whether to leave out samples and tars that cannot be used, instead of raising an error.
-        way_out: What the user can do about them, for the error.
+        way_out: Advice about such samples, for the error.
 
     Raises:
         DataError: If the tars have no samples, or some cannot be used and `skip_bad` is not set.
@@ -125,7 +126,8 @@ def index_shards(
     )
     _list_left_out(out, faults)
     info.save(out)
-    notes = [f"{count} {kind}, ignored" for kind, count in ignored.items()]
+    notes = describe_hidden(tar_folder) if tar_folder else []
+    notes += [f"{count} {kind}, ignored" for kind, count in ignored.items()]
     empty = [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]
     notes += summarize(empty, "class without samples", "classes without samples")
     return IndexedShards(info, notes, faults)

@@ -11,7 +11,7 @@ from pretrain.data.sources.table import SUFFIXES, Columns, list_table
 from pretrain.data.sources.tar import list_tars
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo
 from pretrain.data.storage.remote import PIPE, FetchPolicy, expand_braces, is_remote
-from pretrain.data.storage.tar_set import describe_beside, tar_names
+from pretrain.data.storage.tar_set import describe_beside, describe_hidden, is_tar, tar_names
 from pretrain.errors import DataError
 
 
@@ -61,7 +61,9 @@ def list_source(
         names = options.class_names if options.class_names or not info else info.class_names or None
         label_key = options.label_key if options.labeled else None
         source = list_tars(tars, names, label_key, options.policy, progress)
-        source.problems += describe_beside(folder) if folder.is_dir() and not info else []
+        if folder.is_dir():
+            source.problems += describe_beside(folder) if not info else []
+            source.notes += describe_hidden(folder)
         return source
     if (folder / "train" / DATASET_FILE).exists():
         raise DataError(f"{folder}: contains several splits; name one, such as {folder / 'train'}")
@@ -74,6 +76,6 @@ def find_tars(path: str) -> list[str]:
     Args:
         path: URLs or paths of tars, with braces; or a folder.
     """
-    if is_remote(path) or path.endswith(".tar"):
+    if is_remote(path) or is_tar(path):
         return expand_braces(path)
     return [f"{path}/{name}" for name in tar_names(Path(path))]

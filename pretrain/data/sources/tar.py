@@ -63,10 +63,10 @@ def list_tars(
         progress: Function called with the number of samples listed since the last call.
 
     Raises:
-        DataError: If a tar does not exist, or its host does not answer.
+        DataError: If no tar exists, or a host does not answer.
     """
-    if missing := [tar for tar in tars if not is_remote(tar) and not Path(tar).exists()]:
-        raise DataError(f"{missing[0]}: no such file; check the path")
+    if not any(is_remote(tar) or Path(tar).exists() for tar in tars):
+        raise DataError(f"{tars[0]}: no such file; check the path")
     keys: list[str] = []
     rows: list[tuple[int, int, int, int]] = []  # label, tar, offset, size
     ignored: Counter[str] = Counter()

@@ -133,8 +133,8 @@ class DatasetInfo:
         class_names: Name of each class, in the order of the labels; empty if the samples have no labels.
         class_counts: Number of samples of each class.
         shards: Entry of each shard.
-        tar_folders: Where the tars are, if not next to `dataset.json`: their path relative to it, for a set that is
-            moved together with its index, and their absolute path, for an index that is moved alone.
+        tar_folders: Folder of the tars, if they are not next to `dataset.json`: its path relative to that, for tars
+            that are moved together with their index, and its absolute path, for an index that is moved alone.
     """
 
     class_names: list[str]
@@ -211,7 +211,7 @@ class DatasetInfo:
         path = folder / DATASET_FILE
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{path}: does not exist; `vitrail shards make` writes it for new shards, "
                 "`vitrail shards index` for existing tars"

@@ -64,7 +64,22 @@ class TarSet:
 
 def tar_names(folder: Path) -> list[str]:
     """Return the file names of the tars of a folder, in order; hidden files, such as those of a Mac, are no tars."""
-    return sorted(tar.name for tar in folder.glob("*.tar") if not tar.name.startswith("."))
+    return [name for name in _names_of_tars(folder) if not name.startswith(".")]
+
+
+def describe_hidden(folder: Path) -> list[str]:
+    """Return a line about the hidden tars of a folder, or no line."""
+    hidden = [name for name in _names_of_tars(folder) if name.startswith(".")]
+    return summarize(hidden, "hidden tar, skipped", "hidden tars, skipped")
+
+
+def _names_of_tars(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if is_tar(path.name)) if folder.is_dir() else []
+
+
+def is_tar(name: str) -> bool:
+    """Return whether a file is a tar by its name."""
+    return name.lower().endswith(".tar")
 
 
 def describe_beside(folder: Path) -> list[str]:
@@ -75,7 +90,7 @@ def describe_beside(folder: Path) -> list[str]:
     found = []
     for path in sorted(folder.iterdir()):
         files = (name for _, _, names in os.walk(path) for name in names) if path.is_dir() else iter([path.name])
-        kinds = LOST if path.is_file() else (*LOST, ".tar")
+        kinds = (*LOST, ".tar") if path.is_dir() else LOST
         if not path.name.startswith(".") and any(name.lower().endswith(kinds) for name in files):
             found.append(path.name + "/" * path.is_dir())
     return summarize(found, "image, archive or folder beside the tars", "images, archives or folders beside the tars")
@@ -92,7 +107,7 @@ def local_tar_sets(path: str) -> list[TarSet]:
         DataError: If a tar that the path names does not exist, or if the tars are in several folders.
     """
     places = [Path(place) for place in expand_braces(path) if not is_remote(place)]
-    if not places or any(place.suffix != ".tar" or place.is_dir() for place in places):
+    if not places or any(not is_tar(place.name) or place.is_dir() for place in places):
         return [TarSet(place, tuple(tar_names(place)), True) for place in places]
     for place in places:
         if not place.is_file():

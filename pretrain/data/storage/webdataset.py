@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.storage.archive import Member, TarReader
+from pretrain.data.transforms.decode import SUFFIXES
 from pretrain.errors import DataError
 from pretrain.files import text_encoding
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+OTHER_IMAGE_EXTENSIONS = tuple(sorted({suffix[1:] for suffix in SUFFIXES}.difference(IMAGE_EXTENSIONS)))
 AGAIN = "\0"  # ends the extension of a member that a sample has twice; no name in a tar contains it
 LABEL_KEY = "label"  # key of the label in a sample's JSON
 
@@ -65,10 +67,11 @@ def image_of(tar: str, key: str, members: dict[str, Member]) -> tuple[str, Membe
             repeated = extension.removesuffix(AGAIN)
             raise DataError(f"{tar}: sample {key} has two members .{repeated}; give each sample its own key")
     images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
+    images = images or [extension for extension in members if extension in OTHER_IMAGE_EXTENSIONS]
     if len(images) != 1:
         raise DataError(
             f"{tar}: sample {key} has {len(images) or 'no'} images among .{', .'.join(members)}; expected one of "
-            f".{', .'.join(IMAGE_EXTENSIONS)}"
+            f".{', .'.join(IMAGE_EXTENSIONS)} or another format"
         )
     return images[0], members[images[0]]
 
