@@ -24,7 +24,7 @@ from pretrain.data.storage.index import (
 )
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, fetch_bytes, is_remote
-from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS, OTHER_IMAGE_EXTENSIONS
+from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS
 from pretrain.data.transforms.decode import DecodeError, decode
 from pretrain.errors import DataError
 
@@ -145,11 +145,7 @@ def _check_shard(
                 row = rows.pop(member.offset, None)
                 if index and row is not None:
                     findings += _check_sample(index, row, member.data, num_classes)
-                elif (
-                    member.is_file
-                    and not is_hidden(member)
-                    and member.name.lower().endswith((*IMAGE_EXTENSIONS, *OTHER_IMAGE_EXTENSIONS))
-                ):
+                elif _is_image(member):
                     findings += _check_unknown(entry.name, member, index is not None)
             if index:
                 missing = "the tar has no member at the offset in the index"
@@ -186,9 +182,10 @@ def _load_index(location: str, entry: ShardEntry, policy: FetchPolicy, findings:
     return None
 
 
-def is_hidden(member: Member) -> bool:
-    """Return whether a member's name begins with a dot, so that it has no key."""
-    return member.name.rpartition("/")[2].startswith(".")
+def _is_image(member: Member) -> bool:
+    """Return whether a member is an image by its name; a name that begins with a dot has no key."""
+    name = member.name.rpartition("/")[2].lower()
+    return member.is_file and name.endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
 def _check_unknown(tar: str, member: Member, is_indexed: bool) -> Iterator[Finding]:

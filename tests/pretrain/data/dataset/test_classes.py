@@ -55,6 +55,19 @@ def test_classes_without_training_samples_are_no_outputs(tmp_path: Path) -> None
     assert training.class_names == ["bee", "dog"]
 
 
+def test_a_class_of_a_folder_without_a_usable_image_is_refused(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.jpg").write_text("no image")
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    leave_out_empty_classes(open_dataset(tmp_path), None)
+    (tmp_path / "bee" / "1.png").unlink()
+    with pytest.raises(
+        DataError, match=rf"{tmp_path}: 1 class without a usable image: bee; repair the images, or move"
+    ):
+        leave_out_empty_classes(open_dataset(tmp_path), None)
+
+
 def test_a_class_with_validation_samples_only_is_refused(tmp_path: Path) -> None:
     training = open_dataset(write_set(tmp_path / "a", [0], ["ant", "bee"]))
     validation = open_dataset(write_set(tmp_path / "b", [0, 1], ["ant", "bee"]))
