@@ -1,5 +1,6 @@
 """Classify images with a Hugging Face folder."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 from finetune.backbone import check_input, load_classifier
 from finetune.preprocessor import load_preprocessor
-from pretrain.data.sources.folder import list_folder
+from pretrain.data.sources.folder import is_hidden, list_folder
 from pretrain.data.transforms.decode import DecodeError, ImageArray, decode
 from pretrain.distributed import device
 from pretrain.errors import DataError
@@ -124,9 +125,12 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             source = list_folder(path, labeled=False, may_have_splits=False)
             if source.problems:
                 raise DataError("\n".join(f"{path}: {problem}" for problem in source.problems))
+            for note in source.notes:
+                print(f"{path}: {note}", file=sys.stderr)
             matches = [path / name for name in source.names]
         elif any(character in str(path) for character in "*?[") and not path.exists():
-            matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            found_files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+            matches = sorted(file for file in found_files if not is_hidden(file.name))
         else:
             matches = [path]
         if not matches:

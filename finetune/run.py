@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +16,38 @@ from finetune.config import FinetuneConfig
 from finetune.preprocessor import Normalization, Preprocessor, load_preprocessor, measure_normalization
 from pretrain import distributed
 from pretrain.configfile import flatten
-from pretrain.data.dataset.classes import check_classes
+from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.subset import LabelSubset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.distributed import on_all_ranks
+from pretrain.environment import check_environment
 from pretrain.errors import DataError, UserError
 from pretrain.files import make_writable
+from pretrain.heartbeat.watch import Watch
 from pretrain.hub import find_model
 from pretrain.indexing import index_new_tars
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import apply_layer_decay
 from pretrain.optimizers.placement import Placement
+from pretrain.run_folder import claim_run_dir
 from pretrain.tracking.tracker import RunDescription, Tracker
 
 # Environment variables by which Accelerate would change a run.
-WRAPPERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
-OVERRIDDEN = ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND")
+WRAPPERS = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+)
+OVERRIDDEN = (
+    "ACCELERATE_DYNAMO_BACKEND",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_TORCH_DEVICE",
+    "ACCELERATE_USE_CPU",
+)
 MODEL_FOLDER = "model"
 PRETRAINING_FOLDER = "checkpoints"  # only a pretraining run has this folder
 
@@ -112,9 +128,22 @@ def build_accelerator(config: FinetuneConfig) -> Accelerator:
     )
 
 
+@contextmanager
+def claim(config: FinetuneConfig) -> Iterator[Watch]:
+    """Claim the run folder for this run until the block ends; heartbeats show that it is in use (collective).
+
+    Raises:
+        UserError: If another run uses the folder, or a result in it would be lost.
+    """
+    on_all_ranks(check_environment)
+    on_all_ranks(lambda: check_run_dir(config))
+    claim_run_dir(config.run_dir)
+    with Watch(config.run_dir, distributed.rank(), distributed.world_size()) as watch:
+        yield watch
+
+
 def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     """Open the data, load the backbone under a new head, and prepare both for training on all ranks (collective)."""
-    on_all_ranks(lambda: check_run_dir(config))
     index_new_tars(config.data, config.data.train, config.data.validation, labels_required=True)
     training, validation = on_all_ranks(lambda: open_data(config))
     torch.manual_seed(config.seed)
@@ -169,6 +198,7 @@ def open_data(config: FinetuneConfig) -> tuple[Dataset, Dataset]:
     cache = open_cache(config.data)
     training = open_dataset(config.data.train, cache=cache, split="train")
     validation = open_dataset(config.data.validation, cache=cache, split="validation")
+    leave_out_empty_classes(training, validation)
     check_classes(training, validation, config.data, needed_by="fine-tuning")
     if len(training.class_names) < 2:
         raise DataError(

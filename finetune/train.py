@@ -15,7 +15,7 @@ from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
 from finetune.preprocessor import WORKER_MODULES
-from finetune.run import MODEL_FOLDER, FinetuneRun, build_accelerator, build_run, open_tracker
+from finetune.run import MODEL_FOLDER, FinetuneRun, build_accelerator, build_run, claim, open_tracker
 from finetune.steps import Batches, take_step
 from pretrain import distributed
 from pretrain.configfile import CommandLine
@@ -24,7 +24,7 @@ from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.interval import Interval, interval_metrics
-from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, outcome_of
+from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, Outcome, outcome_of
 from pretrain.schedules import learning_rate_at, set_learning_rate
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine, summary
@@ -59,7 +59,9 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
     try:
         accelerator = build_accelerator(command.config)
-        result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
+        with claim(command.config) as watch:
+            result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
+            watch.finish(Outcome.DONE if result.stopped_after is None else Outcome.STOPPED)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
         return outcome_of(error).exit_code

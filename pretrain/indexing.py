@@ -23,8 +23,8 @@ def index_new_tars(
     Args:
         config: Section with the cache folder, which holds the index of read-only tars.
         data: Paths or URLs of training and validation data; anything but local tars is skipped.
-        labels_required: Whether every sample must have a label. Otherwise labels are read only if the first sample has
-            one.
+        labels_required: Whether every sample must have a label. Otherwise labels are read only if some of the first
+            samples have one.
         on_progress: Function called on every rank after each tar.
     """
     paths = [path for each in data if each for path in ([each] if isinstance(each, str) else each)]

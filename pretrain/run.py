@@ -15,7 +15,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import PretrainConfig
-from pretrain.data.dataset.classes import check_classes
+from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
@@ -27,6 +27,7 @@ from pretrain.distributed import on_all_ranks
 from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
 from pretrain.engine.protocol import TrainingEngine
+from pretrain.environment import check_environment
 from pretrain.errors import CheckpointError, DivergedError, UserError
 from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
@@ -160,6 +161,7 @@ def open_run(config: PretrainConfig, *, must_resume: bool = False) -> Iterator[R
         config: Resolved run configuration.
         must_resume: Whether to refuse a run that has no checkpoint.
     """
+    on_all_ranks(check_environment)
     claim_run_dir(config.run_dir)
     rank, world_size, on_gpu = distributed.rank(), distributed.world_size(), torch.cuda.is_available()
     with Watch(config.run_dir, rank, world_size, hang_seconds=config.health.hang_seconds, on_gpu=on_gpu) as watch:
@@ -215,6 +217,8 @@ def open_data(config: PretrainConfig) -> Data:
     else:
         training = open_dataset(config.data.train, config.data.weights, cache, labeled, "train")
         training.check_cache_size(config.data.shuffle_window)
+        if labeled:
+            leave_out_empty_classes(training, validation)
     if labeled:
         check_classes(training, validation, config.data, needed_by=f"objective.name={config.objective.name}")
     return Data(training, validation)

@@ -5,7 +5,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 
@@ -22,7 +22,6 @@ NUM_CORES = os.cpu_count() or 1
 NUM_SHOWN = 5  # lines of a long list that are printed
 MEASURED_SECONDS = 2.0
 COLUMN = 30  # where values begin
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 Split = Annotated[str, typer.Argument(help="Folder or URL of one split, where its dataset.json is.")]
 NumWorkers = Annotated[
@@ -42,6 +41,8 @@ AllowPipe = Annotated[
     typer.Option("--allow-pipe", help="Allow shards of the form pipe:COMMAND. Only for sources that you trust."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, for scripts.")]
+
+Set = TypeVar("Set")
 
 app = typer.Typer(
     help="Turn images into shards (indexed WebDataset tars), and check, describe and measure them.",
@@ -132,7 +133,7 @@ def make(
     """
     shard_bytes = parse_size(shard_size, "--shard-size")
     from pretrain.data.shards.encoding import Encoding
-    from pretrain.data.shards.make import LEFT_OUT_FILE, make_shards, refuse_existing
+    from pretrain.data.shards.make import make_shards, refuse_existing
     from pretrain.data.shards.plan import ShardOptions
     from pretrain.data.shards.tasks import run_tasks, run_tasks_on_ray
     from pretrain.data.sources.open import SourceOptions, list_source
@@ -168,10 +169,11 @@ def make(
     for bits, count in sorted(made.scaled_from.items()):
         number = "1 image" if count == 1 else f"{count} images"
         print(f"{number} of 16-bit values that use {bits} bits: scaled from {bits} to 8 bits")
-    left_out = [*(images.problems if skip_bad else []), *made.left_out[:NUM_SHOWN]]
-    print("".join(f"left out: {line}\n" for line in left_out), end="")
-    if len(made.left_out) > NUM_SHOWN:
-        print(f"left out: {len(made.left_out)} images in total; {out / LEFT_OUT_FILE} lists them all")
+    for note in made.notes:
+        print(note)
+    for problem in images.problems:
+        print(f"left out: {problem}")
+    print_left_out(made.left_out, out)
     for name, info in made.splits.items():
         print(f"{out / name}: {describe(info)}")
 
@@ -179,13 +181,14 @@ def make(
 @app.command("index")
 def index(
     source: Annotated[
-        str, typer.Argument(help="Tars of one split: a folder, or URLs with a pattern such as {000..123}.")
+        str, typer.Argument(help="Tars of one split: a folder, or paths or URLs with a pattern such as {000..123}.")
     ],
     out: Annotated[
         Path | None,
         typer.Option(
             show_default="next to the tars",
-            help="Folder for the indexes and dataset.json; required if the source is a URL.",
+            help="Folder for the indexes and dataset.json, which is then the path of the data; required for URLs, for "
+            "a part of a folder's tars, and for a folder that cannot be written.",
         ),
     ] = None,
     class_names: ClassNames = None,
@@ -193,6 +196,14 @@ def index(
         str, typer.Option(help="Key of the label in a sample's .json, for samples without a .cls member.")
     ] = "label",
     unlabeled: Unlabeled = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad",
+            help="Leave out samples that cannot be used (no image, no label, unreadable) and list them, instead of "
+            "stopping with an error.",
+        ),
+    ] = False,
     workers: NumWorkers = NUM_CORES,
     allow_pipe: AllowPipe = False,
 ) -> None:
@@ -202,15 +213,21 @@ def index(
 
     Example: vitrail shards index /data/imagenet/train --class-names classes.txt
 
+    Example: vitrail shards index /read-only/tars --out indexes/train --skip-bad
+
     Example: vitrail shards index 's3://bucket/train-{000000..001023}.tar' --out shards/train
     """
     from pretrain.data.shards.scan import index_shards
     from pretrain.data.shards.tasks import run_tasks
     from pretrain.data.storage.remote import FetchPolicy
+    from pretrain.data.storage.tar_set import describe_beside
     from pretrain.data.storage.webdataset import read_class_names
 
     with report_errors():
-        folder, tars = find_tars_to_index(source, out)
+        folder, tars, tar_folder = find_tars_to_index(source, out)
+        lost = describe_beside(Path(source)) if Path(source).is_dir() else []
+        if lost and not skip_bad:
+            raise UserError(f"{source}: {lost[0]}; move them away, or leave them out with --skip-bad")
         names = read_class_names(class_names) if class_names else None
         with progress_bar("indexing", len(tars), "shards") as advance:
             indexed = index_shards(
@@ -221,9 +238,12 @@ def index(
                 FetchPolicy(allow_pipe=allow_pipe),
                 partial(run_tasks, num_workers=workers),
                 advance,
+                tar_folder=tar_folder,
+                skip_bad=skip_bad,
             )
     for note in indexed.notes:
         print(note)
+    print_left_out([*lost, *indexed.left_out], folder)
     print(f"{folder}: {describe(indexed.info)}")
 
 
@@ -248,14 +268,13 @@ def check(
     num_faults, policy = 0, FetchPolicy(allow_pipe=allow_pipe)
     executor = partial(run_tasks, num_workers=workers)
     with report_errors():
-        tar_folder, found = single_set(split, find_sets(split, open_cache(SourceConfig(train=split))))
-        index = found or tar_folder
+        index = single_set(split, find_sets(split, open_cache(SourceConfig(train=split))))
         with progress_bar("checking", None, "shards") as advance:
-            for fault in check_set(index, policy, executor, advance, tar_folder=tar_folder):
+            for fault in check_set(index, policy, executor, advance):
                 num_faults += 1
                 print(json.dumps(fault._asdict()) if as_json else "  ".join(filter(None, fault)))
-        for name in [] if is_remote(split) or index != tar_folder else stray_files(Path(tar_folder)):
-            print(f"{tar_folder}/{name}: does not belong to any shard", file=sys.stderr)
+        for name in [] if is_remote(split) else stray_files(Path(index)):
+            print(f"{index}/{name}: does not belong to any shard", file=sys.stderr)
     if num_faults:
         print(f"{split}: {num_faults} {'fault' if num_faults == 1 else 'faults'}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
@@ -405,38 +424,41 @@ def open_split(split: str) -> "Dataset":
         with progress_bar(f"indexing {tars.folder.name}", None, "tars") as advance:
             notes = index_tars(tars, cache.folder, labels_required=False, progress=advance)
         print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
-    return open_dataset(split, cache=cache)
+    return open_dataset(split, cache=cache, labeled=False)
 
 
-def single_set(split: str, sets: list[tuple[str, str | None]]) -> tuple[str, str | None]:
-    """Return the only shard set that a path means: the folder or URL of its tars, and that of its index or None.
+def single_set(split: str, sets: list[Set]) -> Set:
+    """Return the only shard set that a path means.
 
     Raises:
         UserError: If the path means several sets.
     """
     if len(sets) > 1:
-        raise UserError(f"{split}: names {len(sets)} shard sets; check one at a time")
+        raise UserError(f"{split}: names {len(sets)} shard sets; give one at a time")
     return sets[0]
 
 
-def find_tars_to_index(source: str, out: Path | None) -> tuple[Path, list[str]]:
-    """Return the folder for the indexes, and the tars as dataset.json will name them.
+def find_tars_to_index(source: str, out: Path | None) -> tuple[Path, list[str], Path | None]:
+    """Return the folder for the indexes, the tars as dataset.json will name them, and the folder of local tars.
 
     Args:
-        source: Folder with tars, or URLs with a brace pattern.
+        source: Folder with tars, or paths or URLs with a brace pattern.
         out: Folder for the indexes, or None for the folder of the tars.
 
     Raises:
-        UserError: If there are no readable tars, or `out` does not fit `source`.
+        UserError: If there are no readable tars, or the indexes cannot be written.
     """
     from pretrain.data.storage.remote import expand_braces, is_remote
+    from pretrain.data.storage.tar_set import COMPRESSED, local_tar_sets
+    from pretrain.files import make_writable
 
     if is_remote(source):
         if out is None:
             raise UserError(f"{source}: indexes cannot be written to a URL; choose a local folder with --out")
         out.mkdir(parents=True, exist_ok=True)
-        return out, expand_braces(source)
-    folder = Path(source)
+        return out, expand_braces(source), None
+    tars = single_set(source, local_tar_sets(source))
+    folder = tars.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a folder with .tar files")
     if packed := sorted(path.name for path in folder.iterdir() if path.name.endswith(COMPRESSED)):
@@ -444,12 +466,25 @@ def find_tars_to_index(source: str, out: Path | None) -> tuple[Path, list[str]]:
             f"{folder}: {len(packed)} compressed tars, the first is {packed[0]}; Vitrail reads single samples, which "
             "compression prevents; decompress the tars, for example with gunzip"
         )
-    tars = sorted(path.name for path in folder.glob("*.tar"))
-    if not tars:
+    if not tars.names:
         raise UserError(f"{folder}: no .tar files in this folder; to make shards of images, use `vitrail shards make`")
-    if out is not None and out.resolve() != folder.resolve():
-        raise UserError(f"{out}: the indexes of a local folder are written next to its tars; remove --out")
-    return folder, tars
+    if out is None and not tars.is_whole_folder:
+        raise UserError(f"{source}: names a part of a folder's tars; choose a folder for their indexes with --out")
+    if out is not None and out.resolve() != folder.resolve() and any(out.glob("*.tar")):
+        raise UserError(f"{out}: contains tars, whose indexes belong there; choose another folder with --out")
+    if reason := make_writable(out or folder):
+        raise UserError(f"{out or folder}: {reason}; choose a folder for the indexes with --out")
+    return out or folder, list(tars.names), folder
+
+
+def print_left_out(lines: list[str], out: Path) -> None:
+    """Print the first lines about what was left out, and where all of them are."""
+    from pretrain.data.storage.index import LEFT_OUT_FILE
+
+    for line in lines[:NUM_SHOWN]:
+        print(f"left out: {line}")
+    if len(lines) > NUM_SHOWN:
+        print(f"left out: {len(lines)} in total; {out / LEFT_OUT_FILE} lists them all")
 
 
 def describe(info: "DatasetInfo") -> str:

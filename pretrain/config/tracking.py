@@ -13,4 +13,8 @@ class TrackingConfig(Section):
         description="MLflow tracking URI; null uses the environment variable MLFLOW_TRACKING_URI, or else an SQLite "
         "database next to the run folder; off writes only metrics.jsonl.",
     )
-    experiment: str = Field("vitrail", description="MLflow experiment of the run.")
+    experiment: str | None = Field(
+        None,
+        description="MLflow experiment of the run; null uses the environment variable MLFLOW_EXPERIMENT_NAME, or else "
+        "vitrail.",
+    )

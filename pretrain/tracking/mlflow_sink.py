@@ -1,8 +1,9 @@
 """Send a run's `metrics.jsonl` and pictures to MLflow; the tracker starts this module as a separate process.
 
 The sink stores the MLflow run id and the last step it sent in `mlflow.json`, so a resumed run continues the same MLflow
-run and sends no step twice. If the store cannot be reached, the sink reports it once and keeps trying until training
-has ended.
+run and sends no step twice. The config decides where: if the store that it names does not have this run in its
+experiment, everything is sent there as a new run. If the store cannot be reached, the sink reports it once and keeps
+trying until training has ended.
 
 The tracker writes JSON messages to the sink's standard input, one per line: "params" and "tags" to record, the current
 "status", and a "final_status" as the last one.
@@ -17,10 +18,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from pretrain.errors import first_line
 from pretrain.files import atomic_write, partial_path, publish
-from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, SINK_STATE_FILE, picture_step
+from pretrain.tracking.tracker import (
+    METRICS_FILE,
+    PICTURES_FOLDER,
+    SINK_STATE_FILE,
+    SQLITE,
+    picture_step,
+    read_sink_state,
+)
 
 # MLflow's own retries block a call to a dead server for 245.7 s. They are not needed, because the file is the queue.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -29,13 +38,14 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Experiment, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from PIL import Image
 
 POLL_SECONDS = 1.0
 FINAL_TRIES = 3
 RUNNING = "RUNNING"
-SQLITE = "sqlite:///"
 MAX_METRICS_PER_CALL = 1000
 MAX_PARAMS_PER_CALL = 100
 MAX_ERROR_LENGTH = 200
@@ -55,6 +65,7 @@ class Sink:
         self.params: dict[str, str] = {}  # to send with the next push
         self.tags: dict[str, str] = {}  # to send with the next push
         self.state: dict[str, Any] = {
+            "run_dir": str(run_dir.resolve()),  # tells a run folder that was moved from a copy
             "uri": uri,
             "experiment": experiment,
             "run_id": None,
@@ -62,8 +73,11 @@ class Sink:
             "last_names": [],  # metrics of the last step that have been sent: a step may have several rows
             "pictures": [],  # name and modification time of each picture: one that was drawn again is sent again
         }
-        if (run_dir / SINK_STATE_FILE).exists():
-            self.state |= json.loads((run_dir / SINK_STATE_FILE).read_text(encoding="utf-8"))
+        self._nothing_sent = dict(self.state)
+        stored = read_sink_state(run_dir)
+        if not _is_copy(stored, run_dir):
+            located = {name: self.state[name] for name in ("run_dir", "uri", "experiment")}
+            self.state |= stored | located
         self._offset = 0  # bytes of the metrics file that have been sent
         self._client: MlflowClient | None = None
         self._is_new = False
@@ -107,6 +121,8 @@ class Sink:
 
         This is separate from `push` because a store may keep artifacts in another place than metrics.
         """
+        if self.state["pictures"]:
+            self._check_artifacts()
         for picture in sorted((self.run_dir / PICTURES_FOLDER).glob("step-*.png")):
             modified_ns = picture.stat().st_mtime_ns
             if [picture.name, modified_ns] not in self.state["pictures"]:
@@ -138,8 +154,9 @@ class Sink:
         if uri.startswith(SQLITE):
             _create_store(Path(uri.removeprefix(SQLITE)))
         client = MlflowClient(uri)
-        if self.state["run_id"] is None:
-            experiment = client.get_experiment_by_name(self.state["experiment"])
+        experiment = client.get_experiment_by_name(self.state["experiment"])
+        if not self._is_run_of(client, experiment):
+            self.state = self._nothing_sent
             if experiment is None:
                 artifacts = (self.run_dir.parent / "mlartifacts").as_uri() if uri.startswith(SQLITE) else None
                 experiment_id = client.create_experiment(self.state["experiment"], artifacts)
@@ -149,6 +166,24 @@ class Sink:
             self._save_state(run_id=run.info.run_id)
             self._is_new = True
         return client
+
+    def _is_run_of(self, client: MlflowClient, experiment: Experiment | None) -> bool:
+        """Return whether the store has the run, in the right experiment."""
+        if self.state["run_id"] is None or experiment is None:
+            return False
+        try:
+            run = client.get_run(self.state["run_id"])
+        except MlflowException as error:
+            if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+                return False
+            raise
+        return bool(run.info.experiment_id == experiment.experiment_id and run.info.lifecycle_stage == "active")
+
+    def _check_artifacts(self) -> None:
+        """Check that the folder with the earlier pictures is still there; a store that was moved names the old one."""
+        uri = self.client.get_run(self.state["run_id"]).info.artifact_uri
+        if uri.startswith("file:") and not (folder := Path(unquote(urlsplit(uri).path))).exists():
+            raise FileNotFoundError(f"the store keeps them in {folder}, which is gone")
 
     def _save_state(self, **state: Any) -> None:
         if any(self.state[name] != value for name, value in state.items()):
@@ -199,6 +234,13 @@ def serve(sink: Sink, messages: io.FileIO) -> None:
                 print(f"{where} ({reason}); all data is kept in {sink.run_dir}", file=sys.stderr)
                 reported.add(problem)
         tries_left -= 0 if is_open else 1
+
+
+def _is_copy(state: dict[str, Any], run_dir: Path) -> bool:
+    """Return whether a run folder is a copy of another one that still has the same MLflow run."""
+    original = Path(state.get("run_dir", run_dir))
+    is_elsewhere = original.exists() and not original.samefile(run_dir)
+    return is_elsewhere and read_sink_state(original).get("run_id") == state["run_id"]
 
 
 def _create_store(path: Path) -> None:

@@ -25,6 +25,10 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 PICTURES_FOLDER = "pictures"  # contains step-*.png
 SINK_STATE_FILE = "mlflow.json"  # written by the sink: where the run is tracked and what has been sent
+SQLITE = "sqlite:///"
+DEFAULT_EXPERIMENT = "vitrail"
+UNUSED_VARIABLES = {"MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"}  # MLflow's own functions would obey them
+CHOICES = "mlflow.json in the run folder, tracking.experiment and MLFLOW_EXPERIMENT_NAME"
 SINK_MODULE = "pretrain.tracking.mlflow_sink"
 SINK_TIMEOUT_SECONDS = 60.0
 STOP_TIMEOUT_SECONDS = 10.0  # a launcher waits 30 s for a process that it has asked to stop
@@ -92,7 +96,11 @@ class Tracker:
         if not resume_step:
             (run_dir / SINK_STATE_FILE).unlink(missing_ok=True)  # a new run, even if the folder contains an older one
         if config.uri != "off":
-            self.sink = _start_sink(run_dir, config.uri or default_uri(run_dir), config.experiment)
+            self.sink = _start_sink(
+                run_dir, config.uri or default_uri(run_dir), config.experiment or default_experiment()
+            )
+            for name in UNUSED_VARIABLES & os.environ.keys():
+                print(f"{name} is set but not used; MLflow's run and experiment come from {CHOICES}", file=sys.stderr)
         self._send(status="RUNNING")
         self._send(params={name: str(value) for name, value in description.params.items()})
         self._send(tags=description.tags)
@@ -147,7 +155,10 @@ class Tracker:
 def tag_run(run_dir: Path, tags: Mapping[str, str], timeout_seconds: float = 60) -> None:
     """Set MLflow tags of a run that has ended; a no-op if the run was not tracked in MLflow."""
     if state := read_sink_state(run_dir):
-        sink = _start_sink(run_dir, state["uri"], state["experiment"])
+        uri = state["uri"]
+        if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).exists():
+            uri = local_uri(run_dir)  # the run folder was moved together with its store
+        sink = _start_sink(run_dir, uri, state["experiment"])
         _send(sink, {"tags": dict(tags)})
         with contextlib.suppress(subprocess.TimeoutExpired):
             sink.communicate(timeout=timeout_seconds)
@@ -171,7 +182,17 @@ def picture_step(name: str) -> int:
 
 def default_uri(run_dir: Path) -> str:
     """Return MLFLOW_TRACKING_URI if it is set, else that of the SQLite store next to the run folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve().parent / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or local_uri(run_dir)
+
+
+def local_uri(run_dir: Path) -> str:
+    """Return the URI of the SQLite store next to the run folder."""
+    return f"{SQLITE}{run_dir.resolve().parent / 'mlflow.db'}"
+
+
+def default_experiment() -> str:
+    """Return MLFLOW_EXPERIMENT_NAME if it is set, else the name that all runs share by default."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
 
 def viewing_command(run_dir: Path, config: TrackingConfig) -> str | None:

@@ -23,17 +23,19 @@ from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
 from finetune.predict import predict
-from finetune.run import FinetuneRun, build_accelerator, build_run, open_tracker
+from finetune.run import FinetuneRun, build_accelerator, build_run, check_run_dir, open_tracker
 from finetune.steps import batch_loss
 from finetune.train import FinetuneResult, main, train
 from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
 from pretrain.errors import DivergedError, MachineError, UserError
+from pretrain.heartbeat.beats import read_beats
 from pretrain.journal import read_rows
 from pretrain.outcome import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tests.support.classifiers import save_classifier, tiny_configs
 from tests.support.disk import full_disk
 from tests.support.launching import ROOT, Shell, Vitrail
+from tests.support.runs import FINETUNE
 
 RECIPE = """
 run_dir: {folder}/run
@@ -270,7 +272,22 @@ def test_a_run_folder_with_other_results_is_an_error(
     assert build(recipe, "overwrite=true").num_samples == 24
     (tmp_path / "pre" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="this folder contains a pretraining run; choose another run_dir"):
-        build(recipe, f"run_dir={tmp_path}/pre")
+        check_run_dir(load_config(FinetuneConfig, recipe, [f"run_dir={tmp_path}/pre"]).config)
+
+
+def test_a_folder_that_another_fine_tuning_is_using_is_refused(
+    recipe: Path, tmp_path: Path, shell: Shell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a model yet, nothing but the heartbeats shows that the folder is in use."""
+    config = load_config(FinetuneConfig, recipe, ["overwrite=true"]).config
+    with shell.start([sys.executable, FINETUNE, "--config", recipe, "schedule.epochs=100000"]) as running:
+        running.wait_until(lambda: read_beats(tmp_path / "run"))
+        assert main(CommandLine(config, "", False)) == EXIT_USER_ERROR
+        assert "is training into this folder; end that run or choose another run_dir" in capsys.readouterr().err
+        running.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.finish().code == EXIT_INTERRUPTED
+    assert [beat.outcome for beat in read_beats(tmp_path / "run")] == ["stopped"]
 
 
 @pytest.mark.parametrize(
@@ -372,8 +389,10 @@ def test_the_config_decides_not_the_variables_of_accelerate(recipe: Path, monkey
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     accelerator = build_accelerator(config)
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (1, "no")
+    assert accelerator.device.type == "cpu"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"ACCELERATE_USE_FSDP is set, .*; unset it"):
         build_accelerator(config)
@@ -451,13 +470,17 @@ def test_predictions_go_on_after_a_file_that_is_no_image(tmp_path: Path, vitrail
     for name in ("a.png", "c.png", "deep/d.png"):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "b.png").write_text("no image")
+    shutil.copy(tmp_path / "photos" / "a.png", tmp_path / "photos" / ".b.png")
     done = vitrail("predict", folder, tmp_path / "photos")
     assert done.code == 1
     assert [line.partition(":")[0] for line in done.out.splitlines()] == [
         str(tmp_path / "photos" / name) for name in ("a.png", "c.png", "deep/d.png")
     ]
-    assert done.err == f"{tmp_path}/photos/b.png: cannot be used as an image: not an image of a known format\n"
-    found = vitrail("predict", folder, tmp_path / "photos" / "[ac].png", tmp_path / "photos" / "deep" / "d.png")
+    assert done.err == (
+        f"{tmp_path}/photos: 1 hidden file or folder, skipped: .b.png\n"
+        f"{tmp_path}/photos/b.png: cannot be used as an image: not an image of a known format\n"
+    )
+    found = vitrail("predict", folder, tmp_path / "photos" / "[.ac]*.png", tmp_path / "photos" / "deep" / "d.png")
     assert (found.code, len(found.out.splitlines())) == (0, 3)
     nothing = vitrail("predict", folder, tmp_path / "photos" / "*.jpg")
     assert (nothing.code, "*.jpg: no images here; name image files" in nothing.err) == (2, True)

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from pretrain.config import SourceConfig
+from pretrain.data.dataset.dataset import Dataset
+from pretrain.data.dataset.folder import FolderDataset
+from pretrain.data.sources.source import summarize
 from pretrain.errors import DataError
 
 
@@ -13,6 +16,38 @@ class Labeled(Protocol):
     @property
     def class_names(self) -> Sequence[str]:
         """Names of the classes in the order of the labels; empty without labels."""
+
+
+def leave_out_empty_classes(training: Dataset, validation: Dataset | None) -> None:
+    """Leave out the classes of which the training data has no samples: a model cannot learn them.
+
+    Of a folder of images, such classes are refused, as everywhere where images of a folder would be lost.
+
+    Args:
+        training: Training data; it gets a remark about the classes.
+        validation: Validation data, or None if there is none. Other classes than those of the training data are left
+            to `check_classes`.
+
+    Raises:
+        DataError: If the validation data has samples of such a class, or no image of a folder's class can be used.
+    """
+    if isinstance(training, FolderDataset) and (unusable := training.unusable_classes()):
+        [line] = summarize(unusable, "class without a usable image", "classes without a usable image")
+        raise DataError(f"{training.folder}: {line}; repair the images, or move the folders of these classes away")
+    empty = [name for name, share in zip(training.class_names, training.class_shares, strict=True) if not share]
+    if not empty:
+        return
+    if validation and validation.class_names == training.class_names:
+        validation.leave_out_classes(empty)
+    training.leave_out_classes(empty)
+    training.notes = [
+        *training.notes,
+        *summarize(
+            empty,
+            "class without training images, which the model has no output for",
+            "classes without training images, which the model has no outputs for",
+        ),
+    ]
 
 
 def check_classes(training: Labeled, validation: Labeled | None, config: SourceConfig, *, needed_by: str) -> None:

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pretrain.data.dataset.order import NO_REPEATS, Order, Part, RepeatedAugmentation
 from pretrain.data.transforms.decode import DecodeError, ImageArray, decode
-from pretrain.errors import BadSampleError
+from pretrain.errors import BadSampleError, DataError
 
 
 class EncodedSample(NamedTuple):
@@ -36,6 +36,7 @@ class Dataset(ABC):
         class_shares: Share of each class among the samples that a run visits.
         parts: Parts that the order is made of: one, or several that are mixed by weight.
         weights: Relative frequency of each part in the mix.
+        new_labels: Class of each stored label; None if they are the same, because no class was left out.
         notes: Remarks for the user about what was left out or how a folder was understood, one sentence each.
     """
 
@@ -44,6 +45,7 @@ class Dataset(ABC):
     parts: list[Part]
     weights: Sequence[float] = (1.0,)
     notes: Sequence[str] = ()
+    new_labels: Mapping[int, int] | None = None
 
     @abstractmethod
     def fetch(self, shard: int, row: int) -> EncodedSample:
@@ -90,6 +92,29 @@ class Dataset(ABC):
     def take_cache_counts(self) -> dict[str, int]:
         """Return this process's use of the shard cache since the last call; empty for local data."""
         return {}
+
+    def class_of(self, label: int) -> int | None:
+        """Return the class of a stored label; None if it is out of range."""
+        if self.new_labels is not None:
+            return self.new_labels.get(label)
+        return label if 0 <= label < len(self.class_names) else None
+
+    def leave_out_classes(self, names: Sequence[str]) -> None:
+        """Remove classes without samples; the labels of the others are numbered again from 0.
+
+        Raises:
+            DataError: If such a class has samples.
+        """
+        for name, share in zip(self.class_names, self.class_shares, strict=True):
+            if name in names and share:
+                raise DataError(
+                    f"class {name}: has validation images but no training images; add some, or take the class out of "
+                    "the validation data"
+                )
+        kept = [label for label, name in enumerate(self.class_names) if name not in names]
+        self.new_labels = {label: new for new, label in enumerate(kept)}
+        self.class_names = [self.class_names[label] for label in kept]
+        self.class_shares = [self.class_shares[label] for label in kept]
 
     def describe(self) -> str:
         """Return the number of images and classes in words."""

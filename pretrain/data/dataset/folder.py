@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -46,13 +47,31 @@ class FolderDataset(Dataset):
         digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
         self.parts = [Part(digest, [len(source)])]
 
+    def unusable_classes(self) -> list[str]:
+        """Return the classes of which no image can be used. Of the others, a few images are read."""
+
+        def is_usable(row: int) -> bool:
+            try:
+                self.read(0, row)
+            except BadSampleError:
+                return False
+            return True
+
+        def has_usable(label: int) -> bool:
+            return any(is_usable(row) for row in np.flatnonzero(self.source.labels == label).tolist())
+
+        with ThreadPoolExecutor() as pool:
+            usable = list(pool.map(has_usable, range(len(self.class_names))))
+        return [name for name, is_left in zip(self.class_names, usable, strict=True) if not is_left]
+
     def fetch(self, shard: int, row: int) -> EncodedSample:
         image = self.source.image(row)
         try:
-            return EncodedSample(str(self.folder), image.origin, image.read().image, image.label)
+            label = image.label if self.new_labels is None else self.new_labels[image.label]
+            return EncodedSample(str(self.folder), image.origin, image.read().image, label)
         except OSError as error:
             raise BadSampleError(str(self.folder), image.origin, f"cannot be read: {error}") from None
 
     def labels(self, shard: int) -> Sequence[int]:
         labels: list[int] = self.source.labels.tolist()
-        return labels
+        return labels if self.new_labels is None else [self.new_labels[label] for label in labels]

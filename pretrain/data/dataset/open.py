@@ -36,16 +36,15 @@ def open_dataset(
         DataError: If a path cannot be used, or the sets have different classes.
     """
     given = [_split_of(path, split) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    found = [each for path in given for each in find_sets(str(path), cache)]
-    places = [place for place, _ in found]
+    places = [place for path in given for place in find_sets(path, cache)]
     if not places:
         raise DataError("the list of data paths is empty; give at least one path")
     if weights is not None and len(weights) != len(places):
         raise DataError(f"{len(weights)} weights for {len(places)} shard sets; give one weight per set")
-    if len(found) == 1 and found[0][1] is None:
+    if len(places) == 1 and not is_remote(places[0]) and not (Path(places[0]) / DATASET_FILE).exists():
         dataset: Dataset = _open_folder(Path(places[0]), labeled, split)
     else:
-        dataset = ShardDataset(places, weights, cache, labeled, [index or place for place, index in found])
+        dataset = ShardDataset(places, weights, cache, labeled)
     for part, place in zip(dataset.parts, places, strict=False):
         if not sum(part.shard_sizes):
             raise DataError(f"{place}: contains no samples; choose another split or remove it")
@@ -62,8 +61,8 @@ def open_cache(config: SourceConfig) -> Cache:
     return Cache(config.cache_dir, config.cache_bytes, policy)
 
 
-def find_sets(path: str, cache: Cache | None = None) -> list[tuple[str, str | None]]:
-    """Return the shard sets that a data path means: the folder or URL of the shards, and that of their index or None.
+def find_sets(path: str, cache: Cache | None = None) -> list[str]:
+    """Return the sets that a data path means: the folder or URL of each `dataset.json`, or a folder that has none.
 
     Args:
         path: Path or URL, in which braces are expanded.
@@ -74,10 +73,8 @@ def find_sets(path: str, cache: Cache | None = None) -> list[tuple[str, str | No
     """
     places = expand_braces(path)
     if is_remote(places[0]):
-        return [(place, place) for place in places]
-    sets = local_tar_sets(path)
-    indexes = [tars.find_index(cache.folder if cache else None) for tars in sets]
-    return [(str(tars.folder), str(index) if index else None) for tars, index in zip(sets, indexes, strict=True)]
+        return places
+    return [str(tars.find_index(cache.folder if cache else None) or tars.folder) for tars in local_tar_sets(path)]
 
 
 def _split_of(path: str | Path, split: Split | None) -> str:

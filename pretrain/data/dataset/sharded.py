@@ -12,10 +12,12 @@ from zlib_ng.zlib_ng import crc32
 
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.order import Part
+from pretrain.data.sources.source import summarize
 from pretrain.data.storage.cache import Cache, CacheError, RemoteObject
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo, ShardIndex, index_name
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, MissingObjectError, StalledFetchError, fetch_bytes, is_remote
+from pretrain.data.storage.tar_set import tar_names
 from pretrain.errors import BadSampleError, DataError
 
 INDEXES_IN_MEMORY = 256
@@ -37,6 +39,14 @@ def load_info(place: str, policy: FetchPolicy | None = None) -> DatasetInfo:
     return DatasetInfo.parse(fetch_bytes(url, policy or FetchPolicy()), url)
 
 
+def _notes(place: str, info: DatasetInfo) -> list[str]:
+    """Return a remark about tars that are next to `dataset.json` but not in it."""
+    listed = {shard.name for shard in info.shards}
+    others = [] if is_remote(place) else [name for name in tar_names(Path(place)) if name not in listed]
+    lines = summarize(others, "tar that its index does not list", "tars that its index does not list")
+    return [f"{place}: {line}, not used; index the folder again to use all of its tars" for line in lines]
+
+
 def _class_shares(infos: Sequence[DatasetInfo], weights: Sequence[float] | None) -> list[float]:
     """Return the share of each class in the concatenation of the sets, or in their mix."""
     counts = np.array([info.class_counts for info in infos], dtype=np.float64)
@@ -50,14 +60,13 @@ class ShardDataset(Dataset):
     """The shards of one or more sets, concatenated or mixed by weight.
 
     Args:
-        places: Folder or URL of each set.
+        places: Folder or URL of each set's `dataset.json`, which locates the tars.
         weights: Relative frequency of each set in a mix. If None, the sets are concatenated.
         cache: Cache for remote shards.
         labeled: Whether the labels will be used. If not, sets with different classes lose their labels.
-        index_places: Folder or URL of each set's indexes, if they are elsewhere.
 
     Raises:
-        DataError: If the labels will be used and the sets have different classes.
+        DataError: If the labels will be used and the sets have different classes, or tars are not where they were.
     """
 
     def __init__(
@@ -66,12 +75,10 @@ class ShardDataset(Dataset):
         weights: Sequence[float] | None = None,
         cache: Cache | None = None,
         labeled: bool = True,
-        index_places: Sequence[str] | None = None,
     ) -> None:
-        index_places = places if index_places is None else index_places
         self.cache = cache
         self.reads_ranges = False
-        infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in index_places]
+        infos = [load_info(place, self._cached(place).policy if is_remote(place) else None) for place in places]
         self.class_names = infos[0].class_names
         for place, info in zip(places, infos, strict=True):
             if info.class_names != infos[0].class_names:
@@ -83,8 +90,9 @@ class ShardDataset(Dataset):
                 self.class_names = []
         self.class_shares = _class_shares(infos, weights) if self.class_names else []
         self.entries = [shard for info in infos for shard in info.shards]
-        self.places = [place for place, info in zip(places, infos, strict=True) for _ in info.shards]
-        self.index_places = [place for place, info in zip(index_places, infos, strict=True) for _ in info.shards]
+        self.notes = [note for place, info in zip(places, infos, strict=True) for note in _notes(place, info)]
+        self.tars = [tar for place, info in zip(places, infos, strict=True) for tar in info.tar_paths(place)]
+        self.index_places = [place for place, info in zip(places, infos, strict=True) for _ in info.shards]
         self.parts = [Part(info.digest, [shard.num_samples for shard in info.shards]) for info in infos]
         if weights is None:
             digest = "+".join(part.digest for part in self.parts)
@@ -114,14 +122,16 @@ class ShardDataset(Dataset):
             raise BadSampleError(tar.url, key, f"truncated: the shard should have {index.num_bytes} bytes")
         if crc32(data) != index.crc32[row]:
             raise BadSampleError(tar.url, key, "damaged: its checksum is off")
-        if not 0 <= label < len(self.class_names) and self.class_names:
+        known = self.class_of(label) if self.class_names else label
+        if known is None:
             raise BadSampleError(
                 tar.url, key, f"label {label} is out of range: there are {len(self.class_names)} classes"
             )
-        return EncodedSample(tar.url, key, data, label)
+        return EncodedSample(tar.url, key, data, known)
 
     def labels(self, shard: int) -> Sequence[int]:
-        return self.index(shard).label
+        labels = self.index(shard).label
+        return labels if self.new_labels is None else [self.new_labels[label] for label in labels]
 
     def set_read_schedule(self, distance: Callable[[int], float], upcoming: Callable[[], Iterable[int]]) -> None:
         if self.cache is None or not any(is_remote(self._tar(shard).url) for shard in range(len(self.entries))):
@@ -160,9 +170,8 @@ class ShardDataset(Dataset):
 
     def _tar(self, shard: int) -> RemoteObject:
         """Return the path or URL of a shard with its expected checksum and size."""
-        entry, place = self.entries[shard], self.places[shard]
-        name = entry.name if is_remote(entry.name) else f"{place}/{entry.name}"
-        return RemoteObject(name, entry.sha256, entry.num_bytes)
+        entry = self.entries[shard]
+        return RemoteObject(self.tars[shard], entry.sha256, entry.num_bytes)
 
     def _index_file(self, shard: int) -> RemoteObject:
         entry = self.entries[shard]

@@ -34,14 +34,23 @@ from pretrain.data.loading.loader import (
     load_batches,
 )
 from pretrain.data.storage.archive import Member, TarReader, open_tar
-from pretrain.data.storage.index import NO_LABEL
-from pretrain.data.storage.remote import FetchPolicy, StalledFetchError, expand_braces, is_remote
-from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS, LABEL_KEY, image_of, label_of, metadata_of, samples_of
+from pretrain.data.storage.index import DATASET_FILE, NO_LABEL, DatasetInfo
+from pretrain.data.storage.remote import PIPE, FetchPolicy, StalledFetchError, expand_braces, is_remote
+from pretrain.data.storage.tar_set import describe_beside, tar_names
+from pretrain.data.storage.webdataset import (
+    IMAGE_EXTENSIONS,
+    LABEL_KEY,
+    OTHER_IMAGE_EXTENSIONS,
+    image_of,
+    label_of,
+    metadata_of,
+    samples_of,
+)
 from pretrain.data.transforms.decode import decode, decode_unless_jpeg
 from pretrain.data.transforms.views import View
 from pretrain.errors import BadSampleError, DataError
 
-READ_EXTENSIONS = {*IMAGE_EXTENSIONS, "cls", "json"}
+READ_EXTENSIONS = {*IMAGE_EXTENSIONS, *OTHER_IMAGE_EXTENSIONS, "cls", "json"}
 STEPS_WITH_NAMES = 3  # a step's result is known while the next step runs
 WHOLE_TAR = "(the rest of the tar)"  # in place of a sample's key, where a tar cannot be read on
 
@@ -64,8 +73,9 @@ class TarStream:
 
     @property
     def digest(self) -> str:
-        """Digest of the list of tars; their content is not known."""
-        return hashlib.sha256(json.dumps(list(self.tars)).encode()).hexdigest()
+        """Digest of the names of the tars, wherever they are; their content is not known."""
+        names = [tar if tar.startswith(PIPE) else tar.rpartition("/")[2] for tar in self.tars]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     @property
     def class_shares(self) -> list[float]:
@@ -136,7 +146,11 @@ def _local_tars(path: Path) -> list[str]:
     """Return the absolute path of a tar, or of all tars of a folder."""
     if path.is_file():
         return [str(path.resolve())]
-    found = sorted(str(tar) for tar in path.resolve().glob("*.tar"))
+    found = [str(path.resolve() / tar) for tar in tar_names(path)]
+    if not found and (path / DATASET_FILE).exists():
+        found = DatasetInfo.load(path).tar_paths(str(path))
+    if found and (lost := describe_beside(path)):
+        raise DataError(f"{path}: {lost[0]}; move them away, or name the tars in data.train")
     if not found:
         reason = "has no *.tar files" if path.is_dir() else "does not exist"
         raise DataError(f"{path}: {reason}; with data.stream=true, name tars, folders of tars, or URLs of tars")

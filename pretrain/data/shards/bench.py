@@ -84,7 +84,7 @@ def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> It
     dataset = _open(folder)
     if not isinstance(dataset, ShardDataset):
         raise DataError(f"{folder}: is a folder of images; create shards from it with `vitrail shards make`")
-    tars = [Path(place) / entry.name for place, entry in zip(dataset.places, dataset.entries, strict=True)]
+    tars = [Path(tar) for tar in dataset.tars]
     locations = _locations(dataset, min(num_samples, NUM_DECODED_IMAGES))
     encoded = [dataset.fetch(shard, row) for _, shard, row in locations]
     yield from reading(dataset, tars, num_samples, rounds)
@@ -95,7 +95,7 @@ def compare(folder: Path, num_samples: int, num_workers: int, rounds: int) -> It
 
 def _open(folder: Path) -> Dataset:
     """Open a local split with the cache folder that a run uses by default, which may have its index."""
-    return open_dataset(folder, cache=open_cache(SourceConfig(train=str(folder))))
+    return open_dataset(folder, cache=open_cache(SourceConfig(train=str(folder))), labeled=False)
 
 
 def reading(dataset: Dataset, tars: Sequence[Path], num_samples: int, rounds: int) -> Iterator[Line]:

@@ -14,7 +14,14 @@ from pretrain.data.dataset.sharded import load_info
 from pretrain.data.shards.keys import Digests, digest_keys, find_repeated
 from pretrain.data.shards.tasks import Executor, run_tasks
 from pretrain.data.storage.archive import Member, TarReader, open_tar
-from pretrain.data.storage.index import DATASET_FILE, DatasetInfo, ShardEntry, ShardIndex, index_name
+from pretrain.data.storage.index import (
+    DATASET_FILE,
+    LEFT_OUT_FILE,
+    DatasetInfo,
+    ShardEntry,
+    ShardIndex,
+    index_name,
+)
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, fetch_bytes, is_remote
 from pretrain.data.storage.webdataset import IMAGE_EXTENSIONS
@@ -55,20 +62,17 @@ def check_set(
     policy: FetchPolicy | None = None,
     executor: Executor[ShardEntry, CheckedShard] = run_tasks,
     progress: Callable[[int, int], None] = lambda _, __: None,
-    *,
-    tar_folder: str | None = None,
 ) -> Iterator[Finding]:
     """Yield the faults of a shard set: those of each shard, then those between shards.
 
     Args:
-        location: Folder or URL of `dataset.json` and the indexes.
+        location: Folder or URL of `dataset.json`, which locates the tars, and of the indexes.
         policy: Timeouts and permissions for remote reads.
         executor: Function that runs the tasks, one per shard.
         progress: Function called after each shard with 1 and the total number of shards.
-        tar_folder: Folder of the tars that `dataset.json` names without a URL, if it is not `location`.
 
     Raises:
-        DataError: If there is no shard set.
+        DataError: If there is no shard set, or its tars are not where they were.
     """
     policy = policy or FetchPolicy()
     try:
@@ -80,7 +84,7 @@ def check_set(
         yield Finding(DATASET_FILE, None, str(error).removeprefix(f"{location}/{DATASET_FILE}: "))
         info = DatasetInfo([], [], entries)
     keys, counts = [], [0] * len(info.class_names)
-    work = partial(_check_shard, tar_folder or location, location, len(info.class_names), policy)
+    work = partial(_check_shard, info.find_tars(location), location, len(info.class_names), policy)
     with closing(executor(work, info.shards)) as results:
         for checked in results:
             yield from checked.findings
@@ -99,10 +103,18 @@ def check_set(
 def stray_files(folder: Path) -> list[str]:
     """Return the names of files in the folder of a shard set that do not belong to it."""
     try:
-        shards = DatasetInfo.load(folder).shards
+        info = DatasetInfo.load(folder)
     except DataError:
-        shards = _entries_by_indexes(folder)
-    known = {DATASET_FILE, *(shard.name for shard in shards), *(index_name(shard.name) for shard in shards)}
+        info = DatasetInfo([], [], _entries_by_indexes(folder))
+    if info.tar_folders:  # a folder that the tars share with other files, or an index in the cache
+        return []
+    shards = info.shards
+    known = {
+        DATASET_FILE,
+        LEFT_OUT_FILE,
+        *(shard.name for shard in shards),
+        *(index_name(shard.name) for shard in shards),
+    }
     return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 
@@ -133,7 +145,7 @@ def _check_shard(
                 row = rows.pop(member.offset, None)
                 if index and row is not None:
                     findings += _check_sample(index, row, member.data, num_classes)
-                elif member.is_file and member.name.lower().endswith(IMAGE_EXTENSIONS):
+                elif _is_image(member):
                     findings += _check_unknown(entry.name, member, index is not None)
             if index:
                 missing = "the tar has no member at the offset in the index"
@@ -168,6 +180,12 @@ def _load_index(location: str, entry: ShardEntry, policy: FetchPolicy, findings:
             return index
         findings.append(Finding(name, None, f"has {len(index)} samples, but {DATASET_FILE} lists {entry.num_samples}"))
     return None
+
+
+def _is_image(member: Member) -> bool:
+    """Return whether a member is an image by its name; a name that begins with a dot has no key."""
+    name = member.name.rpartition("/")[2].lower()
+    return member.is_file and name.endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
 def _check_unknown(tar: str, member: Member, is_indexed: bool) -> Iterator[Finding]:

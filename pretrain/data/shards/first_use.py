@@ -7,23 +7,25 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from pretrain.data.shards.scan import IndexedShards, index_shards
 from pretrain.data.shards.tasks import run_tasks_in_threads
-from pretrain.data.storage.archive import TarReader, open_tar
+from pretrain.data.storage.archive import Member, TarReader, open_tar
 from pretrain.data.storage.cache import CacheError, prepare_cache_folder
 from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import FetchPolicy
-from pretrain.data.storage.tar_set import TarSet, local_tar_sets
-from pretrain.data.storage.webdataset import LABEL_KEY, metadata_of, samples_of
+from pretrain.data.storage.tar_set import TarSet, describe_beside, local_tar_sets
+from pretrain.data.storage.webdataset import LABEL_KEY, is_label_file, metadata_of, samples_of
 from pretrain.errors import DataError
 from pretrain.files import PARTIAL
 
 LOCK_FILE = f"{DATASET_FILE}.lock"
 LOCK_SECONDS = 1.0  # pause before the next attempt to lock
+NUM_SAMPLES_TRIED = 100  # read to find out whether samples have labels
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 # Called with the number of tars indexed since the last call and the number of all tars.
@@ -56,14 +58,14 @@ def index_tars(
     Args:
         tars: Tars without an index.
         cache_dir: Cache folder of this machine (`data.cache_dir`).
-        labels_required: Whether every sample must have a label. Otherwise labels are read only if the first sample has
-            one.
+        labels_required: Whether every sample must have a label. Otherwise labels are read only if some of the first
+            samples have one.
         progress: Function called with the number of tars indexed since the last call and the number of all tars: when
             indexing starts, after each tar, and every few seconds while nothing is ready or another process indexes
             the folder.
 
     Raises:
-        DataError: If the folder is read-only and the cache folder as well.
+        DataError: If the folder is read-only and the cache folder as well, or if some samples cannot be used.
     """
     folder, num_tars = tars.folder, len(tars.names)
     is_read_only = not _is_writable(folder)
@@ -73,11 +75,16 @@ def index_tars(
         try:
             prepare_cache_folder(out)
         except CacheError as error:
-            raise DataError(f"{folder}: the index of its tars cannot be stored: {error}") from None
+            raise DataError(
+                f"{folder}: the index of its tars cannot be stored: {error}, or use {_command(folder, None)}"
+            ) from None
     with _locked(out / LOCK_FILE, waiting=lambda: progress(0, num_tars)):
         if (out / DATASET_FILE).exists():
             return []
-        indexed = _index(tars, out, labels_required, progress)
+        if tars.is_whole_folder and (lost := describe_beside(folder)):
+            raise DataError(f"{folder}: {lost[0]}; move them away, or use {_command(folder, out, ' --skip-bad')}")
+        way_out = f"leave them out with {_command(folder, out, ' --skip-bad')}"
+        indexed = _index(tars, out, labels_required, progress, way_out)
     info = indexed.info
     classes = f" in {len(info.class_names)} classes" if info.class_names else " without labels"
     reason = "; the folder is read-only, so the index" if is_read_only else "; the index of this part of the folder"
@@ -87,7 +94,14 @@ def index_tars(
     return [summary, *(f"{folder}: {note}" for note in indexed.notes)]
 
 
-def _index(tars: TarSet, out: Path, labels_required: bool, progress: IndexProgress) -> IndexedShards:
+def _command(folder: Path, out: Path | None, option: str = "") -> str:
+    """Return the command with which the user can index the tars of a folder, and what to do then."""
+    if out == folder:
+        return f"`vitrail shards index {folder}{option}`"
+    return f"`vitrail shards index TARS --out FOLDER{option}`, and name FOLDER in the config"
+
+
+def _index(tars: TarSet, out: Path, labels_required: bool, progress: IndexProgress, way_out: str) -> IndexedShards:
     num_tars = len(tars.names)
     progress(0, num_tars)
     num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -98,15 +112,23 @@ def _index(tars: TarSet, out: Path, labels_required: bool, progress: IndexProgre
         executor=partial(run_tasks_in_threads, num_threads=num_threads, on_wait=lambda: progress(0, num_tars)),
         progress=lambda amount: progress(amount, num_tars),
         tar_folder=tars.folder,
+        way_out=way_out,
     )
 
 
 def _has_labels(tars: list[Path]) -> bool:
-    """Return whether the first sample has a label."""
+    """Return whether any of the first samples has a label."""
     for tar in tars:
-        with open_tar(str(tar), FetchPolicy()) as stream:
-            for key, members in samples_of(TarReader(str(tar), stream), Counter()):
-                return "cls" in members or LABEL_KEY in metadata_of(str(tar), key, members.get("json"))
+        with suppress(DataError), open_tar(str(tar), FetchPolicy()) as stream:
+            samples = samples_of(TarReader(str(tar), stream, is_label_file), Counter())
+            if first := list(islice(samples, NUM_SAMPLES_TRIED)):
+                return any(_has_label(str(tar), key, members) for key, members in first)
+    return False
+
+
+def _has_label(tar: str, key: str, members: dict[str, Member]) -> bool:
+    with suppress(DataError):
+        return "cls" in members or LABEL_KEY in metadata_of(tar, key, members.get("json"))
     return False
 
 

@@ -16,16 +16,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.data.shards.encoding import Encoding, StoredImage
-from pretrain.data.shards.plan import NUM_READERS, PLAN_FILE, SAMPLE_ERRORS, ShardOptions, plan_shards
+from pretrain.data.shards.plan import (
+    NUM_READERS,
+    PLAN_FILE,
+    SAMPLE_ERRORS,
+    ShardOptions,
+    leave_out_unusable_classes,
+    plan_shards,
+)
 from pretrain.data.shards.tasks import Executor, run_tasks
 from pretrain.data.shards.writer import ShardWriter
-from pretrain.data.sources.source import MAX_NAMES_SHOWN, Content, Integers, Source, SourceImage
-from pretrain.data.storage.index import NO_LABEL, DatasetInfo, ShardEntry, index_name, write_json
+from pretrain.data.sources.source import MAX_NAMES_SHOWN, Content, Integers, Source, SourceImage, summarize
+from pretrain.data.storage.index import LEFT_OUT_FILE, NO_LABEL, DatasetInfo, ShardEntry, index_name, write_json
 from pretrain.errors import DataError
 from pretrain.files import partial_path, publish
 
 READ_AHEAD = 32
-LEFT_OUT_FILE = "left_out.txt"
 
 Progress = Callable[[int], None]
 
@@ -80,6 +86,13 @@ class MadeShards:
     left_out: list[str]
     scaled_from: dict[int, int]
 
+    @property
+    def notes(self) -> list[str]:
+        """Remarks for the user: classes that a model cannot learn."""
+        info = self.splits["train"]
+        empty = [name for name, count in zip(info.class_names, info.class_counts, strict=True) if not count]
+        return summarize(empty, "class without training images", "classes without training images")
+
 
 def make_shards(
     source: Source,
@@ -112,9 +125,13 @@ def make_shards(
         raise DataError("the source has no images; check its path")
     work_folder = partial_path(out)
     with _claim(work_folder):
-        shards = plan_shards(source, options, work_folder)
+        whole = source
+        source, lost = leave_out_unusable_classes(source, options) if skip_bad else (source, [])
+        if not len(source):
+            raise DataError(f"no training image is readable; check the source. The first fault: {lost[1]}")
+        shards = plan_shards(source, options, work_folder, replaced=whole)
         written = _write_missing(source, options.encoding, shards, work_folder, skip_bad, executor, progress)
-        made = _summarize(source.class_names, written)
+        made = _summarize(source.class_names, written, lost)
         _check(made, skip_bad)
         for name, info in made.splits.items():
             info.save(work_folder / "out" / name)
@@ -246,8 +263,8 @@ def _load_written(folder: Path, name: str, number: int) -> WrittenShard | None:
     return shard if sizes == [shard.entry.num_bytes, shard.entry.index_bytes] else None
 
 
-def _summarize(class_names: list[str], written: dict[str, list[WrittenShard]]) -> MadeShards:
-    """Combine the shards of each split."""
+def _summarize(class_names: list[str], written: dict[str, list[WrittenShard]], lost: list[str]) -> MadeShards:
+    """Combine the shards of each split, and what was left out of them with the classes that were lost before."""
     splits = {}
     for name, shards in written.items():
         counts: Counter[int] = Counter()
@@ -259,7 +276,7 @@ def _summarize(class_names: list[str], written: dict[str, list[WrittenShard]]) -
     scaled_from: Counter[int] = Counter()
     for shard in every:
         scaled_from.update(shard.scaled_from)
-    return MadeShards(splits, [line for shard in every for line in shard.left_out], dict(scaled_from))
+    return MadeShards(splits, [*lost, *(line for shard in every for line in shard.left_out)], dict(scaled_from))
 
 
 def _check(made: MadeShards, skip_bad: bool) -> None:

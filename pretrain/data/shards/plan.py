@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ import numpy as np
 
 from pretrain.data.dataset.order import permutation
 from pretrain.data.shards.encoding import Encoding
-from pretrain.data.sources.source import Integers, Source, SourceImage
+from pretrain.data.sources.source import Integers, Source, SourceImage, keep_classes
 from pretrain.data.storage.archive import BLOCK_BYTES
 from pretrain.data.storage.index import NO_LABEL, write_json
 from pretrain.data.transforms.decode import DecodeError
@@ -43,19 +44,31 @@ class ShardOptions:
     encoding: Encoding = field(default_factory=Encoding)
 
 
-def plan_shards(source: Source, options: ShardOptions, folder: Path) -> dict[str, list[Integers]]:
+def plan_shards(
+    source: Source, options: ShardOptions, folder: Path, *, replaced: Source | None = None
+) -> dict[str, list[Integers]]:
     """Return the positions in the source of the images of each shard, for each split that has any.
 
     Args:
         source: Images.
         options: Options for the split, the order, the encoding and the size of shards.
         folder: Working folder. The plan is saved there, or compared with one that is saved there.
+        replaced: Source whose plan and shards are removed from the folder: the same with classes that are left out now.
 
     Raises:
         DataError: If the folder holds the plan of another source or of other options.
     """
     digest = _digest(source, options)
     path = folder / PLAN_FILE
+    if (
+        replaced is not None
+        and replaced is not source
+        and path.exists()
+        and json.loads(path.read_bytes())["digest"] == _digest(replaced, options)
+    ):
+        for old in (folder / "done", folder / "out"):
+            shutil.rmtree(old, ignore_errors=True)
+        path.unlink()
     if path.exists():
         plan = json.loads(path.read_bytes())
         if plan["digest"] != digest:
@@ -96,12 +109,49 @@ def split(source: Source, validation_fraction: float, seed: int) -> tuple[Intege
     for (_, name), start, end in zip(classes, starts, ends, strict=True):
         rows = order[start:end]
         count = round(len(rows) * validation_fraction)
-        if validation_fraction > 0 and len(rows) > 1:
-            count = min(max(count, 1), len(rows) - 1)
+        if validation_fraction > 0:
+            count = max(min(max(count, 1), len(rows) - 1), 0)
         shuffled = rows[permutation(len(rows), seed, name, "split")]
         held_out.append(shuffled[:count])
         train.append(shuffled[count:])
     return np.concatenate(train), np.concatenate(held_out)
+
+
+def leave_out_unusable_classes(source: Source, options: ShardOptions) -> tuple[Source, list[str]]:
+    """Return the source without the classes of which no training image can be used, and a line about each loss.
+
+    Of every other class, images are tried up to the first one that can be used. A second call with the same source
+    returns the same.
+
+    Args:
+        source: Images; without classes, the source is returned as it is.
+        options: Options for the split and the encoding.
+    """
+    training, _ = split(source, options.validation_fraction, options.seed)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        rows_of = [training[source.labels[training] == label] for label in range(len(source.class_names))]
+        faults_of = list(pool.map(partial(_faults_if_unusable, source, options.encoding), rows_of))
+    lost = {name: faults for name, faults in zip(source.class_names, faults_of, strict=True) if faults}
+    if not lost:
+        return source, []
+    lines = []
+    for name, faults in lost.items():
+        others = int((source.labels == source.class_names.index(name)).sum()) - len(faults)
+        held_out = f", nor are its {others} validation images" * bool(others)
+        lines += [f"class {name}: none of its {len(faults)} training images can be used, so it is no class{held_out}"]
+        lines += faults
+    return keep_classes(source, [name for name in source.class_names if name not in lost]), lines
+
+
+def _faults_if_unusable(source: Source, encoding: Encoding, rows: Integers) -> list[str]:
+    """Return why each of some images cannot be used; nothing as soon as one of them can be used."""
+    faults = []
+    for row in rows:
+        probed = _probe_size(encoding, source.image(int(row)))
+        if not isinstance(probed, str):
+            return []
+        faults.append(probed)
+    return faults
 
 
 def _cut(rows: Integers, sizes: "np.ndarray[Any, Any]", shard_bytes: int) -> list[Integers]:

@@ -198,7 +198,7 @@ def _short(name: str) -> str:
 def _name(dataset: Dataset) -> str:
     """Return the last two parts of the path or URL of a shard set, such as photos/train."""
     assert isinstance(dataset, ShardDataset)  # `read_stats` refuses a folder
-    return "/".join(dataset.places[0].rstrip("/").split("/")[-2:])
+    return "/".join(dataset.index_places[0].rstrip("/").split("/")[-2:])
 
 
 def _mosaic(dataset: Dataset) -> npt.NDArray[np.uint8]:

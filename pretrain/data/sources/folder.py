@@ -44,13 +44,24 @@ class Splits(NamedTuple):
 
 
 def find_splits(folder: Path) -> Splits | None:
-    """Return the splits of a folder whose subfolders have the names of splits, such as `train` and `val`."""
+    """Return the splits of a folder whose subfolders have the names of splits, such as `train` and `val`.
+
+    Other subfolders do not matter if the two have subfolders of the same names, which are classes then.
+    """
     names = {path.name.lower(): path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)}
     train = [names[name] for name in TRAIN_NAMES if name in names]
     validation = [names[name] for name in VALIDATION_NAMES if name in names]
-    if len(train) != 1 or not validation or names.keys() - {*TRAIN_NAMES, *VALIDATION_NAMES}:
+    if len(train) != 1 or not validation:
         return None
-    return Splits(train[0], validation[0])
+    splits = Splits(train[0], validation[0])
+    if names.keys() - {*TRAIN_NAMES, *VALIDATION_NAMES} and not set.intersection(
+        *(
+            {path.name for path in (folder / split).iterdir() if path.is_dir() and not is_hidden(path.name)}
+            for split in splits
+        )
+    ):
+        return None
+    return splits
 
 
 def list_folder(
@@ -147,9 +158,15 @@ class _FolderScan:
 
     def look_beside(self, splits: Splits) -> list[str]:
         """Count the images beside the splits; return the subfolders that are further splits."""
-        entries = list(self._entries(str(self.folder)))
-        self.outside += [entry.name for entry in entries if entry.is_file() and self._is_image(entry)]
-        return [entry.name for entry in entries if entry.is_dir() and entry.name not in splits]
+        further = []
+        for entry in self._entries(str(self.folder)):
+            if entry.is_file():
+                self.outside += [entry.name] * self._is_image(entry)
+            elif entry.name.lower() in (*TRAIN_NAMES, *VALIDATION_NAMES):
+                further += [entry.name] * (entry.name not in splits)
+            elif any(self._is_image(file) for file in self._files_below(entry.path)):
+                self.outside.append(f"{entry.name}/")
+        return further
 
     def add_classes(self, inside: str, class_names: Sequence[str] | None = None) -> list[str]:
         """Add the images of each class of a folder; return the classes.
@@ -173,9 +190,9 @@ class _FolderScan:
                 found.append(entry.name)
             else:
                 self.empty_classes.append(name)
-        if not (found or self.empty_classes or self.unknown_classes or self.dangling):
-            expected = f"expected one subfolder per class, such as {top}/cat/1.jpg"
-            raise DataError(f"{top}: has no subfolders, so its images have no classes; {expected}")
+        if not (found or self.empty_classes or self.unknown_classes or self.dangling or self.archives):
+            lacking = "has no subfolders, so its images have no classes" if self.outside else "has no images"
+            raise DataError(f"{top}: {lacking}; expected one subfolder per class, such as {top}/cat/1.jpg")
         return found if class_names is None else list(class_names)
 
     def add_unlabeled(self, inside: str, class_names: Sequence[str] | None = None) -> list[str]:

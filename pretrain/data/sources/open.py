@@ -11,6 +11,7 @@ from pretrain.data.sources.table import SUFFIXES, Columns, list_table
 from pretrain.data.sources.tar import list_tars
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo
 from pretrain.data.storage.remote import PIPE, FetchPolicy, expand_braces, is_remote
+from pretrain.data.storage.tar_set import describe_beside, describe_hidden, is_tar, tar_names
 from pretrain.errors import DataError
 
 
@@ -54,12 +55,16 @@ def list_source(
         return list_table(folder, options.columns, options.class_names, options.labeled, options.policy, progress)
     if path.startswith(PIPE):
         raise DataError(f"{path}: the output of a command has no random access; write it to a file first")
-    tars = find_tars(path)
+    info = DatasetInfo.load(folder) if (folder / DATASET_FILE).exists() else None
+    tars = find_tars(path) or (info.tar_paths(path) if info else [])
     if tars:
-        names = options.class_names
-        if names is None and (folder / DATASET_FILE).exists():
-            names = DatasetInfo.load(folder).class_names or None
-        return list_tars(tars, names, options.label_key if options.labeled else None, options.policy, progress)
+        names = options.class_names if options.class_names or not info else info.class_names or None
+        label_key = options.label_key if options.labeled else None
+        source = list_tars(tars, names, label_key, options.policy, progress)
+        if folder.is_dir():
+            source.problems += describe_beside(folder) if not info else []
+            source.notes += describe_hidden(folder)
+        return source
     if (folder / "train" / DATASET_FILE).exists():
         raise DataError(f"{folder}: contains several splits; name one, such as {folder / 'train'}")
     return list_folder(folder, options.labeled, progress)
@@ -71,6 +76,6 @@ def find_tars(path: str) -> list[str]:
     Args:
         path: URLs or paths of tars, with braces; or a folder.
     """
-    if is_remote(path) or path.endswith(".tar"):
+    if is_remote(path) or is_tar(path):
         return expand_braces(path)
-    return sorted(map(str, Path(path).glob("*.tar")))
+    return [f"{path}/{name}" for name in tar_names(Path(path))]

@@ -112,7 +112,6 @@ def list_table(
         labels,
         sizes,
         image,
-        summarize(_unused(names, labels), "class without images", "classes without images"),
         problems=[
             *summarize([f"row {row + 1}" for row in no_image], "row without an image", "rows without an image"),
             *summarize([f"row {row + 1}" for row in no_label], "row without a label", "rows without a label"),
@@ -190,12 +189,6 @@ def _labels(name: str, column: "ChunkedArray", class_names: Sequence[str] | None
         [sentence] = summarize(unknown, "class is missing from --class-names", "classes are missing from --class-names")
         raise DataError(f"{name}: {sentence}; add a line for each")
     return np.asarray([numbers[class_name] for class_name in column.to_pylist()], np.int64), names
-
-
-def _unused(names: Sequence[str], labels: Integers) -> list[str]:
-    """Return the names of the classes that no row has."""
-    used = set(labels.tolist())
-    return [name for label, name in enumerate(names) if label not in used]
 
 
 def _is_text(column: "ChunkedArray") -> bool:

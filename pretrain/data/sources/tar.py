@@ -13,7 +13,7 @@ from pretrain.data.storage.archive import BLOCK_BYTES, Member, TarReader, open_t
 from pretrain.data.storage.index import NO_LABEL
 from pretrain.data.storage.local import read_range
 from pretrain.data.storage.remote import FetchPolicy, MissingObjectError, StalledFetchError, fetch_range, is_remote
-from pretrain.data.storage.webdataset import image_of, label_of, metadata_of, name_classes, samples_of
+from pretrain.data.storage.webdataset import image_of, is_label_file, label_of, metadata_of, name_classes, samples_of
 from pretrain.errors import DataError
 
 
@@ -63,10 +63,10 @@ def list_tars(
         progress: Function called with the number of samples listed since the last call.
 
     Raises:
-        DataError: If a tar does not exist, or its host does not answer.
+        DataError: If no tar exists, or a host does not answer.
     """
-    if missing := [tar for tar in tars if not is_remote(tar) and not Path(tar).exists()]:
-        raise DataError(f"{missing[0]}: no such file; check the path")
+    if not any(is_remote(tar) or Path(tar).exists() for tar in tars):
+        raise DataError(f"{tars[0]}: no such file; check the path")
     keys: list[str] = []
     rows: list[tuple[int, int, int, int]] = []  # label, tar, offset, size
     ignored: Counter[str] = Counter()
@@ -93,7 +93,7 @@ def list_tars(
     for number, tar in enumerate(tars):
         try:
             with open_tar(tar, policy) as stream:
-                for key, members in samples_of(TarReader(tar, stream, _is_label_file), ignored):
+                for key, members in samples_of(TarReader(tar, stream, is_label_file), ignored):
                     progress(1)
                     try:
                         add(number, tar, key, members)
@@ -122,8 +122,3 @@ def list_tars(
             *summarize_faults(unusable),
         ],
     )
-
-
-def _is_label_file(name: str) -> bool:
-    """Return whether a member may hold the label or the name of the class."""
-    return name.lower().endswith((".cls", ".json"))

@@ -89,6 +89,11 @@ class TarReader:
             raise DataError(f"{self.name}: not a readable tar ({error}); {CURE}") from None
         self._check_end(end)
 
+    def read_to_end(self) -> None:
+        """Read the rest of a tar whose members cannot be read on, so that `num_bytes` and `sha256` are the tar's."""
+        while self._file.read(CHUNK_BYTES):
+            pass
+
     def _check_end(self, end: int) -> None:
         """Check that the tar holds only zeros from where tarfile stopped."""
         block = self._file.last_read

@@ -5,16 +5,21 @@ With the index, a sample is read by offset in any order, and verified by its che
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.data.storage.remote import is_remote
 from pretrain.errors import DataError
 from pretrain.files import atomic_write
 
 FORMAT_VERSION = 3
 DATASET_FILE = "dataset.json"
+LEFT_OUT_FILE = "left_out.txt"  # one line for each image that could not be used
 NO_LABEL = -1
+SAMPLE_COLUMNS = ("key", "extension", "offset", "size", "crc32", "label", "width", "height")
 SHARD_COLUMNS = ("name", "num_samples", "num_bytes", "sha256", "index_bytes", "index_sha256")
 
 
@@ -63,6 +68,12 @@ class ShardIndex:
         self.label.append(label)
         self.width.append(width)
         self.height.append(height)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Remove samples from the index."""
+        kept = sorted(set(range(len(self))).difference(rows))
+        for name in SAMPLE_COLUMNS:
+            setattr(self, name, [getattr(self, name)[row] for row in kept])
 
     def describe_tar(self, num_bytes: int, sha256: str) -> None:
         """Set the size and the hash of the tar, which are known once all of it has been read or written."""
@@ -122,11 +133,14 @@ class DatasetInfo:
         class_names: Name of each class, in the order of the labels; empty if the samples have no labels.
         class_counts: Number of samples of each class.
         shards: Entry of each shard.
+        tar_folders: Folder of the tars, if they are not next to `dataset.json`: its path relative to that, for tars
+            that are moved together with their index, and its absolute path, for an index that is moved alone.
     """
 
     class_names: list[str]
     class_counts: list[int]
     shards: list[ShardEntry]
+    tar_folders: list[str] = field(default_factory=list)
 
     @property
     def num_samples(self) -> int:
@@ -146,12 +160,45 @@ class DatasetInfo:
             digest.update(f"{shard.num_samples} {shard.sha256} {shard.index_sha256}\n".encode())
         return digest.hexdigest()
 
+    def find_tars(self, place: str) -> str:
+        """Return the folder or URL of the tars.
+
+        Args:
+            place: Folder or URL of this `dataset.json`.
+
+        Raises:
+            DataError: If the tars are no longer where they were when they were indexed.
+        """
+        if not self.tar_folders or not self.shards:
+            return place
+        folders = [Path(place).resolve() / folder for folder in self.tar_folders]
+        for folder in folders:
+            if folder.is_dir() and any((folder / shard.name).exists() for shard in self.shards):
+                return os.path.normpath(folder)
+        raise DataError(
+            f"{place}/{DATASET_FILE}: its tars are not in {folders[-1]}; mount that folder, or index the tars where "
+            f"they are now: `vitrail shards index TARS --out {place}`"
+        )
+
+    def tar_paths(self, place: str) -> list[str]:
+        """Return the path or URL of every tar.
+
+        Args:
+            place: Folder or URL of this `dataset.json`.
+
+        Raises:
+            DataError: If the tars are no longer where they were when they were indexed.
+        """
+        folder = self.find_tars(place)
+        return [shard.name if is_remote(shard.name) else f"{folder}/{shard.name}" for shard in self.shards]
+
     def save(self, folder: Path) -> None:
         """Write `dataset.json` into a folder."""
         sums = {"num_samples": self.num_samples, "num_bytes": self.num_bytes, "digest": self.digest}
         shards = {name: [getattr(shard, name) for shard in self.shards] for name in SHARD_COLUMNS}
         classes = {"class_names": self.class_names, "class_counts": self.class_counts}
-        content = {"version": FORMAT_VERSION, **sums, **classes, "shards": shards}
+        located = {"tar_folders": self.tar_folders} if self.tar_folders else {}
+        content = {"version": FORMAT_VERSION, **sums, **classes, **located, "shards": shards}
         write_json(folder / DATASET_FILE, {**content, "sha256": _sha256_of(content)}, durable=True)
 
     @classmethod
@@ -164,7 +211,7 @@ class DatasetInfo:
         path = folder / DATASET_FILE
         try:
             data = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{path}: does not exist; `vitrail shards make` writes it for new shards, "
                 "`vitrail shards index` for existing tars"
@@ -187,7 +234,7 @@ class DatasetInfo:
             expected, actual = content.pop("sha256"), _sha256_of({"version": FORMAT_VERSION, **content})
             columns = content.pop("shards")
             shards = [ShardEntry(*entry) for entry in zip(*(columns[name] for name in SHARD_COLUMNS), strict=True)]
-            info = cls(content.pop("class_names"), content.pop("class_counts"), shards)
+            info = cls(content["class_names"], content["class_counts"], shards, content.get("tar_folders", []))
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: damaged ({error!r}); run `vitrail shards index` to write it again") from None
         if expected != actual:

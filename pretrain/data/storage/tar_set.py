@@ -2,12 +2,18 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.data.sources.source import summarize
 from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import expand_braces, is_remote
+from pretrain.data.transforms.decode import SUFFIXES
 from pretrain.errors import DataError
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+LOST = (*SUFFIXES, *COMPRESSED, ".zip")  # ends of the names of files that no one sees if only the tars are read
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class TarSet:
         Args:
             cache_dir: Cache folder of this machine (`data.cache_dir`).
         """
-        tars = [(tar.name, (stat := tar.stat()).st_size, stat.st_mtime_ns) for tar in self.tars]
-        digest = hashlib.sha256(json.dumps([str(self.folder.resolve()), tars]).encode()).hexdigest()
+        tars = [(tar.name, (stat := tar.stat()).st_size, stat.st_mtime_ns) for tar in self.tars if tar.exists()]
+        digest = hashlib.sha256(json.dumps(["located", str(self.folder.resolve()), tars]).encode()).hexdigest()
         return cache_dir / "indexes" / digest[:32]
 
     def find_index(self, cache_dir: Path | None) -> Path | None:
@@ -56,6 +62,40 @@ class TarSet:
         return cached if (cached / DATASET_FILE).exists() else None
 
 
+def tar_names(folder: Path) -> list[str]:
+    """Return the file names of the tars of a folder, in order; hidden files, such as those of a Mac, are no tars."""
+    return [name for name in _names_of_tars(folder) if not name.startswith(".")]
+
+
+def describe_hidden(folder: Path) -> list[str]:
+    """Return a line about the hidden tars of a folder, or no line."""
+    hidden = [name for name in _names_of_tars(folder) if name.startswith(".")]
+    return summarize(hidden, "hidden tar, skipped", "hidden tars, skipped")
+
+
+def _names_of_tars(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if is_tar(path.name)) if folder.is_dir() else []
+
+
+def is_tar(name: str) -> bool:
+    """Return whether a file is a tar by its name."""
+    return name.lower().endswith(".tar")
+
+
+def describe_beside(folder: Path) -> list[str]:
+    """Return a line about what a folder of tars holds that would be lost if only the tars are read, or no line.
+
+    These are images, archives, and subfolders with tars or such files.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        files = (name for _, _, names in os.walk(path) for name in names) if path.is_dir() else iter([path.name])
+        kinds = (*LOST, ".tar") if path.is_dir() else LOST
+        if not path.name.startswith(".") and any(name.lower().endswith(kinds) for name in files):
+            found.append(path.name + "/" * path.is_dir())
+    return summarize(found, "image, archive or folder beside the tars", "images, archives or folders beside the tars")
+
+
 def local_tar_sets(path: str) -> list[TarSet]:
     """Return the local sets of tars that a data path means; none for a URL.
 
@@ -67,8 +107,8 @@ def local_tar_sets(path: str) -> list[TarSet]:
         DataError: If a tar that the path names does not exist, or if the tars are in several folders.
     """
     places = [Path(place) for place in expand_braces(path) if not is_remote(place)]
-    if not places or any(place.suffix != ".tar" or place.is_dir() for place in places):
-        return [TarSet(place, tuple(sorted(tar.name for tar in place.glob("*.tar"))), True) for place in places]
+    if not places or any(not is_tar(place.name) or place.is_dir() for place in places):
+        return [TarSet(place, tuple(tar_names(place)), True) for place in places]
     for place in places:
         if not place.is_file():
             raise DataError(f"{place}: no such tar; correct the path {path}")

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.storage.archive import Member, TarReader
+from pretrain.data.transforms.decode import SUFFIXES
 from pretrain.errors import DataError
 from pretrain.files import text_encoding
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+OTHER_IMAGE_EXTENSIONS = tuple(sorted({suffix[1:] for suffix in SUFFIXES}.difference(IMAGE_EXTENSIONS)))
+AGAIN = "\0"  # ends the extension of a member that a sample has twice; no name in a tar contains it
 LABEL_KEY = "label"  # key of the label in a sample's JSON
 
 
@@ -22,7 +25,7 @@ def samples_of(tar: TarReader, ignored: Counter[str]) -> Iterator[tuple[str, dic
         ignored: Counter of members that belong to no sample, by kind; it is updated.
 
     Raises:
-        DataError: If a sample has two members with the same extension.
+        DataError: If the tar cannot be read on.
     """
     key: str | None = None
     members: dict[str, Member] = {}
@@ -37,13 +40,15 @@ def samples_of(tar: TarReader, ignored: Counter[str]) -> Iterator[tuple[str, dic
             if key is not None:
                 yield key, members
             key, members = folder + slash + stem, {}
-        if extension.lower() in members:
-            raise DataError(
-                f"{tar.name}: sample {key} has two members .{extension.lower()}; give each sample its own key"
-            )
-        members[extension.lower()] = member
+        is_repeated = extension.lower() in members
+        members[extension.lower() + AGAIN * is_repeated] = member
     if key is not None:
         yield key, members
+
+
+def is_label_file(name: str) -> bool:
+    """Return whether a member may hold the label or the name of the class."""
+    return name.lower().endswith((".cls", ".json"))
 
 
 def image_of(tar: str, key: str, members: dict[str, Member]) -> tuple[str, Member]:
@@ -55,13 +60,18 @@ def image_of(tar: str, key: str, members: dict[str, Member]) -> tuple[str, Membe
         members: Members of the sample by extension.
 
     Raises:
-        DataError: If the sample has no image or several.
+        DataError: If the sample has no image or several, or two members with the same extension.
     """
+    for extension in members:
+        if extension.endswith(AGAIN):
+            repeated = extension.removesuffix(AGAIN)
+            raise DataError(f"{tar}: sample {key} has two members .{repeated}; give each sample its own key")
     images = [extension for extension in members if extension in IMAGE_EXTENSIONS]
+    images = images or [extension for extension in members if extension in OTHER_IMAGE_EXTENSIONS]
     if len(images) != 1:
         raise DataError(
             f"{tar}: sample {key} has {len(images) or 'no'} images among .{', .'.join(members)}; expected one of "
-            f".{', .'.join(IMAGE_EXTENSIONS)}"
+            f".{', .'.join(IMAGE_EXTENSIONS)} or another format"
         )
     return images[0], members[images[0]]
 

@@ -2,7 +2,9 @@
 
 import csv
 import random
+import shutil
 import signal
+import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -104,14 +106,49 @@ def test_find_tars_lists_local_names_or_urls(tmp_path: Path) -> None:
     for name in ("b.tar", "a.tar", "notes.txt"):
         (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "in" / name).touch()
-    assert find_tars_to_index(str(tmp_path / "in"), None) == (tmp_path / "in", ["a.tar", "b.tar"])
+    assert find_tars_to_index(str(tmp_path / "in"), None) == (tmp_path / "in", ["a.tar", "b.tar"], tmp_path / "in")
     urls = ["http://host/0.tar", "http://host/1.tar"]
-    assert find_tars_to_index("http://host/{0..1}.tar", tmp_path / "out") == (tmp_path / "out", urls)
+    assert find_tars_to_index("http://host/{0..1}.tar", tmp_path / "out") == (tmp_path / "out", urls, None)
     assert (tmp_path / "out").is_dir()
     with pytest.raises(UserError, match=r"indexes cannot be written to a URL; choose a local folder with --out"):
         find_tars_to_index("http://host/{0..1}.tar", None)
-    with pytest.raises(UserError, match=r"out: the indexes of a local folder are written next to its tars; remove"):
-        find_tars_to_index(str(tmp_path / "in"), tmp_path / "out")
+    tars, out = str(tmp_path / "in" / "{a,b}.tar"), tmp_path / "new" / "out"
+    assert find_tars_to_index(tars, out) == (out, ["a.tar", "b.tar"], tmp_path / "in")
+    with pytest.raises(UserError, match=r"names a part of a folder's tars; choose a folder for their indexes with"):
+        find_tars_to_index(tars, None)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "c.tar").touch()
+    with pytest.raises(UserError, match=r"other: contains tars, whose indexes belong there; choose another folder"):
+        find_tars_to_index(tars, tmp_path / "other")
+    with pytest.raises(UserError, match=r"file: cannot be created .*; choose a folder for the indexes with --out"):
+        (tmp_path / "file").touch()
+        find_tars_to_index(tars, tmp_path / "file")
+
+
+def test_tars_that_cannot_have_an_index_beside_them(tmp_path: Path, digits: Path, vitrail: Vitrail) -> None:
+    """Every verb that opens a set takes the folder of the index; what is bad is left out on request."""
+    tars, index = tmp_path / "tars", tmp_path / "index"
+    tars.mkdir()
+    for tar in (digits / "validation").glob("*.tar"):
+        shutil.copy(tar, tars)
+    (tars / "image.png").touch()
+    with tarfile.open(tars / "z.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("x.png"))
+    command = ["shards", "index", tars, "--out", index, "--workers", "1"]
+    refused = vitrail(*command)
+    assert refused.code == 2
+    assert refused.err.endswith("beside the tars: image.png; move them away, or leave them out with --skip-bad\n")
+    done = vitrail(*command, "--skip-bad")
+    assert done.code == 0, done.err
+    assert "left out: 1 image, archive or folder beside the tars: image.png" in done.out
+    assert f"left out: {tars}/z.tar: sample x is not a usable image" in done.out
+    assert {path.suffix for path in tars.iterdir()} == {".tar", ".png"}
+    num_samples = DatasetInfo.load(digits / "validation").num_samples
+    assert vitrail("shards", "simulate", index, "--global-batch-size", "4").code == 0
+    assert vitrail("shards", "check", index, "--workers", "1").out == "z.tar  x  is in the tar but not in the index\n"
+    assert str(num_samples) in vitrail("shards", "stats", index).out.splitlines()[0]
+    made = vitrail("shards", "make", index, tmp_path / "made", "--validation", "0", "--skip-bad", "--workers", "1")
+    assert f"{num_samples} images" in made.out
 
 
 def test_scaled_grayscale_is_said(tmp_path: Path, vitrail: Vitrail) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -244,6 +245,81 @@ def test_a_new_run_in_an_old_folder_is_a_new_mlflow_run(tmp_path: Path) -> None:
         for run in client.search_runs([experiment.experiment_id])
     ]
     assert sorted(histories) == [[5], [10, 20]]
+
+
+def histories(uri: str, experiment: str = "test") -> dict[str, list[int]]:
+    """Return the steps of each run of an experiment, by the name of the run."""
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    return {
+        f"{run.info.run_name} {run.info.run_id}": [
+            point.step for point in client.get_metric_history(run.info.run_id, "train/loss")
+        ]
+        for run in client.search_runs([found.experiment_id])
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_thread")
+def test_a_changed_uri_or_experiment_counts_on_resume(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows are sent to the other place, where the run is a new one."""
+    run_dir = tmp_path / "runs" / "a"
+    first = track(run_dir, steps=(10, 20))
+    shutil.copy(empty_store, tmp_path / "team.db")
+    second = f"sqlite:///{tmp_path}/team.db"
+    track(run_dir, uri=second, resume_step=20, steps=(30,))
+    assert [*histories(second).values()] == [[10, 20, 30]]
+    assert [*histories(first).values()] == [[10, 20]]
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of the team")
+    with Tracker(run_dir, TrackingConfig(uri=second), DESCRIPTION, resume_step=30) as tracker:
+        tracker.log({"train/loss": 0.1}, 40)
+        tracker.finish("FINISHED")
+    assert [*histories(second, "of the team").values()] == [[10, 20, 30, 40]]
+    assert json.loads((run_dir / "mlflow.json").read_text())["uri"] == second
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_thread")
+def test_a_moved_run_goes_on_in_the_store_that_moved_with_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    track(tmp_path / "runs" / "a", steps=(10, 20), grayscale=1)
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    run_dir = tmp_path / "moved" / "a"
+    tag_run(run_dir, {"exported_folder": "/x"})
+    uri = track(run_dir, resume_step=20, steps=(30,), grayscale=2)
+    assert uri == f"sqlite:///{tmp_path}/moved/mlflow.db"
+    assert [*histories(uri).values()] == [[10, 20, 30]]
+    assert only_run(uri).data.tags["exported_folder"] == "/x"
+    assert not (tmp_path / "runs").exists()
+    gone = f"does not accept pictures (the store keeps them in {tmp_path}/runs/mlartifacts/"
+    assert gone in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_thread")
+def test_a_copied_run_is_another_mlflow_run(tmp_path: Path) -> None:
+    uri = track(tmp_path / "runs" / "a", steps=(10, 20))
+    shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    track(tmp_path / "runs" / "b", resume_step=20, steps=(30,))
+    track(tmp_path / "runs" / "b", resume_step=30, steps=(40,))
+    track(tmp_path / "runs" / "a", resume_step=20, steps=(25,))
+    found = {name.split()[0]: steps for name, steps in histories(uri).items()}
+    assert found == {"a": [10, 20, 25], "b": [10, 20, 30, 40]}
+    assert len(histories(uri)) == 2
+
+
+@pytest.mark.usefixtures("in_thread")
+def test_variables_that_mlflow_would_obey_are_not_ignored_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    track(tmp_path / "runs" / "a", steps=(1,))
+    assert (
+        "MLFLOW_RUN_ID is set but not used; MLflow's run and experiment come from mlflow.json in the run folder, "
+        "tracking.experiment and MLFLOW_EXPERIMENT_NAME\n"
+    ) in capfd.readouterr().err
 
 
 @pytest.mark.processes

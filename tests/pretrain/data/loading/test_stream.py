@@ -169,6 +169,21 @@ def test_tars_without_any_usable_sample_end_the_run_with_a_sentence(tmp_path: Pa
         batches_of(stream_of(tmp_path / "broken"), plan, steps=1)
 
 
+def test_images_beside_streamed_tars_are_not_lost(tars: Path) -> None:
+    (tars / "cat").mkdir()
+    (tars / "cat" / "0.jpg").touch()
+    with pytest.raises(DataError, match=r"1 image, archive or folder beside the tars: cat/; move them away, or name"):
+        stream_of(tars)
+    assert len(stream_of(f"{tars}/{{000,001}}.tar").tars) == 2
+
+
+def test_a_stream_that_was_moved_is_the_same_stream(tars: Path, tmp_path: Path) -> None:
+    before = stream_of(tars)
+    tars.rename(tmp_path / "moved")
+    assert stream_of(tmp_path / "moved").digest == before.digest
+    assert stream_of(tmp_path / "moved" / "000.tar").digest != before.digest
+
+
 def test_names_are_expanded_and_wrong_ones_are_explained(tars: Path, tmp_path: Path) -> None:
     braces = stream_of(f"{tars}/{{000..002}}.tar", "https://host/{0..1}.tar")
     assert [tar.rpartition("/")[2] for tar in braces.tars] == ["000.tar", "001.tar", "002.tar", "0.tar", "1.tar"]

@@ -1,20 +1,24 @@
 """The check finds every fault of a shard set; for comparison, the faults that webdataset notices."""
 
 import hashlib
+import io
 import json
 import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.damage import DAMAGES, webdataset_images
 from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.shards.check import Finding, check_set
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
+from pretrain.data.shards.scan import index_shards
 from pretrain.data.shards.tasks import run_tasks
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.source import keep_classes
@@ -193,3 +197,20 @@ def test_command_lists_faults_and_exits_with_1(folder: Path, vitrail: Vitrail) -
     nothing = vitrail("shards", "check", folder)
     assert nothing.code == 2
     assert "dataset.json: does not exist; `vitrail shards make` writes it for new shards" in nothing.err
+
+
+def test_hidden_members_are_no_samples(tmp_path: Path) -> None:
+    """A Mac's tar has a second member for each file, which no index lists."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, data in (("x.png", png_bytes()), ("x.cls", b"0"), ("deep/._x.png", b"\0\5\26\7")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    index_shards(["a.tar"], tmp_path)
+    assert check(tmp_path) == []
+
+
+def png_bytes() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    return file.getvalue()

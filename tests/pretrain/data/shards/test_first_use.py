@@ -200,9 +200,42 @@ def test_cache_that_cannot_be_written_is_reported(tmp_path: Path, read_only: Cal
     folder = read_only(write_tars(tmp_path / "tars", labeled_by_cls))
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(
-        DataError, match=r"tars: the index of its tars cannot be stored: .*cannot be created .*; set data\.cache_dir"
+        DataError,
+        match=r"tars: the index of its tars cannot be stored: .*cannot be created .*; set data\.cache_dir "
+        r"to a folder that you can write to, or use `vitrail shards index TARS --out FOLDER`, and name FOLDER in the",
     ):
         index_new(folder, tmp_path / "cache")
+
+
+def test_faults_of_read_only_tars_name_a_command_that_can_index_them(
+    tmp_path: Path, read_only: Callable[[Path], Path]
+) -> None:
+    folder = read_only(write_tars(tmp_path / "tars", unlabeled))
+    with pytest.raises(
+        DataError,
+        match=r"(?s)12 samples or tars that cannot be used.*repair them, or leave them out with `vitrail shards index "
+        r"TARS --out FOLDER --skip-bad`, and name FOLDER in the config",
+    ):
+        index_new(folder, tmp_path / "cache")
+
+
+def test_images_and_tars_of_subfolders_are_not_lost(tmp_path: Path) -> None:
+    folder = write_tars(tmp_path / "tars", labeled_by_cls)
+    write_tars(folder / "more", labeled_by_cls)
+    (folder / "notes").mkdir()
+    (folder / "notes" / "read.me").touch()
+    with pytest.raises(
+        DataError,
+        match=rf"{folder}: 1 image, archive or folder beside the tars: more/; move them away, or use `vitrail shards "
+        rf"index {folder} --skip-bad`",
+    ):
+        index_new(folder, tmp_path / "cache")
+
+
+def test_one_sample_without_label_does_not_take_the_labels_of_all(tmp_path: Path) -> None:
+    folder = write_tars(tmp_path / "tars", lambda i: labeled_by_cls(i) if i else {})
+    with pytest.raises(DataError, match=r"1 sample or tar that cannot be used: .*photo000 has no label"):
+        index_new(folder, tmp_path / "cache", labels_required=False)
 
 
 def test_damaged_tar_is_reported_as_by_the_command(tmp_path: Path) -> None:
@@ -213,8 +246,10 @@ def test_damaged_tar_is_reported_as_by_the_command(tmp_path: Path) -> None:
         index_new(folder, tmp_path / "cache")
     with pytest.raises(DataError) as theirs:
         index_shards([path.name for path in sorted(folder.glob("*.tar"))], folder)
-    assert str(ours.value) == str(theirs.value)
-    assert str(ours.value).startswith(f"{tar}: not a readable tar")
+    faults, _, way_out = str(ours.value).partition("\n")
+    assert faults == str(theirs.value).partition("\n")[0]
+    assert faults.startswith(f"1 sample or tar that cannot be used: {tar}: not a readable tar")
+    assert way_out == f"repair them, or leave them out with `vitrail shards index {folder} --skip-bad`"
     assert not (folder / DATASET_FILE).exists()
     assert not (folder / LOCK_FILE).exists()
     tar.write_bytes(write_tars(tmp_path / "again", labeled_by_cls).joinpath("part-1.tar").read_bytes())

@@ -23,6 +23,7 @@ from pretrain.data.shards.plan import ShardOptions, split
 from pretrain.data.shards.tasks import run_tasks, run_tasks_on_ray
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.folder import list_folder
+from pretrain.data.sources.open import list_source
 from pretrain.data.sources.source import Source, keep_classes
 from pretrain.data.storage.index import DatasetInfo, ShardIndex
 from pretrain.errors import DataError
@@ -142,6 +143,46 @@ def test_lost_images_are_an_error_without_skip_bad(tmp_path: Path, photos: Path,
     assert sum(info.num_samples for info in made.splits.values()) == whole
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.9])
+def test_a_class_without_a_usable_training_image_is_no_class(tmp_path: Path, photos: Path, fraction: float) -> None:
+    """The result is that of a source without the class; the other classes keep their images."""
+    without = make(list_folder(photos), tmp_path / "without", validation_fraction=fraction)
+    (photos / "bird").mkdir()
+    for name in ("a", "b", "c"):
+        (photos / "bird" / f"{name}.jpg").write_text("no image")
+    made = make(list_folder(photos), tmp_path / "out", validation_fraction=fraction, skip_bad=True)
+    assert made.splits == without.splits
+    assert made.splits["train"].class_names == ["china", "flower"]
+    counted, *faults = made.left_out
+    num_held_out = {0.0: 0, 0.5: 2, 0.9: 2}[fraction]
+    held_out = f", nor are its {num_held_out} validation images" * bool(num_held_out)
+    assert counted == (
+        f"class bird: none of its {3 - num_held_out} training images can be used, so it is no class{held_out}"
+    )
+    assert len(faults) == 3 - num_held_out
+    assert all(fault.startswith("bird/") for fault in faults)
+    for path in photos.rglob("*.*"):
+        path.write_text("no image")
+    with pytest.raises(DataError, match=r"no training image is readable; check the source. The first fault: bird/"):
+        make(list_folder(photos), tmp_path / "none", validation_fraction=fraction, skip_bad=True)
+
+
+def test_a_single_image_of_a_class_is_for_training(tmp_path: Path, photos: Path) -> None:
+    (photos / "bird").mkdir()
+    Image.new("RGB", (8, 8)).save(photos / "bird" / "one.png")
+    made = make(list_folder(photos), tmp_path / "out", validation_fraction=0.9)
+    assert (made.splits["train"].class_counts[0], made.splits["validation"].class_counts[0]) == (1, 0)
+    assert made.notes == []
+
+
+def test_classes_without_training_images_are_noted(tmp_path: Path, photos: Path) -> None:
+    """Numbers stay as they are, so that sets that were made one by one have the same classes."""
+    (tmp_path / "t.csv").write_text("path,label\n" + "".join(f"{path},2\n" for path in photos.glob("china/*.jpg")))
+    made = make(list_source(str(tmp_path / "t.csv")), tmp_path / "out")
+    assert made.splits["train"].class_names == ["0", "1", "2"]
+    assert made.notes == ["2 classes without training images: 0, 1"]
+
+
 def test_unreadable_files_of_both_splits_are_reported(tmp_path: Path, photos: Path) -> None:
     for path in (photos / "china").rglob("*.*"):
         path.write_bytes(b"no image")
@@ -151,7 +192,8 @@ def test_unreadable_files_of_both_splits_are_reported(tmp_path: Path, photos: Pa
     assert len(named) == 6  # the first five, and an ellipsis
     assert named[-1] == "  ..."
     made = make(list_folder(photos), tmp_path / "out", validation_fraction=0.5, skip_bad=True)
-    assert len(made.left_out) == 8
+    assert len(made.left_out) == 1 + 4  # the class, and why each of its training images cannot be used
+    assert made.splits["train"].class_names == ["flower"]
     assert sorted(made.splits) == ["train", "validation"]
 
 
@@ -331,7 +373,7 @@ def test_sizes_cannot_be_estimated_without_a_usable_image(tmp_path: Path, photos
     for path in photos.rglob("*.*"):
         path.write_bytes(b"no image")
     with pytest.raises(DataError, match=r"none of 16 sampled images can be used; .* The first error: .*not an image"):
-        make(list_folder(photos), tmp_path / "out", encoding=Encoding(shorter_side=40), skip_bad=True)
+        make(list_folder(photos), tmp_path / "out", encoding=Encoding(shorter_side=40))
 
 
 def test_unlabeled_images_at_any_depth_are_found(tmp_path: Path, photos: Path) -> None:

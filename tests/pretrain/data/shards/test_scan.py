@@ -14,6 +14,7 @@ from PIL import Image
 
 from benchmarks.unreliable_server import UnreliableServer, serve
 from pretrain.data.dataset.open import open_dataset
+from pretrain.data.shards.check import check_set
 from pretrain.data.shards.scan import IndexedShards
 from pretrain.data.shards.scan import index_shards as index_tars
 from pretrain.data.shards.tasks import run_tasks
@@ -88,7 +89,7 @@ def test_class_names_come_from_a_list_or_the_labels(tmp_path: Path) -> None:
         ([("x.png", png(0)), ("x.cls", b"cat")], "sample x has no label.*got 'cat'"),
         ([("x.png", png(0)), ("x.cls", b"\xff")], "sample x has no label"),
         ([("x.png", png(0)[:30]), ("x.cls", b"1")], "sample x is not a usable image"),
-        ([("readme", b"no key")], "the tars contain no samples"),
+        ([("readme", b"no key")], "the tars contain no usable samples"),
         ([("x.png", png(0)), ("x.cls", b"-1")], "sample x has the label -1"),
         ([("x.png", png(0)), ("x.json", b"{")], "sample x has invalid JSON"),
     ],
@@ -103,6 +104,58 @@ def test_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     tars = [write_tar(tmp_path / f"{name}.tar", sample("x", 0)) for name in "ab"]
     with pytest.raises(DataError, match=r"the key x is also in a\.tar"):
         index_shards(tars)
+
+
+def test_all_faults_are_found_at_once_and_can_be_left_out(tmp_path: Path) -> None:
+    """A tar from the web: samples without a label or an image, a cut image, a key that is taken, a cut tar."""
+    bad = [("1.png", png(9)), ("2.json", b"{}"), ("2.cls", b"0"), ("3.png", png(9)[:40]), ("3.cls", b"0")]
+    twice = [("5.png", png(1)), ("5.png", png(2)), ("5.cls", b"1")]
+    a = write_tar(tmp_path / "a.tar", [*sample("0", 0), *bad, *sample("4", 1), *twice, *sample("6", 0)])
+    b = write_tar(tmp_path / "b.tar", [*sample("7", 1), *sample("0", 2), *sample("8", 0), *sample("9", 0)])
+    b.write_bytes(b.read_bytes()[: 6 * 1024 + 700])
+    tars = ["a.tar", "b.tar", "c.tar"]
+    with pytest.raises(DataError) as refused:
+        index_tars(tars, tmp_path)
+    counted, way_out = str(refused.value).splitlines()
+    assert counted.startswith("7 samples or tars that cannot be used: ")
+    assert way_out == "repair them, or leave them out with --skip-bad"
+    assert not (tmp_path / "dataset.json").exists()
+
+    indexed = index_tars(tars, tmp_path, skip_bad=True)
+    expected = {
+        "sample 1 has no label": a,
+        "sample 2 has no images": a,
+        "sample 3 is not a usable image": a,
+        "sample 5 has two members .png": a,
+        "not a readable tar (unexpected end of data)": b,
+        "cannot be read: No such file": tmp_path / "c.tar",
+    }
+    for fault, (reason, tar) in zip(indexed.left_out, expected.items(), strict=False):
+        assert fault.startswith(f"{tar}: {reason}")
+    assert indexed.left_out[6:] == ["b.tar: the key 0 is also in a.tar; keys must be unique"]
+    assert (tmp_path / "left_out.txt").read_text().splitlines() == indexed.left_out
+    samples = open_dataset(tmp_path)
+    assert [samples.fetch(0, row).key for row in range(3)] == ["0", "4", "6"]
+    assert samples.fetch(1, 0).key == "7"
+    assert samples.shard_sizes == [3, 2]  # the cut tar's last sample may not be whole
+    assert indexed.info.class_counts == [3, 2, 0]
+    assert {finding.reason for finding in check_set(str(tmp_path))} >= {"is in the tar but not in the index"}
+
+    (tmp_path / "c.tar").unlink(missing_ok=True)
+    index_tars(["d.tar"], write_tar(tmp_path / "d.tar", sample("x", 0)).parent)
+    assert not (tmp_path / "left_out.txt").exists()
+
+
+def test_nothing_left_names_a_fault(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("x.png", png(0))])
+    with pytest.raises(DataError, match=r"no usable samples; .*; the first of 1 faults: .*sample x has no label"):
+        index_tars(["a.tar"], tmp_path, skip_bad=True)
+
+
+def test_tars_with_one_name_are_refused(tmp_path: Path) -> None:
+    """Their indexes would have one name, too."""
+    with pytest.raises(DataError, match=r"http://h/a/0.tar and http://h/b/0.tar: have the same file name; index each"):
+        index_tars(["http://h/a/0.tar", "http://h/b/0.tar"], tmp_path)
 
 
 def test_every_damage_to_the_tar_structure_is_found(tmp_path: Path) -> None:

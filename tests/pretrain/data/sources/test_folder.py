@@ -201,6 +201,31 @@ def test_folders_called_train_and_val_are_splits(tmp_path: Path, folders: list[s
     assert find_splits(tmp_path) == splits
 
 
+def test_other_folders_do_not_make_splits_classes(animals: Path, tmp_path: Path) -> None:
+    """Notes beside them are left alone; images beside them would be lost."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    animals.rename(whole / "train")
+    for name in ("cat", "dog"):
+        (whole / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (0, 0, 9)).save(whole / "val" / name / "v.png")
+    (whole / "annotations").mkdir()
+    (whole / "annotations" / "labels.xml").touch()
+    source = list_folder(whole)
+    assert "train/ and val/ are taken as its splits" in source.notes[1]
+    assert (source.class_names, source.problems) == (["cat", "dog"], [])
+    (whole / "extra" / "cat").mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(whole / "extra" / "cat" / "e.png")
+    assert list_folder(whole).problems == ["1 image outside of the classes: extra/"]
+
+
+def test_folders_without_classes_say_what_they_have(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no images; expected one subfolder per class"):
+        list_folder(tmp_path)
+    (tmp_path / "a.tar.gz").touch()
+    assert list_folder(tmp_path).problems == ["1 archive whose images are not read: a.tar.gz"]
+
+
 def test_splits_of_a_folder_are_kept(animals: Path, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     animals.rename(tmp_path / "whole" / "train")

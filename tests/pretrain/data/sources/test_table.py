@@ -77,7 +77,6 @@ def test_codes_with_leading_zeros_are_names(images: Path) -> None:
     (images / "t.csv").write_text("path,label\nin/0.png,1\nin/1.png,2\n")
     source = listed(images / "t.csv")
     assert (source.class_names, source.labels.tolist()) == (["0", "1", "2"], [1, 2])
-    assert source.notes == ["1 class without images: 0"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

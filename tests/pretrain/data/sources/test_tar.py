@@ -137,6 +137,38 @@ def jpeg(level: int) -> bytes:
     return buffer.getvalue()
 
 
+def test_what_is_beside_tars_is_said_or_a_problem(tmp_path: Path, foreign: Path) -> None:
+    (foreign / "part-1.tar").rename(foreign / "PART-1.TAR")
+    (foreign / "._part-0.tar").touch()  # a Mac's
+    (foreign / "stats.json").touch()
+    source = list_source(str(foreign))
+    assert (len(source), source.notes, source.problems) == (10, ["1 hidden tar, skipped: ._part-0.tar"], [])
+    (foreign / "cat").mkdir()
+    (foreign / "cat" / "0.jpg").write_bytes(jpeg(0))
+    (foreign / "gone.tar").symlink_to(tmp_path / "nowhere")
+    assert list_source(str(foreign)).problems == [
+        f"1 sample or tar that cannot be used: {foreign}/gone.tar: cannot be read: No such file or directory",
+        "1 image, archive or folder beside the tars: cat/",
+    ]
+    (foreign / "dataset.json").touch()
+    with pytest.raises(DataError, match=r"dataset.json: damaged"):
+        list_source(str(foreign))
+
+
+def test_images_of_other_formats_are_images_in_tars(tmp_path: Path) -> None:
+    """If there is one of a usual format, another may be something else, such as a mask."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in ("0.bmp", "0.cls", "1.jpg", "1.pgm", "1.cls"):
+            content = b"0" if name.endswith("cls") else jpeg(0)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    source = list_source(str(tmp_path / "a.tar"))
+    assert (len(source), source.problems) == (2, [])
+    made = make_shards(source, tmp_path / "out", ShardOptions(validation_fraction=0))
+    assert made.splits["train"].num_samples == 2
+
+
 def test_key_in_two_tars_is_a_problem(foreign: Path) -> None:
     (foreign / "part-2.tar").write_bytes((foreign / "part-0.tar").read_bytes())
     source = list_source(str(foreign))
