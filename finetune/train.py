@@ -25,6 +25,7 @@ from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.interval import Interval, interval_metrics
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, outcome_of
 from pretrain.schedules import learning_rate_at, set_learning_rate
+from pretrain.startup import join_process_group, prepare_process
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
 from pretrain.tracking.tracker import STOP_TIMEOUT_SECONDS, Tracker
@@ -54,9 +55,12 @@ class FinetuneResult:
 def main(command: CommandLine[FinetuneConfig]) -> int:
     """Fine-tune as the command line asks; return the exit code."""
     stop = StopSignal()
-    if command.config.data.num_workers:
-        start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
+    prepare_process()
     try:
+        if distributed.is_launched() and not join_process_group(lambda: stop.is_requested):
+            return EXIT_INTERRUPTED
+        if command.config.data.num_workers:
+            start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
         accelerator = build_accelerator(command.config)
         result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
     except (UserError, MachineError, DivergedError) as error:
