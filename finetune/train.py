@@ -116,7 +116,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
         interval = Interval(device, batches.accumulation_steps)
         for step in range(1, total_steps + 1):
             learning_rate = prepare_step(run, step)
-            take_step(run, batches.next_step(), interval)
+            take_step(run, batches, interval)
             ranks_stopped = ranks_stopping  # read one step later, so that the host never waits for the current step
             ranks_stopping = distributed.sum_over_ranks(torch.full((), float(should_stop()), device=device))
 
@@ -184,6 +184,7 @@ def evaluate_run(run: FinetuneRun, should_stop: Callable[[], bool]) -> Evaluatio
         run.preprocessor,
         batch_size=run.config.engine.micro_batch_size,
         num_workers=run.config.data.num_workers,
+        batches_ahead=run.config.data.batches_ahead,
         device=run.accelerator.device,
         quarantine=run.quarantine,
         should_stop=should_stop,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pretrain import distributed
 from pretrain.errors import StartupError, first_line
@@ -72,8 +73,8 @@ def join_process_group(should_stop: Callable[[], bool] = lambda: False) -> bool:
             return False
         if seconds > LIMIT_SECONDS:
             raise StartupError(
-                f"rank {distributed.rank()}: {rendezvous.missing} did not come within {LIMIT_SECONDS / 60:.0f} minutes; "
-                "see why in the output of the missing ranks, and start the run again"
+                f"rank {distributed.rank()}: gave up after {LIMIT_SECONDS:.0f} s of waiting for {rendezvous.missing}; "
+                "see in their output why they did not start, and start the run again"
             )
         if time.monotonic() - reported > max(REPORT_SECONDS, reported - started):
             reported = time.monotonic()
@@ -110,8 +111,9 @@ class _Rendezvous(threading.Thread):
         super().__init__(daemon=True)  # at the end of the process, it may be blocked for good
         self.error: Exception | None = None
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        # A single rank takes any free port, so that it never collides with another run.
-        self.address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if self.world_size > 1 else ANY_FREE_PORT
+        self.address = ANY_FREE_PORT  # a rank that is alone never collides with another run
+        if self.world_size > 1:
+            self.address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.missing = self._describe([0])
         self.has_met_rank_0 = self.all_are_here = False
 
@@ -128,13 +130,14 @@ class _Rendezvous(threading.Thread):
         if distributed.local_rank() == 0 or not self.has_met_rank_0:
             print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
 
-    def _connect(self) -> dist.Store:
+    def _connect(self) -> TCPStore:
         """Return the store of rank 0, or that of torchrun."""
-        is_server = self.rank == 0 and (self.world_size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+        torchrun_serves = self.world_size > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        is_server = self.rank == 0 and not torchrun_serves
         if not is_server:
             self._wait_for_server()
         host, port = self.address
-        return dist.TCPStore(
+        return TCPStore(
             host, port, is_master=is_server, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False, multi_tenant=is_server
         )
 
@@ -149,7 +152,7 @@ class _Rendezvous(threading.Thread):
             else:
                 return
 
-    def _wait_for_all(self, store: dist.Store) -> None:
+    def _wait_for_all(self, store: TCPStore) -> None:
         store.set(_key(self.rank), socket.gethostname())
         self.has_met_rank_0 = True
         ranks = [*range(self.world_size)]
@@ -162,7 +165,7 @@ class _Rendezvous(threading.Thread):
                 self.missing = self._describe(ranks)
             time.sleep(POLL_SECONDS)
 
-    def _create_group(self, store: dist.Store) -> None:
+    def _create_group(self, store: TCPStore) -> None:
         """Create the group. Its first reduction connects the ranks, which NCCL would otherwise do later."""
         self.missing = "the other ranks to connect"
         on_gpu, several = torch.cuda.is_available(), self.world_size > 1
@@ -187,14 +190,14 @@ class _Rendezvous(threading.Thread):
         host, port = self.address
         if "EADDRINUSE" in str(error):
             return (
-                f"MASTER_PORT={port}: another program on {socket.gethostname()} uses this port; choose another one with "
-                "--master_port (accelerate launch: --main_process_port) or MASTER_PORT"
+                f"MASTER_PORT={port}: another program on {socket.gethostname()} uses this port; choose another one "
+                "with --master_port (accelerate launch: --main_process_port) or MASTER_PORT"
             )
         if not self.all_are_here:
-            return f"rank {self.rank}: rank 0 at {host}:{port} has ended ({first_line(error)}); see the output of rank 0"
+            return f"rank {self.rank}: rank 0 at {host}:{port} has ended ({first_line(error)}); see its output"
         return (
-            f"rank {self.rank}: cannot connect to the other ranks through {host}:{port}: {first_line(error)}; check that "
-            "the machines reach each other, and name their network interface in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+            f"rank {self.rank}: cannot connect to the other ranks through {host}:{port}: {first_line(error)}; check "
+            "that the machines reach each other, and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to their interface"
         )
 
 
