@@ -8,6 +8,7 @@ import os
 import resource
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,8 +24,10 @@ from pretrain import distributed
 from pretrain.errors import StartupError, first_line
 
 POLL_SECONDS = 0.1
+POLLS_PER_LOOK = 50  # to see which ranks are missing, each of them is asked for
 REPORT_SECONDS = 15.0  # until the first report about missing ranks; each later one takes twice as long
 LIMIT_SECONDS = 900.0  # containers of a job may take minutes to start, one long after another
+NUM_HERE = "vitrail/ranks"  # key in the store
 ANY_FREE_PORT = ("127.0.0.1", 0)
 OPEN_FILES = 65_536
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -32,9 +35,13 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<microseconds> <period>", or "max
 
 
 def prepare_process() -> None:
-    """Raise the limit of open files as far as allowed, and divide the cores between the ranks of this machine."""
+    """Raise the limit of open files as far as allowed, divide the cores of the machine, and find a home folder."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, OPEN_FILES)), hard))
+    try:
+        Path.home()
+    except RuntimeError:  # a container's user without a name; MLflow would end with this error
+        os.environ["HOME"] = tempfile.gettempdir()
     if "OMP_NUM_THREADS" not in os.environ:
         num_threads = max(1, available_cores() // distributed.ranks_on_this_machine())
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # without it, Accelerate would set its own number
@@ -69,9 +76,11 @@ def join_process_group(should_stop: Callable[[], bool] = lambda: False) -> bool:
         rendezvous.join(POLL_SECONDS)
         seconds = time.monotonic() - started
         if should_stop():
+            rendezvous.is_over.set()
             rendezvous.print(f"stopped while waiting for {rendezvous.missing}")
             return False
         if seconds > LIMIT_SECONDS:
+            rendezvous.is_over.set()
             raise StartupError(
                 f"rank {distributed.rank()}: gave up after {LIMIT_SECONDS:.0f} s of waiting for {rendezvous.missing}; "
                 "see in their output why they did not start, and start the run again"
@@ -99,17 +108,23 @@ def _select_gpu() -> None:
     torch.cuda.set_device(local_rank)
 
 
+class _OverError(Exception):
+    """The main thread does not wait any longer."""
+
+
 class _Rendezvous(threading.Thread):
     """Connect to the store of rank 0, wait until all ranks are there, and create the process group.
 
     Attributes:
-        missing: Whom this rank is waiting for.
+        missing: Ranks that this rank is waiting for, as a text.
         error: Reason for which the group could not be created, or None.
+        is_over: Set to end the thread, unless torch blocks it.
     """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)  # at the end of the process, it may be blocked for good
         self.error: Exception | None = None
+        self.is_over = threading.Event()
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.address = ANY_FREE_PORT  # a rank that is alone never collides with another run
         if self.world_size > 1:
@@ -122,6 +137,8 @@ class _Rendezvous(threading.Thread):
             store = self._connect()
             self._wait_for_all(store)
             self._create_group(store)
+        except _OverError:
+            return
         except Exception as error:
             self.error = StartupError(self._explain(error)) if isinstance(error, RuntimeError) else error
 
@@ -148,22 +165,27 @@ class _Rendezvous(threading.Thread):
                 socket.create_connection(self.address, timeout=REPORT_SECONDS).close()
             except OSError as error:
                 self.missing = f"{self._describe([0])}: {error.strerror or error}"
-                time.sleep(POLL_SECONDS)
+                self._pause()
             else:
                 return
 
     def _wait_for_all(self, store: TCPStore) -> None:
         store.set(_key(self.rank), socket.gethostname())
         self.has_met_rank_0 = True
-        ranks = [*range(self.world_size)]
+        num_here = store.add(NUM_HERE, 1)
         for attempt in count():
-            if store.check([_key(rank) for rank in ranks]):
+            if num_here >= self.world_size:
                 self.all_are_here = True
                 return
-            if attempt % 10 == 0:
-                ranks = [rank for rank in ranks if not store.check([_key(rank)])]
-                self.missing = self._describe(ranks)
-            time.sleep(POLL_SECONDS)
+            if attempt % POLLS_PER_LOOK == 0:
+                missing = [rank for rank in range(self.world_size) if not store.check([_key(rank)])]
+                self.missing = self._describe(missing or [self.rank])
+            self._pause()
+            num_here = store.add(NUM_HERE, 0)
+
+    def _pause(self) -> None:
+        if self.is_over.wait(POLL_SECONDS):
+            raise _OverError
 
     def _create_group(self, store: TCPStore) -> None:
         """Create the group. Its first reduction connects the ranks, which NCCL would otherwise do later."""

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "pretrain": set(),
     "pretrain.errors": set(),
     "pretrain.files": set(),
-    "pretrain.journal": {"pretrain.files"},
+    "pretrain.journal": {"pretrain.errors", "pretrain.files"},
     "pretrain.outcome": {"pretrain.errors"},
     "pretrain.config": set(),
     "pretrain.rank_variables": {"pretrain.errors"},

@@ -39,7 +39,7 @@ class BatchSize(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What all ranks of the machine together can use: bytes of shared memory; and open files of each rank."""
+    """What is left: bytes of shared memory for all ranks of the machine together, and open files for each rank."""
 
     shared_bytes: int
     num_files: int
@@ -105,9 +105,7 @@ def fit_workers(data: Data, batches: Sequence[BatchSize], limits: Limits, num_ra
 def explain(error: Exception) -> LimitError | None:
     """Return what to do about an error of a loader, or None if it has nothing to do with the limits."""
     if "shared memory" in str(error):
-        return LimitError(
-            f"{SHARED_MEMORY}: no space is left for the data workers; {ENLARGE} or decrease data.num_workers"
-        )
+        return LimitError(f"{SHARED_MEMORY}: has no space for the data workers; {ENLARGE} or decrease data.num_workers")
     if "Too many open files" in str(error):
         return LimitError(f"ulimit -n: the data workers have too many files open; {RAISE} or decrease data.num_workers")
     return None
