@@ -65,11 +65,11 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
-        return outcome_of(error).exit_code
+        return distributed.leave_after_error(outcome_of(error).exit_code)
     except KeyboardInterrupt:  # a second Ctrl-C
         if distributed.is_main():
             print("interrupted", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        return distributed.leave_after_error(EXIT_INTERRUPTED)
     if distributed.is_main():
         print(_describe(result, command.config.run_dir / MODEL_FOLDER), flush=True)
     distributed.leave_process_group()

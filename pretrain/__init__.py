@@ -2,7 +2,7 @@
 
 import os
 
-# Threads of OpenMP otherwise spin while they wait for each other, and a step takes 30 times as long where other work
+# Threads of OpenMP otherwise spin while they wait for each other, and a step takes ten times as long where other work
 # wants the same cores. OpenMP reads the variable when torch is imported, so every entry point must come by here first.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -47,7 +47,7 @@ def main(command: CommandLine[PretrainConfig]) -> int:
             run.watch.finish(outcome)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
-        return outcome_of(error).exit_code
+        return distributed.leave_after_error(outcome_of(error).exit_code)
     distributed.leave_process_group()
     return outcome.exit_code
 

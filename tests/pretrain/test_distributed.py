@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_collectives_of_one_process_return_their_input() -> None:
     distributed.barrier()
     distributed.broadcast_from_main([rows])
     distributed.leave_process_group()
+    assert distributed.leave_after_error(2) == 2
 
 
 def run_rank(rank: int, folder: str, port: str) -> None:
@@ -105,6 +107,9 @@ def run_rank(rank: int, folder: str, port: str) -> None:
         assert str(caught.value) == message
     assert distributed.on_all_ranks(raising(None)) == "result"
     check_waiting(rank)
+    with mock.patch("os._exit") as end:
+        distributed.leave_after_error(2)
+    end.assert_called_once_with(2)
     Path(folder, f"rank{rank}").touch()
     distributed.leave_process_group()
 
