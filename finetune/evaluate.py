@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from pretrain import distributed
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.loading.loader import BadSample, evaluation_batches
+from pretrain.data.loading.loader import BATCHES_AHEAD, BadSample, evaluation_batches
 from pretrain.data.loading.quarantine import Quarantine
 from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.views import View
@@ -41,6 +41,7 @@ def evaluate(
     *,
     batch_size: int,
     num_workers: int,
+    batches_ahead: int = BATCHES_AHEAD,
     device: torch.device,
     quarantine: Quarantine,
     should_stop: Callable[[], bool] | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         view: Preprocessing of the model's folder.
         batch_size: Images per batch.
         num_workers: Data workers per rank.
+        batches_ahead: Number of batches that each worker prepares ahead.
         device: Device of the model.
         quarantine: Record of unusable samples; such samples do not count.
         should_stop: Whether this rank was asked to stop, checked before each batch. All ranks stop together.
@@ -70,6 +72,7 @@ def evaluate(
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         num_workers=num_workers,
+        batches_ahead=batches_ahead,
     )
     bad_samples: list[BadSample] = []
     sums = torch.zeros(3, dtype=torch.float64, device=device)

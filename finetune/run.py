@@ -20,7 +20,9 @@ from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.subset import LabelSubset
+from pretrain.data.loading.limits import batch_size_of, fit_workers, machine_limits
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
+from pretrain.data.transforms.views import TrainView
 from pretrain.distributed import on_all_ranks
 from pretrain.environment import check_environment
 from pretrain.errors import DataError, UserError
@@ -35,19 +37,9 @@ from pretrain.run_folder import claim_run_dir
 from pretrain.tracking.tracker import RunDescription, Tracker
 
 # Environment variables by which Accelerate would change a run.
-WRAPPERS = (
-    "ACCELERATE_USE_DEEPSPEED",
-    "ACCELERATE_USE_FSDP",
-    "ACCELERATE_USE_MEGATRON_LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG",
-)
-OVERRIDDEN = (
-    "ACCELERATE_DYNAMO_BACKEND",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-    "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_TORCH_DEVICE",
-    "ACCELERATE_USE_CPU",
-)
+PLUGINS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+WRAPPERS = {f"ACCELERATE_USE_{plugin}" for plugin in PLUGINS}
+HARMLESS = {"ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}
 MODEL_FOLDER = "model"
 PRETRAINING_FOLDER = "checkpoints"  # only a pretraining run has this folder
 
@@ -115,10 +107,10 @@ def build_accelerator(config: FinetuneConfig) -> Accelerator:
     Raises:
         UserError: If a variable that `accelerate launch` sets from its own config would wrap the model.
     """
-    for name in (name for name in WRAPPERS if os.environ.get(name, "").lower() in ("1", "true")):
+    for name in sorted(name for name in WRAPPERS if os.environ.get(name, "").lower() in ("1", "true")):
         raise UserError(f"{name} is set, perhaps by `accelerate launch`, but fine-tuning does not support it; unset it")
-    for name in OVERRIDDEN:
-        os.environ.pop(name, None)
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]:
+        del os.environ[name]
     # Some architectures have parameters that classification never uses, such as DINOv2's mask token.
     unused_parameters = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(
@@ -151,6 +143,7 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     preprocessor = on_all_ranks(lambda: load_preprocessor(folder))
     normalization = on_all_ranks(lambda: measure_normalization(preprocessor))
     classifier = on_all_ranks(lambda: build_classifier(config, folder, training.class_names, preprocessor))
+    config = fit_to_machine(config, preprocessor)
     optimizer = build_optimizer(classifier, config.optimizer)
     if config.optimizer.layer_decay < 1:
         placement = Placement.unpartitioned(classifier.named_parameters())
@@ -169,6 +162,18 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
         validation,
         quarantine,
     )
+
+
+def fit_to_machine(config: FinetuneConfig, preprocessor: Preprocessor) -> FinetuneConfig:
+    """Return the config with as many data workers as /dev/shm and the limit of open files allow (collective)."""
+    views = TrainView(config.augment, preprocessor.image_size), preprocessor
+    batches = [batch_size_of(view, config.engine.micro_batch_size) for view in views]
+    data, note = on_all_ranks(
+        lambda: fit_workers(config.data, batches, machine_limits(), distributed.ranks_on_this_machine())
+    )
+    if note and distributed.is_main():
+        print(note, flush=True)
+    return config.model_copy(update={"data": data})
 
 
 def check_run_dir(config: FinetuneConfig) -> None:

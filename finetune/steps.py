@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ class Batches:
                 rank=distributed.rank(),
                 world_size=distributed.world_size(),
                 num_workers=config.data.num_workers,
+                batches_ahead=config.data.batches_ahead,
                 num_threads=config.data.num_threads,
                 group_size=2 if config.augment.mixes else 1,
             ),
@@ -52,23 +54,23 @@ class Batches:
             stop=run.total_steps * config.engine.global_batch_size,
         )
 
-    def next_step(self) -> list[LoadedBatch]:
-        """Load the micro-batches of one optimizer step."""
-        return [self.meter.next_batch(self._loaded) for _ in range(self.accumulation_steps)]
+    def next_step(self) -> Iterator[tuple[LoadedBatch, bool]]:
+        """Load the micro-batches of one optimizer step, one at a time, and tell of each whether it is the last one."""
+        for number in range(self.accumulation_steps):
+            yield self.meter.next_batch(self._loaded), number == self.accumulation_steps - 1
 
     def close(self) -> None:
         """Stop the data workers."""
         self._loaded.close()
 
 
-def take_step(run: FinetuneRun, micro_batches: list[LoadedBatch], interval: Interval) -> None:
+def take_step(run: FinetuneRun, batches: Batches, interval: Interval) -> None:
     """Take one optimizer step; its losses and the norm of its gradient go into the interval."""
-    for number, loaded in enumerate(micro_batches, start=1):
-        is_last = number == len(micro_batches)
+    for loaded, is_last in batches.next_step():
         with contextlib.nullcontext() if is_last else run.accelerator.no_sync(run.model):
             batch = to_device(loaded.tensors, run.accelerator.device)
             loss = batch_loss(run.model, run.normalization, run.config, batch)
-            run.accelerator.backward(loss * (loaded.weight / len(micro_batches)))
+            run.accelerator.backward(loss * (loaded.weight / batches.accumulation_steps))
         interval.add({"loss": loss}, loaded.weight)
     max_norm = run.config.engine.gradient_clipping or math.inf
     grad_norm: Tensor = run.accelerator.clip_grad_norm_(run.model.parameters(), max_norm)

@@ -26,6 +26,7 @@ from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.interval import Interval, interval_metrics
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, Outcome, outcome_of
 from pretrain.schedules import learning_rate_at, set_learning_rate
+from pretrain.startup import join_process_group, prepare_process
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine, summary
 from pretrain.tracking.tracker import METRICS_FILE, STOP_TIMEOUT_SECONDS, Tracker, viewing_command
@@ -55,20 +56,23 @@ class FinetuneResult:
 def main(command: CommandLine[FinetuneConfig]) -> int:
     """Fine-tune as the command line asks; return the exit code."""
     stop = StopSignal()
-    if command.config.data.num_workers:
-        start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
+    prepare_process()
     try:
+        if distributed.is_launched() and not join_process_group(lambda: stop.is_requested):
+            return EXIT_INTERRUPTED
+        if command.config.data.num_workers:
+            start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
         accelerator = build_accelerator(command.config)
         with claim(command.config) as watch:
             result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
             watch.finish(Outcome.DONE if result.stopped_after is None else Outcome.STOPPED)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
-        return outcome_of(error).exit_code
+        return distributed.leave_after_error(outcome_of(error).exit_code)
     except KeyboardInterrupt:  # a second Ctrl-C
         if distributed.is_main():
             print("interrupted", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
+        return distributed.leave_after_error(EXIT_INTERRUPTED)
     if distributed.is_main():
         print(_describe(result, command.config), flush=True)
     distributed.leave_process_group()
@@ -116,7 +120,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
         interval = Interval(device, batches.accumulation_steps)
         for step in range(1, total_steps + 1):
             learning_rate = prepare_step(run, step)
-            take_step(run, batches.next_step(), interval)
+            take_step(run, batches, interval)
             ranks_stopped = ranks_stopping  # read one step later, so that the host never waits for the current step
             ranks_stopping = distributed.sum_over_ranks(torch.full((), float(should_stop()), device=device))
 
@@ -185,6 +189,7 @@ def evaluate_run(run: FinetuneRun, should_stop: Callable[[], bool]) -> Evaluatio
         run.preprocessor,
         batch_size=run.config.engine.micro_batch_size,
         num_workers=run.config.data.num_workers,
+        batches_ahead=run.config.data.batches_ahead,
         device=run.accelerator.device,
         quarantine=run.quarantine,
         should_stop=should_stop,

@@ -70,12 +70,14 @@ LAUNCHERS: dict[str, Callable[[int, bool], list[str]]] = {
 
 
 def count_gpus() -> int:
-    """Return the number of NVIDIA GPUs that the driver lists and CUDA_VISIBLE_DEVICES does not hide."""
+    """Return the number of NVIDIA GPUs that the driver has and CUDA_VISIBLE_DEVICES does not hide."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "" or not shutil.which("nvidia-smi"):
+    if visible == "":
         return 0
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    num_gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
+    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+        num_gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
     return num_gpus if visible is None else min(num_gpus, len([each for each in visible.split(",") if each.strip()]))
 
 

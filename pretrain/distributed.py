@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.errors import DataError, MachineError, UserError
+from pretrain.errors import DataError, MachineError, StartupError, UserError
 
 Result = TypeVar("Result")
 
@@ -34,6 +34,16 @@ def local_rank() -> int:
 def world_size() -> int:
     """Return the number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_launched() -> bool:
+    """Return whether a launcher has started this process as a rank, perhaps as the only one."""
+    return "RANK" in os.environ
+
+
+def ranks_on_this_machine() -> int:
+    """Return the number of ranks on this machine, as far as the launcher tells it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def is_main() -> bool:
@@ -137,12 +147,13 @@ def on_all_ranks(work: Callable[[], Result]) -> Result:
 def print_error(error: Exception) -> None:
     """Print the message of an error that ended the run.
 
-    Every rank on which a DataError occurred prints it, because it may come from a data worker of a single rank. All
-    other errors are raised on all ranks, and only the main rank prints them.
+    Every rank on which a DataError or a StartupError occurred prints it, because it may come from a data worker of a
+    single rank, or from a rank that the main rank cannot hear of. All other errors are raised on all ranks, and only
+    the main rank prints them.
     """
     if isinstance(error, DataError):
         print(error.summary, file=sys.stderr, flush=True)
-    elif is_main():
+    elif is_main() or isinstance(error, StartupError):
         print(error, file=sys.stderr, flush=True)
 
 
@@ -200,3 +211,16 @@ def leave_process_group() -> None:
     if dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+
+
+def leave_after_error(exit_code: int) -> int:
+    """End this process at once if it is one of several ranks; otherwise return the exit code.
+
+    After an error, a rank cannot wait for the others to leave the process group together. In a process that ends with
+    its group, the destructors of gloo abort about one rank in eight, whose exit code would then be that of a crash.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code

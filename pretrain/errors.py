@@ -13,6 +13,10 @@ class MachineError(Exception):
     """A failure of the environment, such as a full disk or an unreachable host; a retry may succeed."""
 
 
+class StartupError(MachineError):
+    """A rank that cannot join the others. It is raised on this rank alone, because there is no group of ranks yet."""
+
+
 class DataError(UserError):
     """A dataset, index or image that cannot be used as it is."""
 

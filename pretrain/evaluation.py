@@ -161,6 +161,7 @@ class Evaluator:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=self.config.data.num_workers,
+            batches_ahead=self.config.data.batches_ahead,
             max_samples=max_samples,
         )
         bad_samples: list[BadSample] = []

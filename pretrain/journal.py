@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.errors import MachineError
 from pretrain.files import atomic_write
 
 Row = dict[str, Any]
@@ -24,6 +25,9 @@ class Journal:
 
     Attributes:
         kept: Valid rows that were in the file when it was opened.
+
+    Raises:
+        MachineError: If rows must be removed and the disk rejects it.
     """
 
     def __init__(self, path: Path, keep: Callable[[Row], bool], *, writes: bool) -> None:
@@ -33,7 +37,10 @@ class Journal:
         self.kept = [row for row in read_rows(path) if keep(row)]
         text = "".join(map(_line, self.kept))
         if writes and path.exists() and path.read_text(encoding="utf-8") != text:
-            atomic_write(path, text)
+            try:
+                atomic_write(path, text)
+            except OSError as error:
+                raise MachineError(f"{path}: cannot be rewritten ({error.strerror}); free disk space") from None
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows, after those that the disk has rejected before. A first rejection is reported on stderr.

@@ -57,6 +57,7 @@ class Batches:
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             num_workers=config.data.num_workers,
+            batches_ahead=config.data.batches_ahead,
             num_threads=config.data.num_threads,
             group_size=objective.group_size,
             views_per_image=config.data.repeats,

@@ -36,17 +36,18 @@ MLFLOW_STATUS = {Outcome.DONE: "FINISHED", Outcome.STOPPED: "KILLED", Outcome.DI
 def main(command: CommandLine[PretrainConfig]) -> int:
     """Pretrain with the config of a command line; return the exit code."""
     stop = StopSignal()
-    if command.config.data.num_workers:
-        start_server()  # imports torch in the background while the model is built
-    start_distributed()
     try:
+        if not start_distributed(lambda: stop.is_requested):
+            return Outcome.STOPPED.exit_code
+        if command.config.data.num_workers:
+            start_server()  # imports torch in the background while the model is built
         with open_run(command.config, must_resume=command.resume) as run:
             while (outcome := train_with_tracking(run, command.text, stop)) is Outcome.DIVERGED:
                 run.roll_back()
             run.watch.finish(outcome)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
-        return outcome_of(error).exit_code
+        return distributed.leave_after_error(outcome_of(error).exit_code)
     distributed.leave_process_group()
     return outcome.exit_code
 

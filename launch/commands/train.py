@@ -11,6 +11,7 @@ import typer
 from launch.commands.terminal import report_errors
 from pretrain.errors import UserError
 
+NUM_CORES = os.cpu_count() or 1
 SCRIPTS = Path(__file__).resolve().parents[1]  # contains pretrain.py and finetune.py
 
 # Fine-tuning needs nothing of DeepSpeed, and accelerate starts only one process where there are no GPUs.
@@ -112,7 +113,7 @@ def find_config(config: Path) -> Path:
 
 
 def build_command(stage: str, launcher: Launcher | None, ranks: int | None, hostfile: Path | None) -> list[str]:
-    """Return the command that starts a stage, up to its launch script.
+    """Return the command that starts a stage, up to its launch script, and divide the cores among the ranks.
 
     Args:
         stage: "pretrain" or "finetune".
@@ -138,6 +139,8 @@ def build_command(stage: str, launcher: Launcher | None, ranks: int | None, host
         ranks = ranks or sum(slots.values())
     num_gpus = count_gpus()
     ranks = ranks or num_gpus or 1
+    # Without the variable, torchrun sets 1 and says so in four lines.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, NUM_CORES // ranks)))
     default = "python" if ranks == 1 else DEFAULT_LAUNCHERS[stage]
     return [*LAUNCHERS[launcher or default](ranks, num_gpus > 0), script]
 

@@ -40,6 +40,9 @@ class SourceConfig(FaultBudget):
     num_workers: CountOrZero = Field(
         4, description="Processes per rank that read, decode and crop; increase when training waits for data."
     )
+    batches_ahead: Count = Field(
+        4, description="Batches that each data worker prepares ahead; decrease it when memory or /dev/shm is small."
+    )
     num_threads: Count = Field(1, description="Reader threads per data worker; increase for slow or remote storage.")
     cache_dir: UserPath = Field(
         Path(with_home("~/.cache/vitrail")),

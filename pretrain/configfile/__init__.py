@@ -4,7 +4,6 @@ from pretrain.configfile.command_line import (
     CommandLine,
     build_parser,
     exit_with_mistake,
-    is_first_rank,
     read_command_line,
 )
 from pretrain.configfile.document import ConfigError
@@ -17,7 +16,6 @@ __all__ = [
     "build_parser",
     "exit_with_mistake",
     "flatten",
-    "is_first_rank",
     "load_config",
     "read_command_line",
 ]

@@ -11,7 +11,9 @@ from pretrain.config.schema import alternatives, default_text, dotted, sections,
 from pretrain.config.section import Section
 from pretrain.configfile.document import ConfigError
 from pretrain.configfile.load import Config, load_config
+from pretrain.errors import UserError
 from pretrain.outcome import EXIT_USER_ERROR
+from pretrain.rank_variables import check_rank_variables, is_first_rank
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,16 @@ def read_command_line(
     """
     arguments = build_parser(config_class, description, example, resumable=resumable).parse_intermixed_args()
     try:
+        check_rank_variables(os.environ)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)  # on every rank, because the ranks are what is wrong
+        sys.exit(EXIT_USER_ERROR)
+    try:
         loaded = load_config(config_class, arguments.config, arguments.overrides)
     except ConfigError as error:
         exit_with_mistake(str(error))
     if arguments.print_config:
-        if is_first_rank():
+        if is_first_rank(os.environ):
             print(loaded.text, end="")
         sys.exit(0)
     return CommandLine(loaded.config, loaded.text, resumable and arguments.resume)
@@ -85,14 +92,9 @@ def build_parser(
 
 def exit_with_mistake(message: str) -> NoReturn:
     """Print a user's mistake on the first rank and exit with code 2."""
-    if is_first_rank():
+    if is_first_rank(os.environ):
         print(message, file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
-
-
-def is_first_rank() -> bool:
-    """Return whether this process has rank 0, read from the environment because torch is not imported yet."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _reference(config_class: type[Section]) -> str:

@@ -6,7 +6,6 @@ DeepSpeed's config is derived from ours by one pure function, so that no value h
 import importlib
 import logging
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engine.placement import bind_optimizer
 from pretrain.engine.protocol import TrainingEngine, torch_optimizer
 from pretrain.optimizers import build_optimizer
+from pretrain.startup import join_process_group, prepare_process
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without it, DeepSpeed searches for a GPU and prints a warning
@@ -39,21 +39,25 @@ BUCKET_SIZE = 25_000_000
 NO_CLIPPING = 1e30
 
 
-def start_distributed() -> None:
-    """Join the process group of the launcher, or create a group of one rank if there is no launcher (collective)."""
+def start_distributed(should_stop: Callable[[], bool] = lambda: False) -> bool:
+    """Join the ranks of the launcher, or form a group of one if there is no launcher, for DeepSpeed too (collective).
+
+    Args:
+        should_stop: Whether this rank was asked to stop while it waits for others.
+
+    Returns:
+        Whether the group exists; False if the wait was stopped.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}.items():
+    prepare_process()
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
         os.environ.setdefault(name, str(value))
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(distributed.local_rank())
-    elif not dist.is_initialized():
-        _share_cores()
+    if not dist.is_initialized() and not join_process_group(should_stop):
+        return False
+    if not torch.cuda.is_available():
         _skip_shared_memory_build()
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(verbose=False)  # takes over the group
+    return True
 
 
 def build_engine(
@@ -163,13 +167,6 @@ def _without_steps(optimizer: Optimizer) -> Iterator[None]:
 def _clip_and_keep_norm(engine: Any) -> None:
     """Clip the gradients as DeepSpeed does at stage 0 in fp32, and keep their norm, which DeepSpeed drops there."""
     engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-
-
-def _share_cores() -> None:
-    """Divide the cores of a machine between its ranks, unless the user or the launcher has set OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
 
 
 def _skip_shared_memory_build() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from typing_extensions import Self
 
 from pretrain.config import TrackingConfig
+from pretrain.errors import MachineError
 from pretrain.journal import Journal, Row
 
 METRICS_FILE = "metrics.jsonl"
@@ -69,6 +70,9 @@ class Tracker:
         resume_step: Step at which the run resumes. Rows and pictures of later steps are removed, because these steps
             will be repeated.
         enabled: Whether this process tracks the run; only the main rank does. Otherwise every method is a no-op.
+
+    Raises:
+        MachineError: If the run folder cannot be written, for example because the disk is full.
     """
 
     def __init__(
@@ -87,10 +91,15 @@ class Tracker:
         self.sink: subprocess.Popen[str] | None = None
         if not enabled:
             return
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(description.config_text, encoding="utf-8")
-        self._journal = Journal(run_dir / METRICS_FILE, lambda row: row["step"] <= resume_step, writes=True)
-        self._journal.path.touch()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / CONFIG_FILE).write_text(description.config_text, encoding="utf-8")
+            self._journal = Journal(run_dir / METRICS_FILE, lambda row: row["step"] <= resume_step, writes=True)
+            self._journal.path.touch()
+        except OSError as error:
+            raise MachineError(
+                f"{run_dir}: cannot be written ({error.strerror}); free disk space or choose another run_dir"
+            ) from None
         self.kept_rows = self._journal.kept
         _remove_pictures_after(run_dir, resume_step)
         if not resume_step:

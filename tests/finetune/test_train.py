@@ -19,6 +19,7 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import finetune.run
 from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
@@ -28,6 +29,7 @@ from finetune.steps import batch_loss
 from finetune.train import FinetuneResult, main, train
 from pretrain.configfile import CommandLine, load_config
 from pretrain.data.dataset.open import open_dataset
+from pretrain.data.loading.limits import BatchSize, Limits
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.heartbeat.beats import read_beats
 from pretrain.journal import read_rows
@@ -392,10 +394,31 @@ def test_the_config_decides_not_the_variables_of_accelerate(recipe: Path, monkey
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
     accelerator = build_accelerator(config)
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (1, "no")
-    assert accelerator.device.type == "cpu"
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match=r"ACCELERATE_USE_FSDP is set, .*; unset it"):
-        build_accelerator(config)
+    assert accelerator.device == torch.device("cpu")
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        monkeypatch.setenv(name, "true")
+        with pytest.raises(UserError, match=rf"{name} is set, .*; unset it"):
+            build_accelerator(config)
+        monkeypatch.delenv(name)
+
+
+def test_data_workers_are_fitted_to_the_machine(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches: list[BatchSize] = []
+    fit_to_batches = finetune.run.fit_workers
+    monkeypatch.setattr(
+        finetune.run,
+        "fit_workers",
+        lambda data, sizes, *rest: batches.extend(sizes) or fit_to_batches(data, sizes, *rest),
+    )
+    build(recipe)
+    monkeypatch.setattr(
+        finetune.run, "machine_limits", lambda: Limits(6 * sum(size.num_bytes for size in batches), 999)
+    )
+    run = build(recipe, "data.num_workers=4", "overwrite=true")
+    assert (run.config.data.num_workers, run.config.data.batches_ahead) == (4, 1)
+    assert "; this run uses data.num_workers=4 and data.batches_ahead=1\n" in capsys.readouterr().out
 
 
 def test_a_run_folder_that_cannot_be_made_is_an_error(

@@ -13,7 +13,7 @@ from finetune.config import FinetuneConfig
 from pretrain.config import MAEConfig, PretrainConfig, ScheduleConfig, Section
 from pretrain.config.schema import default_text, dotted, leaves
 from pretrain.config.section import expand
-from pretrain.configfile import ConfigError, flatten, load_config
+from pretrain.configfile import ConfigError, flatten, load_config, read_command_line
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = "run_dir: runs/x\ndata: {train: shards}\nschedule: {total_steps: 100}\n"
@@ -461,3 +461,21 @@ def test_without_a_home_folder_paths_keep_their_tilde(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "expanduser", no_home)
     assert expand("~/.cache/vitrail") == "~/.cache/vitrail"
     assert default_text(PretrainConfig.model_fields["run_dir"]) == "required"
+
+
+def test_a_mistake_is_not_silent_under_a_stale_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other ranks than the first keep silent about mistakes, but without a launcher there is no other rank."""
+    path = write(tmp_path, GOOD + "sed: 1\n")
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--config", str(path)])
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        read_command_line(PretrainConfig, "", "", resumable=True)
+    assert capsys.readouterr().err.startswith("RANK=1: is set but WORLD_SIZE is not; unset RANK to train alone")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        read_command_line(PretrainConfig, "", "", resumable=True)
+    assert capsys.readouterr().err == ""

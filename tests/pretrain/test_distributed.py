@@ -4,14 +4,16 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pretrain import distributed
-from pretrain.errors import DataError, MachineError, UserError
+from pretrain.errors import DataError, MachineError, StartupError, UserError
+from pretrain.startup import join_process_group
+from tests.support.launching import free_port
 
 ROWS = (torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[7.0, 8.0]]))  # of ranks 0 and 1
 
@@ -54,10 +56,11 @@ def test_other_errors_are_raised_as_they_are() -> None:
         (UserError("no such folder"), "0", "no such folder\n"),
         (UserError("no such folder"), "1", ""),
         (MachineError("disk full"), "1", ""),
+        (StartupError("rank 1: no GPU"), "1", "rank 1: no GPU\n"),
         (DataError("Caught DataError in worker 0.\n  File x\nDataError: a.tar: damaged"), "1", "a.tar: damaged\n"),
     ],
 )
-def test_only_data_errors_are_printed_by_other_ranks(
+def test_only_errors_of_a_single_rank_are_printed_by_other_ranks(
     error: Exception, rank: str, printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -75,12 +78,14 @@ def test_collectives_of_one_process_return_their_input() -> None:
     distributed.barrier()
     distributed.broadcast_from_main([rows])
     distributed.leave_process_group()
+    assert distributed.leave_after_error(2) == 2
 
 
-def run_rank(rank: int, folder: str) -> None:
+def run_rank(rank: int, folder: str, port: str) -> None:
     """Check all collectives on one of two ranks."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    assert join_process_group()
     own = torch.tensor([1.0 + rank])
     assert distributed.sum_over_ranks(own).tolist() == [3.0]
     assert own.tolist() == [1.0 + rank]  # unchanged
@@ -102,6 +107,9 @@ def run_rank(rank: int, folder: str) -> None:
         assert str(caught.value) == message
     assert distributed.on_all_ranks(raising(None)) == "result"
     check_waiting(rank)
+    with mock.patch("os._exit") as end:
+        distributed.leave_after_error(2)
+    end.assert_called_once_with(2)
     Path(folder, f"rank{rank}").touch()
     distributed.leave_process_group()
 
@@ -143,5 +151,5 @@ def check_gathered_rows(rank: int) -> None:
 @pytest.mark.processes
 def test_collectives_of_two_ranks() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, args=(folder,), nprocs=2)  # type: ignore[no-untyped-call]
+        mp.spawn(run_rank, args=(folder, free_port()), nprocs=2)  # type: ignore[no-untyped-call]
         assert len(list(Path(folder).glob("rank*"))) == 2

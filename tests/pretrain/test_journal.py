@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.errors import MachineError
 from pretrain.journal import Journal, read_rows
 from tests.support.disk import full_disk
 
@@ -50,3 +51,13 @@ def test_rows_that_a_full_disk_rejected_are_written_later(
     assert message == expected
     rows.add([])
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_is_named_if_rows_must_be_removed(tmp_path: Path) -> None:
+    journal(tmp_path / "rows.jsonl").add({"step": step} for step in range(20))
+    with (
+        full_disk(100),
+        pytest.raises(MachineError, match=r"rows\.jsonl: cannot be rewritten \(File too large\); "),
+    ):
+        journal(tmp_path / "rows.jsonl", last=15)
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 20

@@ -5,11 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import pretrain.run
+from pretrain.config import DataConfig, EngineConfig, ModelConfig, PretrainConfig, ScheduleConfig
+from pretrain.data.loading.limits import Limits, batch_size_of
 from pretrain.errors import CheckpointError, UserError
 from pretrain.heartbeat.beats import read_beats
 from pretrain.heartbeat.watch import Watch
+from pretrain.model.vit import ViT
+from pretrain.objectives import build_objective
 from pretrain.outcome import Outcome
-from pretrain.run import find_resumable_checkpoint
+from pretrain.run import find_resumable_checkpoint, fit_to_machine
 from pretrain.run_folder import check_shared, claim_run_dir
 from tests.support.checkpoints import MANIFEST, write_checkpoint
 
@@ -62,3 +67,25 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(tmp_path: Path, capsys:
 def test_a_run_without_a_checkpoint_cannot_be_forced_to_resume(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot resume because the run has no checkpoint; start it without"):
         find_resumable_checkpoint(tmp_path, must_resume=True)
+
+
+@pytest.mark.parametrize(("validation", "num_workers"), [("shards", 2), (None, 4)])
+def test_data_workers_are_fitted_to_the_largest_images(
+    validation: str | None, num_workers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the training loader, and of that of the validation data if there are any."""
+    config = PretrainConfig(
+        run_dir=Path("run"),
+        data=DataConfig(train="shards", validation=validation, num_workers=4),
+        model=ModelConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=32),
+        schedule=ScheduleConfig(total_steps=9, image_sizes=[(0.5, 64)]),
+        engine=EngineConfig(global_batch_size=16, micro_batch_size=16),
+    )
+    objective = build_objective(config.objective, ViT(config.model, False), [0.5, 0.5], config.preprocessing)
+    largest = batch_size_of(objective.train_view(64), 16).num_bytes
+    evaluated = batch_size_of(objective.evaluation_view(), 16).num_bytes
+    room = 3 * (largest + evaluated) if validation else 5 * largest
+    monkeypatch.setattr(pretrain.run, "machine_limits", lambda: Limits(room, 999))
+    fitted = fit_to_machine(config, objective).data
+    assert (fitted.num_workers, fitted.batches_ahead) == (num_workers, 1)
+    assert f"; this run uses data.num_workers={num_workers} and data.batches_ahead=1\n" in capsys.readouterr().out

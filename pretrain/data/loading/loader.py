@@ -23,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pretrain.data.dataset.dataset import Dataset, EncodedSample, Sample, decode_sample
 from pretrain.data.dataset.order import MicroBatch, Order, RepeatedAugmentation, micro_batches, random_bits
+from pretrain.data.loading import limits
 from pretrain.data.loading.workers import CONTEXT, check_workers, initialize_worker, start_server
 from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.decode import EncodedJpeg, ImageArray, decode, decode_unless_jpeg
@@ -30,9 +31,9 @@ from pretrain.data.transforms.device_decode import collate
 from pretrain.data.transforms.views import View
 from pretrain.errors import BadSampleError, DataError
 
-BATCHES_AHEAD = 4  # per worker
 SUBSTITUTES_TRIED = 100
 SPARSE_STRIDE = 10  # an evaluation of fewer than one in 10 samples fetches byte ranges instead of whole shards
+BATCHES_AHEAD = 4  # of each worker, unless the config has another number
 VALIDATION_POSITION = -1  # position of a validation sample: it is not part of the run's order
 
 
@@ -95,6 +96,7 @@ class BatchPlan:
         rank: Rank of this process.
         world_size: Number of ranks.
         num_workers: Number of worker processes per rank; 0 loads in the training process.
+        batches_ahead: Number of batches that each worker prepares ahead.
         num_threads: Number of reader threads per worker.
         group_size: Number of neighboring samples that must be in the same micro-batch.
         views_per_image: Number of views of each image in a global batch (repeated augmentation).
@@ -108,6 +110,7 @@ class BatchPlan:
     rank: int = 0
     world_size: int = 1
     num_workers: int = 0
+    batches_ahead: int = BATCHES_AHEAD
     num_threads: int = 1
     group_size: int = 1
     views_per_image: int = 1
@@ -325,7 +328,8 @@ def training_batches(
         stop: Position after the last one, a multiple of the global batch size.
     """
     positions = (batch.positions for batch in plan.micro_batches(start, stop))
-    with closing(load_batches(_TrainingSamples(dataset, view, plan), positions, plan.num_workers)) as loading:
+    samples = _TrainingSamples(dataset, view, plan)
+    with closing(load_batches(samples, positions, plan.num_workers, plan.batches_ahead)) as loading:
         for batch, loaded in zip(plan.micro_batches(start, stop), loading, strict=True):
             yield loaded._replace(weight=batch.weight)
 
@@ -338,6 +342,7 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     num_workers: int,
+    batches_ahead: int = BATCHES_AHEAD,
     max_samples: int | None = None,
 ) -> Generator[LoadedBatch, None, None]:
     """Yield this rank's share of a dataset; each usable sample has "weight" 1 on exactly one rank.
@@ -352,6 +357,7 @@ def evaluation_batches(
         rank: Rank of this process.
         world_size: Number of ranks.
         num_workers: Number of worker processes per rank; 0 loads in this process.
+        batches_ahead: Number of batches that each worker prepares ahead.
         max_samples: Number of samples to take, spread evenly over the dataset; None takes all. If they are few, only
             their bytes are fetched from remote shards.
     """
@@ -364,14 +370,17 @@ def evaluation_batches(
     batches = (
         [min(i, num_samples - 1) * total // num_samples for i in range(first, first + batch_size)] for first in firsts
     )
-    with closing(load_batches(_EvaluationSamples(dataset, view), batches, num_workers)) as loading:
+    with closing(load_batches(_EvaluationSamples(dataset, view), batches, num_workers, batches_ahead)) as loading:
         for first, loaded in zip(firsts, loading, strict=True):
             loaded.tensors["weight"] *= torch.arange(first, first + batch_size) < num_samples
             yield loaded
 
 
 def load_batches(
-    dataset: TorchDataset[Any], batches: Iterator[Sequence[int]] | None, num_workers: int
+    dataset: TorchDataset[Any],
+    batches: Iterator[Sequence[int]] | None,
+    num_workers: int,
+    batches_ahead: int = BATCHES_AHEAD,
 ) -> Generator[LoadedBatch, None, None]:
     """Yield the dataset's batches; the workers end with the last batch, with an error, or when the generator closes.
 
@@ -379,9 +388,11 @@ def load_batches(
         dataset: Map-style dataset of `LoadedSample`, or iterable dataset of `LoadedBatch`.
         batches: Indices of the samples of each batch; None for an iterable dataset, which makes its own batches.
         num_workers: Number of worker processes; 0 loads in this process.
+        batches_ahead: Number of batches that each worker prepares ahead.
 
     Raises:
         DeadWorkerError: If a worker was killed.
+        LimitError: If shared memory or the limit of open files is used up.
     """
     by_index: dict[str, Any] = {"batch_sampler": batches, "collate_fn": collate_samples}  # an iterator is enough
     if num_workers:
@@ -390,7 +401,7 @@ def load_batches(
         dataset,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=BATCHES_AHEAD if num_workers else None,
+        prefetch_factor=batches_ahead if num_workers else None,
         multiprocessing_context=CONTEXT if num_workers else None,
         worker_init_fn=partial(initialize_worker, dict(os.environ)) if num_workers else None,
         generator=torch.Generator(),  # the global one drives the model's dropout, and starting workers would advance it
@@ -399,8 +410,10 @@ def load_batches(
     iterator = iter(loader)
     try:
         yield from iterator
-    except (OSError, EOFError, RuntimeError):  # EOFError: a worker was killed while it handed over shared memory
+    except (OSError, EOFError, RuntimeError) as error:  # EOFError: a worker was killed while it handed over memory
         if num_workers:
+            if explained := limits.explain(error):
+                raise explained from None
             check_workers(iterator._workers)  # type: ignore[attr-defined]
         raise
     finally:

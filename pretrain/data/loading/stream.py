@@ -195,7 +195,7 @@ class TarStreamBatches:
         """
         self.next_tar = max(self.next_tar, next_tar)
         batches = _StreamedBatches(self.stream, view, self.plan, start, stop, self.next_tar)
-        with closing(load_batches(batches, None, self.plan.num_workers)) as loading:
+        with closing(load_batches(batches, None, self.plan.num_workers, self.plan.batches_ahead)) as loading:
             for micro_batch, loaded in zip(self.plan.micro_batches(start, stop), loading, strict=True):
                 self.next_tar = max(self.next_tar, loaded.next_tar)
                 self._names.append((micro_batch.positions[0] // self.plan.global_batch_size, loaded.names))

@@ -91,9 +91,11 @@ def check_workers(workers: Sequence[BaseProcess]) -> None:
     )  # a worker that was just killed may not count as dead yet
     for worker in workers:
         if worker.exitcode is not None:
+            remedy = "if memory ran out, decrease data.num_workers or data.shuffle_window"
+            if worker.exitcode == -signal.SIGBUS:
+                remedy = "/dev/shm is full: enlarge it (in a container with --shm-size), or decrease data.num_workers"
             raise DeadWorkerError(
-                f"data worker {worker.pid} ended unexpectedly with exit code {worker.exitcode}; if memory ran out, "
-                "decrease data.num_workers or data.shuffle_window"
+                f"data worker {worker.pid} ended unexpectedly with exit code {worker.exitcode}; {remedy}"
             )
 
 

@@ -16,9 +16,11 @@ from mlflow.entities import Run
 from PIL import Image
 
 from pretrain.config import TrackingConfig
+from pretrain.errors import MachineError
 from pretrain.journal import read_rows
 from pretrain.tracking.mlflow_sink import Sink, serve
 from pretrain.tracking.tracker import ROOT, RunDescription, Tracker, default_uri, git_commit, picture_name, tag_run
+from tests.support.disk import full_disk
 from tests.support.launching import wait_for
 
 PARAMS = {"seed": 1, "model.hidden_size": 32}
@@ -384,3 +386,9 @@ def test_git_commit_is_the_head_of_this_repository() -> None:
         pytest.skip("needs a git checkout")
     head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert git_commit().removesuffix("-dirty") == head.stdout.strip()
+
+
+def test_a_full_disk_before_the_first_step_is_named(tmp_path: Path) -> None:
+    sentence = rf"^{tmp_path}/run: cannot be written \(File too large\); free disk space or choose another run_dir$"
+    with full_disk(3), pytest.raises(MachineError, match=sentence):
+        start_tracker(tmp_path / "run", "off")
