@@ -176,6 +176,7 @@ def make(
     print_left_out(made.left_out, out)
     for name, info in made.splits.items():
         print(f"{out / name}: {describe(info)}")
+    print_next_command(*(f"data.{name}={out / name}" for name in made.splits))
 
 
 @app.command("index")
@@ -245,6 +246,7 @@ def index(
         print(note)
     print_left_out([*lost, *indexed.left_out], folder)
     print(f"{folder}: {describe(indexed.info)}")
+    print_next_command(f"data.train={folder}")
 
 
 @app.command("check")
@@ -475,6 +477,11 @@ def find_tars_to_index(source: str, out: Path | None) -> tuple[Path, list[str], 
     if reason := make_writable(out or folder):
         raise UserError(f"{out or folder}: {reason}; choose a folder for the indexes with --out")
     return out or folder, list(tars.names), folder
+
+
+def print_next_command(*overrides: str) -> None:
+    """Print the command that trains on a new set of shards."""
+    print(f"next: vitrail pretrain --config FILE {' '.join(overrides)}  (`vitrail init` writes a FILE)")
 
 
 def print_left_out(lines: list[str], out: Path) -> None:
