@@ -60,7 +60,7 @@ def measure(recipe: Path, shards: Path, work: Path, steps: int) -> tuple[float, 
     overrides = [f"run_dir={run_dir}", f"data.train={shards}/train", f"data.validation={shards}/validation"]
     overrides += ["schedule.epochs=0", "schedule.warmup_epochs=0", f"schedule.total_steps={steps}", "tracking.uri=off"]
     overrides += ["evaluation.every_steps=100000", "evaluation.probe_every_steps=0", f"logging.every_steps={steps}"]
-    command = ["vitrail", "pretrain", "--config", str(recipe), *overrides, *ON_A_CPU]
+    command = ["vitrail", "pretrain", str(recipe), *overrides, *ON_A_CPU]
     subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], check=True)
     [*_, row] = [row for row in read_rows(run_dir / "metrics.jsonl") if "speed/images_per_second" in row]
     return row["speed/images_per_second"], config.schedule.epochs

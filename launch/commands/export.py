@@ -47,7 +47,7 @@ def export(
 
         proof = export_checkpoint(checkpoint, out, overwrite, model_type)
     tag_run(checkpoint.parents[1], {"exported_folder": str(out.resolve())})
-    next_command = f"vitrail finetune --config FILE model={out}"
+    next_command = f"vitrail finetune FILE model={out}"
     if proof.has_classifier:
         next_command = f"vitrail predict {out} IMAGE..."
     title = f"{out}: loads strictly with transformers and matches the checkpoint to within {proof}"

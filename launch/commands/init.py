@@ -81,4 +81,4 @@ def write_recipe(name: str, file: Path) -> None:
             out.write(text)
     except FileExistsError:
         raise UserError(f"{file}: already exists; choose another file name") from None
-    print(f"{file}: written; set its paths, then run: vitrail {path.parent.name} --config {file}")
+    print(f"{file}: written; set its paths, then run: vitrail {path.parent.name} {file}")

@@ -481,7 +481,7 @@ def find_tars_to_index(source: str, out: Path | None) -> tuple[Path, list[str], 
 
 def print_next_command(*overrides: str) -> None:
     """Print the command that trains on a new set of shards."""
-    print(f"next: vitrail pretrain --config FILE {' '.join(overrides)}  (`vitrail init` writes a FILE)")
+    print(f"next: vitrail pretrain FILE {' '.join(overrides)}  (`vitrail init` writes a FILE)")
 
 
 def print_left_out(lines: list[str], out: Path) -> None:

@@ -35,7 +35,7 @@ def supervise(
     A mistake in the config or a diverged run is not restarted. goodput.json in the run folder has the time of each
     attempt.
 
-    Example: vitrail supervise -- vitrail pretrain --config my.yaml
+    Example: vitrail supervise -- vitrail pretrain my.yaml
 
     Example: vitrail supervise -- deepspeed launch/pretrain.py --config configs/quickstart/pretrain.yaml
     """

@@ -18,10 +18,16 @@ SCRIPTS = Path(__file__).resolve().parents[1]  # contains pretrain.py and finetu
 DEFAULT_LAUNCHERS = {"pretrain": "deepspeed", "finetune": "torchrun"}
 
 Launcher = Literal["deepspeed", "torchrun", "accelerate", "python"]
-ConfigFile = Annotated[Path, typer.Option("--config", help="YAML file with the config; `vitrail init` writes one.")]
-Overrides = Annotated[
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", show_default="the first argument", help="YAML config file; `vitrail init` writes one."),
+]
+Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Values that override the file's, such as seed=1."),
+    typer.Argument(
+        metavar="[FILE] [KEY.PATH=VALUE]...",
+        help="The config file, unless --config names it, and values that override the file's, such as seed=1.",
+    ),
 ]
 Ranks = Annotated[
     int | None, typer.Option(min=1, show_default="one per GPU, or 1", help="Number of processes that train together.")
@@ -35,8 +41,8 @@ PrintCommand = Annotated[
 
 
 def pretrain(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    words: Words = None,
+    config: ConfigFile = None,
     launcher: Annotated[
         Launcher | None,
         typer.Option(show_default="deepspeed, or python for one process", help="Program that starts the processes."),
@@ -58,23 +64,24 @@ def pretrain(
     checkpoint and end the run with exit code 75; the same command resumes it. All keys of the config are listed in
     docs/config.md.
 
-    Example: vitrail pretrain --config my.yaml optimizer.learning_rate=3e-4
+    Example: vitrail pretrain my.yaml optimizer.learning_rate=3e-4
 
-    Example: vitrail pretrain --config my.yaml --launcher torchrun --ranks 4 run_dir=runs/second
+    Example: vitrail pretrain my.yaml --launcher torchrun --ranks 4 run_dir=runs/second
     """
     from pretrain.config import PretrainConfig
     from pretrain.configfile import load_config
 
     with report_errors():
-        text = load_config(PretrainConfig, find_config(config), overrides or []).text
+        file, overrides = find_config(config, words or [])
+        text = load_config(PretrainConfig, file, overrides).text
         options = ["--resume"] if resume else []
         command = build_command("pretrain", launcher, ranks, hostfile)
-    start([*command, "--config", str(config), *options, *(overrides or [])], text, print_config, print_command)
+    start([*command, "--config", str(file), *options, *overrides], text, print_config, print_command)
 
 
 def finetune(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    words: Words = None,
+    config: ConfigFile = None,
     launcher: Annotated[
         Launcher | None,
         typer.Option(show_default="torchrun, or python for one process", help="Program that starts the processes."),
@@ -88,28 +95,37 @@ def finetune(
     Checks the config, finds the GPUs, prints the launcher's command and runs it. Ctrl-C ends the run and keeps the best
     model so far. All keys of the config are listed in docs/config.md.
 
-    Example: vitrail finetune --config my.yaml model=runs/photos/export run_dir=runs/classes
+    Example: vitrail finetune my.yaml model=runs/photos/export run_dir=runs/classes
     """
     from finetune.config import FinetuneConfig
     from pretrain.configfile import load_config
 
     with report_errors():
-        text = load_config(FinetuneConfig, find_config(config), overrides or []).text
+        file, overrides = find_config(config, words or [])
+        text = load_config(FinetuneConfig, file, overrides).text
         command = build_command("finetune", launcher, ranks, None)
-    start([*command, "--config", str(config), *(overrides or [])], text, print_config, print_command)
+    start([*command, "--config", str(file), *overrides], text, print_config, print_command)
 
 
-def find_config(config: Path) -> Path:
-    """Return the path of a config file.
+def find_config(config: Path | None, words: list[str]) -> tuple[Path, list[str]]:
+    """Return the config file and the overrides.
+
+    Args:
+        config: File that --config names, or None.
+        words: Arguments of the command; the first one is the config file if `config` is None.
 
     Raises:
-        UserError: If there is no such file, but a recipe of this name.
+        UserError: If no file is named, or if a recipe is named that has not been written to a file.
     """
     from launch.commands.init import find_recipes
 
+    if config is None:
+        if not words or "=" in words[0]:
+            raise UserError("no config file is named; write one with `vitrail init`, and add its name")
+        config, words = Path(words[0]), words[1:]
     if not config.exists() and str(config) in find_recipes():
         raise UserError(f"{config}: a recipe, not a file; write it with: vitrail init {config}")
-    return config
+    return config, words
 
 
 def build_command(stage: str, launcher: Launcher | None, ranks: int | None, hostfile: Path | None) -> list[str]:

@@ -209,7 +209,9 @@ def viewing_command(run_dir: Path, config: TrackingConfig) -> str | None:
     if config.uri == "off":
         return None
     uri = config.uri or default_uri(run_dir)
-    return uri if uri.startswith(("http://", "https://")) else f"mlflow ui --backend-store-uri {uri}"
+    if uri.startswith(("http://", "https://")):
+        return uri
+    return f"mlflow ui --backend-store-uri {uri}, then open http://127.0.0.1:5000"
 
 
 def git_commit() -> str:

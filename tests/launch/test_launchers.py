@@ -70,7 +70,13 @@ def test_mistakes_in_the_config_are_found_before_a_launcher_starts(vitrail: Vitr
     assert (done.code, done.out, done.err) == (2, "", "command line: sed: unknown key; did you mean seed?\n")
     done = vitrail("pretrain", "--config", "photos_mae_ti16")
     assert done.err == "photos_mae_ti16: a recipe, not a file; write it with: vitrail init photos_mae_ti16\n"
-    printed = vitrail("pretrain", "--config", tiny, "seed=1", "--print-config")
+    done = vitrail("pretrain", "seed=1")
+    assert (done.code, done.err) == (
+        2,
+        "no config file is named; write one with `vitrail init`, and add its name\n",
+    )
+    printed = vitrail("pretrain", tiny, "seed=1", "--print-config")
+    assert printed.out == vitrail("pretrain", "--config", tiny, "seed=1", "--print-config").out
     assert "seed: 1 " in printed.out
 
 

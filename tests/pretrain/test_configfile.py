@@ -391,7 +391,7 @@ def test_every_recipe_begins_with_its_command_hardware_and_result(path: Path) ->
     assert all(line.startswith("#") for line in header.splitlines())
     name = path.relative_to(ROOT).as_posix()
     script = "finetune" if "finetune" in name else "pretrain"
-    assert f" launch/{script}.py --config {name}" in header or f" vitrail {script} --config {name}" in header
+    assert f" launch/{script}.py --config {name}" in header or f" vitrail {script} {name}" in header
     assert "\n# Hardware: " in header
     assert "\n# Result: " in header
     if path.name.startswith("photos"):

@@ -36,7 +36,7 @@ def test_the_end_names_what_there_is_and_the_next_command(tmp_path: Path) -> Non
     (run_dir / "pictures").mkdir(parents=True)
     for uri, shown in (
         ("http://tracking:5000", "http://tracking:5000"),
-        ("sqlite:////data/x.db", "mlflow ui --backend-store-uri sqlite:////data/x.db"),
+        ("sqlite:////data/x.db", "mlflow ui --backend-store-uri sqlite:////data/x.db, then open http://127.0.0.1:5000"),
     ):
         lines = describe_end(config(tmp_path, uri)).splitlines()
         pictures, mlflow = f"  pictures  {run_dir}/pictures", f"  MLflow    {shown}"

@@ -27,9 +27,9 @@ def test_a_recipe_is_written_and_its_command_names_the_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = vitrail("init", "photos_mae_ti16", "my.yaml")
-    assert done.out == "my.yaml: written; set its paths, then run: vitrail pretrain --config my.yaml\n"
+    assert done.out == "my.yaml: written; set its paths, then run: vitrail pretrain my.yaml\n"
     text = Path("my.yaml").read_text()
-    assert "#   vitrail pretrain --config my.yaml\n" in text
+    assert "#   vitrail pretrain my.yaml\n" in text
     assert "configs/" not in text
     assert load_config(PretrainConfig, Path("my.yaml")).config.schedule.epochs == 400
     assert vitrail("init", "photos").code == 0
