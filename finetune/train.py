@@ -1,6 +1,7 @@
 """The fine-tuning loop: adapt a Hugging Face folder to the user's classes with Accelerate, on any number of ranks."""
 
 import math
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -244,5 +245,5 @@ def _describe(result: FinetuneResult, config: FinetuneConfig) -> str:
     facts = {"metrics": str(config.run_dir / METRICS_FILE)}
     if view := viewing_command(config.run_dir, config.tracking):
         facts["MLflow"] = view
-    facts["next"] = f"vitrail predict {model_folder} IMAGE..."
+    facts["next"] = f"{shlex.join(['vitrail', 'predict', str(model_folder)])} IMAGE..."
     return summary(f"done: {saved}", facts)

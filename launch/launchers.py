@@ -9,48 +9,57 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from pretrain.errors import UserError
+from pretrain.heartbeat.beats import ABORT, STOP, find_live_rank, write_order
 from pretrain.outcome import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED
 
 BIN = Path(sys.executable).parent
 DEEPSPEED = (str(BIN / "deepspeed"), "--log_level", "error")  # otherwise it prints how it starts each process
+SCRIPTS = {stage: str(Path(__file__).with_name(f"{stage}.py")) for stage in ("pretrain", "finetune")}
+ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
 POLL_SECONDS = 0.1
 
 
-def deepspeed_command(num_ranks: int, on_gpu: bool) -> list[str]:
-    """Return the words before the script that start ranks on this machine with deepspeed."""
-    return [*DEEPSPEED, "--num_gpus", str(num_ranks), "--master_port", free_port()]
+def deepspeed_command(num_ranks: int, gpus: list[str]) -> list[str]:
+    """Return the words before the script that start ranks on this machine with deepspeed.
+
+    With --num_gpus, deepspeed starts at the first GPU, whatever CUDA_VISIBLE_DEVICES says.
+    """
+    chosen = ["--num_gpus", str(num_ranks)]
+    if "CUDA_VISIBLE_DEVICES" in os.environ and gpus:
+        chosen = ["--include", f"localhost:{','.join(gpus[:num_ranks])}"]
+    return [*DEEPSPEED, *chosen, "--master_port", free_port()]
 
 
-def torchrun_command(num_ranks: int, on_gpu: bool) -> list[str]:
+def torchrun_command(num_ranks: int, gpus: list[str]) -> list[str]:
     """Return the words before the script that start ranks on this machine with torchrun."""
     return [str(BIN / "torchrun"), "--nproc_per_node", str(num_ranks), "--master_port", free_port()]
 
 
-def accelerate_command(num_ranks: int, on_gpu: bool) -> list[str]:
+def accelerate_command(num_ranks: int, gpus: list[str]) -> list[str]:
     """Return the words before the script that start ranks on this machine with accelerate.
-
-    The options leave nothing to the answers that `accelerate config` has saved.
 
     Raises:
         UserError: If several ranks are wanted without GPUs, for which accelerate would start a single one.
     """
-    words = [str(BIN / "accelerate"), "launch", "--num_machines", "1", "--num_processes", str(num_ranks)]
-    words += ["--main_process_port", free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if not on_gpu and num_ranks > 1:
+    words = [str(BIN / "accelerate"), "launch", "--config_file", str(ACCELERATE_CONFIG)]
+    words += ["--num_machines", "1", "--num_processes", str(num_ranks), "--main_process_port", free_port()]
+    words += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    if not gpus and num_ranks > 1:
         raise UserError("--launcher accelerate starts only one process without GPUs; choose torchrun")
-    if not on_gpu:
+    if not gpus:
         return [*words, "--cpu"]
     return [*words, "--multi_gpu"] if num_ranks > 1 else words
 
 
-def python_command(num_ranks: int, on_gpu: bool) -> list[str]:
+def python_command(num_ranks: int, gpus: list[str]) -> list[str]:
     """Return the words before the script that start a single process.
 
     Raises:
@@ -61,7 +70,7 @@ def python_command(num_ranks: int, on_gpu: bool) -> list[str]:
     return [sys.executable]
 
 
-LAUNCHERS: dict[str, Callable[[int, bool], list[str]]] = {
+LAUNCHERS: dict[str, Callable[[int, list[str]], list[str]]] = {
     "deepspeed": deepspeed_command,
     "torchrun": torchrun_command,
     "accelerate": accelerate_command,
@@ -69,16 +78,19 @@ LAUNCHERS: dict[str, Callable[[int, bool], list[str]]] = {
 }
 
 
-def count_gpus() -> int:
-    """Return the number of NVIDIA GPUs that the driver has and CUDA_VISIBLE_DEVICES does not hide."""
+def list_gpus() -> list[str]:
+    """Return the names of the NVIDIA GPUs that the driver has and CUDA_VISIBLE_DEVICES does not hide."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
-        return 0
+        return []
     num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if shutil.which("nvidia-smi"):
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
         num_gpus = len(listed.stdout.splitlines()) if listed.returncode == 0 else 0
-    return num_gpus if visible is None else min(num_gpus, len([each for each in visible.split(",") if each.strip()]))
+    if visible is None:
+        return [str(gpu) for gpu in range(num_gpus)]
+    named = takewhile(lambda gpu: gpu != "-1", (gpu.strip() for gpu in visible.split(",")))  # as CUDA reads it
+    return [gpu for gpu in named if gpu][:num_gpus]
 
 
 def free_port() -> str:
@@ -112,7 +124,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def run_launcher(command: Sequence[str], script: Path) -> int:
+def run_launcher(command: Sequence[str], run_dir: Path, environment: Mapping[str, str]) -> int:
     """Run a launcher's command and return the exit code of the run that it started.
 
     Ctrl-C, SIGTERM and SIGUSR1 are sent to the ranks alone. Launchers answer them with tracebacks, and end ranks that
@@ -120,12 +132,12 @@ def run_launcher(command: Sequence[str], script: Path) -> int:
 
     Args:
         command: Command of the launcher.
-        script: Launch script of the ranks.
+        run_dir: Run folder, through which ranks on other machines are asked to stop.
+        environment: Environment variables of the launcher and its ranks.
     """
     with tempfile.TemporaryDirectory(prefix="vitrail-") as folder:
         code_file = Path(folder) / "exit-code"
-        environment = {**os.environ, EXIT_CODE_FILE: str(code_file)}
-        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, env={**environment, EXIT_CODE_FILE: str(code_file)}, start_new_session=True)
         requests: list[int] = []
 
         def request_stop(number: int, frame: FrameType | None) -> None:
@@ -138,8 +150,10 @@ def run_launcher(command: Sequence[str], script: Path) -> int:
             time.sleep(POLL_SECONDS)
             if len(requests) > num_handled:
                 num_handled = len(requests)
-                if num_handled > 1 or not ask_to_stop(process.pid, script):
+                if num_handled > 1 or not ask_to_stop(process.pid, run_dir):
                     kill_tree(process)
+                    if find_live_rank(run_dir):
+                        write_order(run_dir, ABORT)
                     print("interrupted", file=sys.stderr)
                     return EXIT_INTERRUPTED
         if code_file.exists():
@@ -147,12 +161,19 @@ def run_launcher(command: Sequence[str], script: Path) -> int:
     return process.returncode if process.returncode >= 0 else EXIT_FAILED
 
 
-def ask_to_stop(launcher: int, script: Path) -> bool:
-    """Send SIGTERM to the ranks; return False if none of them trains yet, so that there is nothing to save."""
-    ranks = [each for each in descendants(launcher) if runs_script(each, script) and catches(each.pid, signal.SIGUSR1)]
+def ask_to_stop(launcher: int, run_dir: Path) -> bool:
+    """Ask the ranks to save and stop; return False if none of them trains yet, so that there is nothing to save.
+
+    Ranks below the launcher get SIGTERM. If there are none, because they run on other machines, the order to stop is
+    written into the run folder.
+    """
+    ranks = [each for each in descendants(launcher) if is_rank(each) and catches(each.pid, signal.SIGUSR1)]
     for rank in ranks:
         with contextlib.suppress(psutil.NoSuchProcess):
             rank.terminate()
+    if not ranks and find_live_rank(run_dir):
+        write_order(run_dir, STOP)
+        return True
     return bool(ranks)
 
 
@@ -163,13 +184,13 @@ def descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def runs_script(process: psutil.Process, script: Path) -> bool:
-    """Return whether a process is Python running a script, not a launcher with the script among its arguments."""
+def is_rank(process: psutil.Process) -> bool:
+    """Return whether a process is Python running a launch script, not a launcher with the script as an argument."""
     try:
         words = process.cmdline()[1:]
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
-    return next((word for word in words if not word.startswith("-")), "") == str(script)
+    return next((word for word in words if not word.startswith("-")), "") in SCRIPTS.values()
 
 
 def catches(pid: int, number: int) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-from launch.launchers import count_gpus
+from launch.launchers import list_gpus
 
 BIN = Path(sys.executable).parent
 RUNS = Path("runs")
@@ -56,7 +56,7 @@ def steps() -> list[tuple[str, list[str]]]:
     """Return the title and the command of each step, as a user would type it."""
     make = ["vitrail", "shards", "make", "digits"]
     finetune = ["python", "launch/finetune.py", "--config", "configs/quickstart/finetune.yaml"]
-    ranks = str(min(count_gpus(), NUM_RANKS) or NUM_RANKS)  # without GPUs, both ranks run on the CPU
+    ranks = str(min(len(list_gpus()), NUM_RANKS) or NUM_RANKS)  # without GPUs, both ranks run on the CPU
     return [
         (
             "Make shards of the digits 0 to 4",
@@ -110,7 +110,7 @@ def run(title: str, command: list[str]) -> int:
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
-    if not count_gpus():
+    if not list_gpus():
         environment["DS_ACCELERATOR"] = "cpu"
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, start_new_session=True)

@@ -1,5 +1,7 @@
 """What a run prints at its start and at its end."""
 
+import shlex
+
 from pretrain import distributed
 from pretrain.config import PretrainConfig
 from pretrain.objectives.objective import Objective
@@ -33,8 +35,8 @@ def describe_long_schedule(run: Run) -> str | None:
     if run.num_epochs < MANY_EPOCHS:
         return None
     return (
-        f"warning: schedule.total_steps={run.config.schedule.total_steps} passes over the {run.data.samples_per_epoch} "
-        f"training images {run.num_epochs:,.0f} times; set schedule.epochs in its place to choose the number of passes"
+        f"warning: the schedule passes {run.num_epochs:,.0f} times over the {run.data.samples_per_epoch} training "
+        "images; for fewer passes, lower schedule.epochs, or set it in place of schedule.total_steps"
     )
 
 
@@ -46,5 +48,5 @@ def describe_end(config: PretrainConfig) -> str:
         facts["pictures"] = str(run_dir / PICTURES_FOLDER)
     if view := viewing_command(run_dir, config.tracking):
         facts["MLflow"] = view
-    facts["next"] = f"vitrail export {run_dir} {run_dir / 'export'}"
+    facts["next"] = shlex.join(["vitrail", "export", str(run_dir), str(run_dir / "export")])
     return summary(f"done: {config.schedule.total_steps} steps", facts)

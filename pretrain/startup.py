@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pretrain import distributed
+from pretrain.cores import available_cores
 from pretrain.errors import StartupError, first_line
 
 POLL_SECONDS = 0.1
@@ -31,7 +32,6 @@ NUM_HERE = "vitrail/ranks"  # key in the store
 ANY_FREE_PORT = ("127.0.0.1", 0)
 OPEN_FILES = 65_536
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "<microseconds> <period>", or "max <period>" without a quota
 
 
 def prepare_process() -> None:
@@ -46,13 +46,6 @@ def prepare_process() -> None:
         num_threads = max(1, available_cores() // distributed.ranks_on_this_machine())
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # without it, Accelerate would set its own number
         torch.set_num_threads(num_threads)
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may use, which a container's CPU quota may limit."""
-    cores = len(os.sched_getaffinity(0))
-    quota, _, period = CPU_QUOTA.read_text().partition(" ") if CPU_QUOTA.exists() else ("max", "", "")
-    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
 def join_process_group(should_stop: Callable[[], bool] = lambda: False) -> bool:

@@ -12,10 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pretrain", "finetune", "launch", "vitrail")
 
 # Package or module -> what it may import of ours; docs/imports.md is generated from this table.
-LEAVES = {"pretrain.captions", "pretrain.config", "pretrain.errors", "pretrain.files", "pretrain.journal"}
+LEAVES = {
+    "pretrain.captions",
+    "pretrain.config",
+    "pretrain.cores",
+    "pretrain.errors",
+    "pretrain.files",
+    "pretrain.journal",
+}
 MAY_IMPORT = {
     "pretrain": set(),
     "pretrain.captions": set(),
+    "pretrain.cores": set(),
     "pretrain.errors": set(),
     "pretrain.files": set(),
     "pretrain.journal": {"pretrain.errors", "pretrain.files"},
@@ -27,7 +35,7 @@ MAY_IMPORT = {
     "pretrain.schedules": set(),
     "pretrain.stop_signal": set(),
     "pretrain.distributed": {"pretrain.errors"},
-    "pretrain.startup": {"pretrain.distributed", "pretrain.errors"},
+    "pretrain.startup": {"pretrain.cores", "pretrain.distributed", "pretrain.errors"},
     "pretrain.state": set(),
     "pretrain.hub": {"pretrain.errors"},
     "pretrain.metrics": set(),

@@ -28,4 +28,5 @@ def test_recipes_and_files_for_a_cluster_are_in_the_wheel(monkeypatch: pytest.Mo
     files = {Path(folder) / name for _, folder, _, names in build.data_files for name in names}
     launch = ROOT / "launch"
     recipes = [launch / "recipes" / path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*.yaml")]
-    assert {path.relative_to(ROOT) for path in (*(launch / "cluster").iterdir(), *recipes)} <= files
+    copied = [launch / "accelerate.yaml", *(launch / "cluster").iterdir(), *recipes]
+    assert {path.relative_to(ROOT) for path in copied} <= files

@@ -1,5 +1,6 @@
 """`vitrail export`: from a checkpoint to a Hugging Face folder."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -47,8 +48,8 @@ def export(
 
         proof = export_checkpoint(checkpoint, out, overwrite, model_type)
     tag_run(checkpoint.parents[1], {"exported_folder": str(out.resolve())})
-    next_command = f"vitrail finetune FILE model={out}"
+    next_command = shlex.join(["vitrail", "finetune", "FILE", f"model={out}"])
     if proof.has_classifier:
-        next_command = f"vitrail predict {out} IMAGE..."
+        next_command = f"{shlex.join(['vitrail', 'predict', str(out)])} IMAGE..."
     title = f"{out}: loads strictly with transformers and matches the checkpoint to within {proof}"
     print(summary(title, {"next": next_command}))

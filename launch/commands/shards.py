@@ -1,7 +1,7 @@
 """`vitrail shards`: turn images into shards, and check, describe and measure them."""
 
 import json
-import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 import typer
 
 from launch.commands.terminal import parse_size, report_errors
+from pretrain.cores import available_cores
 from pretrain.errors import UserError
 from pretrain.outcome import EXIT_FAILED, EXIT_RESUMABLE
 from pretrain.tracking.progress import progress_bar
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pretrain.data.dataset.dataset import Dataset
     from pretrain.data.storage.index import DatasetInfo
 
-NUM_CORES = os.cpu_count() or 1
+NUM_CORES = available_cores()
 NUM_SHOWN = 5  # lines of a long list that are printed
 MEASURED_SECONDS = 2.0
 COLUMN = 30  # where values begin
@@ -481,7 +482,7 @@ def find_tars_to_index(source: str, out: Path | None) -> tuple[Path, list[str], 
 
 def print_next_command(*overrides: str) -> None:
     """Print the command that trains on a new set of shards."""
-    print(f"next: vitrail pretrain FILE {' '.join(overrides)}  (`vitrail init` writes a FILE)")
+    print(f"next: vitrail pretrain FILE {shlex.join(overrides)}  # vitrail init writes a FILE")
 
 
 def print_left_out(lines: list[str], out: Path) -> None:

@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +53,8 @@ def supervise(
 
 def launcher_command(command: Sequence[str]) -> list[str]:
     """Return the launcher's command for `vitrail pretrain`; any other command is returned as it is."""
-    if [Path(word).name for word in command[:2]] != ["vitrail", "pretrain"]:
+    names = [Path(word).name for word in command[:4]]
+    if ("vitrail", "pretrain") not in pairwise(names):  # also python -m vitrail pretrain
         return list(command)
     printed = subprocess.run([*command, "--print-command"], stdout=subprocess.PIPE, text=True, check=False)
     if printed.returncode:

@@ -9,10 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from launch.commands.terminal import report_errors
+from pretrain.cores import available_cores
 from pretrain.errors import UserError
-
-NUM_CORES = os.cpu_count() or 1
-SCRIPTS = Path(__file__).resolve().parents[1]  # contains pretrain.py and finetune.py
 
 # Fine-tuning needs nothing of DeepSpeed, and accelerate starts only one process where there are no GPUs.
 DEFAULT_LAUNCHERS = {"pretrain": "deepspeed", "finetune": "torchrun"}
@@ -73,10 +71,14 @@ def pretrain(
 
     with report_errors():
         file, overrides = find_config(config, words or [])
-        text = load_config(PretrainConfig, file, overrides).text
-        options = ["--resume"] if resume else []
-        command = build_command("pretrain", launcher, ranks, hostfile)
-    start([*command, "--config", str(file), *options, *overrides], text, print_config, print_command)
+        loaded = load_config(PretrainConfig, file, overrides)
+        if print_config:
+            print(loaded.text, end="")
+            return
+        command, environment = build_command("pretrain", launcher, ranks, hostfile)
+    options = ["--resume"] if resume else []
+    command += ["--config", str(file), *options, *overrides]
+    start(command, environment, loaded.config.run_dir, print_command)
 
 
 def finetune(
@@ -102,9 +104,12 @@ def finetune(
 
     with report_errors():
         file, overrides = find_config(config, words or [])
-        text = load_config(FinetuneConfig, file, overrides).text
-        command = build_command("finetune", launcher, ranks, None)
-    start([*command, "--config", str(file), *overrides], text, print_config, print_command)
+        loaded = load_config(FinetuneConfig, file, overrides)
+        if print_config:
+            print(loaded.text, end="")
+            return
+        command, environment = build_command("finetune", launcher, ranks, None)
+    start([*command, "--config", str(file), *overrides], environment, loaded.config.run_dir, print_command)
 
 
 def find_config(config: Path | None, words: list[str]) -> tuple[Path, list[str]]:
@@ -120,7 +125,7 @@ def find_config(config: Path | None, words: list[str]) -> tuple[Path, list[str]]
     from launch.commands.init import find_recipes
 
     if config is None:
-        if not words or "=" in words[0]:
+        if not words or ("=" in words[0] and not Path(words[0]).exists()):
             raise UserError("no config file is named; write one with `vitrail init`, and add its name")
         config, words = Path(words[0]), words[1:]
     if not config.exists() and str(config) in find_recipes():
@@ -128,8 +133,10 @@ def find_config(config: Path | None, words: list[str]) -> tuple[Path, list[str]]
     return config, words
 
 
-def build_command(stage: str, launcher: Launcher | None, ranks: int | None, hostfile: Path | None) -> list[str]:
-    """Return the command that starts a stage, up to its launch script, and divide the cores among the ranks.
+def build_command(
+    stage: str, launcher: Launcher | None, ranks: int | None, hostfile: Path | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command that starts a stage, up to its launch script, and the variables that it needs.
 
     Args:
         stage: "pretrain" or "finetune".
@@ -140,10 +147,9 @@ def build_command(stage: str, launcher: Launcher | None, ranks: int | None, host
     Raises:
         UserError: If the options contradict each other, or the launcher cannot start so many ranks.
     """
-    from launch.launchers import DEEPSPEED, LAUNCHERS, count_gpus, read_hostfile
+    from launch.launchers import DEEPSPEED, LAUNCHERS, SCRIPTS, list_gpus, read_hostfile
     from launch.supervisor.resources import is_this_machine
 
-    script = str(SCRIPTS / f"{stage}.py")
     if hostfile is not None:
         if launcher not in (None, "deepspeed"):
             raise UserError(f"--hostfile needs --launcher deepspeed, got {launcher}; remove one of the two")
@@ -151,30 +157,34 @@ def build_command(stage: str, launcher: Launcher | None, ranks: int | None, host
         if not all(map(is_this_machine, slots)):
             if ranks is not None:
                 raise UserError(f"--ranks: conflicts with {hostfile}, whose slots give the number of ranks; remove it")
-            return [*DEEPSPEED, "--hostfile", str(hostfile), script]
+            return [*DEEPSPEED, "--hostfile", str(hostfile), SCRIPTS[stage]], {}
         ranks = ranks or sum(slots.values())
-    num_gpus = count_gpus()
-    ranks = ranks or num_gpus or 1
-    # Without the variable, torchrun sets 1 and says so in four lines.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, NUM_CORES // ranks)))
+    gpus = list_gpus()
+    ranks = ranks or len(gpus) or 1
     default = "python" if ranks == 1 else DEFAULT_LAUNCHERS[stage]
-    return [*LAUNCHERS[launcher or default](ranks, num_gpus > 0), script]
+    # Without the first, torchrun starts one thread per rank and says so in four lines; without the second, deepspeed
+    # searches for an accelerator and warns that there is none.
+    variables = {"OMP_NUM_THREADS": str(max(1, available_cores() // ranks))}
+    variables |= {} if gpus else {"DS_ACCELERATOR": "cpu"}
+    return [*LAUNCHERS[launcher or default](ranks, gpus), SCRIPTS[stage]], variables
 
 
-def start(command: list[str], config_text: str, print_config: bool, print_command: bool) -> None:
-    """Run a launcher's command and exit with the code of the run, or only print the config or the command."""
-    from launch.launchers import count_gpus, run_launcher
+def start(command: list[str], variables: dict[str, str], run_dir: Path, print_command: bool) -> None:
+    """Run a launcher's command and exit with the code of the run, or only print the command.
 
-    if print_config:
-        print(config_text, end="")
-        return
+    Args:
+        command: Command of the launcher.
+        variables: Environment variables for it; those that are set already keep their values.
+        run_dir: Run folder.
+        print_command: Whether to print the command and do nothing else.
+    """
+    from launch.launchers import run_launcher
+
     if print_command:
         print(shlex.join(command))
         return
     print(f"$ {shlex.join(command)}", flush=True)
-    if not count_gpus():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would search for an accelerator and print warnings
-    script = next(word for word in command if Path(word).parent == SCRIPTS)
+    environment = {**variables, **os.environ}
     if command[0] == sys.executable:
-        os.execv(command[0], command)  # a single process needs nobody to pass on its signals
-    sys.exit(run_launcher(command, Path(script)))
+        os.execve(command[0], command, environment)  # a single process needs nobody to pass on its signals
+    sys.exit(run_launcher(command, run_dir, environment))

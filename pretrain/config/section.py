@@ -22,18 +22,27 @@ def expand(location: str) -> str:
     """Return a path or URL with ${VARIABLE} replaced by the variable's value, and ~ by the home folder if there is one.
 
     Raises:
-        PydanticCustomError: If a variable is not set.
+        PydanticCustomError: If a variable is not set or is written in another way, or there is no such user.
     """
     if location.startswith("pipe:"):
         return location  # the shell that runs the command does this
 
+    if unclear := re.search(r"(?:^|/)(\$[A-Za-z_]\w*)|(\$\{(?!\w+\})[^}]*\}?)", location):
+        raise _impossible(f"{unclear[0].lstrip('/')} is not a variable that is expanded; write it as ${{NAME}}")
+
     def value(found: re.Match[str]) -> str:
         if found[1] not in os.environ:
-            sentence = f"the environment variable {found[1]} is not set; set it, or write the path out"
-            raise PydanticCustomError("impossible", "{sentence}", {"sentence": sentence, "keys": ()})
+            raise _impossible(f"the environment variable {found[1]} is not set; set it, or write the path out")
         return os.environ[found[1]]
 
-    return with_home(re.sub(r"\$\{(\w+)\}", value, location))
+    expanded = with_home(re.sub(r"\$\{(\w+)\}", value, location))
+    if re.match(r"~[^/]", expanded):
+        raise _impossible(f"{expanded.partition('/')[0]} is not the home folder of a user here; write the path out")
+    return expanded
+
+
+def _impossible(sentence: str) -> PydanticCustomError:
+    return PydanticCustomError("impossible", "{sentence}", {"sentence": sentence, "keys": ()})
 
 
 def with_home(path: str) -> str:

@@ -5,7 +5,7 @@ Scalars follow YAML 1.2: `1e-4` is a number, `no` is text, `12:30` is text, and 
 
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,17 @@ class Document:
 
     Args:
         path: YAML file to read.
-        named_sections: Keys of the sections that have a `name`; `objective: mae` is short for `objective: {name: mae}`.
+        named_sections: Sections that have a `name`, by key; `objective: mae` is short for `objective: {name: mae}`. The
+            value tells whether the name decides which other keys the section has. If not, an override of this form
+            leaves the other keys of the file as they are.
 
     Raises:
         ConfigError: If the file cannot be read, is not valid YAML, or does not contain keys.
     """
 
-    def __init__(self, path: Path, named_sections: Collection[Key] = ()) -> None:
+    def __init__(self, path: Path, named_sections: Mapping[Key, bool] | None = None) -> None:
         self.path = path
-        self._named_sections = named_sections
+        self._named_sections = named_sections or {}
         self.places: dict[Key, str] = {}
         self.mistakes: list[Mistake] = []
         self.values: dict[str, Any] = {}
@@ -96,6 +98,8 @@ class Document:
         """Set one value from `key.path=value`."""
         name, equals, value = text.partition("=")
         key = tuple(name.split("."))
+        if self._named_sections.get(key) is False and isinstance(self.values.get(name), dict) and value.isidentifier():
+            key = (*key, "name")
         if not equals or not all(key):
             self.mistakes.append(Mistake(COMMAND_LINE, (), f"cannot parse {text!r}; write it as key.path=value"))
             return

@@ -65,10 +65,13 @@ def _add_mistakes(
 ) -> set[Key]:
     """Add a mistake to `found` for each new key, and return keys `name` that select no alternative of a union."""
     undecided = set()
-    for detail in error.errors(include_url=False):
-        key = _key(detail["loc"], document, config_class)
-        if detail["type"] == "union_tag_invalid":
-            undecided.add(key := (*key, "name"))
+    details = [(_key(detail["loc"], document, config_class), detail) for detail in error.errors(include_url=False)]
+    for place, detail in details:
+        if detail["type"] == "string_type" and any(other[:-1] == place for other, _ in details):
+            continue  # a list where text or a list may stand; one of its items is wrong
+        key = (*place, "name") if detail["type"] == "union_tag_invalid" else place
+        if key != place:
+            undecided.add(key)
         section = key[: len(detail["loc"]) - 1]
         involved = {(*section, *name.split(".")) for name in detail.get("ctx", {}).get("keys", ())}
         if key not in found and not involved & found.keys():

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
-from pretrain.config.schema import Key, dotted, leaves, plain, scalar, sections
+from pretrain.config.schema import Key, dotted, leaves, plain, scalar, sections, sections_at
 from pretrain.config.section import COMMAND_LINE_ONLY, Section
 from pretrain.configfile.document import COMMAND_LINE, ConfigError, Document, Mistake
 from pretrain.configfile.explain import explain
@@ -40,7 +40,8 @@ def load_config(config_class: type[Config], path: Path, overrides: Sequence[str]
     Raises:
         ConfigError: If anything is wrong. The message names all mistakes, each with its file and line.
     """
-    document = Document(path, {key for key, section in sections(config_class) if "name" in section.model_fields})
+    named = [key for key, section in sections(config_class) if "name" in section.model_fields]
+    document = Document(path, {key: len(sections_at(config_class, key)) > 1 for key in named})
     for override in overrides:
         document.override(override)
     mistakes = document.mistakes

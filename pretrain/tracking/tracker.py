@@ -7,6 +7,7 @@ not import mlflow.
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -211,7 +212,7 @@ def viewing_command(run_dir: Path, config: TrackingConfig) -> str | None:
     uri = config.uri or default_uri(run_dir)
     if uri.startswith(("http://", "https://")):
         return uri
-    return f"mlflow ui --backend-store-uri {uri}, then open http://127.0.0.1:5000"
+    return f"{shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}  # http://127.0.0.1:5000"
 
 
 def git_commit() -> str:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from launch.commands.supervise import launcher_command
-from launch.launchers import catches, count_gpus, read_hostfile
+from launch.launchers import ACCELERATE_CONFIG, ask_to_stop, catches, list_gpus, read_hostfile
 from pretrain.errors import UserError
-from pretrain.outcome import EXIT_CODE_FILE, exit_rank
+from pretrain.heartbeat.watch import Watch
+from pretrain.outcome import EXIT_CODE_FILE, Outcome, exit_rank
+from pretrain.run_folder import claim_run_dir
 from tests.support.classifiers import save_classifier, tiny_configs
-from tests.support.launching import Finished, Shell, Vitrail
+from tests.support.launching import Finished, Shell, Vitrail, wait_for
 from tests.support.runs import FINETUNE_YAML, PRETRAIN, losses
 
 Tool = Callable[[str], str]
@@ -41,7 +43,7 @@ def test_each_launcher_starts_the_same_script(vitrail: Vitrail, tiny: Path) -> N
     torchrun = ["torchrun", "--nproc_per_node", "2", "--master_port"]
     assert words(vitrail(*two, "--launcher", "torchrun")) == [*torchrun, *script, "--resume", "seed=1"]
     accelerate = words(vitrail(*pretrain, "--launcher", "accelerate"))
-    assert accelerate[:6] == ["accelerate", "launch", "--num_machines", "1", "--num_processes", "1"]
+    assert accelerate[:5] == ["accelerate", "launch", "--config_file", str(ACCELERATE_CONFIG), "--num_machines"]
     assert accelerate[-5:] == ["--cpu", *script, "seed=1"]
 
 
@@ -70,6 +72,8 @@ def test_mistakes_in_the_config_are_found_before_a_launcher_starts(vitrail: Vitr
     assert (done.code, done.out, done.err) == (2, "", "command line: sed: unknown key; did you mean seed?\n")
     done = vitrail("pretrain", "--config", "photos_mae_ti16")
     assert done.err == "photos_mae_ti16: a recipe, not a file; write it with: vitrail init photos_mae_ti16\n"
+    (tiny.parent / "lr=1.yaml").write_text(tiny.read_text())
+    assert vitrail("pretrain", tiny.parent / "lr=1.yaml", "--print-command").code == 0
     done = vitrail("pretrain", "seed=1")
     assert (done.code, done.err) == (
         2,
@@ -110,17 +114,37 @@ def test_a_wrong_hostfile_is_explained(tmp_path: Path, text: str, sentence: str)
 
 
 @pytest.mark.processes
-def test_gpus_are_counted_by_the_driver_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert count_gpus() == 0  # the tests run without GPUs
+def test_gpus_are_those_of_the_driver_and_the_environment(
+    vitrail: Vitrail, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list_gpus() == []  # the tests run without GPUs
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: A\\n'\n")
+    program.write_text("#!/bin/sh\nprintf 'GPU 0: A\\nGPU 1: A\\nGPU 2: A\\nGPU 3: A\\n'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert count_gpus() == 2
-    for visible, expected in (("", 0), ("1", 1), ("0,1,2", 2)):
+    assert list_gpus() == ["0", "1", "2", "3"]
+    assert words(vitrail("pretrain", tiny, "--print-command"))[3:5] == ["--num_gpus", "4"]
+    for visible, expected in (("", []), ("-1", []), ("1", ["1"]), ("2,3", ["2", "3"]), ("0, 1,-1,2", ["0", "1"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert count_gpus() == expected
+        assert list_gpus() == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")  # deepspeed would take the first two in their place
+    assert words(vitrail("pretrain", tiny, "--print-command"))[3:5] == ["--include", "localhost:2,3"]
+
+
+def test_ranks_on_other_machines_are_asked_to_stop_through_the_run_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing below the launcher is a rank, but a rank writes heartbeats: it gets the order as SIGTERM."""
+    claim_run_dir(tmp_path)
+    assert not ask_to_stop(os.getpid(), tmp_path)
+    received: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: received.append(number))
+    with Watch(tmp_path, 0, 1) as watch:
+        assert ask_to_stop(os.getpid(), tmp_path)
+        wait_for(lambda: received)
+        watch.finish(Outcome.STOPPED)
+    assert received == [signal.SIGTERM]
 
 
 def test_a_stop_is_reported_in_a_file_because_launchers_answer_it_with_a_traceback(
@@ -149,6 +173,8 @@ def test_the_supervisor_runs_what_vitrail_pretrain_would_run(
     assert command[-3:] == [str(PRETRAIN), "--config", str(tiny)]
     other = ["torchrun", "pretrain.py", "--config", "x"]
     assert launcher_command(other) == other
+    module = [sys.executable, "-m", "vitrail", *pretrain[1:]]
+    assert launcher_command(module)[1:] == [str(PRETRAIN), "--config", str(tiny)]
     with pytest.raises(SystemExit) as refused:
         launcher_command([*pretrain, "sed=1"])
     assert refused.value.code == 2
@@ -175,8 +201,8 @@ def test_ctrl_c_ends_with_one_sentence_under_each_launcher(
     recipe = tmp_path / "finetune.yaml"
     recipe.write_text(FINETUNE_YAML.format(folder=tmp_path, digits=digits))
     model = save_classifier(tiny_configs()["vit"], tmp_path / "model")
-    pretrain = ["pretrain", "--config", tiny, "schedule.total_steps=5000", "--launcher", "torchrun"]
-    finetune = ["finetune", "--config", recipe, "schedule.epochs=500", f"model={model}", "--launcher", "deepspeed"]
+    pretrain = ["pretrain", tiny, "schedule.total_steps=5000", "--launcher", "deepspeed"]
+    finetune = ["finetune", recipe, "schedule.epochs=500", f"model={model}", "--launcher", "torchrun"]
     for command, name, code, sentence in (
         (pretrain, "stopped", 75, "stopped as requested; the same command continues the run"),
         (finetune, "halted", 130, "stopped after step"),

@@ -32,6 +32,28 @@ MISTAKES = [
         [],
         "x.yaml:4: init_from: the environment variable NO_SUCH_VARIABLE is not set; set it, or write the path out",
     ),
+    (
+        "init_from: $HOME/x",
+        [],
+        "x.yaml:4: init_from: $HOME is not a variable that is expanded; write it as ${NAME}",
+    ),
+    (
+        "init_from: '${oc.env:HOME}/x'",
+        [],
+        "x.yaml:4: init_from: ${oc.env:HOME} is not a variable that is expanded; write it as ${NAME}",
+    ),
+    (
+        "init_from: ~no_such_user/x",
+        [],
+        "x.yaml:4: init_from: ~no_such_user is not the home folder of a user here; write the path out",
+    ),
+    (
+        "",
+        ["data.train=[a, '${NO_SUCH_VARIABLE}/x']"],
+        "command line: data.train.1: the environment variable NO_SUCH_VARIABLE is not set; set it, or write the path",
+    ),
+    ("", ["seed=[1]"], "command line: seed: must be a whole number, got [1]; write digits only"),
+    ("", ["run_dir=[a]"], 'command line: run_dir: must be text, got ["a"]; put it in quotes'),
     ("seed: x", [], 'x.yaml:4: seed: must be a whole number, got "x"; write digits only'),
     ("seed: 1e-4", [], "x.yaml:4: seed: must be a whole number, got 0.0001; write digits only"),
     ("seed: -1", [], "x.yaml:4: seed: must be greater than or equal to 0, got -1; increase it"),
@@ -421,8 +443,9 @@ def test_a_name_stands_for_a_section_that_has_one(tmp_path: Path) -> None:
     config = load_config(PretrainConfig, path, ["objective.mask_ratio=0.5"]).config
     assert isinstance(config.objective, MAEConfig)
     assert (config.objective.mask_ratio, config.optimizer.name) == (0.5, "lamb")
-    loaded = load_config(PretrainConfig, path, ["objective=self_distillation", "optimizer=muon"])
+    loaded = load_config(PretrainConfig, path, ["objective=self_distillation", "optimizer=muon", "schedule=linear"])
     assert (loaded.config.objective.name, loaded.config.optimizer.name) == ("self_distillation", "muon")
+    assert (loaded.config.schedule.name, loaded.config.schedule.total_steps) == ("linear", 100)  # the file's
     assert re.search(r"\n  name: muon +# command line\n", loaded.text)
 
 

@@ -19,7 +19,7 @@ from pretrain import startup
 from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, load_config
 from pretrain.errors import StartupError
-from pretrain.startup import available_cores, describe_ranks, join_process_group, prepare_process
+from pretrain.startup import describe_ranks, join_process_group, prepare_process
 from tests.support.launching import free_port
 from tests.support.runs import FINETUNE_YAML
 
@@ -162,15 +162,6 @@ def test_ranks_share_the_cores(ranks: str, threads: int, monkeypatch: pytest.Mon
     prepare_process()
     assert chosen == [threads]
     assert os.environ["OMP_NUM_THREADS"] == str(threads)
-
-
-@pytest.mark.parametrize(("quota", "cores"), [("max 100000\n", 8), ("250000 100000\n", 2), ("20000 100000\n", 1)])
-def test_a_quota_limits_the_cores(quota: str, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(startup, "CPU_QUOTA", tmp_path / "cpu.max")
-    assert available_cores() == 8
-    (tmp_path / "cpu.max").write_text(quota)
-    assert available_cores() == cores
 
 
 def test_waiting_threads_do_not_spin() -> None:

@@ -12,6 +12,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from pretrain.cores import available_cores
 from pretrain.data.shards.scan import IndexedShards, index_shards
 from pretrain.data.shards.tasks import run_tasks_in_threads
 from pretrain.data.storage.archive import Member, TarReader, open_tar
@@ -104,7 +105,7 @@ def _command(folder: Path, out: Path | None, option: str = "") -> str:
 def _index(tars: TarSet, out: Path, labels_required: bool, progress: IndexProgress, way_out: str) -> IndexedShards:
     num_tars = len(tars.names)
     progress(0, num_tars)
-    num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_threads = available_cores()
     return index_shards(
         tars.names,
         out,
