@@ -30,7 +30,7 @@ from pretrain.schedules import learning_rate_at, set_learning_rate
 from pretrain.startup import join_process_group, prepare_process
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine, summary
-from pretrain.tracking.tracker import METRICS_FILE, STOP_TIMEOUT_SECONDS, Tracker, viewing_command
+from pretrain.tracking.tracker import STOP_TIMEOUT_SECONDS, Tracker, records_of
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,5 @@ def _describe(result: FinetuneResult, config: FinetuneConfig) -> str:
     saved = f"best top-1 {best.top1:.4f} after epoch {best.epoch}: {model_folder}"
     if stopped is not None:
         return f"stopped after step {stopped}; {saved}"
-    facts = {"metrics": str(config.run_dir / METRICS_FILE)}
-    if view := viewing_command(config.run_dir, config.tracking):
-        facts["MLflow"] = view
-    facts["next"] = f"{shlex.join(['vitrail', 'predict', str(model_folder)])} IMAGE..."
-    return summary(f"done: {saved}", facts)
+    predict = f"{shlex.join(['vitrail', 'predict', str(model_folder)])} IMAGE..."
+    return summary(f"done: {saved}", {**records_of(config.run_dir, config.tracking), "next": predict})

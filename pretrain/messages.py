@@ -7,7 +7,7 @@ from pretrain.config import PretrainConfig
 from pretrain.objectives.objective import Objective
 from pretrain.run import Run
 from pretrain.tracking.progress import summary
-from pretrain.tracking.tracker import METRICS_FILE, PICTURES_FOLDER, viewing_command
+from pretrain.tracking.tracker import records_of
 
 MANY_EPOCHS = 2000  # more than any published recipe; MAE's longest schedule has 1600
 
@@ -43,10 +43,6 @@ def describe_long_schedule(run: Run) -> str | None:
 def describe_end(config: PretrainConfig) -> str:
     """Return what a finished run has left, where to look at it, and the command that uses it."""
     run_dir = config.run_dir
-    facts = {"metrics": str(run_dir / METRICS_FILE)}
-    if (run_dir / PICTURES_FOLDER).exists():
-        facts["pictures"] = str(run_dir / PICTURES_FOLDER)
-    if view := viewing_command(run_dir, config.tracking):
-        facts["MLflow"] = view
-    facts["next"] = shlex.join(["vitrail", "export", str(run_dir), str(run_dir / "export")])
+    export = shlex.join(["vitrail", "export", str(run_dir), str(run_dir / "export")])
+    facts = {**records_of(run_dir, config.tracking), "next": export}
     return summary(f"done: {config.schedule.total_steps} steps", facts)

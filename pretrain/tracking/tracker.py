@@ -205,14 +205,17 @@ def default_experiment() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
 
 
-def viewing_command(run_dir: Path, config: TrackingConfig) -> str | None:
-    """Return the command that opens a run's MLflow store, or the address of its server; None without MLflow."""
-    if config.uri == "off":
-        return None
+def records_of(run_dir: Path, config: TrackingConfig) -> dict[str, str]:
+    """Return where to look at what a run has recorded: its files, and MLflow's address or the command that opens it."""
+    records = {"metrics": str(run_dir / METRICS_FILE)}
+    if (run_dir / PICTURES_FOLDER).exists():
+        records["pictures"] = str(run_dir / PICTURES_FOLDER)
     uri = config.uri or default_uri(run_dir)
     if uri.startswith(("http://", "https://")):
-        return uri
-    return f"{shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}  # http://127.0.0.1:5000"
+        records["MLflow"] = uri
+    elif uri != "off":
+        records["MLflow"] = f"{shlex.join(['mlflow', 'ui', '--backend-store-uri', uri])}  # http://127.0.0.1:5000"
+    return records
 
 
 def git_commit() -> str:
