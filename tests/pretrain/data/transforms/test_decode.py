@@ -23,6 +23,7 @@ from pretrain.data.transforms.decode import (
     decode,
     decode_unless_jpeg,
     is_image,
+    scale_grayscale,
 )
 
 Deep = npt.NDArray[np.uint16]
@@ -180,21 +181,24 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def deep_png(values: Deep) -> bytes:
-    """Encode 16-bit values [H, W, 3 or 4] as a PNG, which Pillow cannot."""
+    """Encode 16-bit values [H, W, 2 to 4] as a PNG, which Pillow cannot."""
     height, width, channels = values.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def deep_tiff(values: Deep, order: str) -> bytes:
-    """Encode 16-bit values [H, W, 3] as a TIFF of a byte order, which Pillow cannot."""
+def deep_tiff(values: Deep, order: str, photometric: int = 2, extra_samples: int | None = None) -> bytes:
+    """Encode 16-bit values [H, W, 3 or 4] as a TIFF of a byte order, which Pillow cannot."""
     height, width, channels = values.shape
     pixels = values.astype(f"{order}u2").tobytes()
-    offset = 8 + 2 + 9 * 12 + 4  # of what follows the header: the bits of each channel, then the pixels
-    fields = [(256, 3, width), (257, 3, height), (258, offset, channels), (259, 3, 1), (262, 3, 2)]
+    offset = (
+        8 + 2 + (9 + (extra_samples is not None)) * 12 + 4
+    )  # of what follows the header: the bits of each channel, then the pixels
+    fields = [(256, 3, width), (257, 3, height), (258, offset, channels), (259, 3, 1), (262, 3, photometric)]
     fields += [(273, 4, offset + 2 * channels), (277, 3, channels), (278, 3, height), (279, 4, len(pixels))]
+    fields += [] if extra_samples is None else [(338, 3, extra_samples)]
     entries = [
         struct.pack(f"{order}HHII", tag, 3, value, kind)
         if tag == 258
@@ -231,6 +235,49 @@ def test_transparency_of_16_bits_is_scaled_by_itself() -> None:
     values[0, 0] = (4095, 0, 0, 32768)
     assert decode(deep_png(values), scales=True)[0].tolist() == [[255, 127, 127], [255, 255, 255]]
     assert decode(deep_png(np.zeros((2, 2, 3), np.uint16))).tolist() == np.zeros((2, 2, 3)).tolist()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_gray_with_transparency_of_16_bits_is_scaled(bits: int) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << bits, (5, 7, 2)).astype(np.uint16)
+    values[0, 0], values[..., 1] = (1 << bits) - 1, 65535
+    expected = np.repeat(values[..., :1] >> (bits - 8), 3, axis=2)
+    assert np.array_equal(decode(deep_png(values), scales=True), expected)
+    if bits < 16:
+        with pytest.raises(DeepImageError, match=f"color of {bits} bits"):
+            decode(deep_png(values))
+    else:
+        assert np.array_equal(decode(deep_png(values)), expected)
+    assert decode(deep_png(np.full((2, 2, 2), [4095, 32768], np.uint16)), scales=True)[0, 0].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_other_color_of_16_bits_is_scaled_or_refused(order: str) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (3, 4, 4)).astype(np.uint16)
+    values[0, 0] = 4095
+    ignored = deep_tiff(values, order, extra_samples=0)
+    assert np.array_equal(decode(ignored, scales=True), values[..., :3] >> 4)
+    with pytest.raises(DeepImageError, match="color of 12 bits"):
+        decode(ignored)
+    for kind, tags in (("color with premultiplied transparency", (2, 1)), ("CMYK", (5, None))):
+        message = f"16-bit {kind} that uses only 12 bits; convert it to 8 bits"
+        for scales in (False, True):
+            with pytest.raises(DecodeError, match=message):
+                decode(deep_tiff(values, order, *tags), scales=scales)
+            assert decode(deep_tiff(values << 4, order, *tags), scales=scales).shape == (3, 4, 3)
+
+
+def test_deep_grayscale_whose_zero_is_white_is_refused() -> None:
+    image = Image.fromarray(np.full((4, 5), 60_000, np.uint16))
+    data = bytearray(encoded(image, "TIFF"))
+    place = data.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    assert data[place] == 1
+    data[place] = 0
+    for scales in (False, True):
+        with pytest.raises(DecodeError, match="16-bit grayscale whose 0 is white; convert it to 8 bits"):
+            decode(bytes(data), scales=scales)
+    with pytest.raises(DecodeError, match="16-bit grayscale whose 0 is white"):
+        scale_grayscale(Image.open(io.BytesIO(bytes(data))))
 
 
 def test_a_gray_map_of_16_bits_is_scaled() -> None:
