@@ -13,10 +13,10 @@ import numpy as np
 
 from pretrain.data.sources.source import Content, Integers, Source, SourceImage, summarize
 from pretrain.data.storage.index import NO_LABEL
+from pretrain.data.storage.tar_set import ARCHIVES
 from pretrain.data.transforms.decode import SUFFIXES, is_image
 from pretrain.errors import DataError
 
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
 OF_A_MAC = "__MACOSX"  # what a Mac's zip holds beside the files: not a class
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation", "dev", "test", "testing")  # the first that there is
