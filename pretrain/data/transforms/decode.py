@@ -3,8 +3,8 @@
 libjpeg-turbo (simplejpeg) decodes JPEG, Pillow everything else. The orientation in EXIF or XMP is applied, transparency
 is blended with white (as in transformers 5), and Pillow converts the other modes. Values of 16 bits that Pillow, and
 with it any exported processor, would turn white (grayscale) or nearly black (color of fewer bits in 16-bit values) are
-refused. `vitrail shards make` scales them to 8 bits, except CMYK, color with premultiplied transparency, and grayscale
-whose 0 is white.
+refused. `vitrail shards make` scales them to 8 bits, except CMYK, color with premultiplied transparency or in separate
+planes, and grayscale whose 0 is white.
 
 What is broken beside good pixels is ignored: oversized text or color profiles of a PNG, unreadable EXIF, stray bytes
 before a JPEG's end. That the bytes are those that were once stored is proven by their checksum, not here.
@@ -50,7 +50,8 @@ MAX_TEXT_BYTES = 1 << 19
 DEEP_COLOR = ("RGB;16", "RGBA;16", "RGBX;16")
 DEEP_GRAY_ALPHA = "LA;16B"
 DEEP_OTHERS = {"CMYK;16": "CMYK", "RGBa;16": "color with premultiplied transparency"}
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag
+BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # TIFF tags
+WHITE_IS_ZERO, SEPARATE_PLANES = 0, 2
 # libjpeg's warnings about bytes that belong to nothing, and about a color profile that nobody needs
 STRAY_BYTES, BAD_PROFILE = "extraneous bytes before marker", "bad ICC marker"
 JPEG_XL = (b"\xff\n", b"\0\0\0\x0cJXL \r\n\x87\n")
@@ -280,6 +281,11 @@ def _open(data: bytes) -> tuple[Image.Image, Values | None]:
     _check_zero_is_black(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return image, np.asarray(_upright(image)).astype(np.uint16)
+    if _has_deep_planes(image):
+        # Pillow reads the upper bytes of compressed planes, and wrong values of others.
+        if raw_mode.startswith(DEEP_COLOR) and _uses_upper_bits(np.asarray(image)):
+            return image, None
+        raise DecodeError("16-bit color in separate planes, which Pillow cannot read; convert it to 8 bits per channel")
     if raw_mode == DEEP_GRAY_ALPHA:
         # The four bytes of a pixel, upper before lower, as if they were four values.
         pixels = np.asarray(_upright(_read_as(data, "RGBA"))).astype(np.uint16)
@@ -316,6 +322,13 @@ def _read_as(data: bytes, raw_mode: str) -> Image.Image:
     image: Any = Image.open(io.BytesIO(data), formats=FORMATS)
     image.tile = [tile._replace(args=_with_raw_mode(tile.args, raw_mode)) for tile in image.tile]
     return cast("Image.Image", image)
+
+
+def _has_deep_planes(image: Any) -> bool:
+    """Return whether an image is a TIFF that stores more than 8 bits of each channel, one channel after the other."""
+    if image.format != "TIFF" or image.tag_v2.get(PLANES) != SEPARATE_PLANES or len(image.getbands()) == 1:
+        return False
+    return bool(max(image.tag_v2.get(BITS, (8,))) > 8)
 
 
 def _check_zero_is_black(image: Any) -> None:
