@@ -1,5 +1,6 @@
 """Classify images with a Hugging Face folder."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,27 +114,32 @@ def read_image(path: Path) -> ImageArray:
         raise DataError(f"{path}: cannot be used as an image: {error}") from None
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the files that paths name: files, the images of folders at any depth, and the matches of patterns.
+def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Find the files that paths name: files, the images of folders at any depth, and the matches of patterns.
+
+    Returns:
+        The files, and a sentence about each path that names none and about what cannot be used in a folder.
 
     Raises:
-        DataError: If a folder has no images or would lose some, or nothing matches a pattern.
+        DataError: If there is no file at all.
     """
     found: list[Path] = []
+    faults: list[str] = []
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 - `Path.is_dir` raises if a parent folder cannot be read
             source = list_folder(path, labeled=False, may_have_splits=False)
-            if source.problems:
-                raise DataError("\n".join(f"{path}: {problem}" for problem in source.problems))
+            faults += [f"{path}: {problem}" for problem in source.problems]
             for note in source.notes:
                 print(f"{path}: {note}", file=sys.stderr)
             matches = [path / name for name in source.names]
-        elif any(character in str(path) for character in "*?[") and not path.exists():
+        elif any(character in str(path) for character in "*?[") and not os.path.lexists(path):
             found_files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
             matches = sorted(file for file in found_files if not is_hidden(file.name))
         else:
-            matches = [path]
+            matches = [path] if os.path.lexists(path) else []
         if not matches:
-            raise DataError(f"{path}: no images here; name image files, folders of images or patterns such as *.jpg")
+            faults.append(f"{path}: no images here; name image files, folders of images or patterns such as *.jpg")
         found += matches
-    return found
+    if not found:
+        raise DataError("\n".join(faults))
+    return found, faults

@@ -129,10 +129,18 @@ def sync(path: Path) -> None:
 def text_encoding(path: Path) -> str:
     """Return the encoding of a text file by its byte-order mark: UTF-8 if it has none."""
     with path.open("rb") as file:
-        start = file.read(3)
+        return bytes_encoding(file.read(3))
+
+
+def bytes_encoding(start: bytes) -> str:
+    """Return the encoding of text by its byte-order mark: UTF-8 if it has none.
+
+    Args:
+        start: First bytes of the text, three or more.
+    """
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
-    return "utf-8-sig" if start == codecs.BOM_UTF8 else "utf-8"
+    return "utf-8-sig" if start.startswith(codecs.BOM_UTF8) else "utf-8"
 
 
 def make_writable(folder: Path) -> str:

@@ -21,7 +21,7 @@ def predict(
 ) -> None:
     """Print the most likely classes of each image with their probabilities.
 
-    A file that cannot be used is named, and the exit code is 1 in the end.
+    A file, folder or pattern that cannot be used is named, and the others are classified. The exit code is then 1.
 
     Example: vitrail predict runs/quickstart-finetune/model cat.jpg dog.png
 
@@ -30,9 +30,12 @@ def predict(
     from finetune.predict import find_images
     from finetune.predict import predict as classify
 
-    num_unusable = 0
     with report_errors():
-        for prediction in classify(folder, find_images(images), top_k):
+        files, faults = find_images(images)
+        num_unusable = len(faults)
+        for fault in faults:
+            print(fault, file=sys.stderr)
+        for prediction in classify(folder, files, top_k):
             if prediction.error:
                 num_unusable += 1
                 print(prediction.error, file=sys.stderr)

@@ -505,5 +505,25 @@ def test_predictions_go_on_after_a_file_that_is_no_image(tmp_path: Path, vitrail
     )
     found = vitrail("predict", folder, tmp_path / "photos" / "[.ac]*.png", tmp_path / "photos" / "deep" / "d.png")
     assert (found.code, len(found.out.splitlines())) == (0, 3)
-    nothing = vitrail("predict", folder, tmp_path / "photos" / "*.jpg")
-    assert (nothing.code, "*.jpg: no images here; name image files" in nothing.err) == (2, True)
+    nothing = vitrail("predict", folder, tmp_path / "photos" / "*.jpg", tmp_path / "gone.png")
+    assert (nothing.code, nothing.err.count(": no images here; name image files")) == (2, 2)
+    assert "*.jpg: no images here" in nothing.err
+
+
+def test_predictions_go_on_without_what_has_no_images(tmp_path: Path, vitrail: Vitrail) -> None:
+    folder = save_classifier(tiny_configs()["vit"], tmp_path / "model")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (40, 40), "red").save(photos / "a.png")
+    (photos / "more.zip").touch()
+    (photos / "dead.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    done = vitrail("predict", folder, tmp_path / "*.jpg", photos, tmp_path / "empty", tmp_path / "gone.png")
+    assert (done.code, done.out.partition(":")[0]) == (1, str(photos / "a.png"))
+    assert [line.partition(";")[0] for line in done.err.splitlines()] == [
+        f"{tmp_path}/*.jpg: no images here",
+        f"{photos}: 1 link that leads nowhere: dead.jpg",
+        f"{photos}: 1 archive whose images are not read: more.zip",
+        f"{tmp_path}/empty: no images here",
+        f"{tmp_path}/gone.png: no images here",
+    ]

@@ -32,8 +32,13 @@ def leave_out_empty_classes(training: Dataset, validation: Dataset | None) -> No
         DataError: If the validation data has samples of such a class, or no image of a folder's class can be used.
     """
     if isinstance(training, FolderDataset) and (unusable := training.unusable_classes()):
-        [line] = summarize(unusable, "class without a usable image", "classes without a usable image")
-        raise DataError(f"{training.folder}: {line}; repair the images, or move the folders of these classes away")
+        [line] = summarize([*unusable], "class without a usable image", "classes without a usable image")
+        fault = next((fault for fault in unusable.values() if fault), None)
+        reason = f" (the first fault: {fault.key}: {fault.reason})" if fault else ""
+        raise DataError(
+            f"{training.folder}: {line}{reason}; repair the images, convert them with `vitrail shards make "
+            f"{training.folder} OUT`, or move the folders of these classes away"
+        )
     empty = [name for name, share in zip(training.class_names, training.class_shares, strict=True) if not share]
     if not empty:
         return

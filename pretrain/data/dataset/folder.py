@@ -47,22 +47,30 @@ class FolderDataset(Dataset):
         digest = hashlib.sha256(json.dumps([self.class_names, content]).encode()).hexdigest()
         self.parts = [Part(digest, [len(source)])]
 
-    def unusable_classes(self) -> list[str]:
-        """Return the classes of which no image can be used. Of the others, a few images are read."""
+    def unusable_classes(self) -> dict[str, BadSampleError | None]:
+        """Return the classes of which no image can be used, each with the first fault, or None without images.
 
-        def is_usable(row: int) -> bool:
+        Of the other classes, a few images are read.
+        """
+
+        def fault_of(row: int) -> BadSampleError | None:
             try:
                 self.read(0, row)
-            except BadSampleError:
-                return False
-            return True
+            except BadSampleError as error:
+                return error
+            return None
 
-        def has_usable(label: int) -> bool:
-            return any(is_usable(row) for row in np.flatnonzero(self.source.labels == label).tolist())
+        def first_fault(label: int) -> tuple[bool, BadSampleError | None]:
+            first = None
+            for row in np.flatnonzero(self.source.labels == label).tolist():
+                if (fault := fault_of(row)) is None:
+                    return True, None
+                first = first or fault
+            return False, first
 
         with ThreadPoolExecutor() as pool:
-            usable = list(pool.map(has_usable, range(len(self.class_names))))
-        return [name for name, is_left in zip(self.class_names, usable, strict=True) if not is_left]
+            found = list(pool.map(first_fault, range(len(self.class_names))))
+        return {name: fault for name, (usable, fault) in zip(self.class_names, found, strict=True) if not usable}
 
     def fetch(self, shard: int, row: int) -> EncodedSample:
         image = self.source.image(row)

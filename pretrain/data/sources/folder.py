@@ -13,13 +13,19 @@ import numpy as np
 
 from pretrain.data.sources.source import Content, Integers, Source, SourceImage, summarize
 from pretrain.data.storage.index import NO_LABEL
+from pretrain.data.storage.tar_set import ARCHIVES
 from pretrain.data.transforms.decode import SUFFIXES, is_image
 from pretrain.errors import DataError
 
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".rar", ".7z")
 OF_A_MAC = "__MACOSX"  # what a Mac's zip holds beside the files: not a class
 TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = ("val", "valid", "validation", "dev", "test", "testing")  # the first that there is
+SPLITS_BELOW = (
+    "folder with splits of its own, whose validation images would be trained on; move train/ and val/ to the top, with "
+    "the classes inside, or give the path of the folder that holds them",
+    "folders with splits of their own, whose validation images would be trained on; move train/ and val/ to the top, "
+    "with the classes inside, or give the path of a folder that holds them",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def list_folder(
 
     A file is an image if its content is one, whatever its name. What is left out without harm is a note of the source;
     what would lose images is a problem, and all of them are found at once. If the subfolders are called `train` and
-    `val`, or similar, they are splits, and each has one subfolder per class.
+    `val`, or similar, they are splits, and each has one subfolder per class. Such subfolders further below are a
+    problem, and their images are not listed.
 
     Args:
         folder: Folder to list. Images at any depth below a class's subfolder belong to the class. A subfolder without
@@ -89,7 +96,7 @@ def list_folder(
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; name a folder, or `digits` for the built-in source")
-    scan, splits = _FolderScan(folder, progress), find_splits(folder) if may_have_splits else None
+    scan, splits = _FolderScan(folder, progress, may_have_splits), find_splits(folder) if may_have_splits else None
     add = scan.add_classes if labeled else scan.add_unlabeled
     if splits is None:
         return scan.source(add(""))
@@ -136,11 +143,13 @@ class _FolderScan:
     Args:
         folder: Folder to scan.
         progress: Function called with the number of files found since the last call.
+        may_have_splits: Whether subfolders with the names of splits are splits.
     """
 
-    def __init__(self, folder: Path, progress: Callable[[int], None]) -> None:
+    def __init__(self, folder: Path, progress: Callable[[int], None], may_have_splits: bool) -> None:
         self.folder = folder
         self.progress = progress
+        self.may_have_splits = may_have_splits
         self.names: list[str] = []
         self.labels: list[int] = []
         self.sizes: list[int] = []
@@ -149,6 +158,7 @@ class _FolderScan:
         self.outside: list[str] = []
         self.empty_classes: list[str] = []
         self.unknown_classes: list[str] = []
+        self.with_splits: list[str] = []
         self.hidden: list[str] = []
         self.not_images: list[str] = []
         self.archives: list[str] = []
@@ -188,9 +198,10 @@ class _FolderScan:
                 self.unknown_classes.append(name)
             elif self.add(name, len(found) if class_names is None else class_names.index(entry.name)):
                 found.append(entry.name)
-            else:
+            elif name not in self.with_splits:
                 self.empty_classes.append(name)
-        if not (found or self.empty_classes or self.unknown_classes or self.dangling or self.archives):
+        known = (self.empty_classes, self.unknown_classes, self.with_splits, self.dangling, self.archives)
+        if not (found or any(known)):
             lacking = "has no subfolders, so its images have no classes" if self.outside else "has no images"
             raise DataError(f"{top}: {lacking}; expected one subfolder per class, such as {top}/cat/1.jpg")
         return found if class_names is None else list(class_names)
@@ -203,7 +214,7 @@ class _FolderScan:
     def add(self, subfolder: str, label: int) -> int:
         """Add all images below a subfolder; return their number."""
         before = len(self.names)
-        for entry in self._files_below(str(self.folder / subfolder)):
+        for entry in self._files_below(str(self.folder / subfolder), takes_splits=not self.may_have_splits):
             if self._is_image(entry):
                 name = os.path.relpath(entry.path, self.folder)
                 self._name_key(name)
@@ -231,6 +242,7 @@ class _FolderScan:
                 *summarize(self.archives, "archive whose images are not read", "archives whose images are not read"),
                 *summarize(self.unprintable, "name with control characters", "names with control characters"),
                 *summarize(self.outside, "image outside of the classes", "images outside of the classes"),
+                *summarize(self.with_splits, *SPLITS_BELOW),
                 *summarize(self.empty_classes, "class without images", "classes without images"),
                 *summarize(
                     self.unknown_classes,
@@ -290,15 +302,23 @@ class _FolderScan:
                 else:
                     self.not_images.append(name)  # a device or a pipe
 
-    def _files_below(self, folder: str, parents: tuple[str, ...] = ()) -> "Iterator[os.DirEntry[str]]":
-        """Yield every file at any depth, following links."""
+    def _files_below(
+        self, folder: str, parents: tuple[str, ...] = (), *, takes_splits: bool = True
+    ) -> "Iterator[os.DirEntry[str]]":
+        """Yield every file at any depth, following links; of a folder with splits below the top only if told so."""
         real_path = os.path.realpath(folder)
         if real_path in parents:
             self.unreadable.append(f"{folder} (links to one of its parent folders)")
             return
-        for entry in self._entries(folder):
+        entries = list(self._entries(folder))
+        folders = {entry.name.lower() for entry in entries if entry.is_dir()}
+        is_below = folder != str(self.folder)
+        if is_below and not takes_splits and folders & {*TRAIN_NAMES} and folders & {*VALIDATION_NAMES}:
+            self.with_splits.append(os.path.relpath(folder, self.folder))
+            return
+        for entry in entries:
             if entry.is_dir():
-                yield from self._files_below(entry.path, (*parents, real_path))
+                yield from self._files_below(entry.path, (*parents, real_path), takes_splits=takes_splits)
             else:
                 yield entry
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.sources.folder import list_folder
 from pretrain.data.sources.source import Source
-from pretrain.data.sources.table import SUFFIXES, Columns, list_table
+from pretrain.data.sources.table import Columns, is_table, list_table
 from pretrain.data.sources.tar import list_tars
 from pretrain.data.storage.index import DATASET_FILE, DatasetInfo
 from pretrain.data.storage.remote import PIPE, FetchPolicy, expand_braces, is_remote
@@ -51,7 +51,7 @@ def list_source(
     folder = Path(path)
     if path == "digits" and not folder.exists():
         return list_digits()
-    if folder.suffix in SUFFIXES and not is_remote(path):
+    if is_table(folder) and not is_remote(path):
         return list_table(folder, options.columns, options.class_names, options.labeled, options.policy, progress)
     if path.startswith(PIPE):
         raise DataError(f"{path}: the output of a command has no random access; write it to a file first")

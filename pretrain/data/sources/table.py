@@ -1,5 +1,6 @@
 """A CSV or Parquet table as a source: each row has the path or URL of an image, its class and optional metadata."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def list_table(
     """List the rows of a table. Relative paths start at the table's folder.
 
     Args:
-        path: Path of a .csv, .tsv (both with a header line) or .parquet file.
+        path: Path of a .csv, .tsv (both with a header line) or .parquet file; upper case is possible.
         columns: Columns of the images and labels.
         class_names: Names of the classes in the order of the labels. None takes the sorted names from a column of text,
             or uses the numbers of a column of numbers.
@@ -77,7 +78,7 @@ def list_table(
     Raises:
         DataError: If the table has no rows, or the image column holds neither paths nor URLs.
     """
-    table = _read(path)
+    table = _read(path, columns)
     if not table.num_rows:
         raise DataError(f"{path}: has no rows; check that this is the right table")
     image_column = _column(path, table, columns.image, IMAGE_COLUMNS, "--image-column")
@@ -119,21 +120,30 @@ def list_table(
     )
 
 
-def _read(path: Path) -> "Table":
+def is_table(path: Path) -> bool:
+    """Return whether a file is a table by its name."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def _read(path: Path, columns: Columns) -> "Table":
     """Read a table. pyarrow is imported here because most sources do not need it."""
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path) if path.suffix == ".parquet" else _read_csv(path)
+        return parquet.read_table(path) if path.suffix.lower() == ".parquet" else _read_csv(path, columns)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; check the path") from None
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable table ({error}); save it again as .csv, .tsv or .parquet") from None
 
 
-def _read_csv(path: Path) -> "Table":
-    """Read a .csv or .tsv file. Codes such as 01 stay text, and an empty field is a missing value."""
+def _read_csv(path: Path, columns: Columns) -> "Table":
+    """Read a .csv or .tsv file. An empty field is a missing value.
+
+    Images and labels are the text of the file, such as true, 1.0 or 12:30. Labels become numbers only if all are whole
+    numbers. Codes such as 01 stay text in all columns.
+    """
     import pyarrow as pa
     from pyarrow import csv
 
@@ -141,11 +151,18 @@ def _read_csv(path: Path) -> "Table":
         return csv.read_csv(
             path,
             csv.ReadOptions(encoding=text_encoding(path)),
-            csv.ParseOptions(delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True),
+            csv.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True),
             csv.ConvertOptions(null_values=[""], strings_can_be_null=True, **options),
         )
 
-    table = read()
+    image_columns = [columns.image] if columns.image else IMAGE_COLUMNS
+    label_columns = [columns.label] if columns.label else LABEL_COLUMNS
+    table = read(column_types=dict.fromkeys([*image_columns, *label_columns], pa.string()))
+    for name in set(label_columns).intersection(table.column_names).difference(image_columns):
+        with contextlib.suppress(pa.ArrowInvalid):  # not all are numbers
+            labels = table.column(name).cast(pa.int64())
+            if labels.cast(pa.string()).equals(table.column(name)):
+                table = table.set_column(table.column_names.index(name), name, labels)
     numbers = [field.name for field in table.schema if pa.types.is_integer(field.type)]
     if numbers:
         texts = read(include_columns=numbers, column_types=dict.fromkeys(numbers, pa.string()))

@@ -9,11 +9,11 @@ from pathlib import Path
 from pretrain.data.sources.source import summarize
 from pretrain.data.storage.index import DATASET_FILE
 from pretrain.data.storage.remote import expand_braces, is_remote
-from pretrain.data.transforms.decode import SUFFIXES
+from pretrain.data.transforms.decode import SUFFIXES, is_image
 from pretrain.errors import DataError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-LOST = (*SUFFIXES, *COMPRESSED, ".zip")  # ends of the names of files that no one sees if only the tars are read
+ARCHIVES = (".tar", *COMPRESSED, ".zip", ".rar", ".7z")
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,23 @@ def describe_beside(folder: Path) -> list[str]:
     """
     found = []
     for path in sorted(folder.iterdir()):
-        files = (name for _, _, names in os.walk(path) for name in names) if path.is_dir() else iter([path.name])
-        kinds = (*LOST, ".tar") if path.is_dir() else LOST
-        if not path.name.startswith(".") and any(name.lower().endswith(kinds) for name in files):
+        if path.name.startswith(".") or (is_tar(path.name) and not path.is_dir()):
+            continue
+        files = (Path(place, name) for place, _, names in os.walk(path) for name in names)
+        if any(map(_is_lost, files if path.is_dir() else [path])):
             found.append(path.name + "/" * path.is_dir())
     return summarize(found, "image, archive or folder beside the tars", "images, archives or folders beside the tars")
+
+
+def _is_lost(path: Path) -> bool:
+    """Return whether a file that is not read contains images: it is an image by its name or content, or an archive.
+
+    A file that cannot be read counts as one, because it may be an image.
+    """
+    try:
+        return path.name.lower().endswith((*SUFFIXES, *ARCHIVES)) or (path.is_file() and is_image(path))
+    except OSError:
+        return True
 
 
 def local_tar_sets(path: str) -> list[TarSet]:

@@ -9,7 +9,7 @@ from typing import Any
 from pretrain.data.storage.archive import Member, TarReader
 from pretrain.data.transforms.decode import SUFFIXES
 from pretrain.errors import DataError
-from pretrain.files import text_encoding
+from pretrain.files import bytes_encoding, text_encoding
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 OTHER_IMAGE_EXTENSIONS = tuple(sorted({suffix[1:] for suffix in SUFFIXES}.difference(IMAGE_EXTENSIONS)))
@@ -89,7 +89,7 @@ def label_of(tar: str, key: str, cls: Member | None, metadata: dict[str, Any], l
     Raises:
         DataError: If the sample has no label, or it is not a whole number from 0.
     """
-    value = cls.data.decode(errors="replace") if cls else metadata.get(label_key)
+    value = cls.data.decode(bytes_encoding(cls.data), errors="replace") if cls else metadata.get(label_key)
     try:
         label = int(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

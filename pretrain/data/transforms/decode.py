@@ -3,7 +3,8 @@
 libjpeg-turbo (simplejpeg) decodes JPEG, Pillow everything else. The orientation in EXIF or XMP is applied, transparency
 is blended with white (as in transformers 5), and Pillow converts the other modes. Values of 16 bits that Pillow, and
 with it any exported processor, would turn white (grayscale) or nearly black (color of fewer bits in 16-bit values) are
-refused. `vitrail shards make` scales them to 8 bits.
+refused. `vitrail shards make` scales them to 8 bits, except CMYK, color with premultiplied transparency or in separate
+planes, and grayscale whose 0 is white.
 
 What is broken beside good pixels is ignored: oversized text or color profiles of a PNG, unreadable EXIF, stray bytes
 before a JPEG's end. That the bytes are those that were once stored is proven by their checksum, not here.
@@ -14,7 +15,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +46,12 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # what the pixels and their orientation need
 ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of text chunks
 MAX_TEXT_BYTES = 1 << 19
-DEEP_COLOR = ("RGB;16", "RGBA;16")  # how Pillow names color of 16-bit values
+# How Pillow names color of 16-bit values: what can be scaled, and what is refused unless it uses all 16 bits.
+DEEP_COLOR = ("RGB;16", "RGBA;16", "RGBX;16")
+DEEP_GRAY_ALPHA = "LA;16B"
+DEEP_OTHERS = {"CMYK;16": "CMYK", "RGBa;16": "color with premultiplied transparency"}
+BITS, PHOTOMETRIC, PLANES = 258, 262, 284  # TIFF tags
+WHITE_IS_ZERO, SEPARATE_PLANES = 0, 2
 # libjpeg's warnings about bytes that belong to nothing, and about a color profile that nobody needs
 STRAY_BYTES, BAD_PROFILE = "extraneous bytes before marker", "bad ICC marker"
 JPEG_XL = (b"\xff\n", b"\0\0\0\x0cJXL \r\n\x87\n")
@@ -149,9 +155,14 @@ def is_image(path: Path) -> bool:
 
 
 def scale_grayscale(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grayscale to 8 bits, from the bits that its values use; return other images unchanged."""
+    """Scale 16-bit grayscale to 8 bits, from the bits that its values use; return other images unchanged.
+
+    Raises:
+        DecodeError: If 0 is white.
+    """
     if not image.mode.startswith("I;16"):
         return image
+    _check_zero_is_black(image)
     return Image.fromarray(_scale_to_bytes(np.asarray(_upright(image)).astype(np.uint16)))
 
 
@@ -260,26 +271,70 @@ def _open(data: bytes) -> tuple[Image.Image, Values | None]:
         uses all 16 bits, Pillow takes the upper 8, so it has no such values.
 
     Raises:
-        DecodeError: If the image has too many pixels.
+        DecodeError: If the image has too many pixels, or 16-bit values that cannot be scaled.
     """
     data = _without_extra_chunks(data)
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     _check_size(image.width, image.height)
     raw_mode = str(_raw_mode(image))
     image.load()
+    _check_zero_is_black(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         return image, np.asarray(_upright(image)).astype(np.uint16)
-    if not raw_mode.startswith(DEEP_COLOR):
+    if _has_deep_planes(image):
+        # Pillow reads the upper bytes of compressed planes, and wrong values of others.
+        if raw_mode.startswith(DEEP_COLOR) and _uses_upper_bits(np.asarray(image)):
+            return image, None
+        raise DecodeError("16-bit color in separate planes, which Pillow cannot read; convert it to 8 bits per channel")
+    if raw_mode == DEEP_GRAY_ALPHA:
+        # The four bytes of a pixel, upper before lower, as if they were four values.
+        pixels = np.asarray(_upright(_read_as(data, "RGBA"))).astype(np.uint16)
+        values = (pixels[..., ::2] << np.uint16(8) | pixels[..., 1::2])[..., [0, 0, 0, 1]]
+        return image, values if values.any() and bits_used(values) < 16 else None
+    if raw_mode.startswith(tuple(DEEP_OTHERS)):
+        values = _read_values(data, raw_mode.replace("a", "A"))  # the values as they are stored
+        if values.any() and (bits := bits_used(values.reshape(1, -1))) < 16:
+            kind = next(kind for mode, kind in DEEP_OTHERS.items() if raw_mode.startswith(mode))
+            raise DecodeError(f"16-bit {kind} that uses only {bits} bits; convert it to 8 bits per channel")
+    if not raw_mode.startswith(DEEP_COLOR) or _uses_upper_bits(np.asarray(image)):
         return image, None
-    upper = np.asarray(_upright(image)).astype(np.uint16) << np.uint16(8)
-    if bits_used(upper) == 16:
-        return image, None
-    again: Any = Image.open(io.BytesIO(data), formats=FORMATS)
-    # Pillow reads one byte of each value: the lower one, if it takes the values to be in the other byte order.
+    values = _read_values(data, raw_mode)
+    return image, values if values.any() and bits_used(values) < 16 else None
+
+
+def _uses_upper_bits(upper: ImageArray) -> bool:
+    """Return whether 16-bit color uses all 16 bits, from the upper bytes of its values [H, W, C]."""
+    return bits_used(upper.astype(np.uint16) << np.uint16(8)) == 16
+
+
+def _read_values(data: bytes, raw_mode: str) -> Values:
+    """Return the upright 16-bit values [H, W, C] of an image.
+
+    Pillow reads one byte of each value: the lower one, if it takes the values to be in the other byte order.
+    """
     swapped = raw_mode[:-1] + ("L" if raw_mode.endswith("B") else "B")
-    again.tile = [tile._replace(args=_with_raw_mode(tile.args, swapped)) for tile in again.tile]
-    values = upper | np.asarray(_upright(again))
-    return image, values if values.any() else None
+    upper, lower = (np.asarray(_upright(_read_as(data, mode))).astype(np.uint16) for mode in (raw_mode, swapped))
+    return upper << np.uint16(8) | lower
+
+
+def _read_as(data: bytes, raw_mode: str) -> Image.Image:
+    """Open an image as if its file stored the values of pixels in another way."""
+    image: Any = Image.open(io.BytesIO(data), formats=FORMATS)
+    image.tile = [tile._replace(args=_with_raw_mode(tile.args, raw_mode)) for tile in image.tile]
+    return cast("Image.Image", image)
+
+
+def _has_deep_planes(image: Any) -> bool:
+    """Return whether an image is a TIFF that stores more than 8 bits of each channel, one channel after the other."""
+    if image.format != "TIFF" or image.tag_v2.get(PLANES) != SEPARATE_PLANES or len(image.getbands()) == 1:
+        return False
+    return bool(max(image.tag_v2.get(BITS, (8,))) > 8)
+
+
+def _check_zero_is_black(image: Any) -> None:
+    """Raise a DecodeError for 16-bit grayscale whose 0 is white, which Pillow does not invert."""
+    if image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        raise DecodeError("16-bit grayscale whose 0 is white; convert it to 8 bits, or invert it")
 
 
 def _scale_to_bytes(values: Values) -> ImageArray:

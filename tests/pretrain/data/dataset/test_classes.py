@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,9 +63,12 @@ def test_a_class_of_a_folder_without_a_usable_image_is_refused(tmp_path: Path) -
         Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
     leave_out_empty_classes(open_dataset(tmp_path), None)
     (tmp_path / "bee" / "1.png").unlink()
-    with pytest.raises(
-        DataError, match=rf"{tmp_path}: 1 class without a usable image: bee; repair the images, or move"
-    ):
+    message = rf"{tmp_path}: 1 class without a usable image: bee \(the first fault: bee/0.jpg: .*\); repair the images,"
+    with pytest.raises(DataError, match=message):
+        leave_out_empty_classes(open_dataset(tmp_path), None)
+    Image.fromarray(np.full((4, 4), 900, np.uint16)).save(tmp_path / "bee" / "0.png")
+    (tmp_path / "bee" / "0.jpg").unlink()
+    with pytest.raises(DataError, match=r"bee/0.png: no usable image: 16-bit grayscale.*`vitrail shards make .* OUT`"):
         leave_out_empty_classes(open_dataset(tmp_path), None)
 
 

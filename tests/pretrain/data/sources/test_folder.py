@@ -267,6 +267,29 @@ def test_splits_of_a_folder_are_kept(animals: Path, tmp_path: Path) -> None:
     assert (len(copied), int(copied.held_out.sum())) == (9, 3)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("labeled", [True, False])
+def test_splits_below_the_top_are_a_problem(animals: Path, tmp_path: Path, labeled: bool) -> None:
+    """Their validation images would be trained on. A class of trains may have one of the names."""
+    for name in ("train", "Test"):
+        (animals / "cat" / name).mkdir()
+        Image.new("RGB", (16, 16)).save(animals / "cat" / name / "0.png")
+        if name == "train":
+            assert (len(list_folder(animals, labeled)), list_folder(animals, labeled).problems) == (7, [])
+    source = list_folder(animals, labeled)
+    [problem] = source.problems
+    assert problem.startswith("1 folder with splits of its own, whose validation images would be trained on; move ")
+    assert problem.endswith(": cat")
+    assert (len(source), source.class_names) == (3, ["dog"] if labeled else [])
+    with pytest.raises(DataError, match="1 folder with splits of its own"):
+        open_dataset(animals, labeled=labeled)
+    assert list_folder(animals, labeled=False, may_have_splits=False).problems == []
+
+    (tmp_path / "data").mkdir()
+    shutil.copytree(animals / "dog", tmp_path / "data" / "photos" / "train" / "dog")
+    shutil.copytree(animals / "dog", tmp_path / "data" / "photos" / "val" / "dog")
+    assert [line.rpartition(": ")[2] for line in list_folder(tmp_path / "data", labeled).problems] == ["photos"]
+
+
 def test_a_flat_folder_needs_no_classes_where_no_labels_are_used(animals: Path) -> None:
     dataset = open_dataset(animals / "cat", labeled=False)
     assert (sum(dataset.shard_sizes), dataset.class_names) == (3, [])

@@ -1,5 +1,6 @@
 """Tables of images: rows become samples, and no row is lost silently."""
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ from PIL import Image
 from pyarrow import csv, parquet
 
 from benchmarks.unreliable_server import UnreliableServer, serve
+from pretrain.data.sources.open import SourceOptions, list_source
 from pretrain.data.sources.source import Source
 from pretrain.data.sources.table import Columns, list_table
 from pretrain.data.storage.index import NO_LABEL
@@ -77,6 +79,36 @@ def test_codes_with_leading_zeros_are_names(images: Path) -> None:
     (images / "t.csv").write_text("path,label\nin/0.png,1\nin/1.png,2\n")
     source = listed(images / "t.csv")
     assert (source.class_names, source.labels.tolist()) == (["0", "1", "2"], [1, 2])
+
+
+LABELS = [
+    ("true", "false"),
+    ("2024-01-02", "2024-01-03"),
+    ("1.0", "2.50"),
+    ("1e5", "1e6"),
+    ("12:30", "13:00"),
+    ("nan", "1"),
+]
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=str)
+def test_labels_are_the_text_of_the_file(images: Path, labels: tuple[str, str]) -> None:
+    (images / "L.CSV").write_text("path,kind\n" + "".join(f"in/{i}.png,{label}\n" for i, label in enumerate(labels)))
+    source = list_source(str(images / "L.CSV"), SourceOptions(columns=Columns(label="kind")))
+    assert source.class_names == sorted(labels)
+    assert [source.class_names[label] for label in source.labels] == [*labels]
+
+
+def test_names_of_images_are_the_text_of_the_file(images: Path) -> None:
+    for name in ("1.0", "7"):
+        shutil.copy(images / "in" / "0.png", images / name)
+    (images / "T.TSV").write_text("path\tlabel\n1.0\t0\n7\t1\n")
+    source = listed(images / "T.TSV")
+    assert (list(source.names), source.problems) == (["1.0", "7"], [])
+    assert source.labels.tolist() == [0, 1]
+    padding = "x" * (1 << 20)  # so that the last row is in another block, which pyarrow reads after it has chosen types
+    (images / "t.csv").write_text(f"path,label,note\n7,1,{padding}\n7,1,{padding}\n1.0,owl,\n")
+    assert listed(images / "t.csv").class_names == ["1", "owl"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -150,6 +150,13 @@ def test_what_is_beside_tars_is_said_or_a_problem(tmp_path: Path, foreign: Path)
         f"1 sample or tar that cannot be used: {foreign}/gone.tar: cannot be read: No such file or directory",
         "1 image, archive or folder beside the tars: cat/",
     ]
+    (foreign / "cat" / "0.jpg").rename(foreign / "cat" / "0.dat")
+    (foreign / "x.dat").write_bytes(jpeg(1))
+    for name in ("more.7z", "more.rar", "more.ZIP", "notes.txt"):
+        (foreign / name).write_text(name)
+    assert list_source(str(foreign)).problems[1] == (
+        "5 images, archives or folders beside the tars: cat/, more.7z, more.ZIP, more.rar, x.dat"
+    )
     (foreign / "dataset.json").touch()
     with pytest.raises(DataError, match=r"dataset.json: damaged"):
         list_source(str(foreign))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.storage.archive import TarReader
-from pretrain.data.storage.webdataset import name_classes, read_class_names, samples_of
+from pretrain.data.storage.archive import Member, TarReader
+from pretrain.data.storage.webdataset import label_of, name_classes, read_class_names, samples_of
 from pretrain.errors import DataError
 
 
@@ -39,3 +39,9 @@ def test_class_names_are_the_lines_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\n")
     with pytest.raises(DataError, match=r"names\.txt: has no class names; write one per line"):
         read_class_names(tmp_path / "names.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_label_may_have_a_byte_order_mark(encoding: str) -> None:
+    cls = Member("0.cls", True, False, 0, 512, 8, "7\n".encode(encoding))
+    assert label_of("a.tar", "0", cls, {}, "label") == 7

@@ -1,6 +1,7 @@
 """Decoding gives Pillow's pixels for every format, and refuses damaged or hostile files."""
 
 import io
+import itertools
 import struct
 import zlib
 from pathlib import Path
@@ -23,6 +24,7 @@ from pretrain.data.transforms.decode import (
     decode,
     decode_unless_jpeg,
     is_image,
+    scale_grayscale,
 )
 
 Deep = npt.NDArray[np.uint16]
@@ -180,30 +182,53 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 
 def deep_png(values: Deep) -> bytes:
-    """Encode 16-bit values [H, W, 3 or 4] as a PNG, which Pillow cannot."""
+    """Encode 16-bit values [H, W, 2 to 4] as a PNG, which Pillow cannot."""
     height, width, channels = values.shape
-    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
-def deep_tiff(values: Deep, order: str) -> bytes:
-    """Encode 16-bit values [H, W, 3] as a TIFF of a byte order, which Pillow cannot."""
+def deep_tiff(
+    values: Deep,
+    order: str,
+    photometric: int = 2,
+    extra_samples: int | None = None,
+    *,
+    is_packed: bool = False,
+    has_planes: bool = False,
+) -> bytes:
+    """Encode 16-bit values [H, W, C] as a TIFF of a byte order, which Pillow cannot."""
     height, width, channels = values.shape
-    pixels = values.astype(f"{order}u2").tobytes()
-    offset = 8 + 2 + 9 * 12 + 4  # of what follows the header: the bits of each channel, then the pixels
-    fields = [(256, 3, width), (257, 3, height), (258, offset, channels), (259, 3, 1), (262, 3, 2)]
-    fields += [(273, 4, offset + 2 * channels), (277, 3, channels), (278, 3, height), (279, 4, len(pixels))]
-    entries = [
-        struct.pack(f"{order}HHII", tag, 3, value, kind)
-        if tag == 258
-        else struct.pack(f"{order}HHIHH" if kind == 3 else f"{order}HHII", tag, kind, 1, value, *[0] * (kind == 3))
-        for tag, kind, value in fields
-    ]
-    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(fields))
-    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
-    return start + b"".join(entries) + struct.pack(f"{order}I", 0) + bits + pixels
+    planes = [values[..., channel] for channel in range(channels)] if has_planes else [values]
+    strips = [plane.astype(f"{order}u2").tobytes() for plane in planes]
+    strips = [zlib.compress(strip) for strip in strips] if is_packed else strips
+    fields = {
+        256: ("H", [width]),
+        257: ("H", [height]),
+        258: ("H", [16] * channels),
+        259: ("H", [8 if is_packed else 1]),
+        262: ("H", [photometric]),
+        273: ("I", [0] * len(strips)),  # offsets, which are known below
+        277: ("H", [channels]),
+        278: ("H", [height]),
+        279: ("I", [len(strip) for strip in strips]),
+        284: ("H", [2 if has_planes else 1]),
+    }
+    if extra_samples is not None:
+        fields[338] = ("H", [extra_samples])
+    place = 8 + 2 + 12 * len(fields) + 4  # of the lists that do not fit into the fields, after which the strips follow
+    start = place + sum(size for kind, items in fields.values() if (size := struct.calcsize(kind) * len(items)) > 4)
+    fields[273] = ("I", [start + sum(map(len, strips[:number])) for number in range(len(strips))])
+    entries, lists = b"", b""
+    for tag, (kind, items) in fields.items():
+        packed = struct.pack(f"{order}{len(items)}{kind}", *items)
+        inline = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack(f"{order}I", place + len(lists))
+        entries += struct.pack(f"{order}HHI", tag, {"H": 3, "I": 4}[kind], len(items)) + inline
+        lists += packed if len(packed) > 4 else b""
+    header = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(fields))
+    return header + entries + bytes(4) + lists + b"".join(strips)
 
 
 @settings(max_examples=25, deadline=None)
@@ -231,6 +256,65 @@ def test_transparency_of_16_bits_is_scaled_by_itself() -> None:
     values[0, 0] = (4095, 0, 0, 32768)
     assert decode(deep_png(values), scales=True)[0].tolist() == [[255, 127, 127], [255, 255, 255]]
     assert decode(deep_png(np.zeros((2, 2, 3), np.uint16))).tolist() == np.zeros((2, 2, 3)).tolist()
+
+
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_gray_with_transparency_of_16_bits_is_scaled(bits: int) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << bits, (5, 7, 2)).astype(np.uint16)
+    values[0, 0], values[..., 1] = (1 << bits) - 1, 65535
+    expected = np.repeat(values[..., :1] >> (bits - 8), 3, axis=2)
+    assert np.array_equal(decode(deep_png(values), scales=True), expected)
+    if bits < 16:
+        with pytest.raises(DeepImageError, match=f"color of {bits} bits"):
+            decode(deep_png(values))
+    else:
+        assert np.array_equal(decode(deep_png(values)), expected)
+    assert decode(deep_png(np.full((2, 2, 2), [4095, 32768], np.uint16)), scales=True)[0, 0].tolist() == [255] * 3
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_other_color_of_16_bits_is_scaled_or_refused(order: str, is_packed: bool) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (3, 4, 4)).astype(np.uint16)
+    values[0, 0] = 4095
+    ignored = deep_tiff(values, order, extra_samples=0, is_packed=is_packed)
+    assert np.array_equal(decode(ignored, scales=True), values[..., :3] >> 4)
+    with pytest.raises(DeepImageError, match="color of 12 bits"):
+        decode(ignored)
+    for kind, tags in (("color with premultiplied transparency", (2, 1)), ("CMYK", (5, None))):
+        message = f"16-bit {kind} that uses only 12 bits; convert it to 8 bits"
+        for scales in (False, True):
+            with pytest.raises(DecodeError, match=message):
+                decode(deep_tiff(values, order, *tags, is_packed=is_packed), scales=scales)
+            assert decode(deep_tiff(values << 4, order, *tags, is_packed=is_packed), scales=scales).shape == (3, 4, 3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("channels", "photometric", "extra"), [(3, 2, None), (4, 2, 0), (4, 2, 1), (4, 5, None)])
+def test_planes_of_16_bits_are_right_or_refused(order: str, channels: int, photometric: int, extra: int | None) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << 16, (3, 4, channels)).astype(np.uint16)
+    values[0, 0] = 65535
+    for is_packed, bits in itertools.product((False, True), (12, 16)):
+        data = deep_tiff(values >> (16 - bits), order, photometric, extra, is_packed=is_packed, has_planes=True)
+        if is_packed and bits == 16 and photometric == 2 and extra != 1:
+            assert np.array_equal(decode(data), values[..., :3] >> 8)
+            continue
+        for scales in (False, True):
+            with pytest.raises(DecodeError):
+                decode(data, scales=scales)
+
+
+def test_deep_grayscale_whose_zero_is_white_is_refused() -> None:
+    image = Image.fromarray(np.full((4, 5), 60_000, np.uint16))
+    data = bytearray(encoded(image, "TIFF"))
+    place = data.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    assert data[place] == 1
+    data[place] = 0
+    for scales in (False, True):
+        with pytest.raises(DecodeError, match="16-bit grayscale whose 0 is white; convert it to 8 bits"):
+            decode(bytes(data), scales=scales)
+    with pytest.raises(DecodeError, match="16-bit grayscale whose 0 is white"):
+        scale_grayscale(Image.open(io.BytesIO(bytes(data))))
 
 
 def test_a_gray_map_of_16_bits_is_scaled() -> None:
