@@ -28,7 +28,7 @@ from pretrain.environment import check_environment
 from pretrain.errors import DataError, UserError
 from pretrain.files import make_writable
 from pretrain.heartbeat.watch import Watch
-from pretrain.hub import find_model
+from pretrain.hub import MODEL_FOLDER, find_model
 from pretrain.indexing import index_new_tars
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import apply_layer_decay
@@ -40,7 +40,6 @@ from pretrain.tracking.tracker import RunDescription, Tracker
 PLUGINS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 WRAPPERS = {f"ACCELERATE_USE_{plugin}" for plugin in PLUGINS}
 HARMLESS = {"ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}
-MODEL_FOLDER = "model"
 PRETRAINING_FOLDER = "checkpoints"  # only a pretraining run has this folder
 
 

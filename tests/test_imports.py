@@ -143,6 +143,7 @@ MAY_IMPORT = {
         "pretrain.distributed",
         "pretrain.errors",
         "pretrain.export",
+        "pretrain.hub",
         "pretrain.model",
     },
 }
