@@ -11,12 +11,13 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from finetune.folder import LOADING, PROCESSOR_FILE, ModelError, check_folder, errors_of_transformers, first_sentence
+from finetune.folder import LOADING, ModelError, check_folder, errors_of_transformers, first_sentence
 from pretrain.config import AugmentConfig
 from pretrain.data.transforms.batch import Batch, augment
 from pretrain.data.transforms.color import Channels
 from pretrain.data.transforms.decode import ImageArray
 from pretrain.data.transforms.views import TrainView
+from pretrain.hub import PROCESSOR_FILE
 
 # Imported once by the server of the data workers, instead of by each worker that unpickles a `Preprocessor`.
 WORKER_MODULES = ("finetune.preprocessor", "transformers.image_processing_backends")
