@@ -213,7 +213,8 @@ def keep_best(run: FinetuneRun, evaluation: Evaluation, epoch: int, best: Best |
 
     def save_on_main() -> None:
         if distributed.is_main():
-            save_folder(run.classifier, run.preprocessor, model_card(run, evaluation, epoch), run.model_folder)
+            card = model_card(run.config, run.classifier.config.model_type, run.training, evaluation, epoch)
+            save_folder(run.classifier, run.preprocessor, card, run.model_folder)
 
     distributed.on_all_ranks(save_on_main)
     return Best(evaluation.top1, epoch)
