@@ -52,6 +52,7 @@ MAY_IMPORT = {
     "pretrain.indexing": LEAVES | {"pretrain.data", "pretrain.distributed", "pretrain.tracking"},
     "pretrain.run_folder": LEAVES | {"pretrain.checkpoint", "pretrain.distributed", "pretrain.heartbeat"},
     "pretrain.environment": {"pretrain.errors"},
+    "pretrain.machine": {"pretrain.data", "pretrain.distributed"},
     "pretrain.run": LEAVES
     | {
         "pretrain.engine",
@@ -65,6 +66,7 @@ MAY_IMPORT = {
         "pretrain.tracking",
         "pretrain.distributed",
         "pretrain.indexing",
+        "pretrain.machine",
         "pretrain.run_folder",
         "pretrain.state",
     },
@@ -127,6 +129,7 @@ MAY_IMPORT = {
         "pretrain.hub",
         "pretrain.indexing",
         "pretrain.interval",
+        "pretrain.machine",
         "pretrain.optimizers",
         "pretrain.run_folder",
         "pretrain.schedules",
