@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.folder import LOADING, ModelError, check_folder, errors_of_transformers, first_sentence
 from finetune.preprocessor import Preprocessor
@@ -111,6 +111,35 @@ def check_input(model: Any, preprocessor: Preprocessor) -> None:
             f"{preprocessor.file.parent}: the model's output for a gray image is not finite; download or export the "
             "folder again"
         )
+
+
+class FeatureExtractor(nn.Module):
+    """The backbone of a Hugging Face folder: it returns what the folder's classification head is given, or would be.
+
+    That is the CLS token after the last LayerNorm for ViT and DeiT, CLS token and mean of the patches for DINOv2, and
+    the mean over all positions for networks without a CLS token, such as ResNet and Swin.
+
+    Args:
+        folder: Hugging Face folder of any architecture that can be fine-tuned, with or without a trained head.
+        preprocessor: Preprocessing of the folder.
+
+    Raises:
+        ModelError: If the folder has no usable backbone, or the backbone cannot use the preprocessor's images.
+    """
+
+    def __init__(self, folder: Path, preprocessor: Preprocessor) -> None:
+        super().__init__()
+        self.model: Any = new_classifier(folder, ["unused"], from_scratch=False, freeze_backbone=True)
+        check_input(self.model, preprocessor)
+        head = {name.rpartition(".")[0] for name, value in self.model.named_parameters() if value.requires_grad}
+        for name in head:
+            self.model.set_submodule(name, nn.Identity())
+        self.requires_grad_(True)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the features [B, D] of normalized pixels [B, 3, H, W]."""
+        features: Tensor = self.model(pixel_values=pixels).logits
+        return features
 
 
 def save_folder(model: Any, preprocessor: Preprocessor, card: str, out: Path) -> None:

@@ -1,8 +1,9 @@
 """The model card of a fine-tuned model. A test runs its code."""
 
+from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
-from finetune.run import FinetuneRun
 from pretrain.card import USAGE_OF_CLASSIFIER, class_list, config_json, data_names, front_matter, versions
+from pretrain.data.dataset.dataset import Dataset
 from pretrain.tracking.tracker import git_commit
 
 CARD = """{front_matter}
@@ -45,15 +46,16 @@ Paths and URLs are left out.
 """
 
 
-def model_card(run: FinetuneRun, evaluation: Evaluation, epoch: int) -> str:
+def model_card(config: FinetuneConfig, model_type: str, training: Dataset, evaluation: Evaluation, epoch: int) -> str:
     """Return the README.md of a fine-tuned model.
 
     Args:
-        run: Fine-tuning run.
+        config: Resolved run configuration.
+        model_type: Architecture of the model, as transformers names it.
+        training: Training data.
         evaluation: Result of the saved model.
         epoch: Epoch after which the model was saved.
     """
-    config, model_type = run.config, run.classifier.config.model_type
     validation = data_names(config.data.validation)
     return CARD.format(
         front_matter=front_matter(
@@ -63,8 +65,8 @@ def model_card(run: FinetuneRun, evaluation: Evaluation, epoch: int) -> str:
         origin="architecture, but not the weights, of" if config.from_scratch else "backbone of",
         model=config.model.name,
         model_type=model_type,
-        num_images=run.num_samples,
-        classes=class_list(run.training.class_names),
+        num_images=sum(training.shard_sizes),
+        classes=class_list(training.class_names),
         usage=USAGE_OF_CLASSIFIER,
         validation=validation,
         num_validation=evaluation.num_samples,
@@ -73,7 +75,7 @@ def model_card(run: FinetuneRun, evaluation: Evaluation, epoch: int) -> str:
         epoch=epoch,
         epochs=config.schedule.epochs,
         data=data_names(config.data.train),
-        digest=run.training.digest,
+        digest=training.digest,
         commit=git_commit(),
         versions=versions(),
         config=config_json(config),

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from pretrain import distributed
+from pretrain.config.data import BATCHES_AHEAD
 from pretrain.data.dataset.dataset import Dataset
-from pretrain.data.loading.loader import BATCHES_AHEAD, BadSample, evaluation_batches
+from pretrain.data.loading.loader import BadSample, evaluation_batches
 from pretrain.data.loading.quarantine import Quarantine
 from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.views import View

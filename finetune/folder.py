@@ -1,25 +1,22 @@
 """What is checked in a Hugging Face folder before transformers loads it, and how its errors are reported."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
 from pretrain.errors import UserError, first_line
+from pretrain.hub import CONFIG_FILE, PROCESSOR_FILE, read_settings
 
 transformers.utils.logging.set_verbosity_error()  # its load report is checked here, and errors are raised
 transformers.utils.logging.disable_progress_bar()
 if not torch.cuda.is_available():
     # Saving a model imports deepspeed, which otherwise looks for an accelerator and prints a warning.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-PROCESSOR_FILE = "preprocessor_config.json"
 
 # Never ask the Hub, and never run or ask to run code of the folder's own.
 LOADING = {"local_files_only": True, "trust_remote_code": False}
@@ -34,14 +31,15 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ModelError: If it is not.
+        UserError: If one of its files is damaged.
     """
-    config_file = folder / "config.json"
+    config_file, processor_file = folder / CONFIG_FILE, folder / PROCESSOR_FILE
     if not config_file.exists():
         raise ModelError(
             f"{folder}: not a Hugging Face folder (config.json is missing); create one with `vitrail export`"
         )
-    content = _read_json(config_file)
-    for file, settings in ((config_file, content), (folder / PROCESSOR_FILE, _read_json(folder / PROCESSOR_FILE))):
+    content = read_settings(config_file)
+    for file, settings in ((config_file, content), (processor_file, read_settings(processor_file))):
         if "auto_map" in settings:
             raise ModelError(
                 f"{file}: this folder needs code of its own (auto_map), which is never run; "
@@ -79,20 +77,3 @@ def errors_of_transformers(folder: Path) -> Iterator[None]:
 def first_sentence(error: Exception) -> str:
     """Return the first sentence of an error's message."""
     return first_line(error).partition(". ")[0].rstrip(" .:;")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if there is no such file.
-
-    Raises:
-        ModelError: If the file cannot be read.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: cannot be read: {first_line(error)}; export or download the folder again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: is not a JSON object; export or download the folder again")
-    return content

@@ -41,7 +41,8 @@ class Classifier:
     """A fine-tuned model with its preprocessing.
 
     Args:
-        folder: Hugging Face folder with a trained classification head, or the id of a Hub model in the local cache.
+        folder: Hugging Face folder with a trained classification head, the folder of a fine-tuning run, or the id of a
+            Hub model in the local cache.
 
     Attributes:
         model: Hugging Face model in evaluation mode, on the GPU if there is one.
@@ -78,7 +79,7 @@ def predict(folder: Path, images: Sequence[Path], top_k: int = 3) -> Iterator[Pr
     """Yield a prediction for each image, in the given order; a file that cannot be used has one that says why.
 
     Args:
-        folder: Hugging Face folder with a trained classification head, or the id of a Hub model in the local cache.
+        folder: Folder or id of a model, as of a `Classifier`.
         images: Image files in any format that training reads.
         top_k: Number of classes per image.
     """

@@ -11,12 +11,13 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from finetune.folder import LOADING, PROCESSOR_FILE, ModelError, check_folder, errors_of_transformers, first_sentence
+from finetune.folder import LOADING, ModelError, check_folder, errors_of_transformers, first_sentence
 from pretrain.config import AugmentConfig
 from pretrain.data.transforms.batch import Batch, augment
 from pretrain.data.transforms.color import Channels
 from pretrain.data.transforms.decode import ImageArray
 from pretrain.data.transforms.views import TrainView
+from pretrain.hub import PROCESSOR_FILE
 
 # Imported once by the server of the data workers, instead of by each worker that unpickles a `Preprocessor`.
 WORKER_MODULES = ("finetune.preprocessor", "transformers.image_processing_backends")
@@ -121,8 +122,9 @@ def measure_normalization(preprocessor: Preprocessor) -> Normalization:
         black, rise = black.flip(0), rise.flip(1)
     std = 1 / rise.diagonal()
     normalization = Normalization(_channels(-black * std), _channels(std), is_bgr)
+    _compare_colors(preprocessor, normalization)
     for shape in ((side, side), (side // 2, side // 2), *SHAPES):
-        _compare_views(preprocessor, normalization, quadrants(*shape))
+        _compare_frames(preprocessor, normalization, quadrants(*shape))
     return normalization
 
 
@@ -154,30 +156,47 @@ def _output_size(processor: Any, file: Path, shape: tuple[int, int]) -> tuple[in
     return pixels.shape[1], pixels.shape[2]
 
 
-def _compare_views(preprocessor: Preprocessor, normalization: Normalization, image: ImageArray) -> None:
-    """Send an image through the view of training and that of evaluation, and compare the pixels near the corners.
+def _compare_colors(preprocessor: Preprocessor, normalization: Normalization) -> None:
+    """Send images of one color through the views of training and evaluation, and compare their centers.
 
     Raises:
         ModelError: If they differ.
     """
-    side, random = preprocessor.image_size, np.random.default_rng(0)
+    side = preprocessor.image_size
+    for color in QUADRANTS:
+        difference = _difference(preprocessor, normalization, np.full((side, side, 3), color, np.uint8))
+        if not difference[side // 2, side // 2] < TOLERANCE:  # also true for NaN
+            raise ModelError(
+                f"{preprocessor.file}: the processor changes colors in a way that training cannot repeat; turn off "
+                "what it does beyond do_rescale, do_normalize and do_flip_channel_order"
+            )
+
+
+def _compare_frames(preprocessor: Preprocessor, normalization: Normalization, image: ImageArray) -> None:
+    """Send an image through the views of training and evaluation, and compare the pixels near the corners.
+
+    Raises:
+        ModelError: If they differ, although the colors do not.
+    """
+    quarter, (height, width) = preprocessor.image_size // 4, image.shape[:2]
+    difference = _difference(preprocessor, normalization, image)
+    corners = [slice(0, quarter), slice(-quarter, None)]
+    if not all((difference[rows, columns] < TOLERANCE).all() for rows in corners for columns in corners):
+        raise ModelError(
+            f"{preprocessor.file}: the processor puts a border around an image of {height} x {width} pixels, or "
+            "enlarges its center, which training does not do; set do_resize=true and do_pad=false, and a size that is "
+            "at least crop_size"
+        )
+
+
+def _difference(preprocessor: Preprocessor, normalization: Normalization, image: ImageArray) -> Tensor:
+    """Return how much each pixel differs between training and evaluation, [side, side] for pixels in [0, 1]."""
+    random = np.random.default_rng(0)
     whole = AugmentConfig(crop_scale=(1.0, 1.0), crop_aspect=(1.0, 1.0), flip=0.0)
-    trained = normalization({"image": TrainView(whole, side)(image, random)["image"][None]})[0]
+    trained = normalization({"image": TrainView(whole, preprocessor.image_size)(image, random)["image"][None]})[0]
     evaluated = preprocessor(image, random)["image"]
-    channels = torch.tensor(normalization.std).flip(0) if normalization.is_bgr else torch.tensor(normalization.std)
-    difference = ((trained - evaluated) * channels[:, None, None]).abs().amax(dim=0)  # [side, side], in [0, 1]
-    matches = difference < TOLERANCE  # False for NaN
-    corners = [slice(0, side // 4), slice(-(side // 4), None)]
-    if all(matches[rows, columns].all() for rows in corners for columns in corners):
-        return
-    height, width = image.shape[:2]
-    if matches[side // 4 :: side // 2, side // 4 :: side // 2].all() or (height, width) != (side, side):
-        cause = f"puts a border around an image of {height} x {width} pixels, which training images do not have"
-        fix = "set do_resize=true and do_pad=false, and a size that is at least crop_size"
-    else:
-        cause = "changes colors in a way that training cannot repeat"
-        fix = "turn off what it does beyond do_rescale, do_normalize and do_flip_channel_order"
-    raise ModelError(f"{preprocessor.file}: the processor {cause}; {fix}")
+    std = torch.tensor(normalization.std).flip(0) if normalization.is_bgr else torch.tensor(normalization.std)
+    return ((trained - evaluated) * std[:, None, None]).abs().amax(dim=0)
 
 
 def _channels(values: Tensor) -> Channels:

@@ -20,16 +20,16 @@ from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
 from pretrain.data.dataset.subset import LabelSubset
-from pretrain.data.loading.limits import batch_size_of, fit_workers, machine_limits
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
-from pretrain.data.transforms.views import TrainView
+from pretrain.data.transforms.views import TrainView, View
 from pretrain.distributed import on_all_ranks
 from pretrain.environment import check_environment
 from pretrain.errors import DataError, UserError
 from pretrain.files import make_writable
 from pretrain.heartbeat.watch import Watch
-from pretrain.hub import find_model
+from pretrain.hub import MODEL_FOLDER, find_model
 from pretrain.indexing import index_new_tars
+from pretrain.machine import fit_to_machine
 from pretrain.optimizers import build_optimizer
 from pretrain.optimizers.layer_decay import apply_layer_decay
 from pretrain.optimizers.placement import Placement
@@ -40,7 +40,6 @@ from pretrain.tracking.tracker import RunDescription, Tracker
 PLUGINS = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
 WRAPPERS = {f"ACCELERATE_USE_{plugin}" for plugin in PLUGINS}
 HARMLESS = {"ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE"}
-MODEL_FOLDER = "model"
 PRETRAINING_FOLDER = "checkpoints"  # only a pretraining run has this folder
 
 
@@ -143,7 +142,9 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     preprocessor = on_all_ranks(lambda: load_preprocessor(folder))
     normalization = on_all_ranks(lambda: measure_normalization(preprocessor))
     classifier = on_all_ranks(lambda: build_classifier(config, folder, training.class_names, preprocessor))
-    config = fit_to_machine(config, preprocessor)
+    views: list[View] = [TrainView(config.augment, preprocessor.image_size), preprocessor]
+    data = fit_to_machine(config.data, views, config.engine.micro_batch_size)
+    config = config.model_copy(update={"data": data})
     optimizer = build_optimizer(classifier, config.optimizer)
     if config.optimizer.layer_decay < 1:
         placement = Placement.unpartitioned(classifier.named_parameters())
@@ -162,18 +163,6 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
         validation,
         quarantine,
     )
-
-
-def fit_to_machine(config: FinetuneConfig, preprocessor: Preprocessor) -> FinetuneConfig:
-    """Return the config with as many data workers as /dev/shm and the limit of open files allow (collective)."""
-    views = TrainView(config.augment, preprocessor.image_size), preprocessor
-    batches = [batch_size_of(view, config.engine.micro_batch_size) for view in views]
-    data, note = on_all_ranks(
-        lambda: fit_workers(config.data, batches, machine_limits(), distributed.ranks_on_this_machine())
-    )
-    if note and distributed.is_main():
-        print(note, flush=True)
-    return config.model_copy(update={"data": data})
 
 
 def check_run_dir(config: FinetuneConfig) -> None:

@@ -16,7 +16,7 @@ from finetune.card import model_card
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation, evaluate
 from finetune.preprocessor import WORKER_MODULES
-from finetune.run import MODEL_FOLDER, FinetuneRun, build_accelerator, build_run, claim, open_tracker
+from finetune.run import FinetuneRun, build_accelerator, build_run, claim, open_tracker
 from finetune.steps import Batches, take_step
 from pretrain import distributed
 from pretrain.configfile import CommandLine
@@ -24,6 +24,7 @@ from pretrain.data.dataset.order import dropout_seed
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
 from pretrain.errors import DivergedError, MachineError, UserError
+from pretrain.hub import MODEL_FOLDER
 from pretrain.interval import Interval, interval_metrics
 from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, Outcome, outcome_of
 from pretrain.schedules import learning_rate_at, set_learning_rate
@@ -213,7 +214,8 @@ def keep_best(run: FinetuneRun, evaluation: Evaluation, epoch: int, best: Best |
 
     def save_on_main() -> None:
         if distributed.is_main():
-            save_folder(run.classifier, run.preprocessor, model_card(run, evaluation, epoch), run.model_folder)
+            card = model_card(run.config, run.classifier.config.model_type, run.training, evaluation, epoch)
+            save_folder(run.classifier, run.preprocessor, card, run.model_folder)
 
     distributed.on_all_ranks(save_on_main)
     return Best(evaluation.top1, epoch)

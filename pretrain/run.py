@@ -18,12 +18,12 @@ from pretrain.config import PretrainConfig
 from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.open import open_cache, open_dataset
-from pretrain.data.loading.limits import batch_size_of, fit_workers, machine_limits
 from pretrain.data.loading.quarantine import QUARANTINE_FILE, Quarantine
 from pretrain.data.loading.stream import TarStream, open_tar_stream
 from pretrain.data.storage.remote import FetchPolicy
 from pretrain.data.storage.webdataset import read_class_names
 from pretrain.data.transforms.device_decode import Decoder, build_decoder
+from pretrain.data.transforms.views import View
 from pretrain.distributed import on_all_ranks
 from pretrain.engine.deepspeed import build_engine, guard_updates
 from pretrain.engine.ema import Ema
@@ -33,6 +33,7 @@ from pretrain.errors import CheckpointError, DivergedError, UserError
 from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
 from pretrain.indexing import index_new_tars
+from pretrain.machine import fit_to_machine
 from pretrain.model.vit import Block, ViT, compile_blocks
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
@@ -177,7 +178,9 @@ def open_run(config: PretrainConfig, *, must_resume: bool = False) -> Iterator[R
         config = on_all_ranks(lambda: with_schedule_in_steps(config, data))
         checkpoint = find_resumable_checkpoint(config.run_dir, must_resume=must_resume)
         objective = on_all_ranks(lambda: build_model(config, data, is_new=checkpoint is None))
-        yield build_run(fit_to_machine(config, objective), watch, data, objective, checkpoint)
+        workers = fit_to_machine(config.data, views_of(config, objective), config.engine.micro_batch_size)
+        config = config.model_copy(update={"data": workers})
+        yield build_run(config, watch, data, objective, checkpoint)
 
 
 def find_resumable_checkpoint(run_dir: Path, *, must_resume: bool) -> Path | None:
@@ -276,17 +279,10 @@ def build_model(config: PretrainConfig, data: Data, *, is_new: bool) -> Objectiv
     return objective
 
 
-def fit_to_machine(config: PretrainConfig, objective: Objective) -> PretrainConfig:
-    """Return the config with as many data workers as /dev/shm and the limit of open files allow (collective)."""
+def views_of(config: PretrainConfig, objective: Objective) -> list[View]:
+    """Return the view of training, at its largest image size, and that of the validation data if there are any."""
     image_size = max([config.model.image_size, *(pixels for _, pixels in config.schedule.image_sizes)])
-    views = [objective.train_view(image_size), *([objective.evaluation_view()] if config.data.validation else [])]
-    batches = [batch_size_of(view, config.engine.micro_batch_size) for view in views]
-    data, note = on_all_ranks(
-        lambda: fit_workers(config.data, batches, machine_limits(), distributed.ranks_on_this_machine())
-    )
-    if note and distributed.is_main():
-        print(note, flush=True)
-    return config.model_copy(update={"data": data})
+    return [objective.train_view(image_size), *([objective.evaluation_view()] if config.data.validation else [])]
 
 
 def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objective, checkpoint: Path | None) -> Run:

@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "pretrain.indexing": LEAVES | {"pretrain.data", "pretrain.distributed", "pretrain.tracking"},
     "pretrain.run_folder": LEAVES | {"pretrain.checkpoint", "pretrain.distributed", "pretrain.heartbeat"},
     "pretrain.environment": {"pretrain.errors"},
+    "pretrain.machine": {"pretrain.data", "pretrain.distributed"},
     "pretrain.run": LEAVES
     | {
         "pretrain.engine",
@@ -73,6 +74,7 @@ MAY_IMPORT = {
         "pretrain.tracking",
         "pretrain.distributed",
         "pretrain.indexing",
+        "pretrain.machine",
         "pretrain.run_folder",
         "pretrain.state",
     },
@@ -135,6 +137,7 @@ MAY_IMPORT = {
         "pretrain.hub",
         "pretrain.indexing",
         "pretrain.interval",
+        "pretrain.machine",
         "pretrain.optimizers",
         "pretrain.run_folder",
         "pretrain.schedules",
@@ -151,6 +154,7 @@ MAY_IMPORT = {
         "pretrain.distributed",
         "pretrain.errors",
         "pretrain.export",
+        "pretrain.hub",
         "pretrain.model",
     },
 }

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from finetune.embed import Backbone
-from finetune.embed import embed as embed_batch
+from finetune.backbone import FeatureExtractor
 from finetune.predict import BATCH_SIZE, Classes, Classifier, read_image
 from finetune.preprocessor import Preprocessor, load_preprocessor
 from pretrain.checkpoint.history import find_checkpoint
@@ -25,6 +24,7 @@ from pretrain.distributed import device
 from pretrain.errors import CheckpointError, DataError, UserError
 from pretrain.export.folder import build_processor
 from pretrain.export.vit import load_encoder as load_vit
+from pretrain.hub import find_model
 from pretrain.model.vit import ViT
 
 ImageLike: TypeAlias = str | Path | Image.Image | npt.NDArray[np.uint8]  # an array is [H, W], [H, W, 3] or [H, W, 4]
@@ -99,14 +99,16 @@ def load_encoder(path: str | Path) -> Encoder:
 
     Args:
         path: Hugging Face folder, as `vitrail export` or fine-tuning writes it; or the folder of a run, whose newest
-            checkpoint (or fine-tuned model) is loaded; or one of its checkpoints/step-* folders.
+            checkpoint (or fine-tuned model) is loaded; or one of its checkpoints/step-* folders; or the id of a Hub
+            model in the local cache.
 
     Raises:
         UserError: If there is no usable model.
     """
-    folder = find_model_folder(path)
+    folder = find_model(Path(with_home(str(path))))
     if (folder / "config.json").exists():
-        return Encoder(Backbone(folder), load_preprocessor(folder))
+        preprocessor = load_preprocessor(folder)
+        return Encoder(FeatureExtractor(folder, preprocessor), preprocessor)
     try:
         checkpoint = find_checkpoint(folder)
     except CheckpointError:
@@ -124,12 +126,13 @@ def load_classifier(path: str | Path) -> Classifier:
     """Load a model with its classification head, to classify images more than once with `predict`.
 
     Args:
-        path: Hugging Face folder with a trained classifier, or the folder of a fine-tuning run.
+        path: Hugging Face folder with a trained classifier, the folder of a fine-tuning run, or the id of a Hub model
+            in the local cache.
 
     Raises:
         UserError: If there is no trained classifier.
     """
-    return Classifier(find_model_folder(path))
+    return Classifier(Path(with_home(str(path))))
 
 
 def predict(model: Classifier | str | Path, images: Images, top_k: int = 3) -> list[Classes]:
@@ -168,17 +171,13 @@ def embed(model: Encoder | str | Path, images: Images) -> npt.NDArray[np.float32
         UserError: If an image or the model cannot be used, or there are no images.
     """
     encoder = model if isinstance(model, Encoder) else load_encoder(model)
-    found = [embed_batch(encoder, encoder.preprocess.preprocessor, batch) for batch in batches(images)]
+    preprocessor = encoder.preprocess.preprocessor
+    with torch.no_grad():
+        found = [encoder(preprocessor.batch(batch).to(encoder.device)).float().cpu() for batch in batches(images)]
     if not found:
         raise UserError("images: there are none; pass at least one image")
     features: npt.NDArray[np.float32] = torch.cat(found).numpy()
     return features
-
-
-def find_model_folder(path: str | Path) -> Path:
-    """Return the path of a model; that of the fine-tuned model if `path` is the folder of a fine-tuning run."""
-    folder = Path(with_home(str(path)))
-    return folder / "model" if (folder / "model" / "config.json").exists() else folder
 
 
 def batches(images: Images) -> Iterator[list[ImageArray]]:

@@ -1,6 +1,7 @@
 """Start a run from existing weights: another run, or an ordinary Hugging Face folder of a ViT."""
 
-import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,23 @@ from pretrain.checkpoint.history import find_checkpoint
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.pieces import load_verified
 from pretrain.config import PreprocessingConfig
-from pretrain.errors import CheckpointError, first_line
-from pretrain.hub import find_model
+from pretrain.errors import CheckpointError
+from pretrain.hub import CONFIG_FILE, PROCESSOR_FILE, find_model, read_settings
 from pretrain.model.hub_names import encoder_from_hub
 from pretrain.model.vit import resize_positions
 
 ENCODER_PREFIX = "encoder."
 POSITIONS = "encoder.position_embedding"
 SCALES = ("attention_scale.weight", "mlp_scale.weight")
-PROCESSOR_FILE = "preprocessor_config.json"
 HUB_LAYER_NORM_EPS = 1e-12  # what transformers assumes if a folder's config does not set it
+# Settings of image processors that no setting of a run can repeat, with the values that every run has.
+FIXED_SETTINGS = {
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "rescale_offset": False,
+    "do_flip_channel_order": False,
+}
+UNCHANGED = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}  # the normalization that changes nothing
 
 
 def warm_start(
@@ -51,12 +59,13 @@ def warm_start(
         was trained on images that were normalized otherwise.
 
     Raises:
-        CheckpointError: If there are no usable weights, or if the encoder's tensors differ; the message names them.
+        CheckpointError: If there are no usable weights, if the encoder's tensors differ (the message names them), or if
+            the source changes pixels in a way that this run cannot.
     """
     path = find_model(path)
     own = objective.state_dict()
     others: dict[str, Tensor] = {}
-    if (path / "config.json").exists():
+    if (path / CONFIG_FILE).exists():
         encoder = _read_hub_encoder(path, layer_norm_eps)
     else:
         encoder, others = _read_checkpoint(path, class_names)
@@ -78,46 +87,57 @@ def warm_start(
 
 
 def _read_normalization(path: Path) -> dict[str, list[float]]:
-    """Return the mean and the standard deviation with which a source normalizes images; empty if it names none."""
-    if (path / "config.json").exists():
-        processor = path / PROCESSOR_FILE
-        settings = _read_json(processor) if processor.exists() else {}
-    else:
-        settings = Manifest.load(find_checkpoint(path)).config.get("preprocessing", {})
-    values = {name: settings.get(name) for name in ("image_mean", "image_std")}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, list) and len(value) == 3 and all(isinstance(each, int | float) for each in value)
-    }
+    """Return the mean and the standard deviation with which a source normalizes pixels in [0, 1].
+
+    Values that the source does not name are left out.
+
+    Raises:
+        CheckpointError: If the source changes pixels in a way that this run cannot.
+    """
+    if not (path / CONFIG_FILE).exists():
+        return dict(Manifest.load(find_checkpoint(path)).config.get("preprocessing", {}))
+    file = path / PROCESSOR_FILE
+    settings = read_settings(file)
+    for name, expected in FIXED_SETTINGS.items():
+        if not _is_close(settings.get(name, expected) or False, expected):  # null has the effect of false
+            raise CheckpointError(
+                f"{file}: has {name}={settings[name]}, but a run rescales pixels to [0, 1] and has the channels red, "
+                "green, blue; choose a folder whose images are prepared in this way"
+            )
+    if not settings.get("do_normalize", True):
+        return UNCHANGED
+    return {name: _channels(file, name, settings[name]) for name in UNCHANGED if settings.get(name) is not None}
 
 
-def _compare_normalization(source: dict[str, list[float]], preprocessing: PreprocessingConfig) -> list[str]:
+def _is_close(value: Any, expected: float) -> bool:
+    return isinstance(value, int | float) and math.isclose(value, expected, rel_tol=1e-4)
+
+
+def _channels(file: Path, name: str, value: Any) -> list[float]:
+    """Return a setting of an image processor, a number or one for each color, as three numbers.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    values = value if isinstance(value, list) else [value] * 3
+    if len(values) != 3 or not all(isinstance(each, int | float) for each in values):
+        raise CheckpointError(
+            f"{file}: {name}={value} is not a number or a list of three; correct it or download the folder again"
+        )
+    return values
+
+
+def _compare_normalization(source: Mapping[str, list[float]], preprocessing: PreprocessingConfig) -> list[str]:
     """Return a sentence if a source normalizes images in another way than this run."""
     others = [
-        f"preprocessing.{name}={values}"
-        for name, values in source.items()
-        if not np.allclose(values, getattr(preprocessing, name), atol=1e-4)
+        f"preprocessing.{name}={[*source[name]]}"
+        for name in UNCHANGED
+        if name in source and not np.allclose(source[name], getattr(preprocessing, name), atol=1e-4)
     ]
     if not others:
         return []
     settings = " ".join(others)
     return [f"the source normalizes images otherwise; set {settings} so that it sees the images that it knows"]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        CheckpointError: If the file cannot be read.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {first_line(error)}; download the folder again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: is not a JSON object; download the folder again")
-    return content
 
 
 def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -131,7 +151,7 @@ def _read_checkpoint(path: Path, class_names: list[str]) -> tuple[dict[str, Tens
 
 def _read_hub_encoder(folder: Path, layer_norm_eps: float) -> dict[str, Tensor]:
     """Return the encoder of a Hugging Face folder by its names in an objective."""
-    config = _read_json(folder / "config.json")
+    config = read_settings(folder / CONFIG_FILE)
     if config.get("model_type") not in ("vit", "vit_mae"):
         found = f"has model type {config.get('model_type')}, but init_from reads vit and vit_mae"
         raise CheckpointError(f"{folder}: {found}; choose a folder of one of these")

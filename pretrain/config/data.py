@@ -19,6 +19,8 @@ from pretrain.config.section import (
     with_home,
 )
 
+BATCHES_AHEAD = 4  # of each data worker
+
 
 class FaultBudget(Section):
     """Limits for unusable samples. Each one is replaced by another sample and listed in quarantine.jsonl."""
@@ -41,7 +43,8 @@ class SourceConfig(FaultBudget):
         4, description="Processes per rank that read, decode and crop; increase when training waits for data."
     )
     batches_ahead: Count = Field(
-        4, description="Batches that each data worker prepares ahead; decrease it when memory or /dev/shm is small."
+        BATCHES_AHEAD,
+        description="Batches that each data worker prepares ahead; decrease it when memory or /dev/shm is small.",
     )
     num_threads: Count = Field(1, description="Reader threads per data worker; increase for slow or remote storage.")
     cache_dir: UserPath = Field(

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from finetune.backbone import load_classifier, new_classifier
 from finetune.folder import ModelError, check_folder
 from finetune.preprocessor import load_preprocessor
+from pretrain.errors import UserError
 from tests.support.classifiers import save_classifier, tiny_configs
 
 NAMES = ["cat", "dog", "owl"]
@@ -47,7 +48,7 @@ def test_folders_of_other_libraries_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("content", "reason"), [("[]", "is not a JSON object"), ("{", "Expecting"), ("[" * 9**5, "")])
 def test_damaged_files_are_errors(folder: Path, file: str, content: str, reason: str) -> None:
     (folder / file).write_text(content)
-    with pytest.raises(ModelError, match=rf"{file}: .*{reason}.*; export or download the folder again"):
+    with pytest.raises(UserError, match=rf"{file}: .*{reason}.*; export or download the folder again"):
         check_folder(folder)
 
 

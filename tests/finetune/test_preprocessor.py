@@ -95,6 +95,9 @@ BORDERS = {
     "padding": ("Donut", {"size": SQUARE}, "60 x 160"),
     "crop of a smaller image": ("MobileViT", {"size": {"shortest_edge": 28}, "crop_size": SQUARE}, "32 x 32"),
     "no resize": ("CLIP", {"do_resize": False, "crop_size": SQUARE}, "16 x 16"),
+    "default crop of DeiT": ("DeiT", {"size": SQUARE}, "224 x 224"),
+    "default crop of LeViT": ("Levit", {"size": {"shortest_edge": 32}}, "224 x 224"),
+    "default crop of Perceiver": ("Perceiver", {"size": SQUARE}, "32 x 32"),
 }
 
 

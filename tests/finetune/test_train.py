@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import finetune.run
+import pretrain.machine
 from finetune.backbone import load_classifier
 from finetune.config import FinetuneConfig
 from finetune.evaluate import Evaluation
@@ -406,15 +406,15 @@ def test_data_workers_are_fitted_to_the_machine(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batches: list[BatchSize] = []
-    fit_to_batches = finetune.run.fit_workers
+    fit_to_batches = pretrain.machine.fit_workers
     monkeypatch.setattr(
-        finetune.run,
+        pretrain.machine,
         "fit_workers",
         lambda data, sizes, *rest: batches.extend(sizes) or fit_to_batches(data, sizes, *rest),
     )
     build(recipe)
     monkeypatch.setattr(
-        finetune.run, "machine_limits", lambda: Limits(6 * sum(size.num_bytes for size in batches), 999)
+        pretrain.machine, "machine_limits", lambda: Limits(6 * sum(size.num_bytes for size in batches), 999)
     )
     run = build(recipe, "data.num_workers=4", "overwrite=true")
     assert (run.config.data.num_workers, run.config.data.batches_ahead) == (4, 1)

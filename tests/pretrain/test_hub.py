@@ -30,6 +30,15 @@ def test_a_model_in_the_cache_is_found_by_its_id(tmp_path: Path, monkeypatch: py
     assert str(refused.value) == sentence
 
 
+def test_the_folder_of_a_fine_tuning_run_stands_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert find_model(tmp_path) == tmp_path
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert find_model(tmp_path) == tmp_path / "model"
+    (tmp_path / "config.json").write_text("{}")  # a model of its own
+    assert find_model(tmp_path) == tmp_path
+
+
 def test_a_folder_goes_before_the_cache_and_other_paths_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

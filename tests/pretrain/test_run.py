@@ -5,16 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import pretrain.run
+import pretrain.machine
 from pretrain.config import DataConfig, EngineConfig, ModelConfig, PretrainConfig, ScheduleConfig
 from pretrain.data.loading.limits import Limits, batch_size_of
 from pretrain.errors import CheckpointError, UserError
 from pretrain.heartbeat.beats import read_beats
 from pretrain.heartbeat.watch import Watch
+from pretrain.machine import fit_to_machine
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.outcome import Outcome
-from pretrain.run import find_resumable_checkpoint, fit_to_machine
+from pretrain.run import find_resumable_checkpoint, views_of
 from pretrain.run_folder import check_shared, claim_run_dir
 from tests.support.checkpoints import MANIFEST, write_checkpoint
 
@@ -85,7 +86,7 @@ def test_data_workers_are_fitted_to_the_largest_images(
     largest = batch_size_of(objective.train_view(64), 16).num_bytes
     evaluated = batch_size_of(objective.evaluation_view(), 16).num_bytes
     room = 3 * (largest + evaluated) if validation else 5 * largest
-    monkeypatch.setattr(pretrain.run, "machine_limits", lambda: Limits(room, 999))
-    fitted = fit_to_machine(config, objective).data
+    monkeypatch.setattr(pretrain.machine, "machine_limits", lambda: Limits(room, 999))
+    fitted = fit_to_machine(config.data, views_of(config, objective), 16)
     assert (fitted.num_workers, fitted.batches_ahead) == (num_workers, 1)
     assert f"; this run uses data.num_workers={num_workers} and data.batches_ahead=1\n" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The limits of a rank, and the meeting of all ranks, of which some never come."""
 
 import os
+import re
 import resource
 import signal
 import socket
@@ -20,7 +21,7 @@ from pretrain.config import PretrainConfig
 from pretrain.configfile import CommandLine, load_config
 from pretrain.errors import StartupError
 from pretrain.startup import describe_ranks, join_process_group, prepare_process
-from tests.support.launching import free_port
+from tests.support.launching import ROOT, free_port
 from tests.support.runs import FINETUNE_YAML
 
 
@@ -62,6 +63,10 @@ def test_missing_ranks_are_named_until_the_run_must_stop(
     assert lines[0] == f"rank 0: waiting for {whom} (0 s so far)"
     assert lines[-1] == f"rank 0: stopped while waiting for {whom}"
     assert 2 < len(lines) < 5  # every report comes after twice the time
+    guide = (ROOT / "docs" / "cluster.md").read_text()
+    [example] = re.findall(r"^ *(rank 0: waiting for ranks .*)$", guide, re.MULTILINE)
+    printed = lines[0].replace(f"127.0.0.1:{port}", "gpu-node-01:29500")
+    assert re.sub(r"\d+", "1", example) == re.sub(r"\d+", "1", printed)
 
 
 def test_the_wait_has_a_limit(as_rank: Callable[[int, int], str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
@@ -103,6 +104,38 @@ def test_a_fine_tuning_run_is_found_by_its_folder(tmp_path: Path, photos: list[P
     save_classifier(tiny_configs()["vit"], tmp_path / "run" / "model")
     expected = vitrail.predict(tmp_path / "run" / "model", photos[:2])
     assert vitrail.predict(str(tmp_path / "run"), photos[:2]) == expected
+
+
+def test_a_model_of_the_hub_is_found_in_the_local_cache(
+    tmp_path: Path, photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--google--vit-tiny"
+    snapshot = save_classifier(tiny_configs()["vit"], cached / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(snapshot.name)
+    assert np.array_equal(vitrail.embed("google/vit-tiny", photos[:2]), vitrail.embed(snapshot, photos[:2]))
+    assert vitrail.predict("google/vit-tiny", photos[:2]) == vitrail.predict(snapshot, photos[:2])
+    for load in (vitrail.load_encoder, vitrail.load_classifier):
+        with pytest.raises(vitrail.UserError, match=r"no such folder; .* with: hf download google/vit-large"):
+            load("google/vit-large")
+
+
+@pytest.mark.parametrize("change", [{"size": {"height": 64, "width": 64}}, {"num_channels": 1}], ids=["size", "gray"])
+def test_a_model_that_does_not_fit_its_processor_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    config = tiny_configs()["vit"]
+    config.num_channels = change.get("num_channels", 3)
+    folder = save_classifier(config, tmp_path / "model")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    side = 64 if "size" in change else 32
+    message = (
+        rf"preprocessor_config\.json: the model cannot use the images .*, 3 channels of {side} x {side} pixels: .*;"
+    )
+    for load in (vitrail.load_encoder, vitrail.load_classifier):
+        with pytest.raises(vitrail.UserError, match=f"{message} make it agree with config.json"):
+            load(folder)
 
 
 def test_mistakes_are_errors_of_the_user(run: Path, photos: list[Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from pretrain.config.data import BATCHES_AHEAD
 from pretrain.data.dataset.dataset import Dataset, EncodedSample, Sample, decode_sample
 from pretrain.data.dataset.order import MicroBatch, Order, RepeatedAugmentation, micro_batches, random_bits
 from pretrain.data.loading import limits
@@ -33,7 +34,6 @@ from pretrain.errors import BadSampleError, DataError
 
 SUBSTITUTES_TRIED = 100
 SPARSE_STRIDE = 10  # an evaluation of fewer than one in 10 samples fetches byte ranges instead of whole shards
-BATCHES_AHEAD = 4  # of each worker, unless the config has another number
 VALIDATION_POSITION = -1  # position of a validation sample: it is not part of the run's order
 
 

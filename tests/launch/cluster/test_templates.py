@@ -14,6 +14,7 @@ from deepspeed.launcher import runner
 from torch.distributed.run import get_args_parser
 
 from launch.cli import app
+from pretrain import outcome
 from pretrain.config import PretrainConfig
 from pretrain.configfile import build_parser, load_config
 from pretrain.heartbeat.beats import beats_folder
@@ -160,6 +161,13 @@ def test_kubernetes_volumes_are_mounted() -> None:
     assert mounts == {"shm": "/dev/shm", "cache": "/cache", "shared": "/shared"}
     assert {*volumes} == {*mounts}
     assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
+
+
+def test_guide_explains_every_exit_code() -> None:
+    rows = re.findall(r"^\| (\d+) \| \w", GUIDE.read_text(), re.MULTILINE)
+    assert [int(code) for code in rows] == sorted(
+        value for name, value in vars(outcome).items() if name.startswith("EXIT_") and isinstance(value, int)
+    )
 
 
 def test_schedulers_know_our_exit_codes() -> None:

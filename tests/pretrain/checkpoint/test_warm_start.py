@@ -1,15 +1,18 @@
 """A run starts from the weights of a Hugging Face folder or of another run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from pretrain.checkpoint.warm_start import warm_start
 from pretrain.config import ModelConfig, PreprocessingConfig, SupervisedConfig
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, UserError
 from pretrain.model.hub_names import encoder_to_hub, fold_layer_scale, hub_encoder_config
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
@@ -124,8 +127,6 @@ def test_another_normalization_of_the_source_is_named(tmp_path: Path) -> None:
     ours, usual = objective(), PreprocessingConfig()
     sentence = f"started from {tmp_path / 'hub'}; random values for classifier.bias, classifier.weight"
     assert warm_start(ours, tmp_path / "hub", NAMES, 1e-6, usual) == sentence  # without a processor
-    (tmp_path / "hub" / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": ["a", 1, 2]}')
-    assert warm_start(ours, tmp_path / "hub", NAMES, 1e-6, usual) == sentence
     transformers.ViTImageProcessorPil().save_pretrained(tmp_path / "hub")
     assert warm_start(ours, tmp_path / "hub", NAMES, 1e-6, usual) == (
         f"{sentence}; the source normalizes images otherwise; set preprocessing.image_mean=[0.5, 0.5, 0.5] "
@@ -141,8 +142,58 @@ def test_another_normalization_of_the_source_is_named(tmp_path: Path) -> None:
     assert "; set preprocessing.image_mean=[0.5, 0.5, 0.5] prepro" in warm_start(ours, folder, NAMES, 1e-6, usual)
 
 
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of a backbone, without an image processor."""
+    transformers.ViTModel(hf_config(), add_pooling_layer=False).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("settings", "image_mean", "image_std"),
+    [
+        ({"image_mean": 0.5, "image_std": 0.25, "do_flip_channel_order": None}, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+        ({"do_normalize": False, "image_mean": [0.5] * 3}, (0, 0, 0), (1, 1, 1)),
+        ({"do_normalize": None, "rescale_factor": 0.00392156862745098}, (0, 0, 0), (1, 1, 1)),
+    ],
+)
+def test_the_normalization_is_what_the_processor_does(
+    source: Path, settings: dict[str, object], image_mean: tuple[float, ...], image_std: tuple[float, ...]
+) -> None:
+    (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    size = {"height": 32, "width": 32}
+    processor = transformers.ViTImageProcessorPil(**{**settings, "size": size})
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    pixels = processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    np.testing.assert_allclose(pixels, (image / 255 - image_mean) / image_std, atol=1e-5)
+    same = PreprocessingConfig.model_validate({"image_mean": image_mean, "image_std": image_std})
+    assert "normalizes" not in warm_start(objective(), source, NAMES, 1e-6, same)
+    mean, std = ([*map(float, values)] for values in (image_mean, image_std))
+    advice = f"; set preprocessing.image_mean={mean} preprocessing.image_std={std} so that"
+    assert advice in warm_start(objective(), source, NAMES, 1e-6, PreprocessingConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"do_rescale": False}, "has do_rescale=False, but a run rescales pixels to"),
+        ({"rescale_factor": None}, "has rescale_factor=None, but a run rescales pixels to"),
+        ({"rescale_factor": 0.5}, "has rescale_factor=0.5, but a run rescales pixels to"),
+        ({"rescale_factor": "x"}, "has rescale_factor=x, but a run rescales pixels to"),
+        ({"rescale_offset": True}, "has rescale_offset=True, but a run rescales"),
+        ({"do_flip_channel_order": True}, "has do_flip_channel_order=True, .* red, green, blue; choose a folder"),
+        ({"image_std": ["a", 1, 2]}, r"image_std=\['a', 1, 2\] is not a number or a list of three; correct it or"),
+        ({"image_mean": [0.5]}, r"image_mean=\[0.5\] is not a number or a list of three; correct it or"),
+    ],
+)
+def test_images_that_no_setting_can_repeat_are_an_error(source: Path, settings: dict[str, object], found: str) -> None:
+    (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config\.json: {found}"):
+        warm_start(objective(), source, NAMES, 1e-6, PreprocessingConfig())
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_damaged_config_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json: .*; download the folder again"):
+    with pytest.raises(UserError, match=r"config\.json: .*; export or download the folder again"):
         warm_start(objective(), tmp_path, NAMES, 1e-6)
