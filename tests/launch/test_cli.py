@@ -105,7 +105,11 @@ def test_make_and_index_shards_of_a_folder(tmp_path: Path, shell: Shell, tool: C
         (["shards", "index", "."], 2, ".: no .tar files in this folder"),
         (["shards", "index", "nowhere"], 2, "nowhere: no such folder"),
         (["export", "nowhere", "out"], 2, "nowhere: no checkpoint here; expected a run folder"),
-        (["predict", "nowhere", "x.png"], 2, "nowhere: not a Hugging Face folder (config.json is missing)"),
+        (
+            ["predict", "nowhere", str(ROOT / "docs" / "mae.png")],
+            2,
+            "nowhere: not a Hugging Face folder (config.json is missing)",
+        ),
         (["shard"], 2, "No such command 'shard'"),
     ],
 )

@@ -19,6 +19,7 @@ from tests.support.slurm import Slurm, start_slurm
 from tests.support.training import LONG, LONG_RUN, Trained, column
 
 SCRIPT = ROOT / "launch" / "cluster" / "slurm.sbatch"
+STATES = ("PENDING", "CONFIGURING", "RUNNING", "SIGNALING", "COMPLETING", "COMPLETED")
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_job_that_reaches_its_time_limit_saves_goes_back_into_the_queue_and_fini
     def wait_until(condition: Callable[[], object]) -> None:
         def holds() -> object:
             state = slurm.job(number)["JobState"]
-            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "COMPLETED"), log.read_text()[-5000:]
+            assert state in STATES, f"{state}: {log.read_text()[-5000:]}"
             return condition()
 
         wait_for(holds)
