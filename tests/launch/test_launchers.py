@@ -132,6 +132,7 @@ def test_gpus_are_those_of_the_driver_and_the_environment(
     assert words(vitrail("pretrain", tiny, "--print-command"))[3:5] == ["--include", "localhost:2,3"]
 
 
+@pytest.mark.slow
 def test_ranks_on_other_machines_are_asked_to_stop_through_the_run_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from pretrain.run_folder import check_shared, claim_run_dir
 from tests.support.checkpoints import MANIFEST, write_checkpoint
 
 
+@pytest.mark.slow
 def test_a_folder_that_another_run_is_using_is_refused(tmp_path: Path) -> None:
     claim_run_dir(tmp_path / "run")
     with Watch(tmp_path / "run", 0, 1) as watch:
@@ -33,6 +34,7 @@ def test_a_folder_that_another_run_is_using_is_refused(tmp_path: Path) -> None:
     assert not read_beats(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_crashed_run_does_not_block_its_folder(tmp_path: Path) -> None:
     claim_run_dir(tmp_path)
     with Watch(tmp_path, 0, 1):

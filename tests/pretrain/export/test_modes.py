@@ -20,6 +20,8 @@ from pretrain.data.transforms.views import TrainView
 from pretrain.export.folder import build_processor
 from pretrain.export.proof import evaluation_pixels
 
+pytestmark = pytest.mark.slow  # many short tests
+
 PHOTO = Image.fromarray(load_sample_image("flower.jpg")[100:164, 200:264])
 TRANSPARENT = PHOTO.convert("RGBA")
 TRANSPARENT.putalpha(Image.linear_gradient("L").resize(PHOTO.size))

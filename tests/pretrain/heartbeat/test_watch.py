@@ -140,6 +140,7 @@ def test_fewer_steps_are_timed_if_they_are_long() -> None:
     assert recent([0.5] * 8) == [0.5] * 4
 
 
+@pytest.mark.slow
 def test_errors_of_the_watch_thread_are_reported_and_do_not_end_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

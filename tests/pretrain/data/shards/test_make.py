@@ -28,6 +28,8 @@ from pretrain.data.sources.source import Source, keep_classes
 from pretrain.data.storage.index import DatasetInfo, ShardIndex
 from pretrain.errors import DataError
 
+pytestmark = pytest.mark.slow  # many short tests
+
 
 def make(source: Source, out: Path, **options: Any) -> MadeShards:
     """Make shards with default options; keyword arguments replace single options or go to make_shards."""

@@ -36,6 +36,7 @@ def server(tmp_path: Path) -> Iterator[UnreliableServer]:
         yield running
 
 
+@pytest.mark.slow
 def test_retries_return_every_byte_and_fetch_few_twice(server: UnreliableServer) -> None:
     server.unavailable, server.reset, server.slow = 0.05, 0.02, 0.1
     retries = []
@@ -80,6 +81,7 @@ def test_stream_reads_like_a_file(server: UnreliableServer) -> None:
     assert copy.getvalue() == (server.folder / "1.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_stalled_host_is_reported_in_time(server: UnreliableServer) -> None:
     server.stalled.add("2.bin")
     started = time.monotonic()
