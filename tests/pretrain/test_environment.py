@@ -12,9 +12,11 @@ def test_variables_that_change_a_run_are_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     check_environment()
     monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(
         UserError,
-        match=r"^TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, DS_ACCELERATOR=cuda: set in the environment, .*; unset it$",
+        match=r"^TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, TORCHDYNAMO_DISABLE=1, DS_ACCELERATOR=cuda: set in the "
+        r"environment, .*; unset it$",
     ):
         check_environment()

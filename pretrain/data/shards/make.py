@@ -120,7 +120,8 @@ def make_shards(
     refuse_existing(out)
     if source.problems and not skip_bad:
         problems = "\n".join(f"  {problem}" for problem in source.problems)
-        raise DataError(f"some data would be lost:\n{problems}\nfix this, or leave it out with --skip-bad")
+        unreadable = _describe_unreadable(_find_unreadable(source, options.encoding, progress))
+        raise DataError(f"some data would be lost:\n{problems}\n{unreadable}fix this, or leave it out with --skip-bad")
     if not len(source):
         raise DataError("the source has no images; check its path")
     work_folder = partial_path(out)
@@ -279,15 +280,31 @@ def _summarize(class_names: list[str], written: dict[str, list[WrittenShard]], l
     return MadeShards(splits, [*lost, *(line for shard in every for line in shard.left_out)], dict(scaled_from))
 
 
+def _find_unreadable(source: Source, encoding: Encoding, progress: Progress) -> list[str]:
+    """Return a line about each image that cannot be read, so that all faults of a source can be mended at once."""
+    unreadable: list[str] = []
+    images = [source.image(row) for row in range(len(source))]
+    for _ in _read_encoded(images, encoding, unreadable):
+        progress(1)
+    return unreadable
+
+
+def _describe_unreadable(lines: list[str]) -> str:
+    """Return the number of unreadable files and the first of them, line by line; nothing if there are none."""
+    if not lines:
+        return ""
+    shown = [*lines[:MAX_NAMES_SHOWN], *(["..."] if len(lines) > MAX_NAMES_SHOWN else [])]
+    title = f"{len(lines)} unreadable {'file' if len(lines) == 1 else 'files'}:"
+    return "".join(f"{line}\n" for line in [title, *(f"  {line}" for line in shown)])
+
+
 def _check(made: MadeShards, skip_bad: bool) -> None:
     """Refuse a result that has lost images, or has none to train on."""
     left_out = made.left_out
     if left_out and not skip_bad:
-        more = ["..."] if len(left_out) > MAX_NAMES_SHOWN else []
-        shown = "\n".join(f"  {line}" for line in [*left_out[:MAX_NAMES_SHOWN], *more])
         raise DataError(
-            f"{len(left_out)} unreadable {'file' if len(left_out) == 1 else 'files'}:\n{shown}\n"
-            "repair or remove them, or leave them out with --skip-bad; the next attempt reuses the finished shards"
+            f"{_describe_unreadable(left_out)}repair or remove them, or leave them out with --skip-bad; "
+            "the next attempt reuses the finished shards"
         )
     if "train" not in made.splits or not made.splits["train"].num_samples:
         raise DataError("no training image is readable; check the source")

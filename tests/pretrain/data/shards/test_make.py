@@ -109,6 +109,23 @@ def test_long_and_non_ascii_names_are_kept(tmp_path: Path) -> None:
     assert theirs["__key__"] == f"鳥類/{'長' * 60}"
 
 
+def test_all_faults_of_a_folder_are_reported_at_once(tmp_path: Path, photos: Path) -> None:
+    (photos / "bird").mkdir()
+    (photos / "china" / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    for name in ("one", "two"):
+        data = (photos / "china" / "crop.1.jpg").read_bytes()
+        (photos / "china" / f"{name}.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError) as caught:
+        make(list_folder(photos), tmp_path / "out")
+    links, classes, unreadable, one, two, fix = str(caught.value).splitlines()[1:]
+    assert links == "  1 link that leads nowhere: china/link.jpg"
+    assert classes == "  1 class without images: bird"
+    assert unreadable == "2 unreadable files:"
+    assert one.startswith("  china/one.jpg: ")
+    assert two.startswith("  china/two.jpg: ")
+    assert fix == "fix this, or leave it out with --skip-bad"
+
+
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
