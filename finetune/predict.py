@@ -133,11 +133,14 @@ def find_images(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
             for note in source.notes:
                 print(f"{path}: {note}", file=sys.stderr)
             matches = [path / name for name in source.names]
-        elif any(character in str(path) for character in "*?[") and not os.path.lexists(path):
+        elif os.path.lexists(path):
+            matches = [path]
+        elif any(character in str(path) for character in "*?["):
             found_files = Path(path.anchor).glob(str(path.relative_to(path.anchor)))
             matches = sorted(file for file in found_files if not is_hidden(file.name))
         else:
-            matches = [path] if os.path.lexists(path) else []
+            faults.append(f"{path}: no such file or folder; check the path")
+            continue
         if not matches:
             faults.append(f"{path}: no images here; name image files, folders of images or patterns such as *.jpg")
         found += matches
