@@ -6,7 +6,6 @@ result of a step while the next one is running.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pretrain import distributed
 from pretrain.config import HealthConfig
+from pretrain.device_copies import HostCopy, to_device
 from pretrain.journal import Journal
 
 SKIPPED_FILE = "skipped.jsonl"
@@ -63,26 +63,28 @@ class StepResult(NamedTuple):
         return ""
 
 
-@dataclass
-class _PendingResult:
+class _PendingResult(NamedTuple):
     """Values of a step that are being copied from the device to the host."""
 
     step: int
     position: int
-    values: Tensor
-    copied: "torch.cuda.Event | None"
+    values: HostCopy
 
 
 class Health:
     """Decide for each step whether its update may be applied.
 
     The decision is made on the device and is identical on all ranks, so every rank must call the same methods in the
-    same order: `all_reduce` after the last backward pass, `should_skip` before the update, and `end_step` after it.
+    same order: `judge` after the last backward pass and before the update, and `end_step` after it.
 
     Args:
         config: Threshold for spikes.
         device: Training device.
         spike_window: Recent losses and gradient norms from a checkpoint, or None for a new run.
+
+    Attributes:
+        skipped: 1 if the update of the latest step is skipped, else 0: an fp32 scalar on the device.
+        grad_norm: Norm of the latest step's gradient over all ranks, before clipping: an fp32 scalar on the device.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class Health:
     ) -> None:
         self.threshold = config.spike_threshold
         self.device = device
+        self.skipped = torch.zeros((), device=device)
+        self.grad_norm = torch.zeros((), device=device)
         self.reset(spike_window)
 
     def reset(self, spike_window: list[list[float]] | None = None) -> None:
@@ -100,65 +104,61 @@ class Health:
             known = torch.tensor(spike_window, dtype=torch.float64, device=self.device)
             self._window[:, : known.shape[1]] = known
             self._num_applied += known.shape[1]
-        self._reduced = torch.zeros(4, dtype=torch.float64, device=self.device)  # means over ranks from `all_reduce`
-        self._skipped: Tensor | None = None
-        self._values = torch.zeros(8, dtype=torch.float64, device=self.device)
+        self._judged: HostCopy | None = None
         self._pending: _PendingResult | None = None
 
-    def all_reduce(self, loss: Tensor, position: int, *, stop_requested: bool, save_failed: bool = False) -> None:
-        """All-reduce the loss and the flags of a step, after the last backward pass and before the update (collective).
+    def judge(
+        self, loss: Tensor, squared_norm: Tensor, position: int, *, stop_requested: bool, save_failed: bool = False
+    ) -> None:
+        """All-reduce the loss, the gradient norm and the flags of a step, and decide whether to skip it (collective).
+
+        It sets `skipped` and `grad_norm`. A value is a spike if it exceeds the median of the window by more than
+        `spike_threshold` standard deviations, which are estimated from the median absolute deviation.
 
         Args:
             loss: This rank's mean loss over the step, a scalar on the device.
+            squared_norm: This rank's share of the gradient's squared norm, a scalar on the device; the shares add up.
             position: Position of the step's first sample in the run.
             stop_requested: Whether this rank was asked to stop.
             save_failed: Whether this rank's part of the checkpoint being written has failed.
         """
-        flags = [float(stop_requested), float(save_failed), float(position)]
-        own = torch.tensor(flags, dtype=torch.float64, device=self.device)
-        total = distributed.sum_over_ranks(torch.cat([loss.detach().double()[None], own]))
-        self._reduced = total / distributed.world_size()
-        self._skipped = None
+        flags = to_device([float(stop_requested), float(save_failed), float(position)], self.device)
+        own = torch.cat([torch.stack([loss.detach().double(), squared_norm.double()]), flags])
+        total = distributed.sum_over_ranks(own)
+        means = total / distributed.world_size()
+        grad_norm = total[1].sqrt()
+        seen = torch.stack([means[0], grad_norm])
+        limit = self._limits()
+        is_bad = ~(seen < limit).all()  # a comparison with NaN is false
+        self._add_to_window(seen, is_bad)
+        self.skipped, self.grad_norm = is_bad.float(), grad_norm.float()
+        self._judged = HostCopy(torch.cat([self.skipped[None].double(), seen, limit, means[2:]]))
 
-    def should_skip(self, grad_norm: Tensor) -> Tensor:
-        """Return 1 if this step's update must be skipped, else 0: a scalar on the device.
+    def _limits(self) -> Tensor:
+        """Return the loss and the gradient norm from which on a step is a spike, [2]."""
+        median = self._window.nanmedian(dim=1).values
+        spread = MAD_TO_STD * (self._window - median[:, None]).abs().nanmedian(dim=1).values
+        limit = median + self.threshold * torch.maximum(spread, MIN_RELATIVE_SPREAD * median.abs())
+        return torch.where((self._num_applied >= MIN_STEPS) & (self.threshold > 0), limit, torch.inf)
 
-        A value is a spike if it exceeds the median of the window by more than `spike_threshold` standard deviations,
-        which are estimated from the median absolute deviation.
+    def _add_to_window(self, seen: Tensor, is_bad: Tensor) -> None:
+        """Add the loss and the gradient norm of a step, [2], to the window, unless the step is skipped."""
+        # As an index in brackets, a number on the device would be copied to the host, which would wait for it.
+        column = (self._num_applied % WINDOW_STEPS)[None]
+        kept = torch.where(is_bad, self._window.index_select(1, column), seen[:, None])
+        self._window.index_copy_(1, column, kept)
+        self._num_applied += ~is_bad
+
+    def end_step(self, step: int, position: int) -> StepResult | None:
+        """Count a step that was judged; return the result of the step before, if there was one.
+
+        Args:
+            step: Number of the step, counted from 0.
+            position: Position of the step's first sample in the run.
         """
-        if self._skipped is None:
-            seen = torch.stack([self._reduced[0], grad_norm.to(self.device).double()])
-            median = self._window.nanmedian(dim=1).values
-            spread = MAD_TO_STD * (self._window - median[:, None]).abs().nanmedian(dim=1).values
-            limit = median + self.threshold * torch.maximum(spread, MIN_RELATIVE_SPREAD * median.abs())
-            limit = torch.where((self._num_applied >= MIN_STEPS) & (self.threshold > 0), limit, torch.inf)
-            is_bad = ~(seen < limit).all()  # a comparison with NaN is false
-            # As an index in brackets, a number on the device would be copied to the host, which would wait for it.
-            column = (self._num_applied % WINDOW_STEPS)[None]
-            kept = torch.where(is_bad, self._window.index_select(1, column), seen[:, None])
-            self._window.index_copy_(1, column, kept)
-            self._num_applied += ~is_bad
-            self._skipped = is_bad.float()
-            self._values = torch.cat([self._skipped[None].double(), seen, limit, self._reduced[1:]])
-        return self._skipped
-
-    @property
-    def skipped(self) -> Tensor:
-        """1 if the update of the latest step was skipped, else 0: a scalar on the device."""
-        assert self._skipped is not None
-        return self._skipped
-
-    def end_step(self, grad_norm: Tensor, step: int, position: int) -> StepResult | None:
-        """Start copying this step's result to the host; return the result of the previous step, if there was one."""
-        self.should_skip(grad_norm)
+        assert self._judged is not None
         previous = self.flush()
-        copied = None
-        values = self._values
-        if self.device.type == "cuda":
-            values = torch.empty(len(values), dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-        self._pending = _PendingResult(step, position, values, copied)
+        self._pending, self._judged = _PendingResult(step, position, self._judged), None
         return previous
 
     def flush(self) -> StepResult | None:
@@ -170,9 +170,7 @@ class Health:
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        if pending.copied is not None:
-            pending.copied.synchronize()
-        skipped, loss, norm, loss_limit, norm_limit, stop, save_failed, mean_position = pending.values.tolist()
+        skipped, loss, norm, loss_limit, norm_limit, stop, save_failed, mean_position = pending.values.read().tolist()
         if mean_position != pending.position:
             raise RuntimeError(f"step {pending.step}: the ranks are not at the same position of the run")
         return StepResult(

@@ -25,8 +25,9 @@ from pretrain.data.storage.webdataset import read_class_names
 from pretrain.data.transforms.device_decode import Decoder, build_decoder
 from pretrain.data.transforms.views import View
 from pretrain.distributed import on_all_ranks
-from pretrain.engine.deepspeed import build_engine, guard_updates
+from pretrain.engine.deepspeed import build_engine
 from pretrain.engine.ema import Ema
+from pretrain.engine.gradients import Gradients
 from pretrain.engine.protocol import TrainingEngine
 from pretrain.environment import check_environment
 from pretrain.errors import CheckpointError, DivergedError, UserError
@@ -76,6 +77,7 @@ class Run:
         data: Training and validation data.
         objective: Model that is trained.
         engine: DeepSpeed engine around the objective.
+        gradients: Gradients of the engine, with which it updates the weights.
         ema: Moving average of the weights.
         health: Decides which updates are applied.
         skipped_steps: Steps whose update was not applied.
@@ -90,6 +92,7 @@ class Run:
     data: Data
     objective: Objective
     engine: TrainingEngine
+    gradients: Gradients
     ema: Ema
     health: Health
     skipped_steps: SkippedSteps
@@ -308,15 +311,14 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
     )
     state = restore(engine, checkpoint, identity).state if checkpoint else TrainState()
     writes = distributed.is_main()
-    health = Health(config.health, engine.device, state.spike_window)
-    guard_updates(engine, health.should_skip)
     return Run(
         config=config,
         data=data,
         objective=objective,
         engine=engine,
+        gradients=Gradients(engine, config.engine.gradient_clipping),
         ema=Ema(engine, config.ema.decay),
-        health=health,
+        health=Health(config.health, engine.device, state.spike_window),
         skipped_steps=SkippedSteps(config.run_dir / SKIPPED_FILE, state.step, writes=writes),
         quarantine=Quarantine(config.run_dir / QUARANTINE_FILE, config.data, state.position, writes=writes),
         watch=watch,

@@ -14,7 +14,7 @@ from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.order import dropout_seed
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
-from pretrain.engine.deepspeed import gradient_norm, start_distributed
+from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.evaluation import Evaluator
@@ -82,7 +82,8 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
             outcome = evaluate(evaluator, run.state.step, tracker, progress, stop)
         else:
             progress.begin_first_step(compiles=run.config.engine.compile)
-            outcome = train(run, evaluator, tracker, progress, stop)
+            batches = Batches(run.config, run.data.training, run.objective, run.state, run.decoder, run.watch)
+            outcome = train(run, batches, evaluator, tracker, progress, stop)
         if outcome is Outcome.STOPPED:
             progress.print_message("stopped as requested; the same command continues the run")
         tracker.finish(MLFLOW_STATUS[outcome], STOP_TIMEOUT_SECONDS if outcome is Outcome.STOPPED else None)
@@ -91,11 +92,14 @@ def train_with_tracking(run: Run, config_text: str, stop: StopSignal) -> Outcome
     return outcome
 
 
-def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLine, stop: StopSignal) -> Outcome:
+def train(
+    run: Run, batches: Batches, evaluator: Evaluator, tracker: Tracker, progress: ProgressLine, stop: StopSignal
+) -> Outcome:
     """Train until the last step, until a rank is asked to stop, or until too many steps in a row were skipped.
 
     Args:
         run: Open run.
+        batches: Micro-batches of this rank, from the run's current position on.
         evaluator: Evaluator of the run.
         tracker: Tracker that logs the metrics.
         progress: Progress line that shows them.
@@ -107,30 +111,15 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
     Raises:
         MachineError: If the last checkpoint could not be written.
     """
-    config, engine, watch, health = run.config, run.engine, run.watch, run.health
+    config, engine, watch = run.config, run.engine, run.watch
     total_steps = config.schedule.total_steps
-    batches = Batches(config, run.data.training, run.objective, run.state, run.decoder, watch)
     saver = Saver(config.run_dir, config.checkpoint.keep_last, config.checkpoint.keep_every, progress.print_warning)
     interval = Interval(engine.device, batches.accumulation_steps)
     outcome, save_is_due = Outcome.DONE, False
     engine.train()
     while run.state.step < total_steps and outcome is Outcome.DONE:
-        step, position = run.state.step, run.state.position
-        learning_rate = prepare_step(config, run.objective, engine, step)
-        for batch, weight, is_last in batches.next_step(step):
-            losses = engine(batch)
-            watch.enter("backward")
-            engine.backward(losses["loss"] * weight)
-            interval.add(losses, weight)
-            if is_last:
-                loss, save_failed = interval.step_loss(), saver.has_failed
-                health.all_reduce(loss, position, stop_requested=stop.is_requested, save_failed=save_failed)
-            watch.enter("step")
-            engine.step()  # after the last micro-batch it updates the weights, unless `health` skips the step
-        previous = health.end_step(gradient_norm(engine), step, position)
-        run.objective.after_step(health.skipped)
-        run.ema.update(step, health.skipped)
-        interval.end_step(gradient_norm(engine), health.skipped)
+        learning_rate = prepare_step(config, run.objective, engine, run.state.step)
+        previous = take_step(run, batches, interval, saver, stop)
         run.advance()
         step = run.state.step
         progress.end_step()
@@ -154,7 +143,7 @@ def train(run: Run, evaluator: Evaluator, tracker: Tracker, progress: ProgressLi
                 outcome = evaluated if step == total_steps else outcome  # otherwise the next step stops and saves
             interval = Interval(engine.device, batches.accumulation_steps)
     batches.close()
-    if outcome is not Outcome.DIVERGED and (last := health.flush()) is not None:
+    if outcome is not Outcome.DIVERGED and (last := run.health.flush()) is not None:
         record_result(run.skipped_steps, batches, last)
     watch.enter("save")
     if not saver.finish() and outcome is not Outcome.DIVERGED:
@@ -189,6 +178,40 @@ def prepare_step(config: PretrainConfig, objective: Objective, engine: TrainingE
     set_learning_rate(engine.optimizer.param_groups, learning_rate)
     torch.manual_seed(dropout_seed(config.seed, step, distributed.rank()))
     return learning_rate
+
+
+def take_step(run: Run, batches: Batches, interval: Interval, saver: Saver, stop: StopSignal) -> StepResult | None:
+    """Take one optimizer step (collective): the forward and backward pass of each micro-batch, then the update.
+
+    Args:
+        run: Open run.
+        batches: Micro-batches of the run.
+        interval: Interval to which the losses and the gradient norm are added.
+        saver: Saver of the run, whose failure the other ranks must learn.
+        stop: Signal handler that knows whether this rank was asked to stop.
+
+    Returns:
+        The result of the step before, for which the host may wait; None if there was none.
+    """
+    engine, gradients, health, watch = run.engine, run.gradients, run.health, run.watch
+    step, position = run.state.step, run.state.position
+    for batch, weight, is_last in batches.next_step(step):
+        losses = engine(batch)
+        watch.enter("backward")
+        engine.backward(losses["loss"] * weight)
+        gradients.collect(is_last=is_last)
+        interval.add(losses, weight)
+        if is_last:
+            loss, square = interval.step_loss(), gradients.squared_norm()
+            health.judge(loss, square, position, stop_requested=stop.is_requested, save_failed=saver.has_failed)
+            gradients.prepare_update(health.grad_norm, health.skipped)
+        watch.enter("step")
+        engine.step()  # after the last micro-batch it updates the weights, unless `health` skips the step
+    previous = health.end_step(step, position)
+    run.objective.after_step(health.skipped)
+    run.ema.update(step, health.skipped)
+    interval.end_step(health.grad_norm, health.skipped)
+    return previous
 
 
 def handle_result(run: Run, batches: Batches, saver: Saver, result: StepResult) -> Outcome:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from pretrain import distributed
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engine.placement import bind_optimizer
-from pretrain.engine.protocol import TrainingEngine, torch_optimizer
+from pretrain.engine.protocol import TrainingEngine
+from pretrain.errors import UserError
 from pretrain.optimizers import build_optimizer
 from pretrain.startup import join_process_group, prepare_process
 
@@ -35,8 +36,6 @@ if sys.modules["mlflow"] is None:
 
 # Number of elements. With DeepSpeed's default of 5e8, a whole ViT-L fits into one bucket, so nothing overlaps.
 BUCKET_SIZE = 25_000_000
-# A gradient norm that is never reached. Without clipping, DeepSpeed does not compute the norm at every ZeRO stage.
-NO_CLIPPING = 1e30
 
 
 def start_distributed(should_stop: Callable[[], bool] = lambda: False) -> bool:
@@ -78,15 +77,25 @@ def build_engine(
 
     Returns:
         The engine. Its optimizer already knows how ZeRO has partitioned the parameters.
+
+    Raises:
+        UserError: If the host would wait for the GPU in each step, at stage 0 with bf16.
     """
+    if config.zero_stage == 0 and config.precision == "bf16" and torch.cuda.is_available():
+        raise UserError(
+            "engine.zero_stage: 0 with precision=bf16 is not supported on GPUs, because DeepSpeed's optimizer for it "
+            "waits for the GPU 72 times per step; set zero_stage=1, which computes the same and needs less memory"
+        )
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
     inner = build_optimizer(objective, optimizer)
     if config.zero_stage == 3 and compiled:
         deepspeed.utils.set_z3_leaf_modules(objective, list(compiled))
     with _without_steps(inner):
         engine, *_ = deepspeed.initialize(model=objective, optimizer=inner, config=settings)
-    if config.zero_stage == 0 and config.precision == "fp32":
-        engine.clip_fp32_gradients = lambda: _clip_and_keep_norm(engine)
+    if config.zero_stage == 3 and not config.offload_optimizer:
+        # DeepSpeed's norm, for which the host would wait, has no switch at stage 3; `gradients.py` computes it.
+        engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
+    engine.enable_backward_allreduce = _is_reduced(config, distributed.world_size())
     bind_optimizer(engine, optimizer)
     return engine  # type: ignore[no-any-return]
 
@@ -104,53 +113,41 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
         the global batch, the training loop weights each micro-batch by its true size.
     """
     accumulation_steps = config.accumulation_steps(world_size)
+    is_reduced = _is_reduced(config, world_size)
     zero: dict[str, Any] = {
-        "stage": config.zero_stage,
+        # A single rank has no gradients of other ranks to drop, which is what stage 2 adds to stage 1.
+        "stage": config.zero_stage if is_reduced else min(config.zero_stage, 1),
         "overlap_comm": on_gpu and world_size > 1,  # overlapping slows a single GPU down
-        "contiguous_gradients": True,
+        "contiguous_gradients": is_reduced,
         "reduce_bucket_size": BUCKET_SIZE,
         "allgather_bucket_size": BUCKET_SIZE,
     }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-    return {
+    elif config.zero_stage in (1, 2):
+        zero["compute_grad_norm"] = False  # `gradients.py` computes it without a wait of the host
+    settings = {
         "train_batch_size": config.micro_batch_size * accumulation_steps * world_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
-        "gradient_clipping": config.gradient_clipping or NO_CLIPPING,
+        "gradient_clipping": 0.0,  # the optimizers clip, see `gradients.py`
         "zero_optimization": zero,
         # Use torch's AdamW even with offloading, where DeepSpeed would compile its own optimizer for the CPU.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         # Checking every gradient for overflow took 22 of 97 ms per step; `health.py` checks their norm instead.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "timers": {"throughput": {"enabled": False}},  # the host waits for the device twice per micro-batch
         "steps_per_print": sys.maxsize,
     }
+    if config.precision == "bf16" and config.zero_stage and accumulation_steps > 1 and is_reduced:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return settings
 
 
-def gradient_norm(engine: TrainingEngine) -> Tensor:
-    """Return the norm of the last step's gradient over all ranks before clipping: an fp32 scalar on the device."""
-    norm = getattr(engine.optimizer, "_global_grad_norm", None)
-    norm = engine.get_global_grad_norm() if norm is None else norm  # type: ignore[attr-defined]
-    return torch.as_tensor(norm, dtype=torch.float32, device=engine.device)
-
-
-def guard_updates(engine: TrainingEngine, is_bad: Callable[[Tensor], Tensor]) -> None:
-    """Skip the weight update of every step whose gradient norm is judged bad, without a wait of the host.
-
-    All optimizers read `found_inf`, the flag that torch's gradient scaler sets on fused optimizers: with a value of 1
-    they change neither weights nor moments. It works at every ZeRO stage.
-
-    Args:
-        engine: Engine whose updates to guard.
-        is_bad: Function that takes the gradient norm, a scalar on the device, and returns 1 to skip the update and 0
-            to apply it, also as a scalar on the device.
-    """
-
-    def before_step(optimizer: Any, args: object, options: object) -> None:
-        optimizer.found_inf = is_bad(gradient_norm(engine))
-
-    torch_optimizer(engine).register_step_pre_hook(before_step)
+def _is_reduced(config: EngineConfig, world_size: int) -> bool:
+    """Return whether DeepSpeed reduces and copies gradients: on one rank, only at stage 3 and for offloading."""
+    return world_size > 1 or config.zero_stage == 3 or config.offload_optimizer
 
 
 @contextmanager
@@ -162,11 +159,6 @@ def _without_steps(optimizer: Optimizer) -> Iterator[None]:
     optimizer.step = lambda *_: None  # type: ignore[assignment, method-assign]
     yield
     del optimizer.step
-
-
-def _clip_and_keep_norm(engine: Any) -> None:
-    """Clip the gradients as DeepSpeed does at stage 0 in fp32, and keep their norm, which DeepSpeed drops there."""
-    engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
 
 
 def _skip_shared_memory_build() -> None:

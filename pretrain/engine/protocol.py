@@ -9,7 +9,13 @@ from torch.optim import Optimizer
 
 
 class TrainingEngine(Protocol):
-    """A model with its optimizer under ZeRO. `deepspeed.DeepSpeedEngine`, which has no types, fits this protocol."""
+    """A model with its optimizer under ZeRO. `deepspeed.DeepSpeedEngine`, which has no types, fits this protocol.
+
+    Attributes:
+        enable_backward_allreduce: Whether DeepSpeed reduces the gradients in the last backward pass of a step.
+    """
+
+    enable_backward_allreduce: bool
 
     @property
     def module(self) -> nn.Module:
@@ -30,7 +36,7 @@ class TrainingEngine(Protocol):
         """Add the gradients of a micro-batch; the last one of a step also reduces them over the ranks (collective)."""
 
     def step(self) -> object:
-        """Clip the gradients and update the weights if the last micro-batch of a step is done (collective)."""
+        """Update the weights if the last micro-batch of a step is done (collective)."""
 
     def train(self, mode: bool = True) -> object:
         """Switch the module to training mode, or to evaluation mode with `mode=False`."""
