@@ -92,10 +92,15 @@ def build_engine(
         deepspeed.utils.set_z3_leaf_modules(objective, list(compiled))
     with _without_steps(inner):
         engine, *_ = deepspeed.initialize(model=objective, optimizer=inner, config=settings)
+    is_reduced = _is_reduced(config, distributed.world_size())
+    if config.precision == "bf16" and config.zero_stage == 1 and is_reduced and engine.gradient_accumulation_steps() > 1:
+        # Micro-batches are added up in fp32. If the config asked for it, DeepSpeed would take another optimizer.
+        engine.optimizer.gradient_accumulation_dtype = torch.float32
+        engine.optimizer.use_separate_grad_accum = engine.optimizer.use_grad_accum_attribute = True
     if config.zero_stage == 3 and not config.offload_optimizer:
         # DeepSpeed's norm, for which the host would wait, has no switch at stage 3; `gradients.py` computes it.
         engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
-    engine.enable_backward_allreduce = _is_reduced(config, distributed.world_size())
+    engine.enable_backward_allreduce = is_reduced
     bind_optimizer(engine, optimizer)
     return engine  # type: ignore[no-any-return]
 
@@ -140,7 +145,7 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
         "timers": {"throughput": {"enabled": False}},  # the host waits for the device twice per micro-batch
         "steps_per_print": sys.maxsize,
     }
-    if config.precision == "bf16" and config.zero_stage and accumulation_steps > 1 and is_reduced:
+    if config.precision == "bf16" and accumulation_steps > 1 and (zero["stage"] >= 2 or config.offload_optimizer):
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return settings
 

@@ -31,6 +31,8 @@ class Gradients:
     def __init__(self, engine: TrainingEngine, max_norm: float) -> None:
         self.engine = engine
         self.max_norm = max_norm
+        names = ("cpu_offload", "offload_optimizer")  # DeepSpeed's at stages 1 and 2, and at stage 3
+        self._is_offloaded = any(getattr(engine.optimizer, name, False) for name in names)
         self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
         self._sums: dict[Tensor, Tensor] = {}  # parameter -> its gradient in fp32, over the micro-batches of a step
         self._num_summed = 0  # micro-batches of the current step that are in the sums
@@ -56,9 +58,9 @@ class Gradients:
 
         The shares of all ranks add up to the squared norm.
         """
+        if self._is_offloaded and self.engine.device.type == "cuda":
+            torch.cuda.synchronize()  # the gradients are still being copied to the host
         held, num_holders = self._held()
-        if held[0].device != self.engine.device:  # offloaded: the gradients are still being copied to the host
-            torch.accelerator.synchronize()
         norms = torch.stack(torch._foreach_norm(held, 2, dtype=torch.float32))
         return (norms.square().sum() / num_holders).to(self.engine.device)
 
@@ -74,8 +76,8 @@ class Gradients:
             skipped: 1 to skip the update, else 0, a scalar on the device.
         """
         optimizer: Any = torch_optimizer(self.engine)
-        # An offloaded optimizer runs on the CPU. The host waits for this copy, or it might read the flag too early.
-        device = optimizer.param_groups[0]["params"][0].device
+        # An offloaded optimizer runs on the CPU. The host waits for these copies, or it might read them too early.
+        device = torch.device("cpu") if self._is_offloaded else self.engine.device
         optimizer.found_inf = skipped.to(device)
         if self.max_norm:
             optimizer.grad_scale = ((grad_norm + CLIPPING_EPSILON) / self.max_norm).clamp(min=1.0).to(device)
@@ -83,10 +85,10 @@ class Gradients:
     def _held(self) -> tuple[list[Tensor], int]:
         """Return the gradients that this rank holds, and the number of ranks that hold the same ones."""
         optimizer = self.engine.optimizer
-        if getattr(optimizer, "cpu_offload", False):  # stages 1 and 2
-            return [master.grad for master in optimizer.single_partition_of_fp32_groups], 1
-        if getattr(optimizer, "offload_optimizer", False):  # stage 3
-            return [master.grad for master in optimizer.fp32_partitioned_groups_flat], 1
+        if self._is_offloaded:
+            is_stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+            masters = "fp32_partitioned_groups_flat" if is_stage_3 else "single_partition_of_fp32_groups"
+            return [master.grad for master in getattr(optimizer, masters)], 1
         if hasattr(optimizer, "averaged_gradients"):
             return [gradient for group in optimizer.averaged_gradients.values() for gradient in group], 1
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
