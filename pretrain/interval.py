@@ -13,6 +13,7 @@ from pretrain import distributed
 from pretrain.config import SourceConfig
 from pretrain.data.loading.meters import Meter, loading_metrics
 from pretrain.data.loading.quarantine import Quarantine
+from pretrain.device_copies import HostCopy, to_device
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Interval:
         Args:
             counts: Further numbers to sum over the ranks.
         """
-        own = torch.tensor(counts, dtype=torch.float64, device=self.device)
-        totals = distributed.sum_over_ranks(torch.cat([torch.stack([*self._sums.values()]), own])).tolist()
+        own = torch.cat([torch.stack([*self._sums.values()]), to_device(counts, self.device)])
+        totals = HostCopy(distributed.sum_over_ranks(own)).read().tolist()
         sums = dict(zip(self._sums, totals, strict=False))
         applied_on_all_ranks = sums.pop("applied")
         return IntervalTotals(

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "pretrain": set(),
     "pretrain.captions": set(),
     "pretrain.cores": set(),
+    "pretrain.device_copies": set(),
     "pretrain.errors": set(),
     "pretrain.files": set(),
     "pretrain.journal": {"pretrain.errors", "pretrain.files"},
@@ -51,8 +52,14 @@ MAY_IMPORT = {
         "pretrain.data.transforms",
     },
     "pretrain.heartbeat": {"pretrain.outcome"},
-    "pretrain.health": {"pretrain.config", "pretrain.distributed", "pretrain.journal"},
-    "pretrain.engine": {"pretrain.config", "pretrain.distributed", "pretrain.optimizers", "pretrain.startup"},
+    "pretrain.health": {"pretrain.config", "pretrain.device_copies", "pretrain.distributed", "pretrain.journal"},
+    "pretrain.engine": {
+        "pretrain.config",
+        "pretrain.distributed",
+        "pretrain.errors",
+        "pretrain.optimizers",
+        "pretrain.startup",
+    },
     "pretrain.checkpoint": LEAVES
     | {"pretrain.engine", "pretrain.distributed", "pretrain.hub", "pretrain.model", "pretrain.state"},
     "pretrain.export": LEAVES
@@ -78,7 +85,7 @@ MAY_IMPORT = {
         "pretrain.run_folder",
         "pretrain.state",
     },
-    "pretrain.interval": {"pretrain.config", "pretrain.data", "pretrain.distributed"},
+    "pretrain.interval": {"pretrain.config", "pretrain.data", "pretrain.device_copies", "pretrain.distributed"},
     "pretrain.steps": LEAVES
     | {
         "pretrain.data",

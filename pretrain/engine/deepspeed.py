@@ -92,15 +92,7 @@ def build_engine(
         deepspeed.utils.set_z3_leaf_modules(objective, list(compiled))
     with _without_steps(inner):
         engine, *_ = deepspeed.initialize(model=objective, optimizer=inner, config=settings)
-    is_reduced = _is_reduced(config, distributed.world_size())
-    if config.precision == "bf16" and config.zero_stage == 1 and is_reduced and engine.gradient_accumulation_steps() > 1:
-        # Micro-batches are added up in fp32. If the config asked for it, DeepSpeed would take another optimizer.
-        engine.optimizer.gradient_accumulation_dtype = torch.float32
-        engine.optimizer.use_separate_grad_accum = engine.optimizer.use_grad_accum_attribute = True
-    if config.zero_stage == 3 and not config.offload_optimizer:
-        # DeepSpeed's norm, for which the host would wait, has no switch at stage 3; `gradients.py` computes it.
-        engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
-    engine.enable_backward_allreduce = is_reduced
+    _leave_out_waits(engine, config)
     bind_optimizer(engine, optimizer)
     return engine  # type: ignore[no-any-return]
 
@@ -153,6 +145,21 @@ def deepspeed_config(config: EngineConfig, world_size: int, *, on_gpu: bool) -> 
 def _is_reduced(config: EngineConfig, world_size: int) -> bool:
     """Return whether DeepSpeed reduces and copies gradients: on one rank, only at stage 3 and for offloading."""
     return world_size > 1 or config.zero_stage == 3 or config.offload_optimizer
+
+
+def _leave_out_waits(engine: Any, config: EngineConfig) -> None:
+    """Change what DeepSpeed's config has no keys for: the norm at stage 3, work of a single rank, and sums in fp32."""
+    is_reduced = _is_reduced(config, distributed.world_size())
+    engine.enable_backward_allreduce = is_reduced
+    optimizer = engine.optimizer
+    if config.zero_stage == 3 and not config.offload_optimizer:
+        # DeepSpeed would compute the norm and read it on the host. A number on the host in its place costs no wait.
+        optimizer._get_norm_groups = lambda: [torch.ones(())]
+    adds_up_bf16 = config.precision == "bf16" and engine.gradient_accumulation_steps() > 1
+    if config.zero_stage == 1 and adds_up_bf16 and is_reduced:
+        # If the config asked for sums in fp32, DeepSpeed would take an optimizer without partitions of this kind.
+        optimizer.gradient_accumulation_dtype = torch.float32
+        optimizer.use_separate_grad_accum = optimizer.use_grad_accum_attribute = True
 
 
 @contextmanager

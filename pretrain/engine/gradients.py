@@ -31,8 +31,8 @@ class Gradients:
     def __init__(self, engine: TrainingEngine, max_norm: float) -> None:
         self.engine = engine
         self.max_norm = max_norm
-        names = ("cpu_offload", "offload_optimizer")  # DeepSpeed's at stages 1 and 2, and at stage 3
-        self._is_offloaded = any(getattr(engine.optimizer, name, False) for name in names)
+        optimizer = engine.optimizer
+        self._is_offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
         self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
         self._sums: dict[Tensor, Tensor] = {}  # parameter -> its gradient in fp32, over the micro-batches of a step
         self._num_summed = 0  # micro-batches of the current step that are in the sums
@@ -87,8 +87,10 @@ class Gradients:
         optimizer = self.engine.optimizer
         if self._is_offloaded:
             is_stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-            masters = "fp32_partitioned_groups_flat" if is_stage_3 else "single_partition_of_fp32_groups"
-            return [master.grad for master in getattr(optimizer, masters)], 1
+            masters = (
+                optimizer.fp32_partitioned_groups_flat if is_stage_3 else optimizer.single_partition_of_fp32_groups
+            )
+            return [master.grad for master in masters], 1
         if hasattr(optimizer, "averaged_gradients"):
             return [gradient for group in optimizer.averaged_gradients.values() for gradient in group], 1
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]

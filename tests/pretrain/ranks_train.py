@@ -14,9 +14,11 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -49,10 +51,11 @@ from pretrain.journal import read_rows
 from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.optimizers import build_optimizer
-from pretrain.run import open_run
+from pretrain.run import Run, open_run
 from pretrain.schedules import learning_rate_at
+from pretrain.steps import Batches
 from pretrain.stop_signal import StopSignal
-from pretrain.train import train_with_tracking
+from pretrain.train import take_step, train_with_tracking
 from tests.support.foreign_tars import damage_header, write_tars
 from tests.support.ranks import folder_of, main
 from tests.support.training import (
@@ -80,6 +83,7 @@ from tests.support.training import (
     all_runs,
     needs,
 )
+from tests.support.waits import HostWaits
 
 SPEEDS = {
     "time",
@@ -90,6 +94,7 @@ SPEEDS = {
     "data/megabytes_per_second",
     *(f"data/{stage}_busy" for stage in STAGES_OF_INPUT),
 }
+COUNTED_STEP = 2  # counted from 0; the first one creates the state of the optimizer
 WEIGHT = "encoder.patch_embedding.weight"
 
 
@@ -152,6 +157,22 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
     return first, positions, pixels
 
 
+@contextlib.contextmanager
+def counting_a_step(counter: HostWaits) -> Iterator[None]:
+    """Count the operations and the host's waits in one step of the training loop, without those of loading."""
+
+    def take_and_count(run: Run, batches: Batches, *arguments: Any) -> Any:
+        if run.state.step != COUNTED_STEP:
+            return take_step(run, batches, *arguments)
+        micro_batches = [*batches.next_step(run.state.step)]
+        loaded = SimpleNamespace(next_step=lambda step: micro_batches)
+        with counter:
+            return take_step(run, cast(Batches, loaded), *arguments)
+
+    with mock.patch("pretrain.train.take_step", take_and_count):
+        yield
+
+
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     """Return the metrics that are the same whenever a run is repeated: all but those of speed."""
     return [
@@ -171,7 +192,9 @@ def train_and_resume(recipe: Path, folder: Path, setting: Setting, *, in_mlflow:
     whole_dir, resumed_dir = folder / "whole", folder / "resumed"
     settings = [*setting.overrides, f"data.num_workers={setting.num_workers}"]
     settings += [f"tracking.uri=sqlite:///{folder / 'mlflow.db'}"] if in_mlflow else []
-    _, positions, image_sizes = run_to_end(load(recipe, *settings, f"run_dir={whole_dir}"))
+    counter = HostWaits()
+    with counting_a_step(counter):
+        _, positions, image_sizes = run_to_end(load(recipe, *settings, f"run_dir={whole_dir}"))
     weights, averages = both_kinds(whole_dir) if distributed.is_main() else ({}, {})
     seen = {
         "rows": rows_of(whole_dir),
@@ -179,6 +202,8 @@ def train_and_resume(recipe: Path, folder: Path, setting: Setting, *, in_mlflow:
         "image_sizes": image_sizes,
         "graph_breaks": sum(torch._dynamo.utils.counters["graph_break"].values()),
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "operations": counter.num_operations,
+        "waits": counter.waits,
         "weights": {name: digest(weight) for name, weight in weights.items()},
         "averages": {name: digest(average) for name, average in averages.items()},
     }

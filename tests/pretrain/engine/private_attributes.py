@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engine.deepspeed import build_engine, gradient_norm, start_distributed
+from pretrain.engine.deepspeed import build_engine, start_distributed
+from pretrain.engine.gradients import Gradients
 
 
 class Square(nn.Module):
@@ -41,18 +42,21 @@ def has(root: object, path: str) -> bool:
 
 def look_up(setting: str, paths: list[str]) -> dict[str, bool]:
     """Take one step with an engine; return which of the names exist afterwards."""
-    stage, _, precision = setting.partition(" ")
+    stage, precision, *rest = setting.split()
     config = EngineConfig(
         zero_stage=cast(Literal[0, 1, 2, 3], int(stage)),
         precision=cast(Literal["fp32", "bf16"], precision),
         global_batch_size=4,
         micro_batch_size=4,
+        offload_optimizer=rest == ["offload"],
     )
     engine = build_engine(Square(), config, OptimizerConfig())
     batch = torch.ones(4, 4, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    gradients = Gradients(engine, max_norm=1.0)
     engine.backward(engine(batch)["loss"])  # type: ignore[arg-type]
+    gradients.collect(is_last=True)
+    assert float(gradients.squared_norm()) > 0
     engine.step()
-    assert float(gradient_norm(engine)) > 0
     roots = {"engine": engine, "parameter": next(engine.module.parameters())}
     return {path: has(roots[path.partition(".")[0]], path.partition(".")[2]) for path in paths}
 

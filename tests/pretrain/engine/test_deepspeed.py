@@ -4,9 +4,11 @@ import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from pretrain.config import EngineConfig
-from pretrain.engine.deepspeed import deepspeed_config
+from pretrain.config import EngineConfig, OptimizerConfig
+from pretrain.engine.deepspeed import build_engine, deepspeed_config
+from pretrain.errors import UserError
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 8))
@@ -24,6 +26,7 @@ def test_accumulation_steps_follow_from_the_batch_sizes(world_size: int, micro: 
 def test_deepspeed_accepts_the_config(stage: int, precision: str, on_gpu: bool) -> None:
     config = EngineConfig(zero_stage=stage, precision=precision, offload_optimizer=stage > 0)  # type: ignore[arg-type]
     derived = deepspeed_config(config, 1, on_gpu=on_gpu)
+    assert derived["gradient_clipping"] == 0  # the optimizers clip
     if stage:
         assert derived["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": on_gpu}
     parsed = DeepSpeedConfig(derived)
@@ -36,3 +39,20 @@ def test_a_batch_that_the_ranks_do_not_divide_takes_another_micro_batch() -> Non
     derived = deepspeed_config(EngineConfig(global_batch_size=64, micro_batch_size=8), 3, on_gpu=False)
     assert derived["gradient_accumulation_steps"] == 3
     assert derived["train_batch_size"] == 72  # DeepSpeed requires the product of all three
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_deepspeed_computes_no_norm_and_measures_no_throughput(stage: int, world_size: int) -> None:
+    config = EngineConfig(zero_stage=stage, precision="bf16")  # type: ignore[arg-type]
+    derived = deepspeed_config(config, world_size, on_gpu=True)
+    assert derived["zero_optimization"]["compute_grad_norm"] is False
+    assert derived["timers"] == {"throughput": {"enabled": False}}
+    assert derived["zero_optimization"]["stage"] == (1 if world_size == 1 else stage)
+
+
+def test_bf16_at_stage_0_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    config = EngineConfig(zero_stage=0, precision="bf16")
+    with pytest.raises(UserError, match=r"waits for the GPU 72 times per step; set zero_stage=1"):
+        build_engine(nn.Linear(2, 2), config, OptimizerConfig())
