@@ -131,15 +131,12 @@ PRECISION = {
     "muon-bf16": Setting([*MUON, BF16, zero(1)]),
     "muon-bf16-zero0": Setting([*MUON, BF16, zero(0)]),
 }
+RAND_AUGMENT = ["objective.augment.rand_augment_ops=2", "objective.augment.erasing=0.25", "model.drop_path=0.3"]
 DEEP = ["model.num_hidden_layers=12", "engine.micro_batch_size=16", BF16, zero(1)]  # 200 trained tensors
 KERNELS = {
     "deep": Setting(DEEP, is_resumed=False, world_sizes=(1,)),
     "deep-lamb": Setting([*DEEP, "optimizer.name=lamb"], is_resumed=False, world_sizes=(1,)),
-    "rand-augment": Setting(
-        ["objective.augment.rand_augment_ops=2", "objective.augment.erasing=0.25", "model.drop_path=0.3", *LAYER_DECAY]
-        + [BF16, zero(1)],
-        is_resumed=False,
-    ),
+    "rand-augment": Setting([*RAND_AUGMENT, *LAYER_DECAY, BF16, zero(1)], is_resumed=False),
 }
 COMPILED = {  # compiling takes long
     "compiled": Setting([COMPILE, zero(1)], world_sizes=(1,)),

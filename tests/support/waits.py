@@ -99,8 +99,9 @@ class _Calls(TorchFunctionMode):
             self.found.note("torch.tensor on a device")
         elif func in (Tensor.cpu, Tensor.tolist, Tensor.numpy):
             self.found.note("copy to the host")
-        elif func is Tensor.to and getattr(args[0], "is_on_host", False) and not options.get("non_blocking"):
-            if any(isinstance(each, torch.device) for each in (*args, *options.values())):
+        elif func is Tensor.to and getattr(args[0], "is_on_host", False):
+            is_to_device = any(isinstance(each, torch.device) for each in (*args, *options.values()))
+            if is_to_device and not options.get("non_blocking"):
                 self.found.note("blocking copy")
         return func(*args, **options)
 

@@ -1,4 +1,4 @@
-"""In a training step, the host waits for the device only to learn the result of the step before, and starts few kernels.
+"""In a training step, the host waits for nothing but the result of the step before, and starts few kernels.
 
 Waits are counted in the third step of the runs of tests/support/training.py, in the real training loop.
 """
@@ -13,7 +13,7 @@ NUMBER_ON_HOST = "aten._local_scalar_dense.default in pretrain/train.py:take_ste
 
 
 def may_wait(setting: Setting) -> bool:
-    """Return whether DeepSpeed waits: an optimizer on the CPU needs the gradients; bf16 at stage 0 is refused on GPUs."""
+    """Return whether DeepSpeed waits: for gradients on the CPU, or in bf16 at stage 0, which is refused on GPUs."""
     return OFFLOAD in setting.overrides or {BF16, zero(0)} <= {*setting.overrides}
 
 
