@@ -6,13 +6,15 @@ Run it in a checkout before the change and in one after it, on the same machine:
 
     python benchmarks/fingerprint.py before.json
     python benchmarks/fingerprint.py after.json --compare before.json
+    python benchmarks/fingerprint.py after.json --compare before.json --tolerance 1e-6    # sums in another order
 
-Exits with code 1 if anything differs. Takes about ten minutes on 2 CPU cores.
+Exits with code 1 if a batch differs, or a metric by more than the tolerance. Takes about ten minutes on 2 CPU cores.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -92,6 +94,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file to write")
     parser.add_argument("--compare", type=Path, help="record of another checkout to compare with")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="largest difference of a metric from the record, relative to its value if that is above 1",
+    )
     parser.add_argument("--only", default="", help="record only the settings whose name contains this text")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
@@ -114,11 +122,28 @@ def main() -> int:
     if arguments.compare is None:
         return 0
     expected = json.loads(arguments.compare.read_text(encoding="utf-8"))
-    differing = [name for name in found if found[name] != expected.get(name)]
-    for name in differing:
-        print(f"{name}: differs")
-    print(f"{len(found) - len(differing)} of {len(found)} settings are identical, bit for bit")
+    distances = {name: distance(found[name], expected.get(name)) for name in found}
+    differing = {name: value for name, value in distances.items() if value > arguments.tolerance}
+    for name, value in differing.items():
+        print(f"{name}: differs by {value:.1e}")
+    within = f"within {arguments.tolerance:g}" if arguments.tolerance else "bit for bit"
+    print(
+        f"{len(found) - len(differing)} of {len(found)} settings are identical, {within}; "
+        f"largest difference {max(distances.values()):.1e}"
+    )
     return 1 if differing else 0
+
+
+def distance(record: dict[str, Any], other: dict[str, Any] | None) -> float:
+    """Return the largest difference of a metric between two records; infinite if they have other batches or metrics."""
+    if other is None or record["batches"] != other["batches"] or len(record["rows"]) != len(other["rows"]):
+        return math.inf
+    largest = 0.0
+    for row, other_row in zip(record["rows"], other["rows"], strict=True):
+        if row.keys() != other_row.keys():
+            return math.inf
+        largest = max(largest, *(abs(row[name] - other_row[name]) / max(1.0, abs(row[name])) for name in row))
+    return largest
 
 
 if __name__ == "__main__":
