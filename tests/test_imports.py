@@ -22,6 +22,7 @@ LEAVES = {
 }
 MAY_IMPORT = {
     "pretrain": set(),
+    "pretrain.averaging": set(),
     "pretrain.captions": set(),
     "pretrain.cores": set(),
     "pretrain.errors": set(),
@@ -42,7 +43,7 @@ MAY_IMPORT = {
     "pretrain.data": LEAVES,
     "pretrain.model": LEAVES,
     "pretrain.tracking": LEAVES,
-    "pretrain.optimizers": {"pretrain.config", "pretrain.distributed"},
+    "pretrain.optimizers": {"pretrain.averaging", "pretrain.config", "pretrain.distributed"},
     "pretrain.objectives": {
         "pretrain.config",
         "pretrain.errors",
@@ -52,7 +53,13 @@ MAY_IMPORT = {
     },
     "pretrain.heartbeat": {"pretrain.outcome"},
     "pretrain.health": {"pretrain.config", "pretrain.distributed", "pretrain.journal"},
-    "pretrain.engine": {"pretrain.config", "pretrain.distributed", "pretrain.optimizers", "pretrain.startup"},
+    "pretrain.engine": {
+        "pretrain.averaging",
+        "pretrain.config",
+        "pretrain.distributed",
+        "pretrain.optimizers",
+        "pretrain.startup",
+    },
     "pretrain.checkpoint": LEAVES
     | {"pretrain.engine", "pretrain.distributed", "pretrain.hub", "pretrain.model", "pretrain.state"},
     "pretrain.export": LEAVES
