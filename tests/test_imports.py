@@ -43,7 +43,13 @@ MAY_IMPORT = {
     "pretrain.data": LEAVES,
     "pretrain.model": LEAVES,
     "pretrain.tracking": LEAVES,
-    "pretrain.optimizers": {"pretrain.averaging", "pretrain.config", "pretrain.distributed"},
+    "pretrain.device_copies": set(),
+    "pretrain.optimizers": {
+        "pretrain.averaging",
+        "pretrain.config",
+        "pretrain.device_copies",
+        "pretrain.distributed",
+    },
     "pretrain.objectives": {
         "pretrain.config",
         "pretrain.errors",
