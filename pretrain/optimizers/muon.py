@@ -116,7 +116,7 @@ class _Bucket:
     Attributes:
         shape: Number of matrices, of rows and of columns.
         positions: Positions of this rank's ranges of the matrices in `Placement.ranges_in`.
-        sizes: Where these ranges are in the matrices, for `split_spans`.
+        sizes: Sizes for `split_spans`, which returns these ranges of the flattened matrices.
     """
 
     shape: tuple[int, int, int]
@@ -189,7 +189,7 @@ def _orthogonalize_on_ranks(placement: Placement, matrices: Tensor) -> None:
 
     Args:
         placement: Placement of the parameters; its ranks divide the work.
-        matrices: On each rank its parts of the matrices, and zeros elsewhere.
+        matrices: Parts of the matrices that this rank holds, and zeros elsewhere.
     """
     is_shared = placement.world_size > 1
     if is_shared:
