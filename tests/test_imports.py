@@ -22,6 +22,7 @@ LEAVES = {
 }
 MAY_IMPORT = {
     "pretrain": set(),
+    "pretrain.averaging": set(),
     "pretrain.captions": set(),
     "pretrain.cores": set(),
     "pretrain.device_copies": set(),
@@ -43,7 +44,13 @@ MAY_IMPORT = {
     "pretrain.data": LEAVES,
     "pretrain.model": LEAVES,
     "pretrain.tracking": LEAVES,
-    "pretrain.optimizers": {"pretrain.config", "pretrain.distributed"},
+    "pretrain.device_copies": set(),
+    "pretrain.optimizers": {
+        "pretrain.averaging",
+        "pretrain.config",
+        "pretrain.device_copies",
+        "pretrain.distributed",
+    },
     "pretrain.objectives": {
         "pretrain.config",
         "pretrain.errors",
@@ -54,6 +61,7 @@ MAY_IMPORT = {
     "pretrain.heartbeat": {"pretrain.outcome"},
     "pretrain.health": {"pretrain.config", "pretrain.device_copies", "pretrain.distributed", "pretrain.journal"},
     "pretrain.engine": {
+        "pretrain.averaging",
         "pretrain.config",
         "pretrain.distributed",
         "pretrain.errors",

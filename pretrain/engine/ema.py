@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from pretrain.averaging import move_averages
 from pretrain.engine.partitions import EMA, copy_masters_to_model
 from pretrain.engine.protocol import TrainingEngine, torch_optimizer
 
@@ -42,11 +43,11 @@ class Ema:
         """
         if not self.decay:
             return
-        share = (1 - min(self.decay, (1 + step) / (10 + step))) * (1 - skipped)
+        masters, averages = self._averaged()
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        move_averages(averages, masters, share, skipped)
         for master, state in self.states.items():
-            if EMA in state:
-                state[EMA].lerp_(master.detach(), share.to(master))
-            else:
+            if EMA not in state:
                 state[EMA] = master.detach().clone()
 
     @contextmanager
@@ -61,10 +62,15 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        averages = [(master.detach(), state[EMA]) for master, state in self.states.items() if EMA in state]
-        for master, average in averages:
-            weights = master.clone()
-            master.copy_(average)
-            average.copy_(weights)
+        masters, averages = self._averaged()
         if averages:
+            weights = [torch.empty_like(master) for master in masters]
+            torch._foreach_copy_(weights, masters)
+            torch._foreach_copy_(masters, averages)
+            torch._foreach_copy_(averages, weights)
             copy_masters_to_model(self.engine)
+
+    def _averaged(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the masters that have an average, and their averages."""
+        pairs = [(master.detach(), state[EMA]) for master, state in self.states.items() if EMA in state]
+        return [master for master, _ in pairs], [average for _, average in pairs]

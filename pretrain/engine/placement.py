@@ -37,6 +37,8 @@ def parameter_placement(engine: TrainingEngine) -> Placement:
             index = indices[fragment.name]
             ranges[fragment.master].append(Range(index, fragment.start, fragment.offset, fragment.numel))
             is_partitioned = is_partitioned or not fragment.replicated
+    for each in ranges.values():
+        each.sort(key=lambda one: one.tensor_start)
     placement = Placement([*shapes], [*shapes.values()], ranges)
     if not is_partitioned:
         return placement

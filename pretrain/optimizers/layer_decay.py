@@ -30,21 +30,26 @@ def apply_layer_decay(optimizer: Optimizer, placement: Placement, decay: float) 
         decay: Factor from one block to the next, from 0 to 1.
     """
     factors = layer_factors(placement.names, decay)
-    before: dict[Tensor, Tensor] = {}
+    scaled: list[tuple[float, Tensor, Tensor]] = []  # factor, weights, and the weights before the step
 
+    @torch.no_grad()
     def copy_weights(*arguments: object) -> None:
-        tensors = (tensor for group in optimizer.param_groups for tensor in group["params"])
-        before.update({tensor: tensor.detach().clone() for tensor in tensors if tensor.grad is not None})
+        every = (tensor for group in optimizer.param_groups for tensor in group["params"])
+        tensors = [tensor for tensor in every if tensor.grad is not None]
+        found = [factors[each.parameter] for each in placement.ranges_in(tensors)]
+        parts = [*zip(found, placement.parts(tensors, tensors), strict=True)]
+        scaled[:] = [(factor, part, torch.empty_like(part)) for factor, part in parts if factor < 1]
+        if scaled:
+            _, weights, before = zip(*scaled, strict=True)
+            torch._foreach_copy_(before, weights)
 
     @torch.no_grad()
     def scale_updates(*arguments: object) -> None:
-        for tensor, old in before.items():
-            for index, _, start, numel in placement.ranges[tensor]:
-                if factors[index] < 1:
-                    span = slice(start, start + numel)
-                    new = tensor.view(-1)[span]
-                    new.copy_(torch.lerp(old.view(-1)[span], new, factors[index]))
-        before.clear()
+        if scaled:
+            scales, weights, before = zip(*scaled, strict=True)
+            torch._foreach_lerp_(before, weights, scales)
+            torch._foreach_copy_(weights, before)
+        scaled.clear()
 
     optimizer.register_step_pre_hook(copy_weights)
     optimizer.register_step_post_hook(scale_updates)

@@ -115,7 +115,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
     torch.manual_seed(0)
     for shape in ((20, 20), (8, 30), (30, 8)):
         for precision in (torch.float32, torch.bfloat16):  # GPUs use the latter
-            found = orthogonalize(torch.randn(shape), precision)
+            found = orthogonalize(torch.randn(2, *shape), precision)
             assert found.dtype == torch.float32
             singular = torch.linalg.svdvals(found) / (0.2 * math.sqrt(max(shape)))
             assert float(singular.min()) > 0.3
