@@ -49,6 +49,11 @@ class EngineConfig(BatchConfig):
     activation_checkpointing: bool = Field(
         False, description="Whether to recompute activations in the backward pass; saves memory and is slower."
     )
+    deterministic: bool = Field(
+        False,
+        description="Whether to use only deterministic algorithms, which repeat a run exactly on GPUs of the same kind "
+        "and number and are slower; on a CPU, runs are repeatable without it.",
+    )
     compile: bool = Field(False, description="Whether to compile the blocks with torch.compile; faster on a GPU.")
 
     def problems(self) -> Iterator[Problem]:
