@@ -11,14 +11,15 @@ NUM_FRAMES = 12  # innermost frames of a thread that are read
 WAITING_FUNCTIONS = (
     ("torch/distributed/", ""),
     ("deepspeed/comm/", ""),
-    # DeepSpeed waits for the gathers of ZeRO 3 here, by a call of C++ that is not in torch/distributed.
-    ("deepspeed/runtime/zero/partition_parameters.py", "wait"),
+    ("deepspeed/runtime/zero/partition_parameters.py", "wait"),  # for the gathers of ZeRO 3
     ("torch/cuda/streams.py", "synchronize"),
     ("torch/cuda/__init__.py", "synchronize"),
     ("pretrain/distributed.py", "any_over_ranks"),
 )
-# Calls that copy a value from the device, and so wait for it. They are in C++, so the innermost frame is their caller.
-WAITING_CALLS = (".item()", ".tolist()", ".cpu()")
+# Calls that wait for a collective, or for the device, from which they copy a value. They are in C++, so the innermost
+# frame is their caller.
+WAITING_CALLS = ("handle.wait()", ".item()", ".tolist()", ".cpu()")
+TRANSPARENT_FILE = "deepspeed/utils/nvtx.py"  # calls the function that its caller names
 # The backward pass runs in C++ here. On a GPU, it runs in another thread, and this one only waits for that thread.
 BACKWARD_FUNCTION = ("torch/autograd/graph.py", "_engine_run_backward")
 
@@ -41,7 +42,7 @@ def wait_of(stack: str) -> Wait:
     Args:
         stack: Frames as text, the innermost one last.
     """
-    innermost = stack.rpartition('File "')[2]
+    innermost = next((frame for frame in reversed(stack.split('File "')) if TRANSPARENT_FILE not in frame), "")
     if any(_is_in(innermost, *function) for function in WAITING_FUNCTIONS):
         return Wait.CERTAIN
     if any(call in innermost for call in WAITING_CALLS):
