@@ -51,8 +51,8 @@ class EngineConfig(BatchConfig):
     )
     deterministic: bool = Field(
         False,
-        description="Whether to use only deterministic algorithms, which repeat a run exactly on GPUs of the same kind "
-        "and number and are slower; on a CPU, runs are repeatable without it.",
+        description="Whether to use only deterministic algorithms; slower, but a run repeats exactly on the same GPUs. "
+        "On a CPU, runs repeat exactly without it.",
     )
     compile: bool = Field(False, description="Whether to compile the blocks with torch.compile; faster on a GPU.")
 
