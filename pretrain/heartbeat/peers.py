@@ -24,7 +24,8 @@ class Peers:
     def __init__(self, run_dir: Path, rank: int) -> None:
         processes = read_processes(run_dir)
         self._run_dir = run_dir
-        self._main_process = processes[0] if processes else ""
+        # An order that is left over from an earlier start names another process.
+        self._order = f"{LEAVE}\n{processes[0] if processes else ''}\n"
         self._neighbors = neighbors(processes, rank)
 
     def find_failure(self, order: str, beats: Sequence[Beat]) -> str:
@@ -34,10 +35,8 @@ class Peers:
             order: Current order, with which another rank may tell it.
             beats: Last heartbeats of all ranks if this rank examines them, else none.
         """
-        if order.startswith(LEAVE):
-            _, main_process, reason = order.split("\n", 2)
-            if main_process == self._main_process:  # not left over from a process of an earlier start
-                return reason
+        if order.startswith(self._order):
+            return order.removeprefix(self._order)
         failed = next((beat for beat in beats if beat.has_failed), None)
         reason = _describe(failed) if failed else self._find_lost()
         if reason:
@@ -47,7 +46,7 @@ class Peers:
     def tell_all(self, reason: str) -> None:
         """Order all ranks to leave. A full disk must not keep this rank from doing so itself."""
         with contextlib.suppress(OSError):
-            write_order(self._run_dir, f"{LEAVE}\n{self._main_process}\n{reason}")
+            write_order(self._run_dir, self._order + reason)
 
     def _find_lost(self) -> str:
         """Return a description of a rank on this machine whose process is gone, unless it ended without an error."""
@@ -65,4 +64,4 @@ class Peers:
 def _describe(beat: Beat) -> str:
     if beat.has_ended:
         return f"{beat} ended in step {beat.step} ({beat.outcome})"
-    return f"{beat} was killed in phase {beat.phase} of step {beat.step}"
+    return f"{beat} died in phase {beat.phase} of step {beat.step}"

@@ -44,7 +44,7 @@ OWN_WORK_PHASES = ("data", "forward")  # other ranks are not waited for here, ex
 # Seconds until this rank leaves after another one has failed. Meanwhile it may fail by itself and print its own error.
 LEAVE_SECONDS = 3.0
 LEAVE_SECONDS_SAVING = 6.0  # a checkpoint may still become complete if the failed rank has written its part
-LEAVE_SECONDS_ENDING = 60.0  # the main thread already ends with an error, and may be waiting for MLflow
+LEAVE_SECONDS_ENDING = 120.0  # the main thread already ends with an error, and may be waiting for MLflow
 SAVE_THREAD = "checkpoint"  # name of the thread that writes a checkpoint
 
 

@@ -48,7 +48,7 @@ def test_killed_rank_of_this_machine_is_noticed(tmp_path: Path, child: "subproce
     assert not peers.find_failure(CONTINUE, [])
     child.kill()
     child.wait()
-    sentence = f"rank 1 (process {child.pid} on h) was killed in phase backward of step 7"
+    sentence = f"rank 1 (process {child.pid} on h) died in phase backward of step 7"
     assert peers.find_failure(CONTINUE, []) == sentence
     elsewhere = claim(tmp_path, MAIN)  # a rank of another machine, which learns it from the order
     assert elsewhere.find_failure(read_order(tmp_path), []) == sentence

@@ -1,6 +1,6 @@
-"""Ranks that wait for a rank that has failed leave by themselves, without a launcher and without `hang_seconds`.
+"""Ranks of a gloo group, started without a launcher: which one is named if it hangs, and who leaves if it fails.
 
-A collective would fail after ten minutes only. On a quiet machine the ranks are gone within six seconds.
+A collective would fail after ten minutes only. Without `hang_seconds`, as in fine-tuning, the ranks leave nevertheless.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import pytest
 from pretrain.heartbeat.beats import read_beat
 from tests.support.launching import end, free_port, wait_for
 
-SCRIPT = Path(__file__).with_name("ranks_leaving.py")
+SCRIPT = Path(__file__).with_name("ranks_gloo.py")
 WORLD_SIZE = 3
 GONE_WITHIN = 60.0  # seconds, on a busy machine
 
@@ -84,3 +84,16 @@ def test_ranks_leave_after_another_was_killed(tmp_path: Path) -> None:
 def test_ranks_stay_after_another_has_stopped(tmp_path: Path) -> None:
     with ranks(tmp_path / "run", {1: "stopped"}, "none") as processes:
         assert [process.wait(2 * GONE_WITHIN) for process in processes] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("fault", "phase"), [("hook", "backward"), ("optimizer", "step")])
+def test_rank_that_hangs_in_a_step_is_named(tmp_path: Path, fault: str, phase: str) -> None:
+    """The others wait in a collective: of the same backward pass, or of the next one."""
+    run_dir = tmp_path / "run"
+    with ranks(run_dir, {2: fault}, "gloo") as processes:
+        wait_for(lambda: "hangs" in log_of(run_dir, 0).read_text(), timeout=2 * GONE_WITHIN)
+        printed = log_of(run_dir, 0).read_text()
+        assert f"rank 2 (process {processes[2].pid} on " in printed
+        assert f" s in phase {phase} of step 15 while other ranks wait" in printed
+        assert "in hang\n" in printed
+        assert printed.count(" hangs: ") == 1
