@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.errors import DataError, MachineError, StartupError, UserError
+from pretrain.errors import DataError, MachineError, RankError, UserError
 
 Result = TypeVar("Result")
 
@@ -147,13 +147,13 @@ def on_all_ranks(work: Callable[[], Result]) -> Result:
 def print_error(error: Exception) -> None:
     """Print the message of an error that ended the run.
 
-    Every rank on which a DataError or a StartupError occurred prints it, because it may come from a data worker of a
+    Every rank on which a DataError or a RankError occurred prints it, because it may come from a data worker of a
     single rank, or from a rank that the main rank cannot hear of. All other errors are raised on all ranks, and only
     the main rank prints them.
     """
     if isinstance(error, DataError):
         print(error.summary, file=sys.stderr, flush=True)
-    elif is_main() or isinstance(error, StartupError):
+    elif is_main() or isinstance(error, RankError):
         print(error, file=sys.stderr, flush=True)
 
 

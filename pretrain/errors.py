@@ -13,8 +13,12 @@ class MachineError(Exception):
     """A failure of the environment, such as a full disk or an unreachable host; a retry may succeed."""
 
 
-class StartupError(MachineError):
-    """A rank that cannot join the others. It is raised on this rank alone, because there is no group of ranks yet."""
+class RankError(MachineError):
+    """A failure of one rank alone, such as a GPU without enough memory. The rank itself has to print it."""
+
+
+class StartupError(RankError):
+    """A rank that cannot join the others, because there is no group of ranks yet."""
 
 
 class DataError(UserError):

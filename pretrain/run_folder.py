@@ -1,6 +1,5 @@
 """Claim a run folder for one run, and check that all ranks share it."""
 
-import os
 import shutil
 import socket
 from pathlib import Path
@@ -10,23 +9,22 @@ from pretrain.checkpoint.history import list_unfinished
 from pretrain.distributed import on_all_ranks
 from pretrain.errors import UserError
 from pretrain.heartbeat.beats import CONTINUE, beats_folder, find_live_rank, write_order
-
-MAIN_RANK_FILE = "main"  # in the folder of the heartbeats: host and process id of the main rank
+from pretrain.heartbeat.processes import describe_process, read_processes, write_processes
 
 
 def claim_run_dir(run_dir: Path) -> None:
     """Create the run folder, refuse one that another run is using, and check that all ranks share it (collective)."""
-    main_process = distributed.gather(f"{socket.gethostname()} {os.getpid()}")[0]
-    on_all_ranks(lambda: create_run_dir(run_dir, main_process) if distributed.is_main() else None)
-    on_all_ranks(lambda: check_shared(run_dir, main_process))
+    processes = distributed.gather(describe_process())
+    on_all_ranks(lambda: create_run_dir(run_dir, processes) if distributed.is_main() else None)
+    on_all_ranks(lambda: check_shared(run_dir, processes))
 
 
-def create_run_dir(run_dir: Path, main_process: str) -> None:
+def create_run_dir(run_dir: Path, processes: list[str]) -> None:
     """Create the run folder, and remove unfinished checkpoints and the heartbeats of earlier ranks from it.
 
     Args:
         run_dir: Run folder.
-        main_process: Host and process id of the main rank, which other ranks look for.
+        processes: Process of each rank; the other ranks look for this list.
 
     Raises:
         UserError: If another run is training into the folder.
@@ -37,22 +35,21 @@ def create_run_dir(run_dir: Path, main_process: str) -> None:
     for remains in (*list_unfinished(run_dir), beats_folder(run_dir)):
         shutil.rmtree(remains, ignore_errors=True)
     beats_folder(run_dir).mkdir()
-    (beats_folder(run_dir) / MAIN_RANK_FILE).write_text(main_process, encoding="utf-8")
+    write_processes(run_dir, processes)
     write_order(run_dir, CONTINUE)
 
 
-def check_shared(run_dir: Path, main_process: str) -> None:
+def check_shared(run_dir: Path, processes: list[str]) -> None:
     """Check that this rank sees the files that the main rank has written.
 
     Args:
         run_dir: Run folder.
-        main_process: Host and process id of the main rank.
+        processes: Process of each rank, as the main rank has written them.
 
     Raises:
         UserError: If it does not.
     """
-    path = beats_folder(run_dir) / MAIN_RANK_FILE
-    if not path.exists() or path.read_text(encoding="utf-8") != main_process:
+    if read_processes(run_dir) != processes:
         raise UserError(
             f"{run_dir}: rank {distributed.rank()} on {socket.gethostname()} cannot see files written by rank 0; "
             "run_dir must be on a file system shared by all nodes"

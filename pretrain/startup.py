@@ -22,7 +22,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from pretrain import distributed
 from pretrain.cores import available_cores
-from pretrain.errors import StartupError, first_line
+from pretrain.errors import StartupError, UserError, first_line
 
 POLL_SECONDS = 0.1
 POLLS_PER_LOOK = 50  # to see which ranks are missing, each of them is asked for
@@ -32,6 +32,8 @@ NUM_HERE = "vitrail/ranks"  # key in the store
 ANY_FREE_PORT = ("127.0.0.1", 0)
 OPEN_FILES = 65_536
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+WORKSPACE_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # values with which cuBLAS is deterministic
 
 
 def prepare_process() -> None:
@@ -46,6 +48,25 @@ def prepare_process() -> None:
         num_threads = max(1, available_cores() // distributed.ranks_on_this_machine())
         os.environ["OMP_NUM_THREADS"] = str(num_threads)  # without it, Accelerate would set its own number
         torch.set_num_threads(num_threads)
+
+
+def make_deterministic() -> None:
+    """Use only deterministic algorithms in this process; call it before the first operation on a GPU.
+
+    PyTorch then raises an error for an operation that has none. For attention it chooses the flash kernel or the
+    memory-efficient one, whose backward passes have a deterministic variant, and leaves out that of cuDNN.
+
+    Raises:
+        UserError: If the environment sets cuBLAS to a workspace with which it is not deterministic.
+    """
+    workspace = os.environ.setdefault(WORKSPACE_VARIABLE, DETERMINISTIC_WORKSPACES[0])
+    if workspace not in DETERMINISTIC_WORKSPACES:
+        raise UserError(
+            f"{WORKSPACE_VARIABLE}={workspace}: set in the environment, conflicts with engine.deterministic=true; "
+            f"unset it or use {DETERMINISTIC_WORKSPACES[0]}"
+        )
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def join_process_group(should_stop: Callable[[], bool] = lambda: False) -> bool:

@@ -75,6 +75,7 @@ MAY_IMPORT = {
     "pretrain.indexing": LEAVES | {"pretrain.data", "pretrain.distributed", "pretrain.tracking"},
     "pretrain.run_folder": LEAVES | {"pretrain.checkpoint", "pretrain.distributed", "pretrain.heartbeat"},
     "pretrain.environment": {"pretrain.errors"},
+    "pretrain.device_errors": {"pretrain.errors"},
     "pretrain.machine": {"pretrain.data", "pretrain.distributed"},
     "pretrain.run": LEAVES
     | {

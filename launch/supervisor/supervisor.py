@@ -18,6 +18,7 @@ from pretrain.configfile import load_config
 from pretrain.errors import UserError
 from pretrain.heartbeat.beats import ABORT, CONTINUE, STOP, Beat, beats_folder, read_beats, write_order
 from pretrain.heartbeat.diagnosis import SILENT_SECONDS
+from pretrain.heartbeat.processes import is_alive
 from pretrain.outcome import Outcome
 
 POLL_SECONDS = 0.2
@@ -228,11 +229,3 @@ def send_signal(beat: Beat, number: int) -> None:
     """Send a signal to a rank on this machine, if its process still exists."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(beat.pid, number)
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (OSError, IndexError):
-        return False

@@ -49,6 +49,11 @@ class EngineConfig(BatchConfig):
     activation_checkpointing: bool = Field(
         False, description="Whether to recompute activations in the backward pass; saves memory and is slower."
     )
+    deterministic: bool = Field(
+        False,
+        description="Whether to use only deterministic algorithms; slower, but a run repeats exactly on the same GPUs. "
+        "On a CPU, runs repeat exactly without it.",
+    )
     compile: bool = Field(False, description="Whether to compile the blocks with torch.compile; faster on a GPU.")
 
     def problems(self) -> Iterator[Problem]:

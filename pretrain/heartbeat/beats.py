@@ -11,12 +11,15 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pretrain.heartbeat.stacks import Wait, wait_of
+from pretrain.outcome import Outcome
+
 BEAT_SECONDS = 1.0
 READ_ATTEMPTS = 10
 START, END = "start", "end"  # the phase before a rank's first step, and the phase after its last
-CONTINUE, STOP, ABORT = "", "stop", "abort"  # orders; STOP saves a checkpoint first, ABORT ends the process at once
-# A rank whose innermost frame is in one of these files waits for other ranks or for its own device.
-WAITING_PATHS = ("torch/distributed/", "deepspeed/comm/", "torch/cuda/streams.py")
+# Orders to all ranks. STOP saves a checkpoint first, ABORT ends the process at once. A rank orders LEAVE if the run
+# cannot go on. The next lines are the process of the main rank, which tells one start from another, and the reason.
+CONTINUE, STOP, ABORT, LEAVE = "", "stop", "abort", "leave"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Beat:
         work_seconds: Median seconds of a step that the rank spends on its own work, without waiting for other ranks;
             None before enough steps are timed.
         phase_seconds: Total seconds spent in each phase.
-        stack: Innermost frames of the main thread.
+        stack: Innermost frames of the main thread, or of autograd's thread if that one runs the backward pass.
         outcome: Value of the rank's `Outcome` once it has ended, else None.
     """
 
@@ -53,13 +56,14 @@ class Beat:
     outcome: str | None = None
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether the main thread waits for other ranks or for its device.
+    def wait(self) -> Wait:
+        """Whether the rank waits for other ranks or for its device."""
+        return wait_of(self.stack)
 
-        Only the innermost frame decides: code that hangs inside a collective, such as a signal handler, does not wait.
-        """
-        innermost = self.stack.rpartition('File "')[2]
-        return any(path in innermost for path in WAITING_PATHS)
+    @property
+    def has_failed(self) -> bool:
+        """Whether the rank has ended with an error."""
+        return self.has_ended and self.outcome not in (None, Outcome.DONE, Outcome.STOPPED)
 
     @property
     def has_ended(self) -> bool:
@@ -76,7 +80,7 @@ def beats_folder(run_dir: Path) -> Path:
 
 
 def write_order(run_dir: Path, order: str) -> None:
-    """Leave an order (CONTINUE, STOP or ABORT) for every rank of a run; each rank reads it once per second."""
+    """Leave an order, such as STOP, for every rank of a run; each rank reads it once per second."""
     (beats_folder(run_dir) / "order").write_text(order, encoding="utf-8")
 
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pretrain.heartbeat.beats import Beat
-from pretrain.outcome import Outcome
+from pretrain.heartbeat.stacks import Wait
 
 SILENT_SECONDS = 5.0  # without a heartbeat
 BEHIND_SECONDS = 6.0  # in a phase that other ranks wait for or have left
 FIRST_STEPS_SECONDS = 120.0  # the same limit for a rank that may still be compiling
 STANDSTILL_FACTOR = 4.0  # all ranks may be doing something long, so a standstill gets more time than a single rank
-FATAL_KINDS = ("silent", "hangs", "ended")  # kinds of findings that end a run if they last
+FATAL_KINDS = ("silent", "hangs")  # kinds of findings that end a run if they last
 LAG_FACTOR, LAG_SECONDS = 2.0, 0.02  # a lagging rank takes this many times, and this much, longer per step
 
 
@@ -19,8 +19,8 @@ LAG_FACTOR, LAG_SECONDS = 2.0, 0.02  # a lagging rank takes this many times, and
 class Diagnosis:
     """Compares the heartbeats of all ranks over time and returns each finding once.
 
-    A finding belongs to one rank and has a kind: "ended" (with an error, while others run), "silent", "hangs", "saves"
-    (slow storage, which is reported but does not end a run) or "lags".
+    A finding belongs to one rank and has a kind: "silent", "hangs", "saves" (slow storage, which is reported but does
+    not end a run) or "lags".
     """
 
     _last_beats: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> its num_beats, and since when
@@ -45,8 +45,8 @@ class Diagnosis:
     def is_stuck(self, now: float, seconds: float) -> bool:
         """Return whether the run should be ended.
 
-        This is so if a rank hangs, is silent or has failed for more than `seconds`, or if no rank makes progress for
-        four times as long.
+        This is so if a rank hangs or is silent for more than `seconds`, or if no rank makes progress for four times as
+        long.
 
         Args:
             now: Seconds during which this process itself was awake.
@@ -78,8 +78,6 @@ class Diagnosis:
         silent = {
             beat.rank: seconds for beat in running if (seconds := self.silent_seconds(beat, now)) > SILENT_SECONDS
         }
-        if running:
-            yield from _failed(beats)
         for beat in running:
             if beat.rank in silent:
                 sentence = (
@@ -91,15 +89,10 @@ class Diagnosis:
         yield from _lagging(running, silent)
 
     def _hanging(self, running: list[Beat], silent: dict[int, float], now: float) -> Iterator[tuple[Beat, str, str]]:
-        """Yield the ranks that the others have waited for too long.
-
-        If some ranks wait and others do not, those that do not wait are behind, however far they are. Otherwise, those
-        that have entered fewer phases are behind.
-        """
-        most_phases = max((beat.num_phases for beat in running), default=0)
-        only_some_wait = len({beat.is_waiting for beat in running}) == 2
+        """Yield the ranks that the others have waited for too long."""
+        behind = find_behind(running)
         for beat in running:
-            is_behind = not beat.is_waiting if only_some_wait else beat.num_phases < most_phases
+            is_behind = beat.rank in behind
             if beat.rank in silent or not is_behind:  # a stopped process has not hung when it wakes up
                 self._behind.pop(beat.rank, None)
                 continue
@@ -121,11 +114,25 @@ class Diagnosis:
         return now - since
 
 
-def _failed(beats: list[Beat]) -> Iterator[tuple[Beat, str, str]]:
-    """Yield the ranks that have ended with an error."""
-    for beat in beats:
-        if beat.has_ended and beat.outcome not in (None, Outcome.DONE, Outcome.STOPPED):
-            yield beat, "ended", f"{beat} ended in step {beat.step} ({beat.outcome}) while other ranks wait for it"
+def find_behind(running: list[Beat]) -> set[int]:
+    """Return the ranks that all others wait for; none if all ranks are equally far.
+
+    A rank that certainly waits is not behind, however far it is, unless all ranks wait. Among the others, those that
+    have entered the fewest phases are behind. This also finds the right rank if a rank waits in an operation that its
+    device does not accept yet: it was able to enter further phases, because its device runs behind its host.
+
+    Args:
+        running: Heartbeats of the ranks that have not ended.
+    """
+    active = [beat for beat in running if beat.wait is not Wait.CERTAIN] or running
+    if len(active) == len(running) and len({_progress_of(beat) for beat in running}) < 2:
+        return set()
+    least = min(map(_progress_of, active))
+    return {beat.rank for beat in active if _progress_of(beat) == least}
+
+
+def _progress_of(beat: Beat) -> tuple[int, Wait]:
+    return beat.num_phases, beat.wait
 
 
 def _lagging(running: list[Beat], silent: dict[int, float]) -> Iterator[tuple[Beat, str, str]]:

@@ -8,11 +8,11 @@ import statistics
 import sys
 import threading
 import time
-import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from typing_extensions import Self
@@ -31,21 +31,28 @@ from pretrain.heartbeat.beats import (
     write_beat,
 )
 from pretrain.heartbeat.diagnosis import SILENT_SECONDS, Diagnosis
+from pretrain.heartbeat.peers import Peers
+from pretrain.heartbeat.stacks import read_stack
 from pretrain.outcome import EXIT_FAILED, Outcome, outcome_of
 
 # A step's own work is known once 8 steps were timed. It is the median of the last 8, or of fewer (at least 3) if these
 # take 2 seconds together, so that a rank that becomes slow is found soon even if steps are long.
 MAX_STEPS_TIMED, MIN_STEPS_TIMED, SECONDS_TIMED = 8, 3, 2.0
-NUM_FRAMES = 12  # innermost frames of the stack that a heartbeat contains
 MAX_INTERVAL_SECONDS = 2.0  # a longer interval between two heartbeats means that this process was suspended
 OWN_WORK_PHASES = ("data", "forward")  # other ranks are not waited for here, except for ZeRO 3's parameter gathers
 
+# Seconds until this rank leaves after another one has failed. Meanwhile it may fail by itself and print its own error.
+LEAVE_SECONDS = 3.0
+LEAVE_SECONDS_SAVING = 6.0  # a checkpoint may still become complete if the failed rank has written its part
+LEAVE_SECONDS_ENDING = 120.0  # the main thread already ends with an error, and may be waiting for MLflow
+SAVE_THREAD = "checkpoint"  # name of the thread that writes a checkpoint
+
 
 class Watch:
-    """Writes the heartbeats of this rank and reports ranks that hang, lag or are silent.
+    """Writes the heartbeats of this rank, reports ranks that hang, lag or are silent, and leaves if another rank fails.
 
-    The thread runs from construction until the end of the `with` block. Only the lowest rank that is alive compares
-    heartbeats and reports.
+    The thread runs from construction until the end of the `with` block. It never uses the device, so it also runs
+    while the device is busy or broken. Only the lowest rank that is alive compares heartbeats and reports.
 
     Args:
         run_dir: Run folder, shared by all ranks.
@@ -83,6 +90,8 @@ class Watch:
         self._work_of_steps: deque[float] = deque(maxlen=MAX_STEPS_TIMED)
         self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=MAX_STEPS_TIMED)
         self._diagnosis = Diagnosis()
+        self._peers = Peers(run_dir, rank)
+        self._failure, self._failed_at = "", 0.0  # why the run cannot go on, and since when this rank knows
         self._closing = threading.Event()
         beats_folder(run_dir).mkdir(parents=True, exist_ok=True)
         self._beat()
@@ -99,16 +108,28 @@ class Watch:
         now = time.monotonic()
         spent = now - self._phase_began
         self._phase_seconds[self._phase] += spent
+        if phase != END:  # where nothing more is timed: after an error of the device, each use of it raises again
+            self._time_own_work(phase, step, spent)
+        self._step = self._step if step is None else step
+        self._phase, self._phase_began = phase, now
+        self._num_phases += 1
+
+    def _time_own_work(self, phase: str, step: int | None, spent: float) -> None:
+        """Add the time of the phase that ends to the rank's own work, and begin to time the next one.
+
+        Args:
+            phase: Phase that begins.
+            step: Number of the step if the phase begins a new one, else None.
+            spent: Seconds in the phase that ends.
+        """
         if self._phase in OWN_WORK_PHASES:
             self._work_of_step += self._gpu_seconds() if self._on_gpu and self._phase == "forward" else spent
         if step is not None and step != self._step:
             if self._work_of_step:
                 self._work_of_steps.append(self._work_of_step)
-            self._step, self._work_of_step = step, 0.0
+            self._work_of_step = 0.0
         if self._on_gpu and phase == "forward":
             self._events.append((_recorded_event(), _recorded_event()))
-        self._phase, self._phase_began = phase, now
-        self._num_phases += 1
 
     def finish(self, outcome: Outcome) -> None:
         """Record how the run ended. The last heartbeat, which is written at the end of the `with` block, reports it."""
@@ -143,27 +164,46 @@ class Watch:
             now = time.monotonic()
             awake, last = awake + min(now - last, MAX_INTERVAL_SECONDS), now
             try:
-                self._follow_order()
-                if self._beat():
-                    self._examine_ranks(awake)
+                order = read_order(self._run_dir)
+                self._follow_order(order)
+                beats = self._beats_to_examine(awake) if self._beat() else []
+                self._leave_if_failed(order, beats, awake)
+                self._examine_ranks(beats, awake)
             except Exception as error:  # without heartbeats, the others would report this rank as silent
                 with contextlib.suppress(OSError):
                     self._report(f"rank {self._rank}: error in the watch thread, which continues: {error!r}")
 
-    def _examine_ranks(self, now: float) -> None:
-        beats = self._beats_to_examine(now)
+    def _leave_if_failed(self, order: str, beats: list[Beat], now: float) -> None:
+        """End this process some seconds after another rank has failed, unless it ends by itself before."""
+        if not self._failure:
+            self._failure, self._failed_at = self._peers.find_failure(order, beats), now
+        if self._failure and now - self._failed_at >= self._seconds_to_leave() and not self._closing.is_set():
+            self._leave(f"rank {self._rank}: {self._failure}; leaving in step {self._step}, the run cannot go on")
+
+    def _seconds_to_leave(self) -> float:
+        """Return for how many seconds this rank may go on after another one has failed."""
+        if sys._current_exceptions().get(self._main_thread) not in (None, (None, None, None)):
+            return LEAVE_SECONDS_ENDING
+        is_saving = any(thread.name == SAVE_THREAD for thread in threading.enumerate())
+        return LEAVE_SECONDS_SAVING if is_saving else LEAVE_SECONDS
+
+    def _examine_ranks(self, beats: list[Beat], now: float) -> None:
         for sentence in self._diagnosis.new_findings(beats, now):  # also without beats, which ends all findings
             self._report(sentence)
         if self._hang_seconds and self._diagnosis.is_stuck(now, self._hang_seconds):
-            self._report(
-                f"no progress for more than health.hang_seconds={self._hang_seconds:g}; ending the run, which the same "
-                "command resumes from the last checkpoint"
-            )
+            reason = f"no progress for more than health.hang_seconds={self._hang_seconds:g}"
+            self._peers.tell_all(reason)
+            self._leave(f"{reason}; ending the run, which the same command resumes from the last checkpoint")
+
+    def _leave(self, sentence: str) -> NoReturn:
+        """Print a sentence and end this process, even if nobody reads its output any more."""
+        try:
+            self._report(sentence)
+        finally:
             os._exit(EXIT_FAILED)
 
-    def _follow_order(self) -> None:
+    def _follow_order(self, order: str) -> None:
         """Do what the supervisor orders; it may run on another machine, so it cannot send signals to every rank."""
-        order = read_order(self._run_dir)
         if order == ABORT:
             os._exit(EXIT_FAILED)
         if order == STOP and self._last_order != STOP:
@@ -175,14 +215,17 @@ class Watch:
         beats = []
         for rank in range(self._world_size):
             beat = read_beat(self._run_dir, rank)
-            if rank < self._rank and (beat is None or self._diagnosis.silent_seconds(beat, now) <= SILENT_SECONDS):
+            has_ended = beat is not None and beat.has_ended
+            if rank < self._rank and not has_ended and not self._is_silent(beat, now):
                 return []
             beats += [beat] if beat else []
         return beats
 
+    def _is_silent(self, beat: Beat | None, now: float) -> bool:
+        return beat is not None and self._diagnosis.silent_seconds(beat, now) > SILENT_SECONDS
+
     def _beat(self) -> bool:
         """Write a heartbeat of this rank; return whether the file system accepted it."""
-        frame = sys._current_frames().get(self._main_thread)
         work_of_steps = [*self._work_of_steps]
         is_timed = len(work_of_steps) == MAX_STEPS_TIMED
         self._num_beats += 1
@@ -197,7 +240,7 @@ class Watch:
             seconds_in_phase=round(time.monotonic() - self._phase_began, 3),
             work_seconds=statistics.median(recent(work_of_steps)) if is_timed else None,
             phase_seconds={name: round(seconds, 3) for name, seconds in self._phase_seconds.copy().items()},
-            stack="".join(traceback.format_stack(frame)[-NUM_FRAMES:]) if frame else "",
+            stack=read_stack(self._main_thread),
             outcome=self._outcome.value if self._phase == END else None,
         )
         try:

@@ -280,8 +280,21 @@ def resize_positions(positions: Tensor, num_patches: int) -> Tensor:
     """
     old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_patches)
     grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
-    resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    if torch.are_deterministic_algorithms_enabled():
+        resized = _resize_by_products(grid, new)
+    else:
+        resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def _resize_by_products(grid: Tensor, side: int) -> Tensor:
+    """Interpolate a square grid [1, D, old, old] bicubically to [1, D, side, side] by two matrix products.
+
+    On a GPU, the backward pass of F.interpolate is not deterministic, and PyTorch refuses it if it must be.
+    """
+    identity = torch.eye(grid.shape[-1], dtype=grid.dtype, device=grid.device)[None, None]
+    along_one_axis = F.interpolate(identity, size=(side, grid.shape[-1]), mode="bicubic", align_corners=False)[0, 0]
+    return along_one_axis @ grid @ along_one_axis.T
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:

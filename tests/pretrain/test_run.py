@@ -48,9 +48,9 @@ def test_a_folder_that_differs_between_machines_is_refused(tmp_path: Path) -> No
     claim_run_dir(tmp_path)
     sentence = r"rank 0 on .* cannot see files written by rank 0; run_dir must be on a file system shared by all nodes"
     with pytest.raises(UserError, match=sentence):
-        check_shared(tmp_path, "node-1 4711")
+        check_shared(tmp_path, ["node-1 4711 machine"])
     with pytest.raises(UserError, match="cannot see files written by rank 0"):
-        check_shared(tmp_path / "elsewhere", "node-1 4711")
+        check_shared(tmp_path / "elsewhere", ["node-1 4711 machine"])
 
 
 def test_a_run_resumes_from_the_newest_intact_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def equalize(images: Tensor) -> Tensor:
     counts = torch.zeros(len(values), 256, device=images.device).scatter_add_(1, values, ones)
     last = counts.gather(1, values.amax(dim=1, keepdim=True))
     step = ((values.shape[1] - last) / 255).floor()
-    before = counts.cumsum(dim=1) - counts
+    before = counts.long().cumsum(dim=1) - counts  # of integers, because that of floats is not deterministic on a GPU
     table = ((before + (step / 2).floor()) / step.clamp_min(1)).floor().clamp(0, 255)
     table = torch.where(step > 0, table, torch.arange(256.0, device=images.device))
     return (table.gather(1, values) / 255).view_as(images)

@@ -3,8 +3,11 @@
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from pretrain.heartbeat.beats import Beat
 from pretrain.heartbeat.diagnosis import Diagnosis
+from tests.support.frames import frames
 
 IN_COLLECTIVE = '  File "site-packages/torch/distributed/distributed_c10d.py", line 1, in all_reduce\n'
 
@@ -90,14 +93,6 @@ def test_slow_save_is_reported_but_does_not_end_the_run_early() -> None:
     assert diagnosis.is_stuck(41.0, 10.0)
 
 
-def test_failed_rank_is_reported() -> None:
-    diagnosis = Diagnosis()
-    beats = [beat(0), beat(1, phase="end", outcome="failed")]
-    [sentence] = diagnosis.new_findings(beats, 0.0)
-    assert sentence == "rank 1 (process 1 on h) ended in step 3 (failed) while other ranks wait for it"
-    assert diagnosis.is_stuck(11.0, 10.0)
-
-
 def test_rank_outside_the_collective_is_the_one_that_hangs() -> None:
     beats = [beat(0, stack=IN_COLLECTIVE), beat(1), beat(2, stack=IN_COLLECTIVE)]
     assert [sentence.split(" (")[0] for sentence in findings_between(Diagnosis(), beats, 0, 8)] == ["rank 1"]
@@ -113,6 +108,46 @@ def test_rank_outside_the_collective_is_the_one_that_hangs() -> None:
     assert not findings_between(Diagnosis(), early, 0, 100)  # the other rank may still be compiling
     long_steps = [beat(0, stack=IN_COLLECTIVE, work_seconds=30.0), beat(1, work_seconds=30.0)]
     assert not findings_between(Diagnosis(), long_steps, 0, 29)
+
+
+# Where the host of a rank is while its device waits for another rank, and how many phases further than that rank.
+WAITING_ON_GPU = {
+    "for the step before": (4, frames("pretrain/health.py:flush", "torch/cuda/streams.py:synchronize")),
+    "for a row of metrics": (5, frames("pretrain/train.py:log_interval", "pretrain/interval.py:reduce:.tolist()")),
+    "in an operation of the next forward": (4, frames("pretrain/model/vit.py:forward:norm_before")),
+    "in an operation of the backward": (2, frames("torch/autograd/graph.py:_engine_run_backward")),
+    "in an operation of the optimizer": (3, frames("torch/optim/adam.py:_fused_adam:torch._fused_adamw_")),
+}
+# Where the main thread of a rank hangs, which the devices of all others wait for.
+HANGING = {
+    "data": frames("pretrain/steps.py:next_step", "torch/utils/data/dataloader.py:_try_get_data"),
+    "forward": frames("torch/nn/modules/linear.py:forward"),
+    "hook of backward": frames("torch/autograd/graph.py:_engine_run_backward", "pretrain/model/vit.py:forward"),
+    "C++ of backward": frames("torch/autograd/graph.py:_engine_run_backward"),
+    "step": frames("deepspeed/runtime/zero/stage_1_and_2.py:step", "torch/optim/optimizer.py:wrapper"),
+    "signal handler": frames("torch/cuda/streams.py:synchronize", "pretrain/stop_signal.py:_handle"),
+}
+
+
+@pytest.mark.parametrize("place", HANGING)
+def test_only_the_hanging_rank_is_named_on_gpus(place: str) -> None:
+    """The hosts of the others run ahead until they need a value, or until their device accepts no more operations."""
+    waiting = [
+        beat(rank, num_phases=5 + ahead, stack=stack) for rank, (ahead, stack) in enumerate(WAITING_ON_GPU.values())
+    ]
+    hanging = beat(len(waiting), stack=HANGING[place])
+    for healthy in (*([each] for each in waiting), waiting):  # next to each of the others alone, and next to all
+        found = findings_between(Diagnosis(), [*healthy, hanging], 0, 8)
+        assert [sentence.split(" (")[0] for sentence in found] == [f"rank {hanging.rank}"]
+        assert " hangs: " in found[0]
+
+
+def test_rank_that_hangs_in_the_same_phase_is_named() -> None:
+    """In fine-tuning there are no phases: the others wait for gradients in C++, or for the number of ranks to stop."""
+    for stack in (frames("torch/autograd/graph.py:_engine_run_backward"), IN_COLLECTIVE):
+        for place in ("data", "forward", "hook of backward", "step", "signal handler"):
+            found = findings_between(Diagnosis(), [beat(0, stack=stack), beat(1, stack=HANGING[place])], 0, 8)
+            assert [sentence.split(" (")[0] for sentence in found] == ["rank 1"]
 
 
 def test_stopped_rank_does_not_hang_when_it_wakes_up() -> None:

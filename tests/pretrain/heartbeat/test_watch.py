@@ -1,5 +1,6 @@
 """Ranks that hang, lag or are silent are reported within ten seconds with their stack, and no other ranks are."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -8,13 +9,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.heartbeat.beats import ABORT, STOP, read_beat, write_order
 from pretrain.heartbeat.diagnosis import SILENT_SECONDS
-from pretrain.heartbeat.watch import Watch, recent
+from pretrain.heartbeat.watch import (
+    LEAVE_SECONDS,
+    LEAVE_SECONDS_ENDING,
+    LEAVE_SECONDS_SAVING,
+    SAVE_THREAD,
+    Watch,
+    recent,
+)
 from tests.support.launching import wait_for
 
 REPORTED_WITHIN = 60.0  # seconds, on a busy machine; benchmarks/watching.py measures that ten are enough on a quiet one
@@ -160,3 +170,101 @@ def test_errors_of_the_watch_thread_are_reported_and_do_not_end_it(
 
 def fail_to_write(run_dir: Path, beat: object) -> None:
     raise OSError(28, "No space left on device")
+
+
+class Event:
+    """An event of a GPU that has failed: every use raises the same error again."""
+
+    broken = False
+    threads: set[int] = set()  # noqa: RUF012
+
+    def __init__(self, enable_timing: bool) -> None:
+        self._use()
+
+    def record(self) -> None:
+        self._use()
+
+    def query(self) -> bool:
+        self._use()
+        return True
+
+    def elapsed_time(self, other: "Event") -> float:
+        self._use()
+        return 20.0
+
+    def _use(self) -> None:
+        Event.threads.add(threading.get_ident())
+        if Event.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Event]:
+    """Replace the events of the GPU, and return their class."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "broken", False)
+    monkeypatch.setattr(Event, "threads", set())
+    return Event
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_rank_whose_gpu_failed_reports_its_failure(tmp_path: Path, gpu: type[Event], phase: str) -> None:
+    with pytest.raises(ValueError, match="the error of the step"), Watch(tmp_path, 0, 1, on_gpu=True) as watch:
+        watch.enter("forward", 3)
+        watch.enter(phase)
+        gpu.broken = True
+        raise ValueError("the error of the step")
+    beat = read_beat(tmp_path, 0)
+    assert (beat.outcome, beat.step, beat.phase) == ("failed", 3, "end")
+
+
+def test_error_of_the_gpu_in_a_step_is_not_hidden(tmp_path: Path, gpu: type[Event]) -> None:
+    with pytest.raises(RuntimeError, match="CUDA error"), Watch(tmp_path, 0, 1, on_gpu=True) as watch:
+        watch.enter("forward", 3)
+        gpu.broken = True
+        watch.enter("backward")
+    assert read_beat(tmp_path, 0).outcome == "failed"
+
+
+@pytest.mark.slow
+def test_heartbeats_go_on_while_the_main_thread_waits_in_c(tmp_path: Path, gpu: type[Event]) -> None:
+    """As in a wait for the GPU, which also releases Python's lock. The watch itself calls nothing of torch."""
+    called: list[str] = []
+
+    def note_call(frame: FrameType, event: str, argument: object) -> None:
+        called.append(frame.f_code.co_filename if event == "call" else str(getattr(argument, "__module__", "")))
+
+    threading.setprofile(note_call)
+    try:
+        watch = Watch(tmp_path, 0, 1, on_gpu=True)
+    finally:
+        threading.setprofile(None)
+    with watch:
+        for step in range(3):
+            watch.enter("forward", step)
+            watch.enter("backward")
+        before = read_beat(tmp_path, 0)
+        ctypes.CDLL(None).usleep(4_000_000)
+        after = read_beat(tmp_path, 0)
+    assert after.num_beats >= before.num_beats + 2
+    assert "usleep" in after.stack
+    assert any(path.endswith("heartbeat/beats.py") for path in called)
+    assert not [name for name in called if "/torch/" in name or name.partition(".")[0] == "torch"]
+    assert gpu.threads == {threading.get_ident()}
+
+
+@pytest.mark.slow
+def test_rank_leaves_later_while_it_saves_or_ends_by_itself(tmp_path: Path) -> None:
+    saved = threading.Event()
+    with Watch(tmp_path, 0, 1) as watch:
+        assert watch._seconds_to_leave() == LEAVE_SECONDS
+        saver = threading.Thread(target=saved.wait, name=SAVE_THREAD)
+        saver.start()
+        assert watch._seconds_to_leave() == LEAVE_SECONDS_SAVING
+        saved.set()
+        saver.join()
+        try:
+            raise ValueError
+        except ValueError:
+            assert watch._seconds_to_leave() == LEAVE_SECONDS_ENDING
+        assert watch._seconds_to_leave() == LEAVE_SECONDS
