@@ -77,7 +77,8 @@ class FinetuneRun:
         """Whether training computes in bf16 where float32 is not needed."""
         if self.config.engine.precision != "auto":
             return self.config.engine.precision == "bf16"
-        return self.accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        on_gpu: bool = self.accelerator.device.type == "cuda"
+        return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
     @property
     def model_folder(self) -> Path:

@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F

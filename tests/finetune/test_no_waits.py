@@ -1,7 +1,7 @@
 """The host never waits for the device in a step of fine-tuning, except for the stop flag of the step before.
 
-What a CPU can show: no operation needs a value or a shape on the host, and every copy from the host is asynchronous. Not
-yet run on a GPU.
+What a CPU can show: no operation needs a value or a shape on the host, and every copy from the host is asynchronous.
+Not yet run on a GPU.
 """
 
 from collections.abc import Callable, Iterator

@@ -252,7 +252,7 @@ def test_bf16_trains(recipe: Path) -> None:
 def test_bf16_is_the_default_on_gpus_that_support_it(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, device: str, supports_bf16: bool, uses_bf16: bool
 ) -> None:
-    run = replace(build(recipe), accelerator=SimpleNamespace(device=torch.device(device)))  # type: ignore[arg-type]
+    run = replace(build(recipe), accelerator=SimpleNamespace(device=torch.device(device)))
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: supports_bf16)
     assert run.uses_bf16 == uses_bf16
     assert build(recipe, "engine.precision=bf16").uses_bf16

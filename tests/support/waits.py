@@ -100,8 +100,7 @@ class _Calls(TorchFunctionMode):
         elif func in (Tensor.cpu, Tensor.tolist, Tensor.numpy):
             self.found.note("copy to the host")
         elif func is Tensor.to and getattr(args[0], "is_on_host", False) and not options.get("non_blocking"):
-            if any(isinstance(each, torch.device) for each in (*args, *options.values())):
-                self.found.note("blocking copy")
+            self.found.note("blocking copy")
         return func(*args, **options)
 
 

@@ -23,7 +23,9 @@ class Prefetcher:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def prepare(self, work: Callable[[], Batch]) -> Batch:
         """Return the batch that `work` makes, which the current stream uses only once it is complete.
