@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
 
 from finetune.backbone import check_input, new_classifier
 from finetune.config import FinetuneConfig
@@ -149,19 +150,12 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     views: list[View] = [TrainView(config.augment, preprocessor.image_size), preprocessor]
     data = fit_to_machine(config.data, views, config.engine.micro_batch_size)
     config = config.model_copy(update={"data": data})
-    classifier.to(accelerator.device)
-    if distributed.world_size() > 1:
-        varies = freeze_unused_parameters(classifier, preprocessor.image_size)
-        accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=varies, gradient_as_bucket_view=True
-        )
+    model = wrap_model(accelerator, classifier, preprocessor.image_size, compiles=config.engine.compile)
     optimizer = build_optimizer(classifier, config.optimizer)
     if config.optimizer.layer_decay < 1:
         placement = Placement.unpartitioned(classifier.named_parameters())
         apply_layer_decay(optimizer, placement, config.optimizer.layer_decay)
-    model, optimizer = accelerator.prepare(classifier, optimizer)
-    if config.engine.compile:
-        model = torch.compile(model)
+    optimizer = accelerator.prepare(optimizer)
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
     return FinetuneRun(
         config,
@@ -175,6 +169,25 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
         validation,
         quarantine,
     )
+
+
+def wrap_model(accelerator: Accelerator, classifier: nn.Module, image_size: int, *, compiles: bool) -> Any:
+    """Move the classifier to the device, and wrap it for training on all ranks (collective).
+
+    Args:
+        accelerator: Accelerate's view of the ranks and the device.
+        classifier: Hugging Face model.
+        image_size: Height and width of its input in pixels.
+        compiles: Whether to compile the wrapped model; the classifier itself stays as it is.
+    """
+    model: Any = classifier.to(accelerator.device)
+    if distributed.world_size() > 1:  # a single rank has no gradients to reduce
+        searches = freeze_unused_parameters(classifier, image_size)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=searches, gradient_as_bucket_view=True
+        )
+        model = accelerator.prepare(classifier)
+    return torch.compile(model) if compiles else model
 
 
 def check_run_dir(config: FinetuneConfig) -> None:
