@@ -42,7 +42,14 @@ class FinetuneScheduleConfig(Section):
 class FinetuneEngineConfig(BatchConfig):
     """Batch sizes and precision under Accelerate."""
 
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Precision of the forward and backward pass.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Precision of the forward and backward pass in training; auto is bf16 on GPUs that support it and "
+        "fp32 elsewhere. Weights, their updates and evaluations are always fp32.",
+    )
+    compile: bool = Field(
+        False, description="Whether to compile the model with torch.compile for training; faster on a GPU."
+    )
 
 
 class FinetuneEvaluationConfig(Section):

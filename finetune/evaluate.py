@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,9 +14,11 @@ from pretrain import distributed
 from pretrain.config.data import BATCHES_AHEAD
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import BadSample, evaluation_batches
+from pretrain.data.loading.prefetch import Prefetcher
 from pretrain.data.loading.quarantine import Quarantine
-from pretrain.data.transforms.batch import Batch
+from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.data.transforms.views import View
+from pretrain.delayed_flag import DelayedFlag
 from pretrain.errors import DataError
 
 
@@ -47,7 +50,9 @@ def evaluate(
     quarantine: Quarantine,
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation | None:
-    """Measure the loss and the accuracy of a classifier (collective).
+    """Measure the loss and the accuracy of a classifier, in the precision of its weights (collective).
+
+    The host queues a batch while the device still computes the one before, and waits for neither.
 
     Args:
         model: Hugging Face classifier, without a wrapper for parallel training.
@@ -58,10 +63,11 @@ def evaluate(
         batches_ahead: Number of batches that each worker prepares ahead.
         device: Device of the model.
         quarantine: Record of unusable samples; such samples do not count.
-        should_stop: Whether this rank was asked to stop, checked before each batch. All ranks stop together.
+        should_stop: Whether this rank was asked to stop, checked before each batch. All ranks stop together, one batch
+            later.
 
     Returns:
-        The result, or None if the evaluation was stopped.
+        The result, or None if any rank was asked to stop before the last batch.
 
     Raises:
         DataError: If no sample is usable.
@@ -77,15 +83,17 @@ def evaluate(
     )
     bad_samples: list[BadSample] = []
     sums = torch.zeros(3, dtype=torch.float64, device=device)
+    prefetcher, stopping = Prefetcher(device), DelayedFlag(device)
     was_training = model.training
     model.eval()
     try:
         with closing(batches):
             for loaded in batches:
-                if should_stop is not None and distributed.any_over_ranks(should_stop()):
+                if should_stop is not None and stopping.any_over_ranks(should_stop()):
                     return None
                 bad_samples += loaded.bad_samples
-                sums += _sums_of_batch(model, loaded.tensors, device)
+                batch = prefetcher.prepare(partial(to_device, loaded.tensors, device))
+                sums += _sums_of_batch(model, batch)
     finally:
         model.train(was_training)
     quarantine.add(chain.from_iterable(distributed.gather(bad_samples)))
@@ -95,10 +103,10 @@ def evaluate(
     return Evaluation(loss=loss_sum / count, top1=correct_sum / count, num_samples=round(count))
 
 
-def _sums_of_batch(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+def _sums_of_batch(model: Any, batch: Batch) -> torch.Tensor:
     """Return the sums over a batch of the loss, the correct predictions and the weights, float [3]."""
-    labels, weight = batch["label"].to(device), batch["weight"].to(device)
-    logits = model(pixel_values=batch["image"].to(device)).logits.float()
+    labels, weight = batch["label"], batch["weight"]
+    logits = model(pixel_values=batch["image"]).logits.float()
     loss = F.cross_entropy(logits, labels, reduction="none")
     correct = (logits.argmax(dim=1) == labels).float()
     return torch.stack([(loss * weight).sum(), (correct * weight).sum(), weight.sum()])

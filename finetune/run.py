@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
 
 from finetune.backbone import check_input, new_classifier
 from finetune.config import FinetuneConfig
 from finetune.preprocessor import Normalization, Preprocessor, load_preprocessor, measure_normalization
+from finetune.unused import freeze_unused_parameters
 from pretrain import distributed
 from pretrain.configfile import flatten
 from pretrain.data.dataset.classes import check_classes, leave_out_empty_classes
@@ -51,7 +53,7 @@ class FinetuneRun:
         config: Resolved run configuration.
         accelerator: Accelerate's view of the ranks, the device and the precision.
         classifier: Hugging Face model.
-        model: The same model, wrapped for training on all ranks.
+        model: The same model, wrapped for training on all ranks, and compiled if the config asks for it.
         optimizer: Optimizer of the trainable parameters, wrapped by Accelerate.
         preprocessor: Preprocessing of the model's folder.
         normalization: Normalization of training images, which equals that of the preprocessor.
@@ -70,6 +72,14 @@ class FinetuneRun:
     training: Dataset
     validation: Dataset
     quarantine: Quarantine
+
+    @property
+    def uses_bf16(self) -> bool:
+        """Whether training computes in bf16 where float32 is not needed."""
+        if self.config.engine.precision != "auto":
+            return self.config.engine.precision == "bf16"
+        on_gpu: bool = self.accelerator.device.type == "cuda"
+        return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
     @property
     def model_folder(self) -> Path:
@@ -100,7 +110,7 @@ class FinetuneRun:
         }
 
 
-def build_accelerator(config: FinetuneConfig) -> Accelerator:
+def build_accelerator() -> Accelerator:
     """Start Accelerate on this rank: on its GPU if there is one, otherwise on the CPU. The config alone decides.
 
     Raises:
@@ -110,13 +120,8 @@ def build_accelerator(config: FinetuneConfig) -> Accelerator:
         raise UserError(f"{name} is set, perhaps by `accelerate launch`, but fine-tuning does not support it; unset it")
     for name in [name for name in os.environ if name.startswith("ACCELERATE_") and name not in HARMLESS]:
         del os.environ[name]
-    # Some architectures have parameters that classification never uses, such as DINOv2's mask token.
-    unused_parameters = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if config.engine.precision == "bf16" else "no",
-        kwargs_handlers=[unused_parameters],
-    )
+    # `mixed_precision` would also change the evaluated model, because Accelerate replaces its `forward`.
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 
 @contextmanager
@@ -145,11 +150,12 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
     views: list[View] = [TrainView(config.augment, preprocessor.image_size), preprocessor]
     data = fit_to_machine(config.data, views, config.engine.micro_batch_size)
     config = config.model_copy(update={"data": data})
+    model = wrap_model(accelerator, classifier, preprocessor.image_size, compiles=config.engine.compile)
     optimizer = build_optimizer(classifier, config.optimizer)
     if config.optimizer.layer_decay < 1:
         placement = Placement.unpartitioned(classifier.named_parameters())
         apply_layer_decay(optimizer, placement, config.optimizer.layer_decay)
-    model, optimizer = accelerator.prepare(classifier, optimizer)
+    optimizer = accelerator.prepare(optimizer)
     quarantine = Quarantine(config.run_dir / QUARANTINE_FILE, config.data, 0, writes=distributed.is_main())
     return FinetuneRun(
         config,
@@ -163,6 +169,25 @@ def build_run(config: FinetuneConfig, accelerator: Accelerator) -> FinetuneRun:
         validation,
         quarantine,
     )
+
+
+def wrap_model(accelerator: Accelerator, classifier: nn.Module, image_size: int, *, compiles: bool) -> Any:
+    """Move the classifier to the device, and wrap it for training on all ranks (collective).
+
+    Args:
+        accelerator: Accelerate's view of the ranks and the device.
+        classifier: Hugging Face model.
+        image_size: Height and width of its input in pixels.
+        compiles: Whether to compile the wrapped model; the classifier itself stays as it is.
+    """
+    model: Any = classifier.to(accelerator.device)
+    if distributed.world_size() > 1:  # a single rank has no gradients to reduce
+        searches = freeze_unused_parameters(classifier, image_size)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            find_unused_parameters=searches, gradient_as_bucket_view=True
+        )
+        model = accelerator.prepare(classifier)
+    return torch.compile(model) if compiles else model
 
 
 def check_run_dir(config: FinetuneConfig) -> None:

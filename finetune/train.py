@@ -23,6 +23,7 @@ from pretrain.configfile import CommandLine
 from pretrain.data.dataset.order import dropout_seed
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
+from pretrain.delayed_flag import DelayedFlag
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.hub import MODEL_FOLDER
 from pretrain.interval import Interval, interval_metrics
@@ -64,7 +65,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             return EXIT_INTERRUPTED
         if command.config.data.num_workers:
             start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
-        accelerator = build_accelerator(command.config)
+        accelerator = build_accelerator()
         with claim(command.config) as watch:
             result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
             watch.finish(Outcome.DONE if result.stopped_after is None else Outcome.STOPPED)
@@ -115,17 +116,15 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
     for note in dict.fromkeys((*run.training.notes, *run.validation.notes)):
         progress.print_message(note)
     progress.print_message(_summary(run))
-    best, ranks_stopping = None, torch.zeros((), device=device)
+    best, stopping = None, DelayedFlag(device)
     set_training_mode(run.model, freeze_backbone=config.freeze_backbone)
-    progress.begin_first_step(compiles=False)
+    progress.begin_first_step(compiles=config.engine.compile)
     with closing(Batches(run)) as batches:
         interval = Interval(device, batches.accumulation_steps)
         for step in range(1, total_steps + 1):
             learning_rate = prepare_step(run, step)
             take_step(run, batches, interval)
-            ranks_stopped = ranks_stopping  # read one step later, so that the host never waits for the current step
-            ranks_stopping = distributed.sum_over_ranks(torch.full((), float(should_stop()), device=device))
-
+            must_stop = stopping.any_over_ranks(should_stop())  # waits for the step before, at most
             progress.end_step()
             if config.logging.is_due(step) or step == total_steps:
                 _, shared = interval_metrics(interval, batches.meter, run.quarantine, config.data, batch_size)
@@ -140,7 +139,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
                         return FinetuneResult(best, stopped_after=step)
                     report_evaluation(evaluation, evaluation_epochs[step], step, tracker, progress)
                     best = keep_best(run, evaluation, evaluation_epochs[step], best)
-            if step < total_steps and ranks_stopped:
+            if step < total_steps and must_stop:
                 return FinetuneResult(best, stopped_after=step)
     return FinetuneResult(best, stopped_after=None)
 
@@ -182,7 +181,10 @@ def check_finite(row: Mapping[str, float], step: int, best: Best | None, model_f
 
 
 def evaluate_run(run: FinetuneRun, should_stop: Callable[[], bool]) -> Evaluation | None:
-    """Evaluate the current model on the validation data (collective); return None if a rank was asked to stop."""
+    """Evaluate the current model on the validation data (collective); return None if a rank was asked to stop.
+
+    The result is that of the saved model: computed in float32 and without compilation, whatever training uses.
+    """
     # The statistics of batch normalization differ between ranks; those of the main rank are evaluated and saved.
     distributed.broadcast_from_main(run.classifier.buffers())
     evaluation = evaluate(

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -16,8 +17,10 @@ from pretrain.captions import caption_of_class
 from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import BadSample, LoadedBatch, evaluation_batches
+from pretrain.data.loading.prefetch import Prefetcher
 from pretrain.data.loading.quarantine import Quarantine
-from pretrain.data.transforms.batch import to_device
+from pretrain.data.transforms.batch import Batch, to_device
+from pretrain.delayed_flag import DelayedFlag
 from pretrain.engine.ema import Ema
 from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import DataError
@@ -31,7 +34,7 @@ from pretrain.tracking.pictures import add_captions, make_grid, save_picture
 NUM_PICTURES = 8  # images of the validation set that pictures are made of
 PROBES = {"knn_top1": predict_knn, "linear_top1": predict_linear_probe}
 
-ShouldStop = Callable[[], bool]  # whether this rank was asked to stop
+ShouldStop = Callable[[], bool]  # whether this rank, or any rank, was asked to stop
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,25 @@ class Evaluator:
             should_stop: Tells whether this rank was asked to stop; it is called before every batch.
 
         Returns:
-            The metrics, or None if any rank was asked to stop before they were complete.
+            The metrics, or None if any rank was asked to stop before the last batch.
         """
         if self.validation is None:
             return {}
         row: dict[str, float] = {}
+        flag = DelayedFlag(self.engine.device)
+
+        def ranks_stop() -> bool:
+            return flag.any_over_ranks(should_stop())
+
         with self._evaluation_mode():
             if self._validation_is_due(step):
-                losses = self._validate(self.validation, should_stop)
+                losses = self._validate(self.validation, ranks_stop)
                 if losses is None:
                     return None
                 row |= losses
             if self._probe_is_due(step):
                 started = time.monotonic()
-                scores = self._probe(self.validation, should_stop)
+                scores = self._probe(self.validation, ranks_stop)
                 if scores is None:
                     return None
                 self._save_pictures(self.validation, step)
@@ -138,17 +146,19 @@ class Evaluator:
         self,
         dataset: Dataset,
         output: Output,
-        consume: Callable[[LoadedBatch, dict[str, Tensor]], None],
-        should_stop: ShouldStop,
+        consume: Callable[[LoadedBatch, Batch, dict[str, Tensor]], None],
+        ranks_stop: ShouldStop,
         max_samples: int | None = None,
     ) -> bool:
         """Pass this rank's share of a dataset through the model (collective).
 
+        The host queues a batch while the device still computes the one before, and waits for neither.
+
         Args:
             dataset: Data to evaluate.
             output: Output of the objective to compute.
-            consume: Function that is called with every batch and the objective's output.
-            should_stop: Tells whether this rank was asked to stop.
+            consume: Function that is called with every batch, its tensors on the device, and the objective's output.
+            ranks_stop: Tells whether any rank was asked to stop; the same on all ranks.
             max_samples: Largest number of samples over all ranks; None for the whole dataset.
 
         Returns:
@@ -165,26 +175,27 @@ class Evaluator:
             max_samples=max_samples,
         )
         bad_samples: list[BadSample] = []
+        prefetcher = Prefetcher(self.engine.device)
         for loaded in batches:
             self.watch.enter("evaluate")  # once per batch, so that a long evaluation does not look like a hang
-            if distributed.any_over_ranks(should_stop()):
+            if ranks_stop():
                 batches.close()
                 return False
             bad_samples += loaded.bad_samples
-            consume(loaded, self.engine(to_device(loaded.tensors, self.engine.device), output=output))
+            batch = prefetcher.prepare(partial(to_device, loaded.tensors, self.engine.device))
+            consume(loaded, batch, self.engine(batch, output=output))
         self.quarantine.add(chain.from_iterable(distributed.gather(bad_samples)))
         return True
 
-    def _validate(self, validation: Dataset, should_stop: ShouldStop) -> dict[str, float] | None:
+    def _validate(self, validation: Dataset, ranks_stop: ShouldStop) -> dict[str, float] | None:
         """Return the mean of each loss and metric over the validation set; None if a rank was asked to stop."""
         sums: dict[str, Tensor] = {}
 
-        def add(loaded: LoadedBatch, outputs: dict[str, Tensor]) -> None:
-            count = loaded.tensors["weight"].sum().to(self.engine.device)
-            for name, value in (outputs | {"count": count}).items():
+        def add(loaded: LoadedBatch, batch: Batch, outputs: dict[str, Tensor]) -> None:
+            for name, value in (outputs | {"count": batch["weight"].sum()}).items():
                 sums[name] = sums.get(name, 0.0) + value.double()
 
-        if not self._for_each_batch(validation, "losses", add, should_stop):
+        if not self._for_each_batch(validation, "losses", add, ranks_stop):
             return None
         totals = distributed.sum_over_ranks(torch.stack([*sums.values()])).tolist()
         count = totals[-1]
@@ -195,14 +206,14 @@ class Evaluator:
         means = {name: total / count for name, total in zip(sums, totals, strict=True)}
         return {f"validation/{name}": mean for name, mean in means.items() if name != "count"}
 
-    def _probe(self, validation: Dataset, should_stop: ShouldStop) -> dict[str, float] | None:
+    def _probe(self, validation: Dataset, ranks_stop: ShouldStop) -> dict[str, float] | None:
         """Return how well simple classifiers work on frozen features; None if a rank was asked to stop.
 
         Every rank has the features of all training samples and predicts the classes of its own validation samples.
         """
         assert self.training is not None  # the config refuses probes of a stream
-        fitted_on = self._features(self.training, should_stop, self.config.evaluation.probe_samples)
-        tested_on = self._features(validation, should_stop) if fitted_on else None
+        fitted_on = self._features(self.training, ranks_stop, self.config.evaluation.probe_samples)
+        tested_on = self._features(validation, ranks_stop) if fitted_on else None
         if fitted_on is None or tested_on is None:
             return None
         # On the CPU, because `gather` would place a tensor of another rank on that rank's GPU.
@@ -224,19 +235,25 @@ class Evaluator:
             row |= {f"probe/{name}": total / totals[-1] for name, total in zip(PROBES, totals, strict=False)}
         return row
 
-    def _features(self, dataset: Dataset, should_stop: ShouldStop, max_samples: int | None = None) -> Features | None:
+    def _features(self, dataset: Dataset, ranks_stop: ShouldStop, max_samples: int | None = None) -> Features | None:
         """Return the features of this rank's usable samples; None if a rank was asked to stop."""
-        values, labels, positions = [], [], []
+        values, labels, positions, weights = [], [], [], []
 
-        def add(loaded: LoadedBatch, outputs: dict[str, Tensor]) -> None:
-            usable = loaded.tensors["weight"] > 0
-            values.append(outputs["features"][usable.to(self.engine.device)])
-            labels.append(loaded.tensors["label"][usable])
-            positions.append(loaded.tensors["position"][usable])
+        def add(loaded: LoadedBatch, batch: Batch, outputs: dict[str, Tensor]) -> None:
+            values.append(outputs["features"])
+            labels.append(loaded.tensors["label"])
+            positions.append(loaded.tensors["position"])
+            weights.append(loaded.tensors["weight"])
 
-        if not self._for_each_batch(dataset, "features", add, should_stop, max_samples):
+        if not self._for_each_batch(dataset, "features", add, ranks_stop, max_samples):
             return None
-        return Features(torch.cat(values), torch.cat(labels).to(self.engine.device), torch.cat(positions))
+        usable = torch.cat(weights).nonzero().squeeze(1)  # on the host, which would wait for the result of a device
+        on_device = usable.to(self.engine.device)
+        return Features(
+            torch.cat(values)[on_device],
+            torch.cat(labels)[usable].to(self.engine.device),
+            torch.cat(positions)[usable],
+        )
 
     def _save_pictures(self, validation: Dataset, step: int) -> None:
         """Save the objective's pictures of the same few images at every step.

@@ -1,6 +1,7 @@
 """The micro-batches of each optimizer step."""
 
 from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from itertools import chain
 
 from pretrain import distributed
@@ -8,6 +9,7 @@ from pretrain.config import PretrainConfig
 from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.loading.loader import BatchPlan, BatchSource, IndexedBatches, LoadedBatch
 from pretrain.data.loading.meters import Meter
+from pretrain.data.loading.prefetch import Prefetcher
 from pretrain.data.loading.stream import TarStream, TarStreamBatches
 from pretrain.data.transforms.batch import Batch, to_device
 from pretrain.data.transforms.device_decode import Decoder, decode_on_device
@@ -69,6 +71,7 @@ class Batches:
             else IndexedBatches(dataset, plan)
         )
         self.meter = Meter()
+        self._prefetcher = Prefetcher(self.device)
         self._open: Generator[LoadedBatch, None, None] | None = None  # batches of the current range
         num_samples = (config.schedule.total_steps - state.step) * self.global_batch_size
         size_changes = config.schedule.size_changes(self.global_batch_size)
@@ -90,7 +93,7 @@ class Batches:
         for number in range(self.accumulation_steps):
             self.watch.enter("data", step)
             loaded = self.meter.next_batch(self._loaded)
-            batch = self._to_device(loaded.tensors)
+            batch = self._prefetcher.prepare(partial(self._to_device, loaded.tensors))
             self.watch.enter("forward")
             yield batch, loaded.weight, number == self.accumulation_steps - 1
 

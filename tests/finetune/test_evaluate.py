@@ -94,10 +94,10 @@ def test_data_without_a_usable_sample_is_an_error(digits: Path, tmp_path: Path) 
 
 
 def test_a_stopped_evaluation_has_no_result(digits: Path, tmp_path: Path) -> None:
-    calls = iter([False, False, True])
+    calls = iter([False, True, True])
     model = Linear().train()
     dataset = open_dataset(digits / "validation")
     result = evaluate_linear(dataset, tmp_path, batch_size=7, model=model, should_stop=lambda: next(calls))
     assert result is None
-    assert next(calls, None) is None  # stopped before the third batch
+    assert next(calls, None) is None  # requested before the second batch, and agreed on before the third
     assert model.training

@@ -6,9 +6,14 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 import pretrain.machine
 from finetune.backbone import load_classifier
@@ -37,7 +43,7 @@ from pretrain.outcome import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from tests.support.classifiers import save_classifier, tiny_configs
 from tests.support.disk import full_disk
 from tests.support.launching import ROOT, Shell, Vitrail
-from tests.support.runs import FINETUNE
+from tests.support.runs import FINETUNE, losses
 
 RECIPE = """
 run_dir: {folder}/run
@@ -100,6 +106,16 @@ def fake_evaluations(monkeypatch: pytest.MonkeyPatch, accuracies: Sequence[float
 
     monkeypatch.setattr("finetune.train.evaluate", evaluate)
     return weights
+
+
+@contextmanager
+def recorded_dtypes(run: FinetuneRun) -> Iterator[dict[bool, set[torch.dtype]]]:
+    """Record the types of the logits: by whether the model is training."""
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    head = run.classifier.classifier
+    hook = head.register_forward_hook(lambda _, images, logits: dtypes[run.classifier.training].add(logits.dtype))
+    yield dtypes
+    hook.remove()
 
 
 def saved_head(run_dir: Path) -> torch.Tensor:
@@ -224,12 +240,37 @@ def test_accumulation_does_not_change_the_weights(recipe: Path, tmp_path: Path) 
 
 @pytest.mark.processes
 def test_bf16_trains(recipe: Path) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    config = load_config(FinetuneConfig, recipe, ["engine.precision=bf16"]).config
-    run = build_run(config, Accelerator(cpu=True, mixed_precision="bf16"))
-    assert run.model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.dtype == torch.float32  # accelerate casts back
-    assert fit_to_the_end(run)[0] > 0.2
-    AcceleratorState._reset_state(reset_partial_state=True)
+    run = build(recipe, "engine.precision=bf16")
+    with recorded_dtypes(run) as dtypes:
+        assert fit_to_the_end(run)[0] > 0.2
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.float32}}  # in training and in evaluation
+
+
+@pytest.mark.parametrize(
+    ("device", "supports_bf16", "uses_bf16"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_bf16_is_the_default_on_gpus_that_support_it(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, device: str, supports_bf16: bool, uses_bf16: bool
+) -> None:
+    run = replace(build(recipe), accelerator=SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: supports_bf16)
+    assert run.uses_bf16 == uses_bf16
+    assert build(recipe, "engine.precision=bf16").uses_bf16
+    assert not build(recipe, "engine.precision=fp32").uses_bf16
+
+
+def test_a_compiled_model_has_no_graph_breaks_and_the_same_losses(recipe: Path, tmp_path: Path) -> None:
+    graphs = CompileCounter()
+    compile_and_count = partial(torch.compile, backend=graphs, fullgraph=True)  # a break would be an error
+    plain = fit_to_the_end(build(recipe, f"run_dir={tmp_path}/plain", "schedule.epochs=1"))
+    torch._dynamo.reset()
+    with mock.patch("torch.compile", compile_and_count):
+        compiled = fit_to_the_end(build(recipe, "engine.compile=true", "schedule.epochs=1"))
+    assert (graphs.frame_count, compiled) == (1, plain)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+    saved = [load_classifier(tmp_path / name / "model").state_dict() for name in ("run", "plain")]
+    for name, value in saved[0].items():
+        assert torch.allclose(value, saved[1][name], atol=1e-5), name
 
 
 @pytest.mark.processes
@@ -386,19 +427,18 @@ def test_ctrl_c_loses_no_saved_model(recipe: Path, tmp_path: Path, shell: Shell)
     assert not list((tmp_path / "run").glob("*.partial"))
 
 
-def test_the_config_decides_not_the_variables_of_accelerate(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(FinetuneConfig, recipe, []).config
+def test_the_config_decides_not_the_variables_of_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator()
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (1, "no")
     assert accelerator.device == torch.device("cpu")
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         monkeypatch.setenv(name, "true")
         with pytest.raises(UserError, match=rf"{name} is set, .*; unset it"):
-            build_accelerator(config)
+            build_accelerator()
         monkeypatch.delenv(name)
 
 
@@ -481,7 +521,7 @@ def test_training_gives_the_model_the_channel_order_of_the_processor(recipe: Pat
         seen.append(pixel_values)
         return run.model(pixel_values=pixel_values)
 
-    batch_loss(model, run.normalization, run.config, {"image": image, "label": torch.zeros(1, dtype=torch.int64)})
+    batch_loss(replace(run, model=model), {"image": image, "label": torch.zeros(1, dtype=torch.int64)})
     evaluated = run.preprocessor(image[0].permute(1, 2, 0).numpy(), np.random.default_rng(0))["image"]
     assert torch.equal(seen[0][0], evaluated)
     assert evaluated[:, 0, 0].tolist() == [0, 0, 1]

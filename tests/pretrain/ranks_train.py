@@ -336,7 +336,7 @@ def stop_in_evaluation(recipe: Path, folder: Path) -> dict[str, Any]:
     def ask(batch: Batch, device: torch.device) -> Batch:
         nonlocal evaluated
         evaluated += 1
-        stop.is_requested = evaluated == 2 and distributed.rank() == distributed.world_size() - 1
+        stop.is_requested = evaluated >= 2 and distributed.rank() == distributed.world_size() - 1
         return to_device(batch, device)
 
     config = load(recipe, "evaluation.every_steps=3", f"run_dir={folder / 'run'}")

@@ -16,6 +16,7 @@ from pretrain.configfile import load_config
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.dataset.subset import LabelSubset
+from pretrain.data.loading.loader import LoadedBatch, evaluation_batches
 from pretrain.data.loading.quarantine import Quarantine
 from pretrain.engine.ema import Ema
 from pretrain.errors import BadSampleError, DataError
@@ -25,10 +26,12 @@ from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.tracking.pictures import GAP, add_captions
 from tests.support.checkpoints import PlainEngine
+from tests.support.waits import HostWaits, mark_host_tensors
 
 Build = Callable[..., Evaluator]
 
 STEPS = 8
+FLAG = "aten._local_scalar_dense.default in pretrain/delayed_flag.py:any_over_ranks"
 PROBES = {"knn_top1", "linear_top1", "feature_rank", "feature_spread", "seconds"}
 
 
@@ -141,9 +144,36 @@ def test_a_stop_request_ends_the_evaluation_without_a_result(build_evaluator: Bu
     (evaluator.config.run_dir / "pictures" / "step-00000008.png").unlink()
     stop = Stop(call)
     assert evaluator.evaluate(STEPS, stop) is None
-    assert stop.calls == call
+    assert stop.calls == call + 1  # the ranks agree on it one batch later
     assert evaluator.objective.training
     assert not list((evaluator.config.run_dir / "pictures").iterdir())
+
+
+def test_no_batch_waits_for_the_device(build_evaluator: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host reads a stop flag per batch, that of the batch before, and the result at the end."""
+
+    def load_marked(*arguments: Any, **options: Any) -> Iterator[LoadedBatch]:
+        for loaded in evaluation_batches(*arguments, **options):
+            mark_host_tensors(loaded.tensors)
+            yield loaded
+
+    monkeypatch.setattr("pretrain.evaluation.evaluation_batches", load_marked)
+    evaluator, stop = build_evaluator(), Stop()
+    with HostWaits() as found:
+        evaluator.evaluate(STEPS, stop)
+    assert stop.calls > 2
+    assert _waits_of(found) == [*[FLAG] * (stop.calls - 1), "copy to the host in pretrain/evaluation.py:_validate"]
+    assert evaluator.training is not None
+    with torch.no_grad(), HostWaits() as found:
+        evaluator._features(evaluator.training, stop)
+    assert _waits_of(found) == [
+        "aten.nonzero.default in pretrain/evaluation.py:_features"
+    ]  # of the weights, on the host
+
+
+def _waits_of(found: HostWaits) -> list[str]:
+    """Return the waits outside the loader, whose tensors are on the host."""
+    return [wait for wait in found.waits if "in pretrain/data/loading" not in wait]
 
 
 def test_a_final_evaluation_is_missing_if_its_row_was_not_logged(build_evaluator: Build) -> None:

@@ -60,7 +60,9 @@ def decode_on_device(batch: Batch, image_size: int, device: torch.device, decode
     jpegs = list(torch.split(batch["jpegs"], [size for size in sizes if size]))
     images = torch.empty(len(sizes), 3, image_size, image_size, dtype=torch.uint8, device=device)
     if "image" in batch:
-        images[(batch["jpeg_sizes"] == 0).to(device)] = batch["image"].to(device)
+        decoded = [row for row, size in enumerate(sizes) if not size]  # a mask on the device would make the host wait
+        for row, image in zip(decoded, batch["image"], strict=True):
+            images[row].copy_(image, non_blocking=True)
     rows = [row for row, size in enumerate(sizes) if size]
     for row, pixels in zip(rows, _decode(jpegs, device, decoder), strict=True):
         top, left, bottom, right = batch["crop_box"][row].tolist()

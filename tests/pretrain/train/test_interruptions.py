@@ -45,7 +45,7 @@ def test_a_run_killed_before_its_last_evaluation_makes_up_for_it(trained: Traine
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_a_stop_does_not_wait_for_the_end_of_an_evaluation(trained: Trained, world_size: int) -> None:
     stopped = trained(world_size, STOPPED)
-    assert (stopped["outcome"], stopped["evaluated"]) == ("STOPPED", 2)
+    assert (stopped["outcome"], stopped["evaluated"]) == ("STOPPED", 3)  # the ranks agree on it one batch later
     assert [row["step"] for row in stopped["rows"] if "train/loss" in row] == [1, 2, 3, 4, 5]
     assert not column(stopped, "validation/loss")
     checkpoints = list_checkpoints(stopped["folder"] / "run")
