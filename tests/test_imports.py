@@ -22,6 +22,7 @@ LEAVES = {
 }
 MAY_IMPORT = {
     "pretrain": set(),
+    "pretrain.averaging": set(),
     "pretrain.captions": set(),
     "pretrain.cores": set(),
     "pretrain.errors": set(),
@@ -44,6 +45,7 @@ MAY_IMPORT = {
     "pretrain.tracking": LEAVES,
     "pretrain.optimizers": {"pretrain.config", "pretrain.distributed"},
     "pretrain.objectives": {
+        "pretrain.averaging",
         "pretrain.config",
         "pretrain.errors",
         "pretrain.model",
