@@ -90,31 +90,34 @@ class _GatheredRows(torch.autograd.Function):
     """Gather rows from all ranks; the backward pass sums the gradients that the ranks have for the rows of each."""
 
     @staticmethod
-    def forward(context: Any, rows: Tensor, sizes: list[int]) -> Tensor:
-        context.first, context.own = sum(sizes[: rank()]), len(rows)
-        everyone = rows.new_zeros(sum(sizes), *rows.shape[1:])
-        everyone[context.first : context.first + context.own] = rows
-        return sum_over_ranks(everyone)
+    def forward(context: Any, rows: Tensor, largest: int) -> Tensor:
+        context.own = slice(rank() * largest, rank() * largest + len(rows))
+        everyone = rows.new_zeros(world_size() * largest, *rows.shape[1:])
+        everyone[context.own] = rows
+        dist.all_reduce(everyone)
+        return everyone
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return sum_over_ranks(gradient)[context.first : context.first + context.own], None
+        return sum_over_ranks(gradient)[context.own], None
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+def gather_rows(rows: Tensor, largest: int) -> Tensor:
     """Concatenate the rows of all ranks (collective). Gradients flow back to the rank that each row comes from.
+
+    The host does not wait for the device, because the caller knows the largest B. A rank with fewer rows adds zeros.
 
     Args:
         rows: Rows of this rank, [B, ...]; B may differ between ranks.
+        largest: Largest B of all ranks, the same on every rank.
 
     Returns:
-        The rows of all ranks, [sum of B, ...], and the index of this rank's first row among them.
+        The rows of all ranks, [ranks * largest, ...]. Those of rank r start at r * largest.
     """
-    sizes = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    sizes[rank()] = len(rows)
-    counts = sum_over_ranks(sizes).tolist()
-    everyone: Tensor = _GatheredRows.apply(rows, counts)  # type: ignore[no-untyped-call]
-    return everyone, sum(counts[: rank()])
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    everyone: Tensor = _GatheredRows.apply(rows, largest)  # type: ignore[no-untyped-call]
+    return everyone
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:

@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "pretrain.distributed",
     },
     "pretrain.objectives": {
+        "pretrain.averaging",
         "pretrain.config",
         "pretrain.errors",
         "pretrain.model",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -35,6 +35,7 @@ from pretrain.errors import BadSampleError, DataError
 SUBSTITUTES_TRIED = 100
 SPARSE_STRIDE = 10  # an evaluation of fewer than one in 10 samples fetches byte ranges instead of whole shards
 VALIDATION_POSITION = -1  # position of a validation sample: it is not part of the run's order
+NO_POSITION = -1  # fills up the positions of a rank with fewer samples than another
 
 
 class BadSample(NamedTuple):
@@ -127,6 +128,11 @@ class BatchPlan:
             world_size=self.world_size,
             group_size=self.group_size,
         )
+
+    def concurrent_micro_batches(self, start: int, stop: int) -> Iterator[tuple[MicroBatch, ...]]:
+        """Yield the micro-batches that the ranks process at the same time: one per rank, in the order of the ranks."""
+        ranks = (replace(self, rank=rank) for rank in range(self.world_size))
+        return zip(*(each.micro_batches(start, stop) for each in ranks), strict=True)
 
     def order(self, dataset: Dataset) -> Order:
         """Return the order in which the run visits the samples of a dataset."""
@@ -330,8 +336,31 @@ def training_batches(
     positions = (batch.positions for batch in plan.micro_batches(start, stop))
     samples = _TrainingSamples(dataset, view, plan)
     with closing(load_batches(samples, positions, plan.num_workers, plan.batches_ahead)) as loading:
-        for batch, loaded in zip(plan.micro_batches(start, stop), loading, strict=True):
-            yield loaded._replace(weight=batch.weight)
+        for batches, loaded in zip(plan.concurrent_micro_batches(start, stop), loading, strict=True):
+            yield complete_batch(loaded, batches, plan.rank)
+
+
+def complete_batch(loaded: LoadedBatch, micro_batches: Sequence[MicroBatch], rank: int) -> LoadedBatch:
+    """Add the weight of a micro-batch and, for self-distillation, the positions of all ranks.
+
+    Self-distillation compares the images of all ranks. If a rank had to ask the others how many images they have, its
+    host would wait for the device; the plan knows it.
+
+    Args:
+        loaded: Micro-batch of this rank.
+        micro_batches: Micro-batches that the ranks process at the same time.
+        rank: Rank of this process.
+
+    Returns:
+        The batch with its weight. If it has masks, it also has "all_positions" [ranks, largest B].
+    """
+    loaded = loaded._replace(weight=micro_batches[rank].weight)
+    if "mask" not in loaded.tensors:
+        return loaded
+    largest = max(len(batch.positions) for batch in micro_batches)
+    rows = [[*batch.positions, *[NO_POSITION] * (largest - len(batch.positions))] for batch in micro_batches]
+    all_positions = torch.tensor(rows, pin_memory=torch.cuda.is_available())
+    return loaded._replace(tensors={**loaded.tensors, "all_positions": all_positions})
 
 
 def evaluation_batches(

@@ -31,6 +31,7 @@ from pretrain.data.loading.loader import (
     LoadedSample,
     LoadingStats,
     collate_samples,
+    complete_batch,
     load_batches,
 )
 from pretrain.data.storage.archive import Member, TarReader, open_tar
@@ -196,10 +197,11 @@ class TarStreamBatches:
         self.next_tar = max(self.next_tar, next_tar)
         batches = _StreamedBatches(self.stream, view, self.plan, start, stop, self.next_tar)
         with closing(load_batches(batches, None, self.plan.num_workers, self.plan.batches_ahead)) as loading:
-            for micro_batch, loaded in zip(self.plan.micro_batches(start, stop), loading, strict=True):
+            for micro_batches, loaded in zip(self.plan.concurrent_micro_batches(start, stop), loading, strict=True):
                 self.next_tar = max(self.next_tar, loaded.next_tar)
-                self._names.append((micro_batch.positions[0] // self.plan.global_batch_size, loaded.names))
-                yield loaded._replace(weight=micro_batch.weight)
+                first = micro_batches[self.plan.rank].positions[0]
+                self._names.append((first // self.plan.global_batch_size, loaded.names))
+                yield complete_batch(loaded, micro_batches, self.plan.rank)
 
     def sample_names(self, position: int) -> Iterator[tuple[str, str]]:
         """Yield the shard and the key of this rank's samples of the step that starts at `position`."""

@@ -42,6 +42,9 @@ class Batch(TypedDict, total=False):
 
     patch_order: Tensor  # int64 [B, N]: random order of the patches, visible ones first
     mask: Tensor  # bool [B, 2, N]: patches of each global crop that are hidden from the student
+    masked_tokens: Tensor  # int64 [M]: indices of the masked patches, see `multi_crop.index_masked_patches`
+    masked_shares: Tensor  # float32 [M]: 1 / (number of masked patches of the same crop)
+    all_positions: Tensor  # int64 [ranks, largest B]: positions of all ranks in this micro-batch, filled up with -1
     global_crops: "Batch"  # "image" and augmentation parameters, all [B, 2, ...]
     local_crops: "Batch"  # the same for the local crops, all [B, crops, ...]
 

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 
 from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.decode import decode
+from pretrain.data.transforms.multi_crop import index_masked_patches
 from pretrain.errors import DataError
 
 Decoder = Callable[[list[Tensor]], Sequence[Tensor]]  # JPEGs, uint8 [bytes] on the CPU -> images, uint8 [3, H, W]
@@ -25,11 +26,12 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     """Make a batch of the fields of B samples, some of which may still be JPEGs.
 
     Returns:
-        The fields, stacked. If any sample is a JPEG, the batch has "jpegs", "jpeg_sizes" [B] and "crop_box" [B, 4], and
-        "image" only for the samples that are already decoded.
+        The fields, stacked, and the indices of masked patches if there are masks. If any sample is a JPEG, there are
+        "jpegs", "jpeg_sizes" [B] and "crop_box" [B, 4], and "image" only for the samples that are already decoded.
     """
     if not any("jpeg" in sample for sample in samples):
-        return cast(Batch, default_collate(samples))
+        batch = default_collate(samples)
+        return cast(Batch, {**batch, **index_masked_patches(batch["mask"])} if "mask" in batch else batch)
     jpegs = [sample.pop("jpeg", b"") for sample in samples]
     boxes = [sample.pop("crop_box", np.zeros(4, np.int64)) for sample in samples]
     images = [sample.pop("image") for sample in samples if "image" in sample]

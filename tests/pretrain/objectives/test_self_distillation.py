@@ -1,19 +1,27 @@
 """Self-distillation: its losses equal their definitions, the teacher follows the student, and the student learns."""
 
 import math
+import os
+import tempfile
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import logsumexp
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from torch.utils.data import default_collate
 
+from pretrain import distributed
 from pretrain.config import PreprocessingConfig, SelfDistillationConfig
-from pretrain.data.transforms.batch import Batch, augment
+from pretrain.data.loading.loader import BatchPlan, LoadedBatch, LoadingStats, complete_batch
+from pretrain.data.transforms.batch import Batch, augment, to_device
 from pretrain.data.transforms.multi_crop import sample_block_mask
 from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
 from pretrain.objectives import build_objective
@@ -24,15 +32,22 @@ from pretrain.objectives.self_distillation import (
     sample_weights,
     sinkhorn_knopp,
 )
+from pretrain.startup import join_process_group
+from tests.support.launching import free_port
 from tests.support.overfitting import overfit
-from tests.support.self_distillation import MODEL, SMALL, build_self_distillation
+from tests.support.self_distillation import (
+    MODEL,
+    SMALL,
+    OperationCounter,
+    build_self_distillation,
+    crop_images,
+    losses_with_boolean_masks,
+    move_apart,
+)
 
 
 def batch(objective: SelfDistillationObjective, size: int) -> Batch:
-    view, images = objective.train_view(32), np.random.default_rng(0).integers(0, 256, (size, 8, 8, 3), dtype=np.uint8)
-    large = [np.kron(image, np.ones((6, 6, 1), np.uint8)) for image in images]
-    samples = [view(image, np.random.default_rng(i)) for i, image in enumerate(large)]
-    return {**default_collate(samples), "position": torch.arange(size)}
+    return crop_images(objective, range(size))
 
 
 def test_the_initial_losses_are_those_of_a_uniform_prediction() -> None:
@@ -48,7 +63,7 @@ def test_the_dino_loss_is_the_mean_over_pairs_of_different_crops() -> None:
     said = torch.randn(5, 6, 7).log_softmax(-1)  # two global crops and four local ones
     targets = torch.rand(5, 2, 7).softmax(-1)
     pairs = [-(targets[:, t] * said[:, s]).sum(-1).mean() for t in range(2) for s in range(6) if s != t]
-    torch.testing.assert_close(dino_loss(said[:, :2], said[:, 2:], targets), torch.stack(pairs).mean())
+    torch.testing.assert_close(dino_loss(said, targets), torch.stack(pairs).mean())
 
 
 def test_sinkhorn_knopp_equals_its_form_in_log_space() -> None:
@@ -57,14 +72,18 @@ def test_sinkhorn_knopp_equals_its_form_in_log_space() -> None:
     for _ in range(3):
         expected -= logsumexp(expected, axis=0, keepdims=True) - np.log(12 / 5)
         expected -= logsumexp(expected, axis=1, keepdims=True)
-    shares = sinkhorn_knopp(logits, torch.ones(12, dtype=torch.float64))
+    others = torch.randn(7, 5, dtype=torch.float64), torch.ones(7, dtype=torch.float64)
+    shares, balanced_others = sinkhorn_knopp((logits, torch.ones(12, dtype=torch.float64)), others)
     np.testing.assert_allclose(shares.numpy(), np.exp(expected), rtol=1e-10)
     assert (shares.sum(0) - 12 / 5).abs().max() < (logits.softmax(1).sum(0) - 12 / 5).abs().max() / 2
-    assert sinkhorn_knopp(torch.empty(0, 5), torch.empty(0)).shape == (0, 5)
+    torch.testing.assert_close(balanced_others, sinkhorn_knopp(others)[0])
+    [nothing] = sinkhorn_knopp((torch.empty(0, 5), torch.empty(0)))
+    assert nothing.shape == (0, 5)
     copied = torch.cat([logits, logits[:1]])  # as on a rank that repeats the image of another
-    counts = sample_weights(torch.tensor([*range(12), 0])).double()
+    positions = torch.tensor([*range(12), 0])
+    counts = sample_weights(positions, positions[None]).double()
     assert counts.tolist() == [0.5] + 11 * [1.0] + [0.5]
-    torch.testing.assert_close(sinkhorn_knopp(copied, counts)[:12], shares)
+    torch.testing.assert_close(sinkhorn_knopp((copied, counts))[0][:12], shares)
 
 
 def test_koleo_is_the_log_distance_to_the_nearest_neighbor() -> None:
@@ -74,7 +93,7 @@ def test_koleo_is_the_log_distance_to_the_nearest_neighbor() -> None:
     for crop in F.normalize(features, dim=-1).unbind(1):
         distances = torch.cdist(crop, crop) + 10 * torch.eye(9)
         expected = expected - distances.min(dim=1).values.log().mean()
-    loss = koleo_loss(features, torch.arange(9))
+    loss = koleo_loss(features, torch.arange(9), torch.arange(9)[None])
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     [ours] = torch.autograd.grad(loss, features)
     [theirs] = torch.autograd.grad(expected, features)
@@ -85,7 +104,8 @@ def test_koleo_ignores_copies_of_the_same_image() -> None:
     torch.manual_seed(0)
     once = torch.randn(4, 2, 8)
     twice = torch.cat([once[:1], once]).requires_grad_()
-    loss = koleo_loss(twice, torch.tensor([5, 5, 6, 7, 8]))
+    positions = torch.tensor([5, 5, 6, 7, 8])
+    loss = koleo_loss(twice, positions, positions[None])
     expected = torch.zeros(())
     for crop in F.normalize(once, dim=-1).unbind(1):
         least = (torch.cdist(crop, crop) + 10 * torch.eye(4)).min(dim=1).values.log()
@@ -95,7 +115,7 @@ def test_koleo_ignores_copies_of_the_same_image() -> None:
     assert gradient.abs().max() < 10
 
     alone = torch.randn(1, 2, 8).expand(2, -1, -1).clone().requires_grad_()
-    [gradient] = torch.autograd.grad(koleo_loss(alone, torch.tensor([5, 5])), alone)
+    [gradient] = torch.autograd.grad(koleo_loss(alone, positions[:2], positions[None, :2]), alone)
     assert not gradient.any()
 
 
@@ -105,9 +125,8 @@ def test_one_batch_can_be_overfitted_and_every_parameter_is_trained() -> None:
     data = batch(objective, 6)
     first = float(objective(data)["loss"])
     last = overfit(objective, data, steps=150)
-    cls, patches = objective._teacher_targets(
-        objective._augment(data["global_crops"]), data["mask"].flatten(0, 1), torch.ones(12)
-    )
+    crops = objective._augment(data["global_crops"])
+    cls, patches = objective._teacher_targets(crops, data["masked_tokens"], torch.ones(12))
     least = sum(float(-(t * t.clamp_min(1e-30).log()).sum(-1).mean()) for t in (cls, patches))  # entropy of the targets
     assert last - least < 0.35 * (first - least)
 
@@ -116,10 +135,7 @@ def test_losses_equal_a_loop_over_crops_and_patches() -> None:
     """Some crops have no masked patches, and the weights of student and teacher differ."""
     objective = build_self_distillation(mask_probability=0.5)
     data = batch(objective, 6)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for tensor in [*objective.parameters(), *objective.encoder.buffers()]:
-            tensor.add_(0.1 * torch.randn_like(tensor))
+    move_apart(objective)
     objective.before_step(0.5)
     mean, std = objective.preprocessing.image_mean, objective.preprocessing.image_std
 
@@ -141,7 +157,9 @@ def test_losses_equal_a_loop_over_crops_and_patches() -> None:
 
     global_crops, local_crops = crops(data["global_crops"]), crops(data["local_crops"])
     masks = data["mask"].unbind(1)
-    assert {int(count) for count in data["mask"].sum(2).flatten()} >= {0, 2}
+    num_masked = data["mask"].sum(2).flatten().tolist()
+    assert 0 in num_masked
+    assert len(set(num_masked)) > 2
     with torch.no_grad():
         teacher_tokens = [objective.encoder(crop) for crop in global_crops]
         cls = balanced(torch.cat([objective.cls_head(tokens[:, 0]) for tokens in teacher_tokens])).chunk(2)
@@ -164,6 +182,99 @@ def test_losses_equal_a_loop_over_crops_and_patches() -> None:
     losses = objective(data)
     torch.testing.assert_close(losses["dino"], torch.stack(pairs).mean())
     torch.testing.assert_close(losses["ibot"], torch.stack(patch_losses).sum() / 12)
+
+
+def test_losses_and_gradients_equal_those_with_boolean_masks() -> None:
+    objective = build_self_distillation(mask_probability=0.5)
+    move_apart(objective)
+    objective.before_step(0.5)
+    for size in (6, 1):
+        data = batch(objective, size)
+        losses, expected = objective(data), losses_with_boolean_masks(objective, data)
+        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+        found, theirs = (
+            torch.autograd.grad(each["loss"], list(objective.parameters()), allow_unused=True)
+            for each in (losses, expected)
+        )
+        torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_masked_patches_has_no_patch_loss() -> None:
+    objective = build_self_distillation(mask_probability=0.0)
+    losses = objective(batch(objective, 3))
+    losses["loss"].backward()
+    assert losses["ibot"] == 0
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in objective.parameters())
+
+
+def test_the_host_never_waits_and_the_teacher_moves_in_few_operations() -> None:
+    objective = build_self_distillation(mask_probability=0.5)
+    data, skipped = batch(objective, 4), torch.zeros(())
+    objective(data)  # fills the cache of constants on the device
+    with OperationCounter() as step:
+        objective(data)["loss"].backward()
+        objective.after_step(skipped)
+    assert not step.waits
+    assert step.operations["mm"]  # the backward pass was seen
+    with OperationCounter() as average:
+        objective.after_step(skipped)
+    assert average.operations.total() < 10
+
+
+def test_a_step_works_without_any_value_on_the_host() -> None:
+    """On the meta device, an operation raises if the host needs a value."""
+    objective = build_self_distillation(mask_probability=0.5)
+    data = to_device(batch(objective, 4), torch.device("meta"))
+    losses = objective.to("meta")(data)
+    losses["loss"].backward()
+    assert losses["loss"].is_meta
+
+
+def mean_losses_and_gradients(
+    objective: SelfDistillationObjective, losses: dict[str, Tensor], weight: float
+) -> dict[str, Tensor]:
+    """Return the means of losses and gradients over the ranks (collective)."""
+    parameters = dict(objective.named_parameters())
+    gradients = torch.autograd.grad(losses["loss"] * weight, list(parameters.values()), allow_unused=True)
+    named = {name: gradient for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    values = {**{name: loss.detach() * weight for name, loss in losses.items()}, **named}
+    return {name: distributed.sum_over_ranks(value) / 2 for name, value in values.items()}
+
+
+def compare_ranks(rank: int, folder: str, port: str) -> None:
+    """Compare two ranks with one process that has the images of both."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    assert join_process_group()
+    objective = build_self_distillation(mask_probability=0.5)
+    move_apart(objective)
+    objective.before_step(0.5)
+    for size in (6, 5, 1):  # equal ranks; one with fewer images; one with a copy of the only image
+        plan = BatchPlan(0, 1, global_batch_size=size, rank=rank, world_size=2)
+        [micro_batches] = plan.concurrent_micro_batches(0, size)
+        own = crop_images(objective, micro_batches[rank].positions)
+        loaded = complete_batch(LoadedBatch(own, 1.0, [], LoadingStats(), 0.0), micro_batches, rank)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            losses = objective(loaded.tensors)
+        assert all_reduce.call_count == 4  # three for Sinkhorn-Knopp, one for the neighbors
+        found = mean_losses_and_gradients(objective, losses, loaded.weight)
+        whole = losses_with_boolean_masks(objective, batch(objective, size))
+        expected = mean_losses_and_gradients(objective, whole, 1.0)
+        assert found.keys() == expected.keys()
+        for name in found:
+            rtol, atol = (1e-6, 0.0) if name in whole else (1e-4, 1e-6)
+            torch.testing.assert_close(
+                found[name], expected[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    Path(folder, f"rank{rank}").touch()
+    distributed.leave_process_group()
+
+
+@pytest.mark.processes
+def test_two_ranks_have_the_losses_and_gradients_of_one_process() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(compare_ranks, args=(folder, free_port()), nprocs=2)  # type: ignore[no-untyped-call]
+        assert len(list(Path(folder).glob("rank*"))) == 2
 
 
 def test_the_teacher_is_a_moving_average_without_gradients() -> None:
