@@ -17,6 +17,7 @@ from torch import Tensor
 
 import finetune.evaluate
 import finetune.train
+from benchmarks.counting import HostWaits, mark_host_tensors
 from finetune.config import FinetuneConfig
 from finetune.evaluate import evaluate
 from finetune.run import FinetuneRun, build_run, open_tracker
@@ -24,7 +25,6 @@ from pretrain.configfile import load_config
 from pretrain.data.loading.loader import LoadedBatch, evaluation_batches, training_batches
 from pretrain.data.transforms.batch import Batch
 from tests.support.classifiers import save_classifier, tiny_configs
-from tests.support.waits import HostWaits, mark_host_tensors
 
 RECIPE = """
 run_dir: {folder}/run

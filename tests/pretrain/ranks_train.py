@@ -29,6 +29,7 @@ import torch._inductor.compile_fx  # torch and DeepSpeed import both late; here 
 from torch.optim.swa_utils import AveragedModel
 
 import pretrain.train
+from benchmarks.counting import HostWaits
 from pretrain import distributed
 from pretrain.checkpoint.history import list_checkpoints
 from pretrain.checkpoint.manifest import Manifest, SavedFile
@@ -83,7 +84,6 @@ from tests.support.training import (
     all_runs,
     needs,
 )
-from tests.support.waits import HostWaits
 
 SPEEDS = {
     "time",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.counting import HostWaits, mark_host_tensors
 from pretrain.config import PretrainConfig
 from pretrain.configfile import load_config
 from pretrain.data.dataset.dataset import Dataset, EncodedSample
@@ -26,7 +27,6 @@ from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 from pretrain.tracking.pictures import GAP, add_captions
 from tests.support.checkpoints import PlainEngine
-from tests.support.waits import HostWaits, mark_host_tensors
 
 Build = Callable[..., Evaluator]
 
