@@ -37,7 +37,6 @@ MAY_IMPORT = {
     "pretrain.schedules": set(),
     "pretrain.stop_signal": set(),
     "pretrain.distributed": {"pretrain.errors"},
-    "pretrain.device_copies": set(),
     "pretrain.delayed_flag": {"pretrain.device_copies", "pretrain.distributed"},
     "pretrain.startup": {"pretrain.cores", "pretrain.distributed", "pretrain.errors"},
     "pretrain.state": set(),
@@ -46,7 +45,6 @@ MAY_IMPORT = {
     "pretrain.data": LEAVES,
     "pretrain.model": LEAVES,
     "pretrain.tracking": LEAVES,
-    "pretrain.device_copies": set(),
     "pretrain.optimizers": {
         "pretrain.averaging",
         "pretrain.config",
