@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.model.compiling import graph
 from pretrain.model.vit import INITIAL_STD
 
 
@@ -28,6 +29,7 @@ class ProjectionHead(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.prototypes, std=INITIAL_STD)
 
+    @graph()
     def forward(self, tokens: Tensor) -> Tensor:
         """Return cosine similarities in fp32 [..., K], from -1 to 1, for tokens [..., D]."""
         projected = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(tokens)))))

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pretrain.averaging import move_averages
 from pretrain.config import PreprocessingConfig, SelfDistillationConfig
-from pretrain.data.transforms.batch import Batch, augment, merge_crops
+from pretrain.data.transforms.batch import Batch, merge_crops
 from pretrain.data.transforms.multi_crop import NUM_GLOBAL_CROPS, MultiCropView
 from pretrain.data.transforms.views import EvalView, TrainView, View
 from pretrain.distributed import gather_rows, rank, sum_over_ranks
+from pretrain.model.compiling import graph
 from pretrain.model.projection_head import ProjectionHead
 from pretrain.model.vit import INITIAL_STD, ViT, take
 from pretrain.objectives.objective import Objective
@@ -152,8 +153,7 @@ class SelfDistillationObjective(Objective):
 
     def _augment(self, crops: Batch) -> Tensor:
         """Return the augmented crops; the crops of an image are adjacent: [B * crops, C, H, W]."""
-        images = augment(merge_crops(crops), self.preprocessing.image_mean, self.preprocessing.image_std)
-        return images.to(self.student.cls_token.dtype)
+        return self.augmented_images(merge_crops(crops)).to(self.student.cls_token.dtype)
 
     @torch.no_grad()
     def _teacher_targets(self, global_crops: Tensor, masked_tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,11 +176,13 @@ class SelfDistillationObjective(Objective):
         )
         return cls_targets.reshape(-1, NUM_GLOBAL_CROPS, cls_targets.shape[-1]), patch_targets
 
+    @graph()
     def _student_log_probs(self, cls_tokens: Tensor) -> Tensor:
         """Return the student's log-probabilities [..., K] for CLS tokens [..., D]."""
         logits: Tensor = self.student_cls_head(cls_tokens) / self.config.student_temperature
         return logits.log_softmax(dim=-1)
 
+    @graph()
     def _patch_loss(self, patches: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
         """Return the sum over global crops of each crop's mean cross-entropy over its masked patches.
 
