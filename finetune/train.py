@@ -69,9 +69,9 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
             start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
         accelerator = build_accelerator()
         with explain_device_errors(FINETUNING_FIXES), claim(command.config) as watch:
-            run = build_run(command.config, accelerator)
-            result = train_with_tracking(run, command.text, stop, lambda step: watch.enter("step", step))
-            del run  # see `train_with_tracking`
+            result = train_with_tracking(
+                build_run(command.config, accelerator), command.text, stop, lambda step: watch.enter("step", step)
+            )
             watch.finish(Outcome.DONE if result.stopped_after is None else Outcome.STOPPED)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
