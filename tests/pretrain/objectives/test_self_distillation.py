@@ -24,7 +24,7 @@ from pretrain.data.loading.loader import BatchPlan, LoadedBatch, LoadingStats, c
 from pretrain.data.transforms.batch import Batch, augment, to_device
 from pretrain.data.transforms.multi_crop import sample_block_mask
 from pretrain.model.vit import MOST_GRAPHS, ViT, compile_blocks
-from pretrain.objectives import build_objective
+from pretrain.objectives import build_objective, self_distillation
 from pretrain.objectives.self_distillation import (
     SelfDistillationObjective,
     dino_loss,
@@ -117,6 +117,15 @@ def test_koleo_ignores_copies_of_the_same_image() -> None:
     alone = torch.randn(1, 2, 8).expand(2, -1, -1).clone().requires_grad_()
     [gradient] = torch.autograd.grad(koleo_loss(alone, positions[:2], positions[None, :2]), alone)
     assert not gradient.any()
+
+
+def test_koleo_ignores_the_rows_that_fill_up_a_smaller_rank() -> None:
+    """A row of zeros would be nearer to an image than the only other image, which is opposite."""
+    features = torch.tensor([[[1.0, 0.0]], [[-1.0, 0.0]]])
+    all_positions = torch.tensor([[3, 4, -1]])
+    with mock.patch.object(self_distillation, "gather_rows", lambda rows, largest: F.pad(rows, (0, 0, 0, 0, 0, 1))):
+        loss = koleo_loss(features, torch.tensor([3, 4]), all_positions)
+    assert float(loss) == pytest.approx(-math.log(2))
 
 
 @pytest.mark.slow
