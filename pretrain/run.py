@@ -300,7 +300,8 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         checkpoint: Checkpoint to resume from, or None for a new run.
     """
     if config.engine.compile:
-        compile_graphs(objective, partitioned=config.engine.zero_stage == 3)
+        several_shapes = objective.several_sizes or bool(config.schedule.image_sizes)
+        compile_graphs(objective, partitioned=config.engine.zero_stage == 3, several_shapes=several_shapes)
     engine = build_engine(objective, config.engine, config.optimizer, [Block] if config.engine.compile else [])
     identity = Manifest(
         state=TrainState(),

@@ -4,6 +4,7 @@ A graph per function, instead of one for the whole model, is compiled once for a
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +12,7 @@ from torch import nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# Blocks have no drop path, a low rate or a high one; each is compiled for training and evaluation, for a first shape
-# and for any shape.
-MOST_GRAPHS = 32
+MOST_GRAPHS = 12  # of one method; a run has fewer
 
 
 def graph(*, uses_parameters: bool = True) -> Callable[[Function], Function]:
@@ -31,9 +30,15 @@ def graph(*, uses_parameters: bool = True) -> Callable[[Function], Function]:
 
 
 def compile_graphs(
-    module: nn.Module, *, partitioned: bool = False, backend: str | Callable[..., Any] = "inductor"
+    module: nn.Module,
+    *,
+    partitioned: bool = False,
+    several_shapes: bool = False,
+    backend: str | Callable[..., Any] = "inductor",
 ) -> None:
     """Compile the marked methods of a module and of all modules in it, in place.
+
+    Only training uses the graphs. Evaluation, which is short, would need as many again.
 
     All instances of a class share torch's limit on recompilations, which is raised here: beyond it, torch silently
     stops compiling.
@@ -43,6 +48,8 @@ def compile_graphs(
         partitioned: Whether ZeRO 3 partitions the parameters. It gathers them in hooks around a module's forward pass,
             which torch.compile cannot follow, so that the only methods with parameters are those named `forward`, of
             modules that are gathered as a whole.
+        several_shapes: Whether batches or images of several sizes are expected. Each graph then fits all sizes;
+            otherwise it is made for the first size, which is faster.
         backend: Backend of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
@@ -50,4 +57,16 @@ def compile_graphs(
         for name in dir(type(part)):
             uses_parameters = getattr(getattr(type(part), name, None), "graph_uses_parameters", None)
             if uses_parameters is not None and not (partitioned and uses_parameters and name != "forward"):
-                setattr(part, name, torch.compile(getattr(part, name), backend=backend))
+                plain = getattr(part, name)
+                compiled = torch.compile(plain, backend=backend, dynamic=several_shapes or None)
+                setattr(part, name, _in_training(part, compiled, plain))
+
+
+def _in_training(module: nn.Module, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that is compiled while its module is in training mode."""
+
+    @wraps(plain)
+    def call(*args: Any, **options: Any) -> Any:
+        return (compiled if module.training else plain)(*args, **options)
+
+    return call

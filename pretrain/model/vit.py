@@ -82,7 +82,7 @@ class ViT(nn.Module):
         """Embed patches, add positions and prepend CLS. Arguments and shapes are those of `forward`."""
         patches, positions = patchify(images, self.config.patch_size), self.position_embedding
         if patches.shape[1] != self.config.num_patches:
-            positions = resize_positions(positions.float(), patches.shape[1])
+            positions = resize_positions(positions.float(), images.shape[-1] // self.config.patch_size)
         positions = positions.to(images.dtype)  # DeepSpeed leaves buffers in fp32
         patch_positions = positions[:, 1:]
         if visible is not None:
@@ -257,22 +257,22 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, side * patch_size, side * patch_size)
 
 
-def resize_positions(positions: Tensor, num_patches: int) -> Tensor:
+def resize_positions(positions: Tensor, side: int) -> Tensor:
     """Interpolate position embeddings bicubically to another number of patches; CLS keeps its own.
 
     Args:
         positions: Position embeddings [1, 1 + N, D] of a square grid, CLS first.
-        num_patches: Number of patches of another square grid.
+        side: Number of patches along a side of another square grid.
 
     Returns:
-        Position embeddings [1, 1 + num_patches, D].
+        Position embeddings [1, 1 + side * side, D].
     """
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_patches)
+    old = math.isqrt(positions.shape[1] - 1)
     grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
     if torch.are_deterministic_algorithms_enabled():
-        resized = _resize_by_products(grid, new)
+        resized = _resize_by_products(grid, side)
     else:
-        resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+        resized = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
 

@@ -30,11 +30,13 @@ class Objective(nn.Module, ABC):
         encoder: Vision Transformer whose weights are exported.
         preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
         group_size: Number of consecutive samples that must stay in one micro-batch, such as 2 for mixup.
+        several_sizes: Whether a micro-batch has images of several sizes.
     """
 
     encoder: ViT
     preprocessing: PreprocessingConfig
     group_size: int = 1
+    several_sizes: bool = False
 
     @abstractmethod
     def train_view(self, image_size: int) -> View:

@@ -47,6 +47,8 @@ class SelfDistillationObjective(Objective):
         preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
     """
 
+    several_sizes = True
+
     def __init__(
         self,
         config: SelfDistillationConfig,

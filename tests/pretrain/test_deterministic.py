@@ -205,7 +205,7 @@ def test_positions_and_their_gradient_equal_those_of_torch(sides: tuple[int, int
     weight = torch.randn(1, 1 + new**2, 24)
 
     def resized() -> tuple[Tensor, Tensor]:
-        result = resize_positions(positions, new**2)
+        result = resize_positions(positions, new)
         return result, torch.autograd.grad((result * weight).sum(), positions)[0]
 
     by_products = resized()
