@@ -26,6 +26,7 @@ from pretrain.data.loading.loader import (
     complete_batch,
     load_batches,
 )
+from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.views import View
 from pretrain.evaluation import Evaluator
 from pretrain.heartbeat.watch import Watch
@@ -89,10 +90,12 @@ class SyntheticBatches(Batches):
         return list(load_batches(samples, rows, num_workers=0))  # type: ignore[arg-type]  # a list is enough
 
     def _repeat(self, batches: list[LoadedBatch], start: int, stop: int) -> Generator[LoadedBatch, None, None]:
-        """Yield the micro-batches in turn, with the weights that the run's plan gives them."""
+        """Yield the micro-batches in turn, with the positions and weights that the run's plan gives them."""
         plan = cast(IndexedBatches, self._source).plan
         for micro_batches, loaded in zip(plan.concurrent_micro_batches(start, stop), cycle(batches), strict=False):
-            yield complete_batch(loaded, micro_batches, plan.rank)
+            positions = torch.tensor(micro_batches[plan.rank].positions, pin_memory=torch.cuda.is_available())
+            tensors: Batch = {**loaded.tensors, "position": positions}
+            yield complete_batch(loaded._replace(tensors=tensors), micro_batches, plan.rank)
 
 
 def random_sample(view: View, image_size: int, num_classes: int, seed: int) -> LoadedSample:

@@ -39,6 +39,7 @@ for objective in (SupervisedConfig(), MAEConfig(), SelfDistillationConfig()):
         "keys": sorted(batches[0]),
         "pixels": [str(each["image"].dtype) for each in batches if "image" in each],
         "position": run.state.position,
+        "skipped": run.skipped_steps.total,
         "average": run.ema.decay,
         "checkpoints": [path.name for path in (run_dir / "checkpoints").iterdir()],
     }
@@ -56,6 +57,7 @@ def test_random_images_go_through_the_real_loop(shell: Shell) -> None:
         assert seen["steps_taken"] == 3
         assert seen["copies"] == 6  # two micro-batches per step
         assert seen["position"] == 12
+        assert seen["skipped"] == 0
         assert seen["checkpoints"] == ["step-00000003"]
     assert found["supervised"]["keys"] == ["flip", "image", "label", "position"]
     assert found["supervised"]["pixels"] == ["torch.uint8"] * 6

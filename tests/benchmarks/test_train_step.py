@@ -75,7 +75,9 @@ def test_the_exit_code_is_that_of_ours(failing: str, code: int, monkeypatch: pyt
 
 @pytest.mark.processes
 def test_a_process_that_takes_too_long_has_failed_and_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_step, "contender_command", lambda name: [sys.executable, "-c", "input()"])
+    monkeypatch.setattr(
+        train_step, "contender_command", lambda name: [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
     result = Result()
     train_step.measure_in_process("ours eager", result, timeout=1.0)
     assert result.failure == "no result after 1 s"
