@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
@@ -175,4 +176,4 @@ def peak_memory() -> float:
 
 def is_kernel(event: FunctionEvent) -> bool:
     """Return whether an event of the profiler is a kernel on the GPU, rather than a copy or a fill."""
-    return event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+    return event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))

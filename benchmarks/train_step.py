@@ -228,8 +228,13 @@ def measure(arguments: argparse.Namespace, contender: str) -> Measurement:
 def profile_contender(arguments: argparse.Namespace) -> None:
     """Print the profile of a contender."""
     profiler = torch.profiler.profile()
+
+    def stop() -> None:
+        wait()
+        profiler.stop()
+
     end = arguments.warmup + arguments.steps
-    actions = {arguments.warmup: profiler.start, end: lambda: (wait(), profiler.stop())[1]}
+    actions = {arguments.warmup: profiler.start, end: stop}
     run_contender(arguments, arguments.profile, StepActions(end + 1, actions))
     print_profile(profiler, arguments.steps)
 
