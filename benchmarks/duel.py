@@ -7,6 +7,7 @@ alternate every few steps, so that other work on the machine slows both down. Th
 the last tenth of the steps, over seeds, and the ratio of the images per second.
 
     python benchmarks/duel.py --objective mae
+    python benchmarks/duel.py --quick                        # one seed and fewer steps, within ten minutes
     python benchmarks/duel.py --objective supervised         # needs timm: pip install -r benchmarks/requirements.txt
     python benchmarks/duel.py --objective mae --model B/16 --batch 256 --steps 200 --compile           # on a GPU
     python benchmarks/duel.py --objective mae --model L/16 --batch 128 --steps 200 --compile           # on a GPU
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from pretrain.data.shards.plan import ShardOptions
 from pretrain.data.sources.digits import list_digits
 from pretrain.data.transforms.batch import Batch, augment, to_device
 from pretrain.engine.deepspeed import build_engine, start_distributed
+from pretrain.engine.gradients import Gradients
 from pretrain.export.vit_mae import hub_mae_config
 from pretrain.model.compiling import compile_graphs
 from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub
@@ -80,6 +82,7 @@ SUPERVISED = SupervisedConfig(augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=
 PREPROCESSING = PreprocessingConfig(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 LEARNING_RATE, WEIGHT_DECAY, BETAS = 1e-3, 0.05, (0.9, 0.95)
 STEPS_PER_TURN = 10
+QUICK = {"seeds": [0], "steps": 100}
 PROFILED_STEPS = 20
 NUM_CLASSES = 10
 SIDES = ("ours", "theirs")
@@ -133,7 +136,7 @@ class TheirMAE(nn.Module):
 
 @contextmanager
 def our_step(objective: Objective, batch: int, *, compiled: bool) -> Iterator[Step]:
-    """Build our training step under DeepSpeed, like the one in `pretrain/train.py`.
+    """Build our training step under DeepSpeed: `pretrain.train.take_step` without the guard against bad steps.
 
     Args:
         objective: Objective to train.
@@ -154,11 +157,14 @@ def our_step(objective: Objective, batch: int, *, compiled: bool) -> Iterator[St
         OptimizerConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=BETAS),
     )
     engine.train()
+    gradients, skipped = Gradients(engine, max_norm=1.0), torch.zeros((), device=DEVICE)
 
     def step(inputs: Inputs, rate: float) -> Tensor:
         set_learning_rate(engine.optimizer.param_groups, rate)
         loss: Tensor = engine(*inputs)
         engine.backward(loss)
+        gradients.collect(is_last=True)
+        gradients.prepare_update(gradients.squared_norm().sqrt(), skipped)
         engine.step()
         return loss.detach()
 
@@ -323,7 +329,8 @@ def matching_rows(results: Results, **case: Any) -> list[Row]:
     return [row for row in results.rows if case.items() <= row.items()]
 
 
-def main() -> None:
+def parse_arguments(values: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; with --quick, one seed and fewer steps are the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", choices=["mae", "supervised"], default="mae", help="objective to compare")
     parser.add_argument("--model", choices=MODELS, default="small", help="size of the ViT")
@@ -332,6 +339,7 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0, 1, 2], help="random seeds; the losses are averaged over them"
     )
+    parser.add_argument("--quick", action="store_true", help="end within ten minutes: one seed and fewer steps")
     parser.add_argument("--compile", action="store_true", help="compile the models of both sides")
     parser.add_argument(
         "--own-weights",
@@ -344,11 +352,18 @@ def main() -> None:
         help="JSON lines file for the measurements; those that it already contains are not repeated",
     )
     parser.add_argument("--profile", choices=SIDES, help="only print the profile of this side")
-    arguments = parser.parse_args()
+    if "--quick" in (sys.argv[1:] if values is None else values):
+        parser.set_defaults(**QUICK)
+    arguments = parser.parse_args(values)
     if arguments.steps <= STEPS_PER_TURN:
         parser.error(
             f"--steps: must be greater than {STEPS_PER_TURN}, because the first {STEPS_PER_TURN} steps are not timed"
         )
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
     decoder = SMALL_DECODER if arguments.model == "small" else MAEConfig(augment=SMALL_DECODER.augment)
     config: ObjectiveConfig = decoder if arguments.objective == "mae" else SUPERVISED
     where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"

@@ -53,6 +53,7 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
+from pretrain.engine.gradients import Gradients
 from pretrain.engine.partitions import copy_masters_to_model, local_fragments
 from pretrain.state import TrainState
 
@@ -276,6 +277,7 @@ def main() -> None:
     start_distributed()
     config = EngineConfig(zero_stage=1, precision="fp32", global_batch_size=8, micro_batch_size=8)
     engine = build_engine(nn.Sequential(nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)), config, OptimizerConfig())
+    gradients = Gradients(engine, max_norm=0.0)
     our_save.RETRY_DELAYS = (0.01, 0.01, 0.01)  # retries wait less, because the disk stays full
     # A forked process lacks gloo's threads; with one rank, collectives have nothing to do.
     for name in ("barrier", "all_reduce"):
@@ -284,6 +286,7 @@ def main() -> None:
         trials = {name: Trial(tool, engine, Path(work) / name) for name, tool in TOOLS.items()}
         for step in (1, 2):
             engine.backward(engine(torch.randn(8, SIZE)).square().mean())
+            gradients.collect(is_last=True)
             engine.step()
             for trial in trials.values():
                 trial.save(step)

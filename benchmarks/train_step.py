@@ -1,34 +1,50 @@
-"""Measure a training step: ours under DeepSpeed ZeRO-1, compared with timm and transformers in a plain torch loop.
+"""Measure a training step: the project's own loop, compared with timm and transformers in a plain torch loop.
 
-All contenders use the same image size, loss, AdamW, clipping, micro-batch size and accumulation. Each runs in its own
-process. Contenders alternate, and the median of the rounds is reported.
+All contenders use the same image size, loss, AdamW, clipping, micro-batch size and accumulation. Ours has all that a
+real run has, on random images: `pretrain.train.train` copies them to the device and augments them, and its steps
+include the guard against bad steps, the reduction, the moving average of the weights and the heartbeats. The others are
+given normalized images that are on the device already, and do nothing else.
+
+Each contender runs in a process of its own, with the same environment: the same number of threads, which sleep while
+they wait for each other (OMP_WAIT_POLICY=passive). Contenders alternate, and the median of the rounds is reported. A
+contender that fails has a row that says why, and the others go on; the exit code is 1 only if ours fails.
 
     make benchmark                                                        # a small model on a CPU
+    python benchmarks/train_step.py --quick                               # compiled contenders, within ten minutes
     python benchmarks/train_step.py --model B/16 --micro-batch 256        # on a GPU
     python benchmarks/train_step.py --model B/16 --micro-batch 256 --accumulation 4 --json b16.json
     python benchmarks/train_step.py --profile "ours eager"                # print a profile
+    python benchmarks/train_step.py --host-time                           # what the host needs for our step
 """
 
 import argparse
 import json
-import resource
+import math
+import os
+import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, PreprocessingConfig, SupervisedConfig
-from pretrain.engine.deepspeed import build_engine, start_distributed
-from pretrain.model.compiling import compile_graphs
-from pretrain.model.vit import ViT
-from pretrain.objectives import build_objective
+from benchmarks.recording import DEVICE, ON_GPU, Measurement, Recorder, StepActions, wait
+from benchmarks.synthetic import open_synthetic_run, synthetic_config, train_synthetic
+from pretrain.config import ModelConfig, SupervisedConfig
+from pretrain.cores import available_cores
+from pretrain.engine.deepspeed import start_distributed
 
 NUM_CLASSES = 1000
 MODELS = {
@@ -48,24 +64,32 @@ CONTENDERS = (
     "ours compiled",
 )
 BASELINE = "timm compiled"
-TIMEOUT_SECONDS = 900
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+SPEED = "images/s (lowest, highest)"  # name of the first column
+TIMEOUT_SECONDS = 900.0
+QUICK_SECONDS = 480.0  # from then on, no contender is waited for
+QUICK = {"rounds": 2, "steps": 20, "contenders": [BASELINE, "ours compiled", "transformers compiled"]}
+# For the time of the host: 200 trained tensors as in a ViT-B/16, so small that the arithmetic takes next to no time.
+NARROW = ModelConfig(hidden_size=32, num_hidden_layers=12, num_attention_heads=2, patch_size=8, image_size=32)
 
 Step = Callable[[list[tuple[Tensor, Tensor]]], None]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Result of one contender in one round.
+@dataclass
+class Result:
+    """Rounds of one contender, and the reason if it failed."""
 
-    Attributes:
-        images_per_second: Training speed.
-        peak_memory_gb: Peak memory in GB: allocated on the GPU, or resident on a CPU.
-    """
+    rounds: list[Measurement] = field(default_factory=list)
+    failure: str = ""
 
-    images_per_second: float
-    peak_memory_gb: float
+    @property
+    def speeds(self) -> list[float]:
+        """Images per second of each round."""
+        return [measurement.images_per_second for measurement in self.rounds]
+
+    @property
+    def latest(self) -> str:
+        """What is printed after a round."""
+        return f"failed: {self.failure}" if self.failure else f"{self.speeds[-1]:.1f} images/s"
 
 
 class Classifier(nn.Module):
@@ -134,44 +158,25 @@ def build_transformers(config: ModelConfig, *, compiled: bool) -> nn.Module:
     return Classifier(lambda images: run(images).logits, model)
 
 
-def our_step(config: ModelConfig, micro_batch: int, accumulation: int, *, compiled: bool) -> Step:
-    """Build our training step under DeepSpeed ZeRO-1, like the one in `pretrain/train.py`."""
-    start_distributed()
-    objective = build_objective(SupervisedConfig(), ViT(config), [1 / NUM_CLASSES] * NUM_CLASSES, PreprocessingConfig())
-    if compiled:
-        compile_graphs(objective)
-    engine = build_engine(
-        Classifier(objective.logits, objective),
-        EngineConfig(
-            zero_stage=1,
-            precision="bf16" if ON_GPU else "fp32",
-            global_batch_size=micro_batch * accumulation,
-            micro_batch_size=micro_batch,
-        ),
-        OptimizerConfig(),
-    )
-    engine.train()
-
-    def step(batches: list[tuple[Tensor, Tensor]]) -> None:
-        for images, labels in batches:
-            engine.backward(engine(images, labels))
-            engine.step()
-
-    return step
+def default_precision() -> Literal["bf16", "fp32"]:
+    """Return the precision of all contenders on this device."""
+    return "bf16" if ON_GPU else "fp32"
 
 
-def prepare(name: str, model: str, micro_batch: int, accumulation: int) -> Callable[[], None]:
-    """Build a contender and random inputs, and return its training step."""
+def take_steps(step: Callable[[], None], progress: StepActions) -> None:
+    """Take the steps of a plain loop, and report the end of each."""
+    for _ in range(progress.total_steps):
+        step()
+        progress.end_step()
+
+
+def run_theirs(contender: str, model: ModelConfig, micro_batch: int, accumulation: int, progress: StepActions) -> None:
+    """Train a model of timm or transformers on random images, which are normalized and on the device already."""
     torch.manual_seed(0)
-    config = MODELS[model]
-    library, mode = name.split()
-    compiled = mode == "compiled"
-    if library == "ours":
-        step = our_step(config, micro_batch, accumulation, compiled=compiled)
-    else:
-        build = build_timm if library == "timm" else build_transformers
-        step = plain_loop(build(config, compiled=compiled))
-    size = config.image_size
+    library, mode = contender.split()
+    build = build_timm if library == "timm" else build_transformers
+    step = plain_loop(build(model, compiled=mode == "compiled"))
+    size = model.image_size
     batches = [
         (
             torch.randn(micro_batch, 3, size, size, device=DEVICE),
@@ -179,31 +184,74 @@ def prepare(name: str, model: str, micro_batch: int, accumulation: int) -> Calla
         )
         for _ in range(accumulation)
     ]
-    return lambda: step(batches)
+    take_steps(lambda: step(batches), progress)
 
 
-def measure(step: Callable[[], None], images: int, steps: int, warmup: int) -> Measurement:
-    """Measure a contender in this process; `images` is the number of images per step."""
-    for _ in range(warmup):
-        step()
-    wait()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    wait()
-    seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if ON_GPU else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Measurement(steps * images / seconds, peak / 1e9)
+def run_ours(
+    contender: str,
+    model: ModelConfig,
+    micro_batch: int,
+    accumulation: int,
+    progress: StepActions,
+    precision: Literal["bf16", "fp32"] | None = None,
+) -> None:
+    """Train with the project's own loop on random images in host memory, which it copies and augments."""
+    start_distributed()
+    with tempfile.TemporaryDirectory() as folder:
+        config = synthetic_config(
+            Path(folder) / "run",
+            model,
+            SupervisedConfig(),
+            micro_batch_size=micro_batch,
+            accumulation_steps=accumulation,
+            total_steps=progress.total_steps,
+            compiled=contender.endswith("compiled"),
+            precision=precision or default_precision(),
+        )
+        with open_synthetic_run(config, NUM_CLASSES) as run:
+            train_synthetic(run, progress)
+
+
+def run_contender(arguments: argparse.Namespace, contender: str, progress: StepActions) -> None:
+    run = run_ours if contender.startswith("ours") else run_theirs
+    with redirect_stdout(sys.stderr):
+        run(contender, MODELS[arguments.model], arguments.micro_batch, arguments.accumulation, progress)
+
+
+def measure(arguments: argparse.Namespace, contender: str) -> Measurement:
+    """Measure a contender in this process."""
+    recorder = Recorder(arguments.micro_batch * arguments.accumulation, arguments.steps, arguments.warmup)
+    run_contender(arguments, contender, recorder)
+    return recorder.measurement()
+
+
+def profile_contender(arguments: argparse.Namespace) -> None:
+    """Print the profile of a contender."""
+    profiler = torch.profiler.profile()
+
+    def stop() -> None:
+        wait()
+        profiler.stop()
+
+    end = arguments.warmup + arguments.steps
+    actions = {arguments.warmup: profiler.start, end: stop}
+    run_contender(arguments, arguments.profile, StepActions(end + 1, actions))
+    print_profile(profiler, arguments.steps)
 
 
 def profile(step: Callable[[], None], steps: int, warmup: int) -> None:
-    """Print the 25 operations in which a contender spends most time."""
+    """Print the 25 operations in which a step spends most time."""
     for _ in range(warmup):
         step()
     with torch.profiler.profile() as profiler:
         for _ in range(steps):
             step()
         wait()
+    print_profile(profiler, steps)
+
+
+def print_profile(profiler: torch.profiler.profile, steps: int) -> None:
+    """Print the 25 operations that take most time."""
     order = f"self_{DEVICE.type}_time_total"
     print(f"{steps} steps\n{profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=50)}")
 
@@ -231,81 +279,214 @@ def flops_per_image(config: ModelConfig) -> float:
     return 3 * 2 * (depth * block + ends)
 
 
-def wait() -> None:
-    if ON_GPU:
-        torch.cuda.synchronize()
-
-
-def main() -> None:
+def parse_arguments(values: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; with --quick, fewer steps, rounds and contenders are the defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="B/16" if ON_GPU else "Ti/8 at 64", help="size of the ViT")
     parser.add_argument(
-        "--micro-batch", type=int, default=256 if ON_GPU else 16, help="number of images per micro-batch"
+        "--micro-batch", type=positive, default=256 if ON_GPU else 16, help="number of images per micro-batch"
     )
-    parser.add_argument("--accumulation", type=int, default=1, help="number of micro-batches per step")
-    parser.add_argument("--steps", type=int, default=30, help="number of measured steps per round")
+    parser.add_argument("--accumulation", type=positive, default=1, help="number of micro-batches per step")
+    parser.add_argument("--steps", type=positive, default=30, help="number of measured steps per round")
     parser.add_argument(
-        "--warmup", type=int, default=10 if ON_GPU else 3, help="number of steps before the measurement"
+        "--warmup",
+        type=positive,
+        default=10 if ON_GPU else 3,
+        help="number of steps before the measurement, at least 1",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="rounds per contender; the median is reported")
+    parser.add_argument("--rounds", type=positive, default=3, help="rounds per contender; the median is reported")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS, help="contenders to measure")
     parser.add_argument("--json", type=Path, help="JSON file for the measurements")
+    parser.add_argument(
+        "--quick", action="store_true", help="end within ten minutes: only compiled contenders and few steps"
+    )
+    parser.add_argument(
+        "--host-time", action="store_true", help="only print the host's time for our step, with next to no arithmetic"
+    )
     parser.add_argument("--profile", choices=CONTENDERS, help="only print the profile of this contender")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if name := arguments.one or arguments.profile:
-        step = prepare(name, arguments.model, arguments.micro_batch, arguments.accumulation)
-        if arguments.profile:
-            profile(step, arguments.steps, arguments.warmup)
-        else:
-            images = arguments.micro_batch * arguments.accumulation
-            print(json.dumps(asdict(measure(step, images, arguments.steps, arguments.warmup))))
-        return
+    if "--quick" in (sys.argv[1:] if values is None else values):
+        parser.set_defaults(**QUICK)
+    return parser.parse_args(values)
 
-    peak = matmul_peak()
-    measurements: dict[str, list[Measurement]] = {name: [] for name in arguments.contenders}
+
+def positive(text: str) -> int:
+    """Parse a number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.one:
+        print(json.dumps(asdict(measure(arguments, arguments.one))))
+    elif arguments.profile:
+        profile_contender(arguments)
+    elif arguments.host_time:
+        print_host_time(arguments)
+    else:
+        peak = matmul_peak()
+        results = compare(arguments)
+        print(describe(arguments, peak), table(arguments.model, peak, results), sep="\n\n")
+        if arguments.json:
+            write_json(arguments, peak, results)
+        return any(name.startswith("ours") and result.failure for name, result in results.items())
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> dict[str, Result]:
+    """Measure the contenders in turn, each in a process of its own; a contender that fails is not tried again."""
+    results = {name: Result() for name in arguments.contenders}
+    deadline = time.monotonic() + (QUICK_SECONDS if arguments.quick else math.inf)
     for _ in range(arguments.rounds):
-        for name in arguments.contenders:
-            measurements[name].append(measure_in_process(name, sys.argv[1:]))
-            print(f"{name}: {measurements[name][-1].images_per_second:.0f} images/s", file=sys.stderr, flush=True)
-    report(arguments, peak, measurements)
+        for name in (name for name, result in results.items() if not result.failure):
+            measure_in_process(name, results[name], min(TIMEOUT_SECONDS, deadline - time.monotonic()))
+            print(f"{name}: {results[name].latest}", file=sys.stderr, flush=True)
+    return results
 
 
-def measure_in_process(name: str, arguments: list[str]) -> Measurement:
-    """Measure a contender in a new process, so that contenders cannot influence each other."""
-    command = [sys.executable, __file__, *arguments, "--one", name]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=TIMEOUT_SECONDS)
-    return Measurement(**json.loads(done.stdout.splitlines()[-1]))
+def measure_in_process(name: str, result: Result, timeout: float) -> None:
+    """Measure a contender in a new process, and add the measurement or the failure to its result.
+
+    Args:
+        name: Name of the contender.
+        result: Result of its earlier rounds.
+        timeout: Seconds after which the process is ended. If there are earlier rounds, it has not failed by that.
+    """
+    try:
+        code, out, errors = run_process(contender_command(name), timeout)
+    except subprocess.TimeoutExpired:
+        if not result.rounds:
+            result.failure = f"no result after {timeout:.0f} s"
+        return
+    if code:
+        result.failure = last_error(errors, code)
+    else:
+        result.rounds.append(Measurement(**json.loads(out.splitlines()[-1])))
 
 
-def report(arguments: argparse.Namespace, peak: float, measurements: dict[str, list[Measurement]]) -> None:
-    """Print the table, and write the JSON file if one was requested."""
-    where = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
-    medians = {name: statistics.median(m.images_per_second for m in rounds) for name, rounds in measurements.items()}
+def contender_command(name: str) -> list[str]:
+    """Return the command that measures one contender with the options of this process."""
+    return [sys.executable, __file__, *sys.argv[1:], "--one", name]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of every contender, with the same number of threads."""
+    return {"OMP_NUM_THREADS": str(available_cores()), **os.environ}
+
+
+def run_process(command: Sequence[str], timeout: float) -> tuple[int, str, str]:
+    """Run a command and end all that it has started; return its exit code, output and errors.
+
+    Raises:
+        subprocess.TimeoutExpired: If it takes longer than `timeout` seconds.
+    """
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+    try:
+        out, errors = process.communicate(timeout=max(timeout, 1.0))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, out, errors
+
+
+def last_error(errors: str, code: int) -> str:
+    """Return the last line of a process's errors that names an exception, or else its last line."""
+    lines = errors.strip().splitlines() or [f"exit code {code}"]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines)[-1].strip()
+
+
+def print_host_time(arguments: argparse.Namespace) -> None:
+    """Print the operations, the host's time and the host's waits of our step, with one thread and next to no work."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    recorder = Recorder(images=2, steps=arguments.steps, warmup=arguments.warmup)
+    with redirect_stdout(sys.stderr):
+        run_ours("ours eager", NARROW, 2, 1, recorder, precision="bf16")
+    found = recorder.measurement()
+    kernels = found.operations if found.kernels is None else found.kernels
     print(
+        f"ours eager, bf16: {kernels} kernels, {found.step_milliseconds:.1f} ms of the host "
+        f"({2 * found.cpu_milliseconds_per_image:.1f} ms of user time), {len(found.host_waits)} host waits"
+    )
+
+
+def describe(arguments: argparse.Namespace, peak: float) -> str:
+    """Return the settings and the machine in one line; `peak` is the matmul peak in FLOP/s."""
+    return (
         f"{arguments.model}, micro-batch {arguments.micro_batch} x {arguments.accumulation}, "
-        f"{'bf16' if ON_GPU else 'fp32'}, {where}, torch {torch.__version__}, matmul peak {peak / 1e12:.2f} TFLOP/s\n"
+        f"{default_precision()}, {device_name()}, torch {torch.__version__}, "
+        f"matmul peak {peak / 1e12:.2f} TFLOP/s"
     )
-    print(
-        f"| | images/s (lowest, highest) | relative to {BASELINE} | share of the matmul peak | peak memory |\n"
-        "|---|---|---|---|---|"
-    )
-    flops = flops_per_image(MODELS[arguments.model])
-    for name, rounds in measurements.items():
-        speeds = [m.images_per_second for m in rounds]
-        ratio = f"{medians[name] / medians[BASELINE]:.2f}x" if BASELINE in medians else ""
-        print(
-            f"| {name} | {medians[name]:.1f} ({min(speeds):.1f}, {max(speeds):.1f}) | {ratio} | "
-            f"{medians[name] * flops / peak:.0%} | {max(m.peak_memory_gb for m in rounds):.2f} GB |"
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if ON_GPU else f"CPU, {environment()['OMP_NUM_THREADS']} threads"
+
+
+def table(model: str, peak: float, results: dict[str, Result]) -> str:
+    """Return the measurements as a Markdown table; a contender that failed has the reason in its row."""
+    done = {name: result for name, result in results.items() if not result.failure}
+    medians = {name: statistics.median(result.speeds) for name, result in done.items()}
+    rows = {
+        name: cells(result.rounds, medians[name], medians.get(BASELINE), flops_per_image(MODELS[model]) / peak)
+        for name, result in done.items()
+    }
+    columns = [column for column in next(iter(rows.values()), {}) if any(row[column] for row in rows.values())] or [
+        SPEED
+    ]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, result in results.items():
+        values = [f"failed: {result.failure}", *[""] * (len(columns) - 1)]
+        lines.append(
+            "| " + " | ".join([name, *([rows[name][each] for each in columns] if name in rows else values)]) + " |"
         )
-    if arguments.json:
-        figures = {name: [asdict(m) for m in rounds] for name, rounds in measurements.items()}
-        settings = {
-            key: value for key, value in vars(arguments).items() if key not in ("json", "one", "profile", "contenders")
-        }
-        content = {"settings": settings, "device": where, "matmul_peak": peak, "figures": figures}
-        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
+    return "\n".join(lines)
+
+
+def cells(rounds: list[Measurement], median: float, baseline: float | None, seconds_at_peak: float) -> dict[str, str]:
+    """Return the cells of a contender's row by the name of their column; a cell is empty if its value is unknown.
+
+    Args:
+        rounds: Measurements of the contender.
+        median: Median of its images per second.
+        baseline: The same of the baseline; None if it was not measured.
+        seconds_at_peak: Seconds per image if all time were spent in matrix products at the device's peak.
+    """
+    last, speeds = rounds[-1], [each.images_per_second for each in rounds]
+    cpu = statistics.median(each.cpu_milliseconds_per_image for each in rounds)
+    joules = [each.joules_per_image for each in rounds if each.joules_per_image is not None]
+    return {
+        SPEED: f"{median:.1f} ({min(speeds):.1f}, {max(speeds):.1f})",
+        f"relative to {BASELINE}": f"{median / baseline:.2f}x" if baseline else "",
+        "share of the matmul peak": f"{median * seconds_at_peak:.0%}",
+        "kernels per step": "" if last.kernels is None else str(last.kernels),
+        "operations per step": str(last.operations) if last.kernels is None else "",
+        "host waits per step": str(len(last.host_waits)),
+        "peak memory": f"{max(each.peak_memory_gb for each in rounds):.2f} GB",
+        "CPU time per image": "" if ON_GPU else f"{cpu:.1f} ms",
+        "energy per image": f"{statistics.median(joules):.2f} J" if joules else "",
+    }
+
+
+def write_json(arguments: argparse.Namespace, peak: float, results: dict[str, Result]) -> None:
+    """Write the settings, the measurements and the failures to the JSON file that was requested."""
+    left_out = ("json", "one", "profile", "host_time", "contenders")
+    content: dict[str, Any] = {
+        "settings": {key: value for key, value in vars(arguments).items() if key not in left_out},
+        "device": device_name(),
+        "matmul_peak": peak,
+        "figures": {name: [asdict(each) for each in result.rounds] for name, result in results.items()},
+        "failures": {name: result.failure for name, result in results.items() if result.failure},
+    }
+    arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from benchmarks import duel
 from tests.support.launching import ROOT, Shell
 
 
@@ -21,3 +22,9 @@ def test_both_sides_learn(shell: Shell) -> None:
     again = shell(command)
     assert again.out == done.out
     assert len(results.read_text().splitlines()) == 1
+
+
+def test_quick_changes_defaults_only() -> None:
+    assert duel.parse_arguments(["--quick"]).seeds == [0]
+    assert duel.parse_arguments(["--quick"]).steps < duel.parse_arguments([]).steps
+    assert duel.parse_arguments(["--quick", "--steps", "300"]).steps == 300
