@@ -2,6 +2,7 @@
 
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -79,6 +80,7 @@ def _results_of(task: Task) -> Sequence[Check]:
     try:
         results = task.run()
     except Exception as error:
+        traceback.print_exc()  # into the log of the group
         return [Check(FAILED, reason=describe_error(error))]
     return [results] if isinstance(results, Check) else results
 

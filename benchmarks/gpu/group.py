@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.gpu.checks import Check, Task, append, make_checks
+from launch.quiet import hide_warnings
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def run_group(describe: str, tasks_of: Callable[[Place], Mapping[str, Task]]) ->
     parser.add_argument("--rows", type=Path, required=True, help="JSON lines file to which the results are appended")
     parser.add_argument("--seconds", type=float, required=True, help="time for all checks")
     options = parser.parse_args()
+    hide_warnings()
     tasks = tasks_of(Place(options.device, options.work, options.seconds))
     make_checks(options.group, tasks, options.seconds, partial(_write, options.rows))
 
