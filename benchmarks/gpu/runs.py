@@ -19,6 +19,7 @@ from pretrain.outcome import Outcome
 from pretrain.run import Run, open_run
 from pretrain.stop_signal import StopSignal
 
+BATCH_SIZE = 16
 TINY = """
 seed: 3
 run_dir: unused

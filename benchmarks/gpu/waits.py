@@ -147,7 +147,7 @@ def noting_waits(places: list[str]) -> Iterator[None]:
 
     with warnings.catch_warnings(), mock.patch("torch.cuda.synchronize", note):
         warnings.simplefilter("always")
-        warnings.showwarning = note  # type: ignore[assignment]
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
