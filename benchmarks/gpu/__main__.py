@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -37,7 +37,7 @@ class Group:
     """A group of checks, which runs in processes of its own.
 
     Attributes:
-        module: Name of its module in this package.
+        module: Name of its module.
         least_seconds: Time without which it is not started; later groups keep theirs.
         num_ranks: Number of processes that run it together.
     """
@@ -48,28 +48,28 @@ class Group:
 
 
 GROUPS = {
-    "waits": Group("waits", 60),
-    "right": Group("right", 60),
-    "alive": Group("alive", 45),
-    "fast": Group("fast", 180),
-    "rest": Group("rest", 75),
+    "waits": Group("benchmarks.gpu.waits", 60),
+    "right": Group("benchmarks.gpu.right", 60),
+    "alive": Group("benchmarks.gpu.alive", 45),
+    "fast": Group("benchmarks.gpu.fast", 180),
+    "rest": Group("benchmarks.gpu.rest", 90),
 }
-ON_TWO_RANKS = {f"{name}-2": Group(name, 45, num_ranks=2) for name in ("waits", "right")}
+ON_TWO_RANKS = {"waits": "waits on 2 GPUs", "right": "right on 2 GPUs"}  # group -> its name on two ranks
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    facts = describe_machine(options.device)
-    num_gpus = facts["num_gpus"]
+    num_gpus = count_gpus() if options.device == "cuda" else 0
     if options.device == "cuda" and not num_gpus:
         print(NO_GPU, file=sys.stderr)
         return 2
-    groups = GROUPS | (ON_TWO_RANKS if isinstance(num_gpus, int) and num_gpus > 1 else {})
-    chosen = {name: group for name, group in groups.items() if not options.only or group.module in options.only}
+    chosen = {name: group for name, group in GROUPS.items() if name in (options.only or GROUPS)}
+    if num_gpus > 1:
+        chosen |= {ON_TWO_RANKS[name]: replace(chosen[name], num_ranks=2) for name in chosen.keys() & ON_TWO_RANKS}
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vitrail-gpu-") as work:
         checks = run_groups(chosen, options.device, 60 * options.minutes, Path(work))
-    facts["seconds"] = round(time.monotonic() - started)
+    facts = {**describe_machine(num_gpus), "seconds": round(time.monotonic() - started)}
     print_table(checks)
     write_results(options.out, facts, checks)
     return 1 if any(check.verdict == FAILED for check in checks) else 0
@@ -86,11 +86,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def describe_machine(device: str) -> dict[str, object]:
-    """Return the facts that make the figures comparable: hardware and versions."""
+def count_gpus() -> int:
+    """Return the number of NVIDIA GPUs that torch can use."""
     import torch  # after the arguments are parsed, because it takes seconds
 
-    num_gpus = torch.cuda.device_count() if device == "cuda" and torch.cuda.is_available() else 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def describe_machine(num_gpus: int) -> dict[str, object]:
+    """Return the facts that make the figures comparable: hardware and versions."""
+    import torch
+
     return {
         "device": torch.cuda.get_device_name() if num_gpus else "CPU",
         "num_gpus": num_gpus,
@@ -124,7 +130,7 @@ def run_groups(groups: dict[str, Group], device: str, seconds: float, work: Path
             checks.append(Check(SKIPPED, check="all", group=name, reason=reason))
             continue
         print(f"{name}: at most {limit:.0f} s", file=sys.stderr, flush=True)
-        checks += run_group(name, group, device, limit, work / name)
+        checks += run_group(name, group, device, limit, work / name.replace(" ", "-"))
     return checks
 
 
@@ -143,7 +149,7 @@ def run_group(name: str, group: Group, device: str, seconds: float, work: Path) 
     """
     work.mkdir(parents=True)
     rows, log = work / "checks.jsonl", work / "log"
-    command = [f"benchmarks.gpu.{group.module}", "--group", name, "--device", device, "--work", str(work)]
+    command = [group.module, "--group", name, "--device", device, "--work", str(work)]
     command = [*python(group.num_ranks), *command, "--rows", str(rows), "--seconds", str(seconds - END_SECONDS)]
     with log.open("w") as output:
         process = subprocess.Popen(

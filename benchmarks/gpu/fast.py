@@ -99,7 +99,7 @@ def compare_steps(place: Place, size: Size, speeds: dict[str, float]) -> list[Ch
 
 def median_speed(found: dict[str, Any], contender: str) -> float:
     """Return the median of a contender's images per second over the rounds."""
-    return statistics.median(each["images_per_second"] for each in found["figures"][contender])
+    return float(statistics.median(each["images_per_second"] for each in found["figures"][contender]))
 
 
 def describe_step(measured: dict[str, Any]) -> str:
