@@ -141,7 +141,7 @@ def run_group(name: str, group: Group, device: str, seconds: float, work: Path) 
         name: Name of the group in the table.
         group: The group.
         device: "cuda" or "cpu".
-        seconds: Time limit.
+        seconds: Time limit, within which its processes are also ended.
         work: Folder for its files.
 
     Returns:
@@ -150,12 +150,12 @@ def run_group(name: str, group: Group, device: str, seconds: float, work: Path) 
     work.mkdir(parents=True)
     rows, log = work / "checks.jsonl", work / "log"
     command = [group.module, "--group", name, "--device", device, "--work", str(work)]
-    command = [*python(group.num_ranks), *command, "--rows", str(rows), "--seconds", str(seconds - END_SECONDS)]
+    command = [*python(group.num_ranks), *command, "--rows", str(rows), "--seconds", str(seconds - 2 * END_SECONDS)]
     with log.open("w") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(device, work), stdout=output, stderr=output, start_new_session=True
         )
-        problem = wait_for(process, seconds)
+        problem = wait_for(process, seconds - END_SECONDS)
     checks = read(rows)
     if problem:
         [last] = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1:] or [""]

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.gpu import __main__ as runner
 from benchmarks.gpu.__main__ import Group, main
 from benchmarks.gpu.checks import COLUMNS, FAILED, MISSED, OK, SKIPPED, Check, Task, judge, judge_speed, make_checks
+from benchmarks.gpu.runs import OBJECTIVES, OPTIMIZERS
 from benchmarks.gpu.waits import FIRST, LAST, RESULT_OF_LAST_STEP, judge_counted
 
 PASSING = """
@@ -128,4 +129,14 @@ def test_rehearsal_on_the_cpu(name: str, tmp_path: Path, capsys: pytest.CaptureF
     checks = json.loads(out.read_text())["checks"]
     assert code == 0, capsys.readouterr()
     assert len(checks) >= 3
+    assert {each["verdict"] for each in checks} == {OK}
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+def test_no_step_waits_for_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    assert main(["--only", "waits", "--out", str(out)]) == 0
+    checks = json.loads(out.read_text())["checks"]
+    assert len(checks) >= len(OBJECTIVES) * len(OPTIMIZERS)
     assert {each["verdict"] for each in checks} == {OK}
