@@ -208,9 +208,17 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(number)  # psutil does not mistake another process with the same id for it
         end = time.monotonic() + END_SECONDS
-        while time.monotonic() < end and (group_exists(process) or any(child.is_running() for child in started)):
+        while time.monotonic() < end and (group_exists(process) or any(map(is_alive, started))):
             time.sleep(0.05)
     process.wait()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process is running; one that has ended may stay in the list of processes as a zombie."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def group_exists(process: "subprocess.Popen[bytes]") -> bool:

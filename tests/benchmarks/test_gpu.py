@@ -38,7 +38,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {"breaking": BREAKING, "hanging": HANGING, "passing": PASSING}.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    small = {"breaking": Group("breaking", 2), "hanging": Group("hanging", 3), "passing": Group("passing", 15)}
+    small = {"breaking": Group("breaking", 2), "hanging": Group("hanging", 3), "passing": Group("passing", 14)}
     monkeypatch.setattr(runner, "GROUPS", {**small, "long": Group("passing", 600)})
     monkeypatch.setattr(runner, "END_SECONDS", 1.0)
     return folder
