@@ -243,6 +243,7 @@ def write_results(out: Path, facts: dict[str, object], checks: list[Check]) -> N
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the group at work, too
     try:
         sys.exit(main())
     except KeyboardInterrupt:
