@@ -32,7 +32,6 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.save import Saver
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
-from pretrain.engine.gradients import Gradients
 from pretrain.engine.protocol import torch_optimizer
 from pretrain.model.vit import ViT
 from pretrain.state import TrainState
@@ -110,14 +109,12 @@ def main() -> None:
     logging.disable(logging.WARNING)
     start_distributed()
     engine = build(arguments.hidden_size)
-    gradients = Gradients(engine, max_norm=0.0)
     images = torch.randn(2, 3, 64, 64, device=engine.device)
 
     def train() -> float:
         started = time.perf_counter()
         for _ in range(STEPS_PER_SAVE):
             engine.backward(engine(images))
-            gradients.collect(is_last=True)
             engine.step()
         return time.perf_counter() - started
 

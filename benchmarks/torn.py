@@ -53,7 +53,6 @@ from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import newest_intact, restore
 from pretrain.config import EngineConfig, OptimizerConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
-from pretrain.engine.gradients import Gradients
 from pretrain.engine.partitions import copy_masters_to_model, local_fragments
 from pretrain.state import TrainState
 
@@ -285,7 +284,6 @@ def main() -> None:
         trials = {name: Trial(tool, engine, Path(work) / name) for name, tool in TOOLS.items()}
         for step in (1, 2):
             engine.backward(engine(torch.randn(8, SIZE)).square().mean())
-            Gradients(engine, max_norm=0.0).collect(is_last=True)
             engine.step()
             for trial in trials.values():
                 trial.save(step)
