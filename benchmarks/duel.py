@@ -54,8 +54,9 @@ from pretrain.data.sources.digits import list_digits
 from pretrain.data.transforms.batch import Batch, augment, to_device
 from pretrain.engine.deepspeed import build_engine, start_distributed
 from pretrain.export.vit_mae import hub_mae_config
+from pretrain.model.compiling import compile_graphs
 from pretrain.model.hub_names import decoder_to_hub, encoder_to_hub
-from pretrain.model.vit import ViT, compile_blocks, sincos_positions
+from pretrain.model.vit import ViT, sincos_positions
 from pretrain.objectives import build_objective
 from pretrain.objectives.mae import MAEObjective
 from pretrain.objectives.objective import Objective
@@ -143,7 +144,7 @@ def our_step(objective: Objective, batch: int, *, compiled: bool) -> Iterator[St
         The training step.
     """
     if compiled:
-        compile_blocks(objective)
+        compile_graphs(objective)
     module = OurMAE(objective) if isinstance(objective, MAEObjective) else Classifier(objective.logits, objective)
     engine = build_engine(
         module,

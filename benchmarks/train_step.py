@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from pretrain.config import EngineConfig, ModelConfig, OptimizerConfig, PreprocessingConfig, SupervisedConfig
 from pretrain.engine.deepspeed import build_engine, start_distributed
-from pretrain.model.vit import ViT, compile_blocks
+from pretrain.model.compiling import compile_graphs
+from pretrain.model.vit import ViT
 from pretrain.objectives import build_objective
 
 NUM_CLASSES = 1000
@@ -138,7 +139,7 @@ def our_step(config: ModelConfig, micro_batch: int, accumulation: int, *, compil
     start_distributed()
     objective = build_objective(SupervisedConfig(), ViT(config), [1 / NUM_CLASSES] * NUM_CLASSES, PreprocessingConfig())
     if compiled:
-        compile_blocks(objective)
+        compile_graphs(objective)
     engine = build_engine(
         Classifier(objective.logits, objective),
         EngineConfig(

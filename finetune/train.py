@@ -3,6 +3,7 @@
 import math
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,10 +25,11 @@ from pretrain.data.dataset.order import dropout_seed
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
 from pretrain.delayed_flag import DelayedFlag
+from pretrain.device_errors import FINETUNING_FIXES, explain_device_errors
 from pretrain.errors import DivergedError, MachineError, UserError
 from pretrain.hub import MODEL_FOLDER
 from pretrain.interval import Interval, interval_metrics
-from pretrain.outcome import EXIT_DONE, EXIT_INTERRUPTED, Outcome, outcome_of
+from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, Outcome, outcome_of
 from pretrain.schedules import learning_rate_at, set_learning_rate
 from pretrain.startup import join_process_group, prepare_process
 from pretrain.stop_signal import StopSignal
@@ -66,8 +68,10 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         if command.config.data.num_workers:
             start_server(WORKER_MODULES)  # imports transformers in the background, once for all workers
         accelerator = build_accelerator()
-        with claim(command.config) as watch:
-            result = train_with_tracking(build_run(command.config, accelerator), command.text, stop)
+        with explain_device_errors(FINETUNING_FIXES), claim(command.config) as watch:
+            result = train_with_tracking(
+                build_run(command.config, accelerator), command.text, stop, lambda step: watch.enter("step", step)
+            )
             watch.finish(Outcome.DONE if result.stopped_after is None else Outcome.STOPPED)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
@@ -76,21 +80,26 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         if distributed.is_main():
             print("interrupted", file=sys.stderr, flush=True)
         return distributed.leave_after_error(EXIT_INTERRUPTED)
+    except Exception:  # the other ranks have to leave too, so this one must not wait for them
+        traceback.print_exc()
+        return distributed.leave_after_error(EXIT_FAILED)
     if distributed.is_main():
         print(_describe(result, command.config), flush=True)
     distributed.leave_process_group()
     return EXIT_DONE if result.stopped_after is None else EXIT_INTERRUPTED
 
 
-def train_with_tracking(run: FinetuneRun, config_text: str, stop: StopSignal) -> FinetuneResult:
-    """Train and record the outcome in MLflow.
+def train_with_tracking(
+    run: FinetuneRun, config_text: str, stop: StopSignal, on_step: Callable[[int], None] = lambda _: None
+) -> FinetuneResult:
+    """Train and record the outcome in MLflow; call `on_step` with the number of each step that begins.
 
     The run must not outlive this call: if torch's wrapper of its model is freed after the process group, it waits for
     the group's threads while it holds Python's lock, for which they may be waiting.
     """
     with open_tracker(run, config_text) as tracker:
         tracker.tag({"model_folder": str(run.model_folder.resolve())})
-        result = train(run, tracker, lambda: stop.is_requested)
+        result = train(run, tracker, lambda: stop.is_requested, on_step)
         if result.stopped_after is None:
             tracker.finish("FINISHED")
         else:
@@ -98,13 +107,19 @@ def train_with_tracking(run: FinetuneRun, config_text: str, stop: StopSignal) ->
     return result
 
 
-def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = lambda: False) -> FinetuneResult:
+def train(
+    run: FinetuneRun,
+    tracker: Tracker,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> FinetuneResult:
     """Train to the last epoch, or until any rank is asked to stop; keep the model of the best evaluation (collective).
 
     Args:
         run: Fine-tuning run.
         tracker: Records the metrics.
         should_stop: Whether this rank was asked to stop. All ranks stop together, one step later.
+        on_step: Function that is called with the number of each step that begins.
 
     Raises:
         DivergedError: If the loss or the norm of its gradient is not finite.
@@ -122,6 +137,7 @@ def train(run: FinetuneRun, tracker: Tracker, should_stop: Callable[[], bool] = 
     with closing(Batches(run)) as batches:
         interval = Interval(device, batches.accumulation_steps)
         for step in range(1, total_steps + 1):
+            on_step(step)
             learning_rate = prepare_step(run, step)
             take_step(run, batches, interval)
             must_stop = stopping.any_over_ranks(should_stop())  # waits for the step before, at most

@@ -26,10 +26,10 @@ def explain_device_errors(memory_fixes: str = PRETRAINING_FIXES) -> Iterator[Non
     unchanged after a sentence that tells how to find the right one.
 
     Args:
-        memory_fixes: What the user can do if the memory of the GPU is too small.
+        memory_fixes: Advice for a GPU whose memory is too small.
 
     Raises:
-        RankError: In place of an error about the memory of the GPU.
+        RankError: If the memory of the GPU is too small.
     """
     try:
         yield

@@ -136,8 +136,8 @@ class Health:
 
     def _limits(self) -> Tensor:
         """Return the loss and the gradient norm from which on a step is a spike, [2]."""
-        median = self._window.nanmedian(dim=1).values
-        spread = MAD_TO_STD * (self._window - median[:, None]).abs().nanmedian(dim=1).values
+        median = _nanmedian(self._window)
+        spread = MAD_TO_STD * _nanmedian((self._window - median[:, None]).abs())
         limit = median + self.threshold * torch.maximum(spread, MIN_RELATIVE_SPREAD * median.abs())
         return torch.where((self._num_applied >= MIN_STEPS) & (self.threshold > 0), limit, torch.inf)
 
@@ -192,6 +192,13 @@ class Health:
         oldest_first = torch.roll(self._window, shift, dims=1) if count > WINDOW_STEPS else self._window
         window: list[list[float]] = oldest_first[:, :count].tolist()
         return window
+
+
+def _nanmedian(values: Tensor) -> Tensor:
+    """Return the median of each row, [rows], without NaN. `torch.nanmedian` has no deterministic variant on GPUs."""
+    ordered = values.sort(dim=1).values  # NaN comes last
+    count = (~values.isnan()).sum(dim=1, keepdim=True)
+    return ordered.gather(1, ((count - 1) // 2).clamp(min=0))[:, 0]
 
 
 class SkippedSteps:

@@ -35,7 +35,8 @@ from pretrain.health import SKIPPED_FILE, Health, SkippedSteps
 from pretrain.heartbeat.watch import Watch
 from pretrain.indexing import index_new_tars
 from pretrain.machine import fit_to_machine
-from pretrain.model.vit import Block, ViT, compile_blocks
+from pretrain.model.compiling import compile_graphs
+from pretrain.model.vit import Block, ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
 from pretrain.run_folder import claim_run_dir
@@ -299,7 +300,8 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         checkpoint: Checkpoint to resume from, or None for a new run.
     """
     if config.engine.compile:
-        compile_blocks(objective)
+        several_shapes = objective.several_sizes or bool(config.schedule.image_sizes)
+        compile_graphs(objective, partitioned=config.engine.zero_stage == 3, several_shapes=several_shapes)
     engine = build_engine(objective, config.engine, config.optimizer, [Block] if config.engine.compile else [])
     identity = Manifest(
         state=TrainState(),

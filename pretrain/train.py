@@ -4,6 +4,8 @@ The loop waits for the device only when a row of metrics is due. It learns wheth
 rank was asked to stop, while the next step is running.
 """
 
+import traceback
+
 import torch
 
 from pretrain import distributed
@@ -14,6 +16,7 @@ from pretrain.data.dataset.dataset import Dataset
 from pretrain.data.dataset.order import dropout_seed
 from pretrain.data.loading.meters import describe_bottleneck
 from pretrain.data.loading.workers import start_server
+from pretrain.device_errors import explain_device_errors
 from pretrain.engine.deepspeed import start_distributed
 from pretrain.engine.protocol import TrainingEngine
 from pretrain.errors import DivergedError, MachineError, UserError
@@ -22,9 +25,10 @@ from pretrain.health import SkippedSteps, StepResult
 from pretrain.interval import Interval, interval_metrics
 from pretrain.messages import describe_end, describe_long_schedule, describe_run
 from pretrain.objectives.objective import Objective
-from pretrain.outcome import Outcome, outcome_of
+from pretrain.outcome import EXIT_FAILED, Outcome, outcome_of
 from pretrain.run import Run, open_run
 from pretrain.schedules import learning_rate_at, set_learning_rate
+from pretrain.startup import make_deterministic
 from pretrain.steps import Batches
 from pretrain.stop_signal import StopSignal
 from pretrain.tracking.progress import ProgressLine
@@ -37,17 +41,22 @@ def main(command: CommandLine[PretrainConfig]) -> int:
     """Pretrain with the config of a command line; return the exit code."""
     stop = StopSignal()
     try:
+        if command.config.engine.deterministic:
+            make_deterministic()
         if not start_distributed(lambda: stop.is_requested):
             return Outcome.STOPPED.exit_code
         if command.config.data.num_workers:
             start_server()  # imports torch in the background while the model is built
-        with open_run(command.config, must_resume=command.resume) as run:
+        with explain_device_errors(), open_run(command.config, must_resume=command.resume) as run:
             while (outcome := train_with_tracking(run, command.text, stop)) is Outcome.DIVERGED:
                 run.roll_back()
             run.watch.finish(outcome)
     except (UserError, MachineError, DivergedError) as error:
         distributed.print_error(error)
         return distributed.leave_after_error(outcome_of(error).exit_code)
+    except Exception:  # the other ranks have to leave too, so this one must not wait for them
+        traceback.print_exc()
+        return distributed.leave_after_error(EXIT_FAILED)
     distributed.leave_process_group()
     return outcome.exit_code
 

@@ -171,7 +171,7 @@ def _fit_positions(encoder: dict[str, Tensor], own: dict[str, Tensor]) -> list[s
     if positions is None or positions.shape[1:2] == own[POSITIONS].shape[1:2]:
         return []
     num_patches = own[POSITIONS].shape[1] - 1
-    encoder[POSITIONS] = resize_positions(positions, num_patches)
+    encoder[POSITIONS] = resize_positions(positions, math.isqrt(num_patches))
     return [f"positions interpolated from {positions.shape[1] - 1} patches to {num_patches}"]
 
 

@@ -21,7 +21,7 @@ def write_processes(run_dir: Path, processes: list[str]) -> None:
 
     Args:
         run_dir: Run folder.
-        processes: What `describe_process` returned on each rank, in the order of the ranks.
+        processes: Result of `describe_process` on each rank, in the order of the ranks.
     """
     (beats_folder(run_dir) / PROCESSES_FILE).write_text("\n".join(processes), encoding="utf-8")
 
@@ -38,7 +38,7 @@ def neighbors(processes: list[str], rank: int) -> dict[int, int]:
     """Return the process ID of each other rank on the machine of this process, by rank.
 
     Args:
-        processes: What `read_processes` returned.
+        processes: Result of `read_processes`.
         rank: Rank of this process.
     """
     words = [line.split() for line in processes]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
+from pretrain.model.compiling import graph
 from pretrain.model.vit import INITIAL_STD, Block, sincos_positions, take
 
 
@@ -47,13 +48,24 @@ class MAEDecoder(nn.Module):
         Returns:
             Pixels [B, N - V, C * P * P] of the hidden patches, in the order of `patch_order`.
         """
+        num_visible = tokens.shape[1]
+        tokens = self.embed(tokens, patch_order)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.predict(tokens[:, num_visible:])
+
+    @graph()
+    def embed(self, tokens: Tensor, patch_order: Tensor) -> Tensor:
+        """Return the decoder's input tokens [B, 1 + N, D]. Arguments are those of `forward`."""
         embedded = self.embedding(tokens)
         num_hidden = patch_order.shape[1] + 1 - tokens.shape[1]
         hidden = self.mask_token.expand(len(tokens), num_hidden, -1)
         positions = self.position_embedding.to(embedded.dtype).expand(len(tokens), -1, -1)
         ordered = torch.cat([positions[:, :1], take(positions[:, 1:], patch_order)], dim=1)
-        tokens = torch.cat([embedded, hidden], dim=1) + ordered
-        for layer in self.layers:
-            tokens = layer(tokens)
-        predicted: Tensor = self.prediction(self.norm(tokens[:, -num_hidden:]))
+        return torch.cat([embedded, hidden], dim=1) + ordered
+
+    @graph()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Return the pixels [B, N - V, C * P * P] for the last block's tokens of hidden patches."""
+        predicted: Tensor = self.prediction(self.norm(tokens))
         return predicted

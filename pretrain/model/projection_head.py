@@ -28,8 +28,9 @@ class ProjectionHead(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.prototypes, std=INITIAL_STD)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return cosine similarities in fp32 [..., K], from -1 to 1, for tokens [..., D]."""
+    def forward(self, tokens: Tensor, temperature: float = 1.0) -> Tensor:
+        """Return logits in fp32 [..., K] for tokens [..., D]: the cosine similarities divided by the temperature."""
         projected = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(tokens)))))
-        cosines = F.linear(F.normalize(projected, dim=-1), F.normalize(self.prototypes, dim=-1))
-        return cosines.float()
+        # The division is cheap here: there may be 65,536 prototypes, but the bottleneck has a few hundred channels.
+        logits = F.linear(F.normalize(projected, dim=-1) / temperature, F.normalize(self.prototypes, dim=-1))
+        return logits.float()

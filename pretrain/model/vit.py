@@ -8,7 +8,6 @@ Query, key and value are separate layers, and names follow transformers' `vit`, 
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import ModelConfig
+from pretrain.model.compiling import graph
 
 INITIAL_STD = 0.02
 # Above this drop path rate, a branch is computed only for the samples that keep it.
 SUBSET_ABOVE = 0.1
-# Blocks have no drop path, a low rate or a high one; each is compiled for training and evaluation, for a first shape
-# and for any shape.
-MOST_GRAPHS = 32
 
 
 class ViT(nn.Module):
@@ -78,14 +75,14 @@ class ViT(nn.Module):
                 tokens = checkpoint(layer, tokens, use_reentrant=False)
             else:
                 tokens = layer(tokens)
-        normalized: Tensor = self.norm(tokens)
-        return normalized
+        return self.normalize(tokens)
 
+    @graph()
     def embed(self, images: Tensor, visible: Tensor | None = None, mask: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Embed patches, add positions and prepend CLS. Arguments and shapes are those of `forward`."""
         patches, positions = patchify(images, self.config.patch_size), self.position_embedding
         if patches.shape[1] != self.config.num_patches:
-            positions = resize_positions(positions.float(), patches.shape[1])
+            positions = resize_positions(positions.float(), images.shape[-1] // self.config.patch_size)
         positions = positions.to(images.dtype)  # DeepSpeed leaves buffers in fp32
         patch_positions = positions[:, 1:]
         if visible is not None:
@@ -98,6 +95,12 @@ class ViT(nn.Module):
         cls_token = (self.cls_token + positions[:, :1]).expand(len(images), -1, -1)
         tokens: Tensor = self.dropout(torch.cat([cls_token, embedded + patch_positions], dim=1))
         return tokens
+
+    @graph()
+    def normalize(self, tokens: Tensor) -> Tensor:
+        """Normalize the tokens [B, T, D] of the last block."""
+        normalized: Tensor = self.norm(tokens)
+        return normalized
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -127,26 +130,12 @@ class Block(nn.Module):
         scale = LayerScale if config.layer_scale else nn.Identity
         self.attention_scale, self.mlp_scale = scale(config), scale(config)
 
+    @graph()
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform tokens [B, T, D] to tokens of the same shape."""
         tokens = self.drop_path(tokens, lambda kept: self.attention_scale(self.attention(self.norm_before(kept))))
         tokens = self.drop_path(tokens, lambda kept: self.mlp_scale(self.mlp(self.norm_after(kept))))
         return tokens
-
-
-def compile_blocks(module: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Compile the forward pass of each block of `module` in place; hooks of the blocks stay outside the graphs.
-
-    All blocks share torch's limit on recompilations, which is raised here: beyond it torch silently stops compiling.
-
-    Args:
-        module: Module that contains blocks.
-        backend: Backend of torch.compile.
-    """
-    torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
 
 
 class Attention(nn.Module):
@@ -268,22 +257,22 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, side * patch_size, side * patch_size)
 
 
-def resize_positions(positions: Tensor, num_patches: int) -> Tensor:
+def resize_positions(positions: Tensor, side: int) -> Tensor:
     """Interpolate position embeddings bicubically to another number of patches; CLS keeps its own.
 
     Args:
         positions: Position embeddings [1, 1 + N, D] of a square grid, CLS first.
-        num_patches: Number of patches of another square grid.
+        side: Number of patches along a side of another square grid.
 
     Returns:
-        Position embeddings [1, 1 + num_patches, D].
+        Position embeddings [1, 1 + side * side, D].
     """
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(num_patches)
+    old = math.isqrt(positions.shape[1] - 1)
     grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # type: ignore[no-untyped-call]
     if torch.are_deterministic_algorithms_enabled():
-        resized = _resize_by_products(grid, new)
+        resized = _resize_by_products(grid, side)
     else:
-        resized = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+        resized = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
     return torch.cat([positions[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
 

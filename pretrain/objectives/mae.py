@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import MAEConfig, PreprocessingConfig
-from pretrain.data.transforms.batch import Batch, augment
+from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.color import denormalize
 from pretrain.data.transforms.views import EvalView, PatchOrderView, TrainView, View
+from pretrain.model.compiling import graph
 from pretrain.model.mae_decoder import MAEDecoder
 from pretrain.model.vit import ViT, patchify, take, unpatchify
 from pretrain.objectives.objective import Objective
@@ -53,8 +54,7 @@ class MAEObjective(Objective):
         return PatchOrderView(view, self.encoder.config.num_patches)
 
     def train_losses(self, batch: Batch) -> dict[str, Tensor]:
-        images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
-        return {"loss": self.losses(images, batch["patch_order"]).mean()}
+        return {"loss": self.losses(self.augmented_images(batch), batch["patch_order"]).mean()}
 
     def evaluation_sums(self, batch: Batch) -> dict[str, Tensor]:
         losses = self.losses(self.normalized_images(batch), batch["patch_order"])
@@ -70,17 +70,25 @@ class MAEObjective(Objective):
         Returns:
             float [B].
         """
-        predicted, targets = self.predict(images, patch_order)
-        mean, std = self.target_scale(targets)
-        losses: Tensor = (predicted - (targets - mean) / std).square().mean(dim=(1, 2))
-        return losses
+        return self.squared_errors(self.predict(images, patch_order), images, patch_order)
 
-    def predict(self, images: Tensor, patch_order: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the decoder's prediction of the hidden patches and the patches, both float [B, N - V, C * P * P]."""
-        visible, hidden = patch_order[:, : self.num_visible], patch_order[:, self.num_visible :]
-        tokens = self.encoder(images.to(self.encoder.cls_token.dtype), visible)
+    def predict(self, images: Tensor, patch_order: Tensor) -> Tensor:
+        """Return the decoder's prediction of the hidden patches, [B, N - V, C * P * P]."""
+        tokens = self.encoder(images.to(self.encoder.cls_token.dtype), patch_order[:, : self.num_visible])
         predicted: Tensor = self.decoder(tokens, patch_order)
-        return predicted.float(), take(patchify(images, self.encoder.config.patch_size), hidden)
+        return predicted
+
+    @graph(uses_parameters=False)
+    def squared_errors(self, predicted: Tensor, images: Tensor, patch_order: Tensor) -> Tensor:
+        """Return the mean squared error of each sample's predicted patches, float [B]."""
+        targets = self.hidden_patches(images, patch_order)
+        mean, std = self.target_scale(targets)
+        errors: Tensor = (predicted.float() - (targets - mean) / std).square().mean(dim=(1, 2))
+        return errors
+
+    def hidden_patches(self, images: Tensor, patch_order: Tensor) -> Tensor:
+        """Return the patches that are hidden from the encoder, float [B, N - V, C * P * P]."""
+        return take(patchify(images, self.encoder.config.patch_size), patch_order[:, self.num_visible :])
 
     def target_scale(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation [B, N - V, 1] for normalizing patches; 0 and 1 if that is off."""
@@ -95,7 +103,8 @@ class MAEObjective(Objective):
         normalized pixels.
         """
         images, patch_order = self.normalized_images(batch), batch["patch_order"]
-        predicted, targets = self.predict(images, patch_order)
+        predicted = self.predict(images, patch_order).float()
+        targets = self.hidden_patches(images, patch_order)
         mean, std = self.target_scale(targets)
         hidden = patch_order[:, self.num_visible :, None].expand_as(predicted)
         patches, size = patchify(images, self.encoder.config.patch_size), self.encoder.config.patch_size

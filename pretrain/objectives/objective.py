@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig
-from pretrain.data.transforms.batch import Batch
+from pretrain.data.transforms.batch import Batch, augment
 from pretrain.data.transforms.color import normalize
 from pretrain.data.transforms.views import View
+from pretrain.model.compiling import graph
 from pretrain.model.vit import ViT
 
 Output: TypeAlias = Literal["losses", "features", "pictures"]
@@ -29,11 +30,13 @@ class Objective(nn.Module, ABC):
         encoder: Vision Transformer whose weights are exported.
         preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
         group_size: Number of consecutive samples that must stay in one micro-batch, such as 2 for mixup.
+        several_sizes: Whether a micro-batch has images of several sizes.
     """
 
     encoder: ViT
     preprocessing: PreprocessingConfig
     group_size: int = 1
+    several_sizes: bool = False
 
     @abstractmethod
     def train_view(self, image_size: int) -> View:
@@ -74,6 +77,11 @@ class Objective(nn.Module, ABC):
             images = self.normalized_images(batch).to(self.encoder.cls_token.dtype)
             return {"features": self.encoder(images)[:, 0].float()}
         return self.train_losses(batch) if self.training else self.evaluation_sums(batch)
+
+    @graph(uses_parameters=False)
+    def augmented_images(self, batch: Batch) -> Tensor:
+        """Return the augmented and normalized images, float32 [B, C, H, W]."""
+        return augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
 
     def normalized_images(self, batch: Batch) -> Tensor:
         """Return the images [B, C, H, W] normalized as the exported image processor does."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pretrain.averaging import move_averages
 from pretrain.config import PreprocessingConfig, SelfDistillationConfig
-from pretrain.data.transforms.batch import Batch, augment, merge_crops
+from pretrain.data.transforms.batch import Batch, merge_crops
 from pretrain.data.transforms.multi_crop import NUM_GLOBAL_CROPS, MultiCropView
 from pretrain.data.transforms.views import EvalView, TrainView, View
 from pretrain.distributed import gather_rows, rank, sum_over_ranks
+from pretrain.model.compiling import graph
 from pretrain.model.projection_head import ProjectionHead
 from pretrain.model.vit import INITIAL_STD, ViT, take
 from pretrain.objectives.objective import Objective
@@ -45,6 +46,8 @@ class SelfDistillationObjective(Objective):
         class_shares: Not used, because this objective needs no labels.
         preprocessing: Resize ratio, mean and standard deviation of images in evaluation.
     """
+
+    several_sizes = True
 
     def __init__(
         self,
@@ -139,7 +142,7 @@ class SelfDistillationObjective(Objective):
     def evaluation_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Return the cross-entropy between teacher and student on whole images, at the final teacher temperature."""
         images = self.normalized_images(batch)
-        targets = (self.cls_head(self.encoder(images)[:, 0]) / self.config.teacher_temperature).softmax(dim=-1)
+        targets = self.cls_head(self.encoder(images)[:, 0], self.config.teacher_temperature).softmax(dim=-1)
         log_probs = self._student_log_probs(self.student(images.to(self.student.cls_token.dtype))[:, 0])
         return {"loss": (-(targets * log_probs).sum(-1) * batch["weight"]).sum()}
 
@@ -152,8 +155,7 @@ class SelfDistillationObjective(Objective):
 
     def _augment(self, crops: Batch) -> Tensor:
         """Return the augmented crops; the crops of an image are adjacent: [B * crops, C, H, W]."""
-        images = augment(merge_crops(crops), self.preprocessing.image_mean, self.preprocessing.image_std)
-        return images.to(self.student.cls_token.dtype)
+        return self.augmented_images(merge_crops(crops)).to(self.student.cls_token.dtype)
 
     @torch.no_grad()
     def _teacher_targets(self, global_crops: Tensor, masked_tokens: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,20 +169,19 @@ class SelfDistillationObjective(Objective):
         is_low_precision = global_crops.dtype != torch.float32
         with torch.autocast(global_crops.device.type, torch.bfloat16) if is_low_precision else nullcontext():
             tokens = self.encoder(global_crops)
-            cls_logits = self.cls_head(tokens[:, 0])
-            patch_logits = self.patch_head(take_tokens(tokens, masked_tokens))
+            cls_logits = self.cls_head(tokens[:, 0], self.teacher_temperature)
+            patch_logits = self.patch_head(take_tokens(tokens, masked_tokens), self.teacher_temperature)
         patch_weights = weights.index_select(0, masked_tokens // tokens.shape[1])
-        temperature = self.teacher_temperature
-        cls_targets, patch_targets = sinkhorn_knopp(
-            (cls_logits / temperature, weights), (patch_logits / temperature, patch_weights)
-        )
+        cls_targets, patch_targets = sinkhorn_knopp((cls_logits, weights), (patch_logits, patch_weights))
         return cls_targets.reshape(-1, NUM_GLOBAL_CROPS, cls_targets.shape[-1]), patch_targets
 
+    @graph()
     def _student_log_probs(self, cls_tokens: Tensor) -> Tensor:
         """Return the student's log-probabilities [..., K] for CLS tokens [..., D]."""
-        logits: Tensor = self.student_cls_head(cls_tokens) / self.config.student_temperature
+        logits: Tensor = self.student_cls_head(cls_tokens, self.config.student_temperature)
         return logits.log_softmax(dim=-1)
 
+    @graph()
     def _patch_loss(self, patches: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
         """Return the sum over global crops of each crop's mean cross-entropy over its masked patches.
 
@@ -189,7 +190,7 @@ class SelfDistillationObjective(Objective):
             targets: The teacher's probabilities for the same patches, [M, K].
             shares: 1 / (number of masked patches of the patch's crop), [M].
         """
-        log_probs = (self.student_patch_head(patches) / self.config.student_temperature).log_softmax(dim=-1)
+        log_probs = self.student_patch_head(patches, self.config.student_temperature).log_softmax(dim=-1)
         losses: Tensor = -(targets * log_probs).sum(-1) * shares
         return losses.sum()
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.config import PreprocessingConfig, SupervisedConfig
-from pretrain.data.transforms.batch import Batch, augment
+from pretrain.data.transforms.batch import Batch
 from pretrain.data.transforms.mixup import binary_cross_entropy, cross_entropy, mix_neighbors, mixed_loss
 from pretrain.data.transforms.views import EvalView, PatchOrderView, TrainView, View
 from pretrain.errors import UserError
+from pretrain.model.compiling import graph
 from pretrain.model.vit import ViT
 from pretrain.objectives.objective import Objective
 
@@ -78,18 +79,25 @@ class SupervisedObjective(Objective):
         return losses * self.class_weights[labels] if self.config.class_weights != "none" else losses
 
     def train_losses(self, batch: Batch) -> dict[str, Tensor]:
-        images = augment(batch, self.preprocessing.image_mean, self.preprocessing.image_std)
-        mixes, own_share = self.config.augment.mixes, torch.empty(0)
-        if mixes:
-            images, own_share = mix_neighbors(images, batch)
+        images, own_share = self.mixed_images(batch)
         visible = None
         if self.config.patch_dropout:
             num_patches = batch["patch_order"].shape[1]
             visible = batch["patch_order"][:, : num_patches - int(num_patches * self.config.patch_dropout)]
-        logits, labels = self.logits(images, visible), batch["label"]
-        if mixes:
-            return {"loss": mixed_loss(partial(self.losses, logits), labels, own_share)}
-        return {"loss": self.losses(logits, labels).mean()}
+        return {"loss": self.mean_loss(self.logits(images, visible), batch["label"], own_share)}
+
+    @graph(uses_parameters=False)
+    def mixed_images(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Return the augmented images [B, C, H, W] and, with mixup or cutmix, the share [B] of each image in itself."""
+        images = self.augmented_images(batch)
+        return mix_neighbors(images, batch) if self.config.augment.mixes else (images, None)
+
+    @graph(uses_parameters=False)
+    def mean_loss(self, logits: Tensor, labels: Tensor, own_share: Tensor | None) -> Tensor:
+        """Return the mean loss of a batch for logits [B, K], labels [B] and what `mixed_images` returns."""
+        if own_share is not None:
+            return mixed_loss(partial(self.losses, logits), labels, own_share)
+        return self.losses(logits, labels).mean()
 
     def evaluation_sums(self, batch: Batch) -> dict[str, Tensor]:
         labels, weight = batch["label"], batch["weight"]

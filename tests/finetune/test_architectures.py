@@ -13,7 +13,6 @@ from finetune.preprocessor import load_preprocessor
 from pretrain.config import FaultBudget
 from pretrain.data.dataset.open import open_dataset
 from pretrain.data.loading.quarantine import Quarantine
-from tests.finetune.ranks_finetune import COMPILED
 from tests.support.launching import ROOT, TINY
 from tests.support.ranks import RankServer
 from tests.support.runs import logged, losses
@@ -53,7 +52,7 @@ def test_the_saved_model_has_the_loss_of_two_ranks(
     assert logged(run_dir, "validation/loss") == pytest.approx([evaluation.loss], abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dinov2", COMPILED + "dinov2"])
+@pytest.mark.parametrize("name", ["dinov2", "compiled-dinov2"])
 def test_two_ranks_have_the_losses_of_one(fine_tuned: FineTune, name: str) -> None:
     alone, together = (Path(seen["run_dir"]) for seen in (fine_tuned("dinov2", 1), fine_tuned(name, 2)))
     assert losses(alone) == pytest.approx(losses(together), abs=1e-4)

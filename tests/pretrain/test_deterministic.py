@@ -177,8 +177,8 @@ def test_optimizer_uses_no_operation_that_is_refused_on_gpus(name: str) -> None:
 def judge_steps() -> None:
     health = Health(HealthConfig(), torch.device("cpu"))
     for step in range(3):
-        health.all_reduce(torch.tensor(1.0), 8 * step, stop_requested=False)
-        health.end_step(torch.tensor(1.0), step, 8 * step)
+        health.judge(torch.tensor(1.0), torch.tensor(1.0), 8 * step, stop_requested=False)
+        health.end_step(step, 8 * step)
 
 
 def probe() -> None:
@@ -188,19 +188,7 @@ def probe() -> None:
     predict_linear_probe(features, labels, features)
 
 
-@pytest.mark.parametrize(
-    "work",
-    [
-        pytest.param(
-            judge_steps,
-            marks=pytest.mark.xfail(
-                strict=True, raises=AssertionError, reason="health.py uses nanmedian along a dimension"
-            ),
-        ),
-        probe,
-    ],
-    ids=lambda work: work.__name__,
-)
+@pytest.mark.parametrize("work", [judge_steps, probe], ids=lambda work: work.__name__)
 def test_what_surrounds_training_uses_no_operation_that_is_refused_on_gpus(work: Callable[[], None]) -> None:
     with Operations() as operations:
         work()
@@ -217,7 +205,7 @@ def test_positions_and_their_gradient_equal_those_of_torch(sides: tuple[int, int
     weight = torch.randn(1, 1 + new**2, 24)
 
     def resized() -> tuple[Tensor, Tensor]:
-        result = resize_positions(positions, new**2)
+        result = resize_positions(positions, new)
         return result, torch.autograd.grad((result * weight).sum(), positions)[0]
 
     by_products = resized()

@@ -4,8 +4,6 @@ The letters: B images of a batch, C channels, H height, W width. Images are RGB,
 host wait for the device.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -71,7 +69,9 @@ def denormalize(images: Tensor, mean: Channels, std: Channels) -> Tensor:
     return images * per_channel(std, images.device) + per_channel(mean, images.device)
 
 
-@cache
 def per_channel(values: Channels, device: torch.device) -> Tensor:
-    """Return one value per channel as a tensor [C, 1, 1]. It is cached: a copy to the device makes the host wait."""
-    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+    """Return one value per channel as a tensor [C, 1, 1].
+
+    It is filled on the device, because the host would wait for a copy of the values.
+    """
+    return torch.stack([torch.full((), value, device=device) for value in values])[:, None, None]

@@ -20,7 +20,7 @@ MAX_FACTOR_CHANGE = 0.9  # brightness, contrast, saturation and sharpness have f
 MAX_BITS_REMOVED = 4
 # Operations are numbered: first geometry.OPERATIONS, then these.
 COLORS = ("identity", "brightness", "contrast", "saturation", "sharpness", "posterize", "solarize", "auto", "equalize")
-SMOOTHING_KERNEL = ((1.0, 1.0, 1.0), (1.0, 5.0, 1.0), (1.0, 1.0, 1.0))
+CENTER_WEIGHT, KERNEL_SIZE = 5, 3  # of the smoothing kernel; its other weights are 1
 
 
 def sample_rand_augment(num_operations: int, magnitude: float, random: np.random.Generator) -> dict[str, Any]:
@@ -72,12 +72,11 @@ def _recolor_once(images: Tensor, names: Tensor, strength: Tensor) -> Tensor:
 
 def sharpen(images: Tensor, factor: Tensor) -> Tensor:
     """Sharpen (factor above 1) or smooth (below 1) images by factors [B]; pixels at the border stay unchanged."""
-    channels = images.shape[1]
-    kernel = torch.tensor(SMOOTHING_KERNEL, device=images.device) / sum(map(sum, SMOOTHING_KERNEL))
-    smooth = F.conv2d(images, kernel.expand(channels, 1, 3, 3), groups=channels)
-    inner = smooth + (images[..., 1:-1, 1:-1] - smooth) * factor[:, None, None, None]
+    inner, num_weights = images[..., 1:-1, 1:-1], KERNEL_SIZE**2
+    total = F.avg_pool2d(images, KERNEL_SIZE, stride=1) * num_weights + (CENTER_WEIGHT - 1) * inner
+    smooth = total / (num_weights + CENTER_WEIGHT - 1)
     sharpened = images.clone()
-    sharpened[..., 1:-1, 1:-1] = inner.clamp(0, 1)
+    sharpened[..., 1:-1, 1:-1] = (smooth + (inner - smooth) * factor[:, None, None, None]).clamp(0, 1)
     return sharpened
 
 
@@ -96,11 +95,22 @@ def stretch(images: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Equalize the histogram of each channel's 8-bit values as Pillow does; constant channels stay unchanged."""
     values = (images * 255).round().long().flatten(2).flatten(0, 1)  # [B C, H W]
-    ones = torch.ones_like(values, dtype=torch.float32)
-    counts = torch.zeros(len(values), 256, device=images.device).scatter_add_(1, values, ones)
+    counts = histogram(values)
     last = counts.gather(1, values.amax(dim=1, keepdim=True))
     step = ((values.shape[1] - last) / 255).floor()
     before = counts.long().cumsum(dim=1) - counts  # of integers, because that of floats is not deterministic on a GPU
     table = ((before + (step / 2).floor()) / step.clamp_min(1)).floor().clamp(0, 255)
     table = torch.where(step > 0, table, torch.arange(256.0, device=images.device))
     return (table.gather(1, values) / 255).view_as(images)
+
+
+def histogram(values: Tensor) -> Tensor:
+    """Count the 8-bit values in each row: int64 [rows, N] -> float32 [rows, 256].
+
+    It multiplies the one-hot codes of the upper and the lower four bits. Adding ones at the place of each value would
+    be slow on a GPU, where many threads would add to the same place.
+    """
+    bits = torch.arange(16, device=values.device)
+    upper = (values[:, None] // 16 == bits[:, None]).float()  # [rows, 16, N]
+    lower = (values[:, :, None] % 16 == bits).float()  # [rows, N, 16]
+    return torch.bmm(upper, lower).flatten(1)

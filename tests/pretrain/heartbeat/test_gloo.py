@@ -50,24 +50,29 @@ def log_of(run_dir: Path, rank: int) -> Path:
     return run_dir.with_name(f"rank-{rank}.log")
 
 
-def assert_left(run_dir: Path, processes: list["subprocess.Popen[str]"], failed: int, sentence: str) -> None:
-    """Check that all ranks but one leave, each with one sentence that names that one."""
+def count_left(run_dir: Path, processes: list["subprocess.Popen[str]"], failed: int, sentence: str) -> int:
+    """Check that all ranks but one end; return how many of them left with one sentence that names that one."""
+    num_left = 0
     for rank, process in enumerate(processes):
         if rank != failed:
-            assert process.wait(GONE_WITHIN) == 1
-            printed = log_of(run_dir, rank).read_text()
+            assert process.wait(GONE_WITHIN) != 0
             named = f"rank {rank}: rank {failed} (process {processes[failed].pid} on "
-            lines = [line for line in printed.splitlines() if line.startswith(named)]
-            assert len(lines) == 1, printed
-            assert f"{sentence}; leaving in step " in lines[0]
-            assert not read_beat(run_dir, rank).has_ended  # its outcome does not hide that of the rank that failed
+            lines = [line for line in log_of(run_dir, rank).read_text().splitlines() if line.startswith(named)]
+            if lines:
+                num_left += 1
+                assert len(lines) == 1
+                assert f"{sentence}; leaving in step " in lines[0]
+                assert process.returncode == 1
+                assert not read_beat(run_dir, rank).has_ended  # its outcome does not hide that of the failed rank
+    return num_left
 
 
 @pytest.mark.parametrize("failed", [0, 2])  # 0 is the rank that examines the others
 def test_ranks_leave_a_collective_after_the_error_of_another(tmp_path: Path, failed: int) -> None:
     run_dir = tmp_path / "run"
     with ranks(run_dir, {failed: "error"}, "gloo") as processes:
-        assert_left(run_dir, processes, failed, "ended in step 5 (failed)")
+        # When the first rank has left, gloo may raise an error on the other one before that one leaves.
+        assert count_left(run_dir, processes, failed, "ended in step 5 (failed)") >= 1
         assert processes[failed].poll() is None
         assert read_beat(run_dir, failed).outcome == "failed"
 
@@ -78,7 +83,7 @@ def test_ranks_leave_after_another_was_killed(tmp_path: Path) -> None:
         wait_for(lambda: (beat := read_beat(run_dir, 1)) and beat.step > 3, timeout=GONE_WITHIN)
         processes[1].kill()
         processes[1].wait()
-        assert_left(run_dir, processes, 1, f"of step {read_beat(run_dir, 1).step}")
+        assert count_left(run_dir, processes, 1, f"of step {read_beat(run_dir, 1).step}") == 2
 
 
 def test_ranks_stay_after_another_has_stopped(tmp_path: Path) -> None:

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 from pretrain.config import ModelConfig
 from pretrain.model.hub_names import encoder_to_hub, fold_layer_scale, hub_encoder_config
-from pretrain.model.vit import MOST_GRAPHS, DropPath, ViT, compile_blocks, patchify, sincos_positions
+from pretrain.model.vit import DropPath, ViT, patchify, sincos_positions
 
 CONFIG = ModelConfig(
     hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80, patch_size=8, image_size=32
@@ -140,40 +139,6 @@ def test_checkpointing_and_compiling_give_the_same_results() -> None:
         model(images).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-    compiled = ViT(CONFIG).eval()
-    expected = compiled(images)
-    compile_blocks(compiled)
-    assert torch.allclose(compiled(images), expected, atol=1e-5)
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("drop_path", [0.1, 0.4])
-def test_compiled_blocks_share_graphs_with_drop_path(drop_path: float) -> None:
-    """There is no separate graph for each block's rate. The first block drops nothing."""
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model = ViT(CONFIG.model_copy(update={"num_hidden_layers": 14, "drop_path": drop_path}))
-    compile_blocks(model, backend=counter)
-    for _ in range(3):
-        model(torch.randn(64, 3, 32, 32))
-    assert 2 <= counter.frame_count < 8
-    assert drop_path > 0.1 or counter.frame_count == 2
-
-
-@pytest.mark.processes
-def test_blocks_stay_compiled_for_several_image_sizes_and_evaluation() -> None:
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model = ViT(CONFIG.model_copy(update={"num_hidden_layers": 14, "drop_path": 0.3, "layer_scale": 0.1}))
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
-        compile_blocks(model, backend=counter)
-        for pixels in (24, 32, 48):
-            for images in (8, 7):  # micro-batches of ranks that share a batch unevenly
-                model.train()(torch.randn(images, 3, pixels, pixels))
-            with torch.no_grad():
-                model.eval()(torch.randn(8, 3, 32, 32))
-    assert 8 < counter.frame_count <= MOST_GRAPHS // 2
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.4])
