@@ -29,7 +29,7 @@ from pretrain.journal import read_rows
 from pretrain.run import Run
 from pretrain.train import take_step
 
-# Relative. Kernels add up in another order, which is like changing each weight by its rounding: on a CPU, random changes
+# Relative. Kernels add up in another order, which is like rounding the weights in another way: on a CPU, random changes
 # of the weights by 2e-7 move the losses of eight steps by at most 2e-7. TF32 would round by 5e-4.
 CPU_TOLERANCE = 1e-5
 # Relative. On a GPU the backward pass of attention adds up in an order that varies; on a CPU nothing varies.
