@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed
 # Without an NVIDIA driver, install the torch that the tests use; with one, the newest that pip finds.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi),,--constraint tests/constraints.txt)
 
-.PHONY: help quickstart check test lint format benchmark clean
+.PHONY: help quickstart check test lint format benchmark gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,5 +49,15 @@ benchmark: .venv-benchmark/installed  ## compare a training step with timm's and
 	.venv-benchmark/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt --editable .
 	touch $@
 
+gpu: .venv-gpu/installed  ## prove an NVIDIA GPU in at most ten minutes; WHEELS=FOLDER needs no network
+	.venv-gpu/bin/python -m benchmarks.gpu $(GPU_OPTIONS)
+
+# An environment of its own, with timm to compare with and torchvision to decode JPEGs on the GPU.
+.venv-gpu/installed: pyproject.toml benchmarks/gpu/requirements.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check $(if $(WHEELS),--no-index --find-links $(WHEELS)) \
+		--requirement benchmarks/gpu/requirements.txt --editable .
+	touch $@
+
 clean:  ## remove the environments and the quickstart's runs
-	rm -rf $(VENV) .venv-benchmark runs/quickstart runs/quickstart-*
+	rm -rf $(VENV) .venv-benchmark .venv-gpu runs/quickstart runs/quickstart-*

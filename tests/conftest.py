@@ -1,4 +1,4 @@
-"""Fixtures for all tests: no GPU, no network, shards of the digits, a tiny recipe, a shell."""
+"""Fixtures for all tests: no GPU unless it is asked for, no network, shards of the digits, a tiny recipe, a shell."""
 
 import os
 import shutil
@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["DS_ACCELERATOR"] = "cpu"
+if os.environ.get("VITRAIL_GPU_TESTS") != "1":  # with it, `pytest -m gpu` runs the tests that need one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # after OMP_NUM_THREADS is set
 
 from pretrain.data.shards.make import make_shards
 from pretrain.data.shards.plan import ShardOptions
@@ -39,8 +42,13 @@ LONGEST += ("test_health", "test_other_topology", "test_exit_codes", "test_track
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that start processes; begin with the longest files, so that no worker is left alone with them."""
+    """Mark the tests that start processes, and skip those that need a GPU where there is none.
+
+    The longest files come first, so that no worker is left alone with them.
+    """
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         if START_PROCESSES & {*getattr(item, "fixturenames", ())}:
             item.add_marker("processes")
     place = {name: number for number, name in enumerate(LONGEST)}

@@ -1,7 +1,11 @@
-"""Batches are copied on a stream of their own. Not yet run on a GPU: the streams here record the order of the calls."""
+"""Batches are copied on a stream of their own. Streams that record the order of calls take its place without a GPU.
 
-from collections.abc import Iterator
+The test with a GPU has not yet been run on one.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -75,6 +79,29 @@ def test_on_a_cpu_no_stream_is_used(calls: list[str]) -> None:
     batch = crops()
     assert Prefetcher(torch.device("cpu")).prepare(lambda: batch) is batch
     assert not calls
+
+
+def copies_on_a_stream_keep_their_values(device: torch.device, busy: Callable[[], object]) -> bool:
+    """Copy batches while the device computes, use each, and free it; return whether all values arrived."""
+    prefetcher, sums = Prefetcher(device), []
+    batches = [torch.full((1024, 1024), number, dtype=torch.uint8) for number in range(20)]
+    for host in batches:
+        pinned = host.pin_memory() if device.type == "cuda" else host
+        batch = prefetcher.prepare(lambda pinned=pinned: {"image": pinned.to(device, non_blocking=True)})
+        busy()
+        sums.append(batch["image"].sum())  # queued after the work, when the next copy may reuse the memory
+        del batch
+    return [int(total) for total in sums] == [number * 1024**2 for number in range(20)]
+
+
+def test_copies_keep_their_values_on_a_cpu() -> None:
+    assert copies_on_a_stream_keep_their_values(torch.device("cpu"), lambda: None)
+
+
+@pytest.mark.gpu
+def test_copies_beside_a_busy_gpu_keep_their_values() -> None:
+    busy = partial(torch.cuda._sleep, 20_000_000)
+    assert copies_on_a_stream_keep_their_values(torch.device("cuda", 0), busy)
 
 
 def test_every_tensor_of_a_loaded_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

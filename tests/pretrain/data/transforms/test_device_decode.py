@@ -101,3 +101,14 @@ def test_missing_torchvision_or_gpu_is_explained(mixed: Dataset) -> None:
     for here, later in zip(load(mixed), load(mixed, decodes_jpegs=False), strict=True):
         batch = decode_on_device(later.tensors, SIZE, CPU, decoder)
         assert (batch["image"].float() - here.tensors["image"].float()).abs().mean() < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+def test_pixels_that_a_gpu_decodes_equal_those_of_the_workers(mixed: Dataset) -> None:
+    pytest.importorskip("torchvision")
+    device = torch.device("cuda", 0)
+    for here, later in zip(load(mixed), load(mixed, decodes_jpegs=False), strict=True):
+        batch = decode_on_device(later.tensors, SIZE, device, build_decoder(device))
+        difference = (batch["image"].cpu().float() - here.tensors["image"].float()).abs()
+        assert difference.mean() < 2  # of 255, as in torchvision's tests: nvJPEG rounds and interpolates in another way
