@@ -216,7 +216,7 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
 def is_alive(process: psutil.Process) -> bool:
     """Return whether a process is running; one that has ended may stay in the list of processes as a zombie."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
