@@ -289,6 +289,14 @@ def views_of(config: PretrainConfig, objective: Objective) -> list[View]:
     return [objective.train_view(image_size), *([objective.evaluation_view()] if config.data.validation else [])]
 
 
+def has_several_shapes(config: PretrainConfig, objective: Objective) -> bool:
+    """Return whether training images have several sizes, or the micro-batches of a step have several."""
+    world_size = distributed.world_size()
+    num_groups = config.engine.global_batch_size // objective.group_size
+    is_uneven = bool(num_groups % (world_size * config.engine.accumulation_steps(world_size)))
+    return is_uneven or objective.several_sizes or bool(config.schedule.image_sizes)
+
+
 def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objective, checkpoint: Path | None) -> Run:
     """Wrap the model in DeepSpeed and build the other parts of the run (collective).
 
@@ -300,8 +308,8 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
         checkpoint: Checkpoint to resume from, or None for a new run.
     """
     if config.engine.compile:
-        several_shapes = objective.several_sizes or bool(config.schedule.image_sizes)
-        compile_graphs(objective, partitioned=config.engine.zero_stage == 3, several_shapes=several_shapes)
+        partitioned = config.engine.zero_stage == 3
+        compile_graphs(objective, partitioned=partitioned, several_shapes=has_several_shapes(config, objective))
     engine = build_engine(objective, config.engine, config.optimizer, [Block] if config.engine.compile else [])
     identity = Manifest(
         state=TrainState(),

@@ -54,7 +54,11 @@ class EngineConfig(BatchConfig):
         description="Whether to use only deterministic algorithms; slower, but a run repeats exactly on the same GPUs. "
         "On a CPU, runs repeat exactly without it.",
     )
-    compile: bool = Field(False, description="Whether to compile the blocks with torch.compile; faster on a GPU.")
+    compile: bool = Field(
+        False,
+        description="Whether to compile model, loss and augmentation of a training step with torch.compile; faster on a "
+        "GPU after a minute of compiling. Evaluation is not compiled.",
+    )
 
     def problems(self) -> Iterator[Problem]:
         if self.offload_optimizer and self.zero_stage == 0:

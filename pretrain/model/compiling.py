@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+import torch.fx.experimental._config
 from torch import nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -53,6 +54,8 @@ def compile_graphs(
         backend: Backend of torch.compile.
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    # Sizes that are equal by chance, such as those of the batch and of the images, may differ in the next batch.
+    torch.fx.experimental._config.use_duck_shape = False
     for part in module.modules():
         for name in dir(type(part)):
             uses_parameters = getattr(getattr(type(part), name, None), "graph_uses_parameters", None)

@@ -74,7 +74,7 @@ SCENARIOS: dict[str, tuple[Callable[[], Objective], list[tuple[int, int]]]] = { 
     ),
     "self-distillation": (
         lambda: build(SelfDistillationConfig.model_validate({**CROPS, "augment": AUGMENT}), DROP_PATH),
-        [(8, 32)],
+        [(8, 32), (7, 32)],
     ),
 }
 
