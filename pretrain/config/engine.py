@@ -56,8 +56,8 @@ class EngineConfig(BatchConfig):
     )
     compile: bool = Field(
         False,
-        description="Whether to compile model, loss and augmentation of a training step with torch.compile; faster on a "
-        "GPU after a minute of compiling. Evaluation is not compiled.",
+        description="Whether to compile model, loss and augmentation of a training step with torch.compile; faster on "
+        "a GPU after a minute of compiling. Evaluation is not compiled.",
     )
 
     def problems(self) -> Iterator[Problem]:
