@@ -310,7 +310,7 @@ def build_run(config: PretrainConfig, watch: Watch, data: Data, objective: Objec
     if config.engine.compile:
         partitioned = config.engine.zero_stage == 3
         compile_graphs(objective, partitioned=partitioned, several_shapes=has_several_shapes(config, objective))
-    engine = build_engine(objective, config.engine, config.optimizer, [Block] if config.engine.compile else [])
+    engine = build_engine(objective, config.engine, config.optimizer, [Block])
     identity = Manifest(
         state=TrainState(),
         world_size=distributed.world_size(),

@@ -63,7 +63,7 @@ def build_engine(
     objective: nn.Module,
     config: EngineConfig,
     optimizer: OptimizerConfig,
-    compiled: Sequence[type[nn.Module]] = (),
+    blocks: Sequence[type[nn.Module]] = (),
 ) -> TrainingEngine:
     """Wrap a model in a DeepSpeed engine, with an optimizer for all trainable parameters (collective).
 
@@ -71,9 +71,9 @@ def build_engine(
         objective: Model whose forward pass returns losses.
         config: ZeRO stage, precision, batch sizes and clipping.
         optimizer: Optimizer and its hyperparameters.
-        compiled: Classes of modules that are compiled. ZeRO 3 gathers the parameters of such a module all at once. Its
-            hooks would otherwise run inside of the module, where torch.compile follows them: 95 graph breaks, and the
-            error "Global grad_mode state changed while dynamo tracing" on a busy machine.
+        blocks: Classes of modules whose parameters ZeRO 3 gathers all at once, by hooks around their forward pass.
+            Around smaller modules, the hooks would run inside of compiled blocks: torch.compile follows them, with 95
+            graph breaks, and the error "Global grad_mode state changed while dynamo tracing" on a busy machine.
 
     Returns:
         The engine. Its optimizer already knows how ZeRO has partitioned the parameters.
@@ -88,8 +88,8 @@ def build_engine(
         )
     settings = deepspeed_config(config, distributed.world_size(), on_gpu=torch.cuda.is_available())
     inner = build_optimizer(objective, optimizer)
-    if config.zero_stage == 3 and compiled:
-        deepspeed.utils.set_z3_leaf_modules(objective, list(compiled))
+    if config.zero_stage == 3 and blocks:
+        deepspeed.utils.set_z3_leaf_modules(objective, list(blocks))
     with _without_steps(inner):
         engine, *_ = deepspeed.initialize(model=objective, optimizer=inner, config=settings)
     _leave_out_waits(engine, config)
