@@ -155,11 +155,34 @@ def _leave_out_waits(engine: Any, config: EngineConfig) -> None:
     if config.zero_stage == 3 and not config.offload_optimizer:
         # DeepSpeed would compute the norm and read it on the host. A number on the host in its place costs no wait.
         optimizer._get_norm_groups = lambda: [torch.ones(())]
+    if config.zero_stage in (1, 2) and getattr(optimizer, "overlap_comm", False):
+        _order_on_device(optimizer)
     adds_up_bf16 = config.precision == "bf16" and engine.gradient_accumulation_steps() > 1
     if config.zero_stage == 1 and adds_up_bf16 and is_reduced:
         # If the config asked for sums in fp32, DeepSpeed would take an optimizer without partitions of this kind.
         optimizer.gradient_accumulation_dtype = torch.float32
         optimizer.use_separate_grad_accum = optimizer.use_grad_accum_attribute = True
+
+
+def _order_on_device(optimizer: Any) -> None:
+    """Let the device wait for overlapped reductions at the end of the backward pass, in place of the host.
+
+    DeepSpeed synchronizes the device there (`independent_gradient_partition_epilogue`), so that the optimizer's kernels
+    would be started only after the backward pass has ended. Not yet run on a GPU.
+    """
+    epilogue, accelerator = optimizer.independent_gradient_partition_epilogue, deepspeed.accelerator.get_accelerator()
+
+    def wait_on_device(*_: object) -> None:
+        accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+
+    def without_host_wait() -> None:
+        accelerator.synchronize = wait_on_device
+        try:
+            epilogue()
+        finally:
+            del accelerator.synchronize  # the method of its class appears again
+
+    optimizer.independent_gradient_partition_epilogue = without_host_wait
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """DeepSpeed's config is derived from ours."""
 
+from types import SimpleNamespace
+
 import pytest
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from pretrain.config import EngineConfig, OptimizerConfig
-from pretrain.engine.deepspeed import build_engine, deepspeed_config
+from pretrain.engine.deepspeed import _order_on_device, build_engine, deepspeed_config
 from pretrain.errors import UserError
 
 
@@ -56,3 +59,19 @@ def test_bf16_at_stage_0_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     config = EngineConfig(zero_stage=0, precision="bf16")
     with pytest.raises(UserError, match=r"waits for the GPU 72 times per step; set zero_stage=1"):
         build_engine(nn.Linear(2, 2), config, OptimizerConfig())
+
+
+def test_the_device_and_not_the_host_waits_for_overlapped_reductions(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    accelerator = get_accelerator()
+    monkeypatch.setattr(type(accelerator), "synchronize", lambda self, *_: calls.append("host waits"))
+    stream = SimpleNamespace(wait_stream=calls.append)
+    monkeypatch.setattr(type(accelerator), "current_stream", lambda self, *_: stream)
+    optimizer = SimpleNamespace(
+        reduction_stream="reductions", independent_gradient_partition_epilogue=lambda: get_accelerator().synchronize()
+    )
+    _order_on_device(optimizer)
+    optimizer.independent_gradient_partition_epilogue()
+    assert calls == ["reductions"]
+    get_accelerator().synchronize()
+    assert calls == ["reductions", "host waits"]

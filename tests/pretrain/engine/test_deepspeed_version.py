@@ -32,6 +32,8 @@ STAGES_1_AND_2 = [
     "engine.optimizer.gradient_accumulation_dtype",
     "engine.optimizer.use_separate_grad_accum",
     "engine.optimizer.use_grad_accum_attribute",
+    "engine.optimizer.independent_gradient_partition_epilogue",
+    "engine.optimizer.overlap_comm",
     "engine.optimizer.single_partition_of_fp32_groups.[0]",
     "engine.optimizer.update_lp_params",
     "parameter._hp_mapping.param_group_index",
@@ -95,16 +97,30 @@ def test_the_installed_deepspeed_has_the_attributes(found: dict[str, dict[str, b
 
 
 def test_deepspeed_builds_its_shared_memory_reductions_in_the_function_that_we_replace() -> None:
-    deepspeed = find_spec("deepspeed")
-    assert deepspeed is not None
-    [folder] = deepspeed.submodule_search_locations or []
-    source = Path(folder, "comm", "torch.py").read_text()
+    source = source_of_deepspeed("comm", "torch.py")
     assert "def build_shm_op():" in source
     assert "= build_shm_op()" in source
 
 
+def test_deepspeed_synchronizes_where_we_order_streams_on_the_device() -> None:
+    """Without a GPU there is no stream, so that its attribute is None in the engines of the other test."""
+    source = source_of_deepspeed("runtime", "zero", "stage_1_and_2.py")
+    epilogue = source.partition("def independent_gradient_partition_epilogue(self):")[2].partition("\n    def ")[0]
+    assert "get_accelerator().synchronize()" in epilogue
+    assert "self.reduction_stream = " in source
+
+
+def source_of_deepspeed(*path: str) -> str:
+    deepspeed = find_spec("deepspeed")
+    assert deepspeed is not None
+    [folder] = deepspeed.submodule_search_locations or []
+    return Path(folder, *path).read_text()
+
+
 def test_every_private_attribute_in_the_source_is_listed() -> None:
-    listed = {name for paths in ATTRIBUTES.values() for path in paths for name in path.split(".")}
+    listed = {"reduction_stream"} | {
+        name for paths in ATTRIBUTES.values() for path in paths for name in path.split(".")
+    }
     used = set()
     for path in ENGINE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
