@@ -40,6 +40,7 @@ SKIPPING = {
     **{f"zero{stage}": [f"engine.zero_stage={stage}"] for stage in range(4)},
     **{f"bf16-zero{stage}": [f"engine.zero_stage={stage}", "engine.precision=bf16"] for stage in range(4)},
     "offload": ["engine.zero_stage=2", "engine.offload_optimizer=true"],
+    "offload-zero3": ["engine.zero_stage=3", "engine.offload_optimizer=true"],
 }
 ROLLING_BACK = {
     "rollback": PoisonedRun([SAVE_OFTEN], FIVE_STEPS),
