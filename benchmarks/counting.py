@@ -60,7 +60,8 @@ class HostWaits:
     def note(self, name: str) -> None:
         """Note a wait, with the innermost line of the project that causes it."""
         own = [frame for frame in traceback.extract_stack()[:-2] if frame.filename.startswith(str(ROOT))]
-        frames = [frame for frame in own if frame.filename != __file__]
+        # An environment inside of the checkout has the files of other packages.
+        frames = [frame for frame in own if frame.filename != __file__ and "site-packages" not in frame.filename]
         place = f"{frames[-1].filename.removeprefix(f'{ROOT}/')}:{frames[-1].name}" if frames else "elsewhere"
         self.waits.append(f"{name} in {place}")
 

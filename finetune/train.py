@@ -1,5 +1,6 @@
 """The fine-tuning loop: adapt a Hugging Face folder to the user's classes with Accelerate, on any number of ranks."""
 
+import gc
 import math
 import shlex
 import sys
@@ -85,6 +86,7 @@ def main(command: CommandLine[FinetuneConfig]) -> int:
         return distributed.leave_after_error(EXIT_FAILED)
     if distributed.is_main():
         print(_describe(result, command.config), flush=True)
+    gc.collect()  # frees the model's wrapper if it is part of a reference cycle, see `train_with_tracking`
     distributed.leave_process_group()
     return EXIT_DONE if result.stopped_after is None else EXIT_INTERRUPTED
 

@@ -124,12 +124,15 @@ def test_hook_of_backward_is_shown_on_a_cpu() -> None:
 
 def test_hook_of_backward_is_shown_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, hooks run in a thread of autograd, which Python did not start, while the main thread waits for it."""
-    frames_of, others = sys._current_frames, {*sys._current_frames()}  # pytest-xdist has such threads too
-    new_frames = lambda: {ident: frame for ident, frame in frames_of().items() if ident not in others}  # noqa: E731
-    monkeypatch.setattr(sys, "_current_frames", new_frames)
+    threads, all_frames = set(), sys._current_frames  # pytest-xdist has threads that Python did not start, too
+    monkeypatch.setattr(
+        sys, "_current_frames", lambda: {ident: frame for ident, frame in all_frames().items() if ident in threads}
+    )
     main = Hanging(wait_in_the_engine, start_thread)
+    threads.add(main.ident)
     wait_for(lambda: wait_of(read_stack(main.ident)) is Wait.POSSIBLE, timeout=60)
     hook = Hanging(lambda stay: stay(), _thread.start_new_thread)
+    threads.add(hook.ident)
     stack = read_stack(main.ident)
     hook.is_over.set()
     assert stack.index("in _engine_run_backward") < stack.index("in _stay")

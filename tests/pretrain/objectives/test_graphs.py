@@ -35,7 +35,7 @@ def supervised(model: dict[str, Any], **config: Any) -> Objective:
 
 def build(config: Any, model: dict[str, Any], *, activation_checkpointing: bool = False) -> Objective:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 14, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
     encoder = ViT(ModelConfig.model_validate({**sizes, **model}), activation_checkpointing)
     return build_objective(config, encoder, [0.1] * 10, PreprocessingConfig()).train()
 
