@@ -153,7 +153,8 @@ def run_to_end(config: PretrainConfig) -> tuple[int, list[int], list[int]]:
     with open_run(config) as run, mock.patch("pretrain.steps.to_device", note):
         first = run.state.step
         assert count_optimizer_steps(run.engine) == first  # DeepSpeed itself has taken none
-        if config.engine.zero_stage and distributed.world_size() > 1:  # bf16 too is added up in fp32
+        adds_up = config.engine.accumulation_steps(distributed.world_size()) > 1
+        if config.engine.zero_stage and distributed.world_size() > 1 and adds_up:  # bf16 too is added up in fp32
             assert run.engine.optimizer.gradient_accumulation_dtype == torch.float32
         run.watch.finish(train_with_tracking(run, "", StopSignal()))
     return first, positions, pixels
