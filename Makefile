@@ -49,10 +49,14 @@ benchmark: .venv-benchmark/installed  ## compare a training step with timm's and
 	.venv-benchmark/bin/pip install --quiet --disable-pip-version-check --requirement benchmarks/requirements.txt --editable .
 	touch $@
 
-gpu: .venv-gpu/installed  ## prove an NVIDIA GPU in at most ten minutes; WHEELS=FOLDER needs no network
+gpu: has-gpu .venv-gpu/installed  ## prove an NVIDIA GPU in at most ten minutes; WHEELS=FOLDER needs no network
 	.venv-gpu/bin/python -m benchmarks.gpu $(GPU_OPTIONS)
 
 # An environment of its own, with timm to compare with and torchvision to decode JPEGs on the GPU.
+.PHONY: has-gpu
+has-gpu:
+	@command -v nvidia-smi > /dev/null || { echo "make gpu: this machine has no NVIDIA driver; run it on one with an NVIDIA GPU" >&2; exit 2; }
+
 .venv-gpu/installed: pyproject.toml benchmarks/gpu/requirements.txt
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/pip install --quiet --disable-pip-version-check $(if $(WHEELS),--no-index --find-links $(WHEELS)) \
