@@ -26,6 +26,8 @@ from pretrain.data.loading.loader import LoadedBatch, evaluation_batches, traini
 from pretrain.data.transforms.batch import Batch
 from tests.support.classifiers import save_classifier, tiny_configs
 
+pytestmark = pytest.mark.slow
+
 RECIPE = """
 run_dir: {folder}/run
 model: {folder}/model
