@@ -32,7 +32,7 @@ class Peers:
         """Return why the run cannot go on, the same on all ranks; an empty string if it can.
 
         Args:
-            order: Current order, with which another rank may tell it.
+            order: Current order; LEAVE if another rank has noticed the failure first.
             beats: Last heartbeats of all ranks if this rank examines them, else none.
         """
         if order.startswith(self._order):

@@ -16,6 +16,7 @@ class Prefetcher:
     The host runs ahead of a GPU: when it asks for a batch, it has queued the previous step, which the GPU is still
     computing. A copy on the same stream would start after that step and delay the next one. On a stream of its own it
     runs at the same time, so no batch has to be requested before it is needed. On a CPU, batches are prepared as usual.
+    Not yet run on a GPU.
 
     Args:
         device: Device that trains.

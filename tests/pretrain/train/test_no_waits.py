@@ -5,7 +5,7 @@ Waits are counted in the third step of the runs of tests/support/training.py, in
 
 import pytest
 
-from tests.support.training import BF16, OFFLOAD, SETTINGS, WORLD_SIZES, Setting, Trained, zero
+from tests.support.training import BF16, OFFLOAD, SETTINGS, Setting, Trained, zero
 
 RESULT_OF_LAST_STEP = "copy to the host in pretrain/health.py:flush"
 # At stage 3, DeepSpeed also reads a number that `build_engine` has put on the host, so it waits for nothing.
@@ -17,15 +17,17 @@ def may_wait(setting: Setting) -> bool:
     return OFFLOAD in setting.overrides or {BF16, zero(0)} <= {*setting.overrides}
 
 
-LEAN = {name: setting for name, setting in SETTINGS.items() if not may_wait(setting)}
+LEAN = [
+    (world_size, name)
+    for name, setting in SETTINGS.items()
+    for world_size in setting.world_sizes
+    if not may_wait(setting)
+]
 
 
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize(("world_size", "name"), LEAN)
 def test_the_host_waits_for_the_result_of_the_step_before_only(trained: Trained, world_size: int, name: str) -> None:
-    if world_size not in LEAN[name].world_sizes:
-        pytest.skip(f"{name} is not trained on {world_size} ranks")
-    allowed = {RESULT_OF_LAST_STEP, *([NUMBER_ON_HOST] if zero(3) in LEAN[name].overrides else [])}
+    allowed = {RESULT_OF_LAST_STEP, *([NUMBER_ON_HOST] if zero(3) in SETTINGS[name].overrides else [])}
     waits = trained(world_size, name)["waits"]
     assert len(waits) == len(allowed)
     assert {*waits} == allowed
