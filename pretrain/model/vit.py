@@ -8,6 +8,7 @@ Query, key and value are separate layers, and names follow transformers' `vit`, 
 
 import math
 from collections.abc import Callable
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from pretrain.config import ModelConfig
 from pretrain.model.compiling import graph
 
 INITIAL_STD = 0.02
+Output: TypeAlias = Literal["tokens", "cls", "attention"]
 # Above this drop path rate, a branch is computed only for the samples that keep it.
 SUBSET_ABOVE = 0.1
 
@@ -54,7 +56,7 @@ class ViT(nn.Module):
         visible: Tensor | None = None,
         *,
         mask: tuple[Tensor, Tensor] | None = None,
-        return_attention: bool = False,
+        output: Output = "tokens",
     ) -> Tensor:
         """Encode images.
 
@@ -62,21 +64,21 @@ class ViT(nn.Module):
             images: Normalized images [B, C, H, W]. At sizes other than the config's, positions are interpolated.
             visible: Indices [B, V] of the patches to encode; None encodes all.
             mask: Boolean mask [B, N] and the token [1, 1, D] that replaces masked patches.
-            return_attention: Whether to return the last block's attention from CLS to the patches instead of tokens.
+            output: Kind of result. "cls" saves most of the last block's cost where no other token is needed.
 
         Returns:
-            Tokens [B, T, D] ([B, 1 + V, D] with `visible`), or attention weights [B, h, N].
+            "tokens": tokens [B, T, D] ([B, 1 + V, D] with `visible`).
+            "cls": the first of them, [B, 1, D].
+            "attention": attention weights [B, h, N] of the last block from CLS to the patches.
         """
         tokens = self.embed(images, visible, mask)
         for layer in self.layers:
-            if return_attention and layer is self.layers[-1]:
-                attention: Tensor = layer(tokens, return_attention=True)
-                return attention
+            kind = output if layer is self.layers[-1] else "tokens"
             if self.activation_checkpointing and self.training:
-                tokens = checkpoint(layer, tokens, use_reentrant=False)
+                tokens = checkpoint(layer, tokens, kind, use_reentrant=False)
             else:
-                tokens = layer(tokens)
-        return self.normalize(tokens)
+                tokens = layer(tokens, kind)
+        return tokens if output == "attention" else self.normalize(tokens)
 
     @graph()
     def embed(self, images: Tensor, visible: Tensor | None = None, mask: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -132,16 +134,31 @@ class Block(nn.Module):
         self.attention_scale, self.mlp_scale = scale(config), scale(config)
 
     @graph()
-    def forward(self, tokens: Tensor, return_attention: bool = False) -> Tensor:
-        """Transform tokens [B, T, D] to tokens of the same shape, or return the attention from CLS to the patches.
+    def forward(self, tokens: Tensor, output: Output = "tokens") -> Tensor:
+        """Transform tokens. ZeRO 3 gathers the parameters of a block for this method, so no other can use them.
 
-        ZeRO 3 gathers the parameters of a block for its forward pass, so this is the only way to use them.
+        Args:
+            tokens: Tokens [B, T, D].
+            output: Kind of result, one of the three under Returns.
+
+        Returns:
+            "tokens": tokens [B, T, D].
+            "cls": only the first of them, [B, 1, D]. The others take part as keys and values.
+            "attention": attention weights [B, h, N] from CLS to the patches.
         """
-        if return_attention:
+        if output == "attention":
             return cls_attention(self, tokens)
-        tokens = self.drop_path(tokens, lambda kept: self.attention_scale(self.attention(self.norm_before(kept))))
-        tokens = self.drop_path(tokens, lambda kept: self.mlp_scale(self.mlp(self.norm_after(kept))))
-        return tokens
+        num_queries = 1 if output == "cls" else tokens.shape[1]
+
+        def attend(kept: Tensor) -> Tensor:
+            attended: Tensor = self.attention_scale(self.attention(self.norm_before(kept), num_queries))
+            return attended
+
+        queries = self.drop_path(tokens[:, :num_queries], tokens, attend)
+        transformed: Tensor = self.drop_path(
+            queries, queries, lambda kept: self.mlp_scale(self.mlp(self.norm_after(kept)))
+        )
+        return transformed
 
 
 class Attention(nn.Module):
@@ -162,17 +179,26 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Attend from each token to all tokens: [B, T, D] -> [B, T, D]."""
-        # One product in place of three starts fewer kernels; the layers stay apart, as in exported folders.
-        projections = self.q_proj, self.k_proj, self.v_proj
-        weight, bias = (torch.cat([getattr(each, name) for each in projections]) for name in ("weight", "bias"))
-        heads = F.linear(tokens, weight, bias).view(*tokens.shape[:2], 3, self.num_heads, -1)  # [B, T, 3, h, d]
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # [B, h, T, d] each
+    def forward(self, tokens: Tensor, num_queries: int) -> Tensor:
+        """Attend from the first Q tokens to all tokens: [B, T, D] -> [B, Q, D]."""
+        if num_queries == tokens.shape[1]:
+            q, k, v = self._project(tokens, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            [q] = self._project(tokens[:, :num_queries], self.q_proj)
+            k, v = self._project(tokens, self.k_proj, self.v_proj)
         dropout = self.attention_dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         mixed: Tensor = self.dropout(self.o_proj(attended.transpose(1, 2).flatten(-2)))
         return mixed
+
+    def _project(self, tokens: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """Apply several layers to tokens [B, T, D] and split the heads; return [B, h, T, d] for each layer.
+
+        One product in place of several starts fewer kernels. The layers stay apart, as in exported folders.
+        """
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        heads = F.linear(tokens, weight, bias).view(*tokens.shape[:2], len(layers), self.num_heads, -1)
+        return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
@@ -228,16 +254,22 @@ class DropPath(nn.Module):
         # With a Python number, torch would compile a graph for each block's own rate and stop after the eighth.
         self.register_buffer("keep", torch.tensor(1 - rate), persistent=False)
 
-    def forward(self, tokens: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return `tokens` [B, T, D] plus `branch(tokens)` for the samples that keep it."""
+    def forward(self, residual: Tensor, tokens: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return `residual` [B, Q, D] plus `branch(tokens)` for the samples that keep it.
+
+        Args:
+            residual: Tokens to which the branch is added.
+            tokens: Input of the branch, [B, T, D].
+            branch: Function of the tokens of any number of samples that returns Q tokens for each.
+        """
         if not self.drops or not self.training:
-            return tokens + branch(tokens)
+            return residual + branch(tokens)
         if self.kept_fraction is None:
             kept = torch.rand(len(tokens), 1, 1, device=tokens.device) < self.keep
-            return tokens + branch(tokens) * (kept.to(tokens.dtype) / self.keep)
+            return residual + branch(tokens) * (kept.to(tokens.dtype) / self.keep)
         num_kept = max(1, int(len(tokens) * self.kept_fraction))
         subset = torch.randperm(len(tokens), device=tokens.device)[:num_kept]
-        return tokens.index_add(0, subset, branch(tokens[subset]) * (len(tokens) / num_kept))
+        return residual.index_add(0, subset, branch(tokens[subset]) * (len(tokens) / num_kept))
 
 
 def cls_attention(block: Block, tokens: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Objective(nn.Module, ABC):
             return {"pictures": self.pictures(batch)}
         if output == "features":
             images = self.normalized_images(batch).to(self.encoder.cls_token.dtype)
-            return {"features": self.encoder(images)[:, 0].float()}
+            return {"features": self.encoder(images, output="cls")[:, 0].float()}
         return self.train_losses(batch) if self.training else self.evaluation_sums(batch)
 
     @graph(uses_parameters=False)
@@ -98,7 +98,7 @@ class Objective(nn.Module, ABC):
             float [B, 1 + h, C, H, W], between 0 and 1.
         """
         images, encoder = batch["image"].float() / 255, self.encoder
-        attention = encoder(self.normalized_images(batch).to(encoder.cls_token.dtype), return_attention=True).float()
+        attention = encoder(self.normalized_images(batch).to(encoder.cls_token.dtype), output="attention").float()
         size = encoder.config.patch_size
         maps = attention / attention.amax(dim=2, keepdim=True)  # [B, h, N]
         side = images.shape[-1] // size

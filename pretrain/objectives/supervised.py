@@ -69,7 +69,7 @@ class SupervisedObjective(Objective):
             images: Normalized images, float [B, C, H, W].
             visible: Indices of the patches that the encoder is given, int [B, V]; None for all patches.
         """
-        tokens = self.encoder(images.to(self.classifier.weight.dtype), visible)
+        tokens = self.encoder(images.to(self.classifier.weight.dtype), visible, output="cls")
         logits: Tensor = self.classifier(tokens[:, 0])
         return logits.float()
 

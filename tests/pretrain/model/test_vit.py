@@ -112,7 +112,7 @@ def test_cls_attention_equals_transformers() -> None:
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         expected = theirs(images, output_attentions=True).attentions[-1][:, :, 0, 1:]
-        torch.testing.assert_close(ours(images, return_attention=True), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours(images, output="attention"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_visible_patches_keep_their_positions() -> None:
@@ -141,6 +141,20 @@ def test_checkpointing_and_compiling_give_the_same_results() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.1, 0.4])
+def test_cls_alone_equals_the_first_of_all_tokens(drop_path: float) -> None:
+    """In float64, because the products have other shapes and so another rounding."""
+    torch.manual_seed(0)
+    model = ViT(CONFIG.model_copy(update={"drop_path": drop_path, "layer_scale": 0.5})).double().train()
+    images, found = torch.randn(6, 3, 32, 32, dtype=torch.float64), []
+    for output in ("tokens", "cls"):
+        torch.manual_seed(1)
+        cls = model(images, output=output)[:, 0]
+        found.append([cls, *torch.autograd.grad(cls.square().sum(), [*model.parameters()])])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    assert model(images, output="cls").shape == (6, 1, CONFIG.hidden_size)
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.4])
 def test_drop_path_computes_kept_samples_and_preserves_the_mean(rate: float) -> None:
     torch.manual_seed(0)
@@ -152,15 +166,15 @@ def test_drop_path_computes_kept_samples_and_preserves_the_mean(rate: float) -> 
         return 3 * kept
 
     for _ in range(600):
-        total += drop_path(tokens, branch).detach() / 600
+        total += drop_path(tokens, tokens, branch).detach() / 600
     assert set(sizes) == {12 if rate > 0.1 else 20}
     torch.testing.assert_close(total, 4 * tokens.detach(), atol=1e-6, rtol=0.15)
-    once = drop_path(tokens, branch)
+    once = drop_path(tokens, tokens, branch)
     factors = ((once - tokens) / (3 * tokens)).detach().mean(dim=(1, 2))
     kept = factors > 0.1
     torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], 1 / (1 - rate)))
     assert kept.sum() == 12 or rate == 0.1
-    assert torch.equal(drop_path.eval()(tokens, branch), tokens + branch(tokens))
+    assert torch.equal(drop_path.eval()(tokens, tokens, branch), tokens + branch(tokens))
     [gradient] = torch.autograd.grad(once.sum(), tokens)
     torch.testing.assert_close(gradient.mean(dim=(1, 2)), 1 + 3 * factors)
 
