@@ -14,7 +14,7 @@ from pretrain.data.transforms.batch import augment
 from pretrain.data.transforms.device_decode import collate
 from pretrain.data.transforms.views import TrainView
 from pretrain.model.compiling import MOST_GRAPHS, compile_graphs
-from pretrain.model.vit import Block, ViT
+from pretrain.model.vit import Block, Output, ViT
 from pretrain.objectives import build_objective
 from pretrain.objectives.objective import Objective
 
@@ -85,10 +85,10 @@ def test_a_run_has_few_graphs_without_breaks(name: str, monkeypatch: pytest.Monk
     objective, counter, eager_calls = build_one(), CompileCounter(), []
     forward = Block.forward
 
-    def note_eager(block: Block, tokens: torch.Tensor) -> torch.Tensor:
+    def note_eager(block: Block, tokens: torch.Tensor, output: Output = "tokens") -> torch.Tensor:
         if not torch.compiler.is_compiling():
             eager_calls.append(block)
-        return forward(block, tokens)
+        return forward(block, tokens, output)
 
     note_eager.graph_uses_parameters = True  # type: ignore[attr-defined]
     monkeypatch.setattr(Block, "forward", note_eager)
