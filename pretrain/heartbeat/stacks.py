@@ -1,10 +1,11 @@
 """Read the stack of the main thread, and tell from it whether the rank waits for other ranks or for its device."""
 
-import sys
+import faulthandler
+import linecache
+import os
+import re
 import threading
-import traceback
 from enum import IntEnum
-from types import FrameType
 
 NUM_FRAMES = 12  # innermost frames of a thread that are read
 # Functions that wait for other ranks or for the device of this rank; an empty name stands for every function of a file.
@@ -22,6 +23,9 @@ WAITING_CALLS = ("handle.wait()", ".item()", ".tolist()", ".cpu()")
 TRANSPARENT_FILE = "deepspeed/utils/nvtx.py"  # calls the function that its caller names
 # The backward pass runs in C++ here. On a GPU, it runs in another thread, and this one only waits for that thread.
 BACKWARD_FUNCTION = ("torch/autograd/graph.py", "_engine_run_backward")
+# Lines of faulthandler's dump.
+THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*$", re.MULTILINE)
+FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
 class Wait(IntEnum):
@@ -59,16 +63,39 @@ def read_stack(main_thread: int) -> str:
     Args:
         main_thread: Identifier of the main thread.
     """
-    frames = sys._current_frames()
-    stack = _format(frames[main_thread]) if main_thread in frames else ""
+    stacks = read_stacks()
+    stack = stacks.get(main_thread, "")
     if wait_of(stack) is Wait.POSSIBLE:
         ours = {thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)}
-        stack += "".join(_format(frame) for ident, frame in frames.items() if ident not in ours)
+        stack += "".join(other for ident, other in stacks.items() if ident not in ours)
     return stack
 
 
-def _format(frame: FrameType) -> str:
-    return "".join(traceback.format_stack(frame)[-NUM_FRAMES:])
+def read_stacks() -> dict[int, str]:
+    """Return the innermost frames of each thread as text, by the thread's identifier; of the newest 100 threads only.
+
+    Python must make no frame object of a running thread, as `sys._current_frames` does: up to Python 3.11, making one
+    can start a garbage collection, during which that thread may leave the frame, and then the process crashes.
+    """
+    file = os.memfd_create("stacks")  # in memory, so that no disk can keep the other threads waiting
+    try:
+        faulthandler.dump_traceback(file)
+        os.lseek(file, 0, os.SEEK_SET)
+        with open(file, encoding="utf-8", errors="replace", closefd=False) as dump:
+            text = dump.read()
+    finally:
+        os.close(file)
+    _, *parts = THREAD.split(text)
+    return {int(ident, 16): _format(frames) for ident, frames in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _format(frames: str) -> str:
+    """Return frames of a dump as Python writes them in a traceback: the innermost last, each with its line of code."""
+    innermost = [match.groups() for match in FRAME.finditer(frames)][:NUM_FRAMES]
+    return "".join(
+        f'  File "{path}", line {line}, in {function}\n    {linecache.getline(path, int(line)).strip()}\n'
+        for path, line, function in reversed(innermost)
+    )
 
 
 def _is_in(frame: str, path: str, function: str) -> bool:

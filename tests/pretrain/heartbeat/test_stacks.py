@@ -1,6 +1,8 @@
 """On which stacks a rank waits for others or for its device, and which frames of which thread a heartbeat shows."""
 
 import _thread
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -9,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.heartbeat.stacks import BACKWARD_FUNCTION, WAITING_FUNCTIONS, Wait, read_stack, wait_of
+from pretrain.heartbeat import stacks
+from pretrain.heartbeat.stacks import (
+    BACKWARD_FUNCTION,
+    WAITING_FUNCTIONS,
+    Wait,
+    read_stack,
+    read_stacks,
+    wait_of,
+)
 from tests.support.frames import find_file, frames, functions_in
 from tests.support.launching import wait_for
 
@@ -124,9 +134,9 @@ def test_hook_of_backward_is_shown_on_a_cpu() -> None:
 
 def test_hook_of_backward_is_shown_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, hooks run in a thread of autograd, which Python did not start, while the main thread waits for it."""
-    threads, all_frames = set(), sys._current_frames  # pytest-xdist has threads that Python did not start, too
+    threads = set()  # pytest-xdist has threads that Python did not start, too
     monkeypatch.setattr(
-        sys, "_current_frames", lambda: {ident: frame for ident, frame in all_frames().items() if ident in threads}
+        stacks, "read_stacks", lambda: {ident: text for ident, text in read_stacks().items() if ident in threads}
     )
     main = Hanging(wait_in_the_engine, start_thread)
     threads.add(main.ident)
@@ -138,3 +148,19 @@ def test_hook_of_backward_is_shown_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert stack.index("in _engine_run_backward") < stack.index("in _stay")
     assert wait_of(stack) is Wait.NO
     assert Path(__file__).name in stack
+
+
+def test_stack_is_written_as_in_a_traceback() -> None:
+    hanging = Hanging(lambda stay: stay(), start_thread)
+    stack = read_stack(hanging.ident)
+    hanging.is_over.set()
+    line = Hanging._stay.__code__.co_firstlineno + 2
+    assert f'  File "{__file__}", line {line}, in _stay\n    while not self.is_over.wait(0.01):\n' in stack
+    assert stack.index("in _bootstrap") < stack.index("in _run") < stack.index("in _stay")
+
+
+@pytest.mark.processes
+def test_reading_a_stack_during_garbage_collection_does_not_crash() -> None:
+    script = Path(__file__).with_name("read_while_collecting.py")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    subprocess.run([sys.executable, str(script)], check=True, timeout=120, env=environment)
