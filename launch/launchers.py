@@ -18,7 +18,7 @@ import psutil
 
 from pretrain.errors import UserError
 from pretrain.heartbeat.beats import ABORT, STOP, find_live_rank, write_order
-from pretrain.outcome import EXIT_CODE_FILE, EXIT_FAILED, EXIT_INTERRUPTED
+from pretrain.outcome import EXIT_CODE_FILE, EXIT_CODES, EXIT_FAILED, EXIT_INTERRUPTED
 
 BIN = Path(sys.executable).parent
 DEEPSPEED = (str(BIN / "deepspeed"), "--log_level", "error")  # otherwise it prints how it starts each process
@@ -158,7 +158,8 @@ def run_launcher(command: Sequence[str], run_dir: Path, environment: Mapping[str
                     return EXIT_INTERRUPTED
         if code_file.exists():
             return int(code_file.read_text(encoding="utf-8"))
-    return process.returncode if process.returncode >= 0 else EXIT_FAILED
+    # A launcher that was ended by a signal has a negative code; deepspeed ends with 247 if a rank was killed.
+    return process.returncode if process.returncode in EXIT_CODES else EXIT_FAILED
 
 
 def ask_to_stop(launcher: int, run_dir: Path) -> bool:

@@ -13,6 +13,7 @@ EXIT_FAILED = 1  # a retry may succeed, except for a run that diverged
 EXIT_USER_ERROR = 2  # a retry fails in the same way until the user fixes the cause
 EXIT_RESUMABLE = 75  # stopped by a signal; the same command continues
 EXIT_INTERRUPTED = 130  # Ctrl-C in a command that cannot be resumed: 128 + SIGINT, as in shells
+EXIT_CODES = (EXIT_DONE, EXIT_FAILED, EXIT_USER_ERROR, EXIT_RESUMABLE, EXIT_INTERRUPTED)
 EXIT_CODE_FILE = "VITRAIL_EXIT_CODE_FILE"  # environment variable, set by `vitrail pretrain` and `vitrail finetune`
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.commands.supervise import launcher_command
-from launch.launchers import ACCELERATE_CONFIG, ask_to_stop, catches, list_gpus, read_hostfile
+from launch.launchers import ACCELERATE_CONFIG, ask_to_stop, catches, list_gpus, read_hostfile, run_launcher
 from pretrain.errors import UserError
 from pretrain.heartbeat.watch import Watch
 from pretrain.outcome import EXIT_CODE_FILE, Outcome, exit_rank
@@ -162,6 +162,18 @@ def test_a_stop_is_reported_in_a_file_because_launchers_answer_it_with_a_traceba
     with pytest.raises(SystemExit) as ended:
         exit_rank(75)
     assert ended.value.code == 75
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("ending", "code"), [("sys.exit(2)", 2), ("sys.exit(75)", 75), ("sys.exit(247)", 1), ("os.kill(os.getpid(), 9)", 1)]
+)
+def test_a_launcher_ends_with_a_code_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, code: int
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest keeps its own
+    command = [sys.executable, "-c", f"import os, sys; {ending}"]
+    assert run_launcher(command, tmp_path, os.environ) == code
 
 
 @pytest.mark.processes
