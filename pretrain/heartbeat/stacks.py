@@ -4,8 +4,10 @@ import faulthandler
 import linecache
 import os
 import re
+import tempfile
 import threading
 from enum import IntEnum
+from typing import IO
 
 NUM_FRAMES = 12  # innermost frames of a thread that are read
 # Functions that wait for other ranks or for the device of this rank; an empty name stands for every function of a file.
@@ -77,16 +79,19 @@ def read_stacks() -> dict[int, str]:
     Python must make no frame object of a running thread, as `sys._current_frames` does: up to Python 3.11, making one
     can start a garbage collection, during which that thread may leave the frame, and then the process crashes.
     """
-    file = os.memfd_create("stacks")  # in memory, so that no disk can keep the other threads waiting
-    try:
+    with _temporary_file() as file:
         faulthandler.dump_traceback(file)
-        os.lseek(file, 0, os.SEEK_SET)
-        with open(file, encoding="utf-8", errors="replace", closefd=False) as dump:
-            text = dump.read()
-    finally:
-        os.close(file)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
     _, *parts = THREAD.split(text)
     return {int(ident, 16): _format(frames) for ident, frames in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _temporary_file() -> IO[bytes]:
+    """Open a temporary file: on Linux in memory, so that no disk can keep the other threads waiting."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stacks"), "wb+")
+    return tempfile.TemporaryFile()
 
 
 def _format(frames: str) -> str:
