@@ -1,13 +1,12 @@
 """Read the stack of the main thread, and tell from it whether the rank waits for other ranks or for its device."""
 
-import faulthandler
-import linecache
-import os
-import re
-import tempfile
+import gc
+import sys
 import threading
+import traceback
 from enum import IntEnum
-from typing import IO
+from itertools import islice
+from types import FrameType
 
 NUM_FRAMES = 12  # innermost frames of a thread that are read
 # Functions that wait for other ranks or for the device of this rank; an empty name stands for every function of a file.
@@ -25,9 +24,6 @@ WAITING_CALLS = ("handle.wait()", ".item()", ".tolist()", ".cpu()")
 TRANSPARENT_FILE = "deepspeed/utils/nvtx.py"  # calls the function that its caller names
 # The backward pass runs in C++ here. On a GPU, it runs in another thread, and this one only waits for that thread.
 BACKWARD_FUNCTION = ("torch/autograd/graph.py", "_engine_run_backward")
-# Lines of faulthandler's dump.
-THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+).*$", re.MULTILINE)
-FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
 
 class Wait(IntEnum):
@@ -74,33 +70,28 @@ def read_stack(main_thread: int) -> str:
 
 
 def read_stacks() -> dict[int, str]:
-    """Return the innermost frames of each thread as text, by the thread's identifier; of the newest 100 threads only.
+    """Return the innermost frames of each thread as text, by the thread's identifier.
 
-    Python must make no frame object of a running thread, as `sys._current_frames` does: up to Python 3.11, making one
-    can start a garbage collection, during which that thread may leave the frame, and then the process crashes.
+    Up to Python 3.11, making a frame object of a running thread can start a garbage collection, during which that
+    thread may leave the frame, and then the process crashes. Therefore there is no collection meanwhile. (faulthandler
+    makes no frame objects, but crashes when a thread of C++ code starts at the same moment.)
     """
-    with _temporary_file() as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        text = file.read().decode(errors="replace")
-    _, *parts = THREAD.split(text)
-    return {int(ident, 16): _format(frames) for ident, frames in zip(parts[::2], parts[1::2], strict=True)}
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        stacks = {ident: _innermost(frame) for ident, frame in sys._current_frames().items()}
+    finally:
+        if collects:
+            gc.enable()
+    return {ident: "".join(stack.format()) for ident, stack in stacks.items()}
 
 
-def _temporary_file() -> IO[bytes]:
-    """Open a temporary file: on Linux in memory, so that no disk can keep the other threads waiting."""
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("stacks"), "wb+")
-    return tempfile.TemporaryFile()
-
-
-def _format(frames: str) -> str:
-    """Return frames of a dump as Python writes them in a traceback: the innermost last, each with its line of code."""
-    innermost = [match.groups() for match in FRAME.finditer(frames)][:NUM_FRAMES]
-    return "".join(
-        f'  File "{path}", line {line}, in {function}\n    {linecache.getline(path, int(line)).strip()}\n'
-        for path, line, function in reversed(innermost)
-    )
+def _innermost(frame: FrameType) -> traceback.StackSummary:
+    """Return the innermost frames of a thread, whose lines of code are read later, when they are formatted."""
+    frames = islice(traceback.walk_stack(frame), NUM_FRAMES)
+    stack = traceback.StackSummary.extract(frames, lookup_lines=False)
+    stack.reverse()
+    return stack
 
 
 def _is_in(frame: str, path: str, function: str) -> bool:

@@ -160,7 +160,7 @@ def test_stack_is_written_as_in_a_traceback() -> None:
 
 
 @pytest.mark.processes
-def test_reading_a_stack_during_garbage_collection_does_not_crash() -> None:
-    script = Path(__file__).with_name("read_while_collecting.py")
+def test_reading_the_stack_of_a_busy_thread_does_not_crash() -> None:
+    script = Path(__file__).with_name("read_busy_stacks.py")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     subprocess.run([sys.executable, str(script)], check=True, timeout=120, env=environment)

@@ -1,9 +1,10 @@
-"""Read the main thread's stack for four seconds, while it calls functions and garbage collection lets it run.
+"""Read the main thread's stack while functions end and garbage is collected, and then while threads of C start.
 
-With `sys._current_frames` in `read_stack`, this ended with a segmentation fault under Python 3.11, or with an object in
-place of a frame.
+If collections could start while frames are read, this would end with a segmentation fault under Python 3.11, or with
+an object in place of a frame; if faulthandler read them, with a segmentation fault too.
 """
 
+import ctypes
 import gc
 import random
 import sys
@@ -46,8 +47,17 @@ def function_with_locals(number: int) -> Callable[..., None]:
     return call
 
 
+def start_threads_of_c(library: ctypes.CDLL, call: Any) -> None:
+    """Start threads that enter Python without having been started by it, as autograd's do, and wait for them."""
+    threads = [ctypes.c_ulong() for _ in range(8)]
+    for thread in threads:
+        library.pthread_create(ctypes.byref(thread), None, call, None)
+    for thread in threads:
+        library.pthread_join(thread, None)
+
+
 def main() -> None:
-    """Call functions of random sizes to random depths, while another thread reads the stack."""
+    """Call functions of random sizes to random depths, then start threads, while another thread reads the stack."""
     ident, is_over = threading.get_ident(), threading.Event()
 
     def read() -> None:
@@ -59,6 +69,7 @@ def main() -> None:
     sys.setswitchinterval(1e-5)
     gc.disable()
     gc.set_threshold(1)
+    library, call = ctypes.CDLL(None), ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(lambda _: 0)
     functions = [function_with_locals(number) for number in range(2, 40)]
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read)
@@ -66,6 +77,9 @@ def main() -> None:
         while time.monotonic() < end:
             random.shuffle(functions)
             functions[0](random.randrange(60), functions)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            start_threads_of_c(library, call)
         is_over.set()
         reading.result()
 
